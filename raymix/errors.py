@@ -1,0 +1,59 @@
+"""Errors that a user can act on: one message form, one exit code each, and they pickle.
+
+Every message reads `path.to.field = value: what is wrong. what is allowed. what to do.` The
+command line prints it without a traceback and leaves with the class' `exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def problem(path: str, value: object, wrong: str, *advice: str) -> str:
+    """Return one message in the house form; `advice` says what is allowed and what to do."""
+    sentences = [wrong, *advice]
+    return f"{path} = {value!r}: " + " ".join(_sentence(part) for part in sentences if part)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `Did you mean 'x'?` for the known word nearest to `word`, else an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else text + "."
+
+
+class RaymixError(Exception):
+    """Base of all errors raymix raises on purpose; `problems` holds one message per fault."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        """Keep the messages in order; an error stands for all faults found in one go."""
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        """Return the messages, one a line."""
+        return "\n".join(self.problems)
+
+
+class RecipeError(RaymixError, ValueError):
+    """A recipe, an override or a command-line value that cannot work."""
+
+
+class CorpusError(RaymixError, ValueError):
+    """Input data or a prepared corpus that cannot be used as it is."""
+
+
+class ClusterError(RaymixError, RuntimeError):
+    """The Ray cluster at hand lacks what the recipe asks for."""
+
+
+class TrainingError(RaymixError, RuntimeError):
+    """The work itself failed: the input was fine, the run was not."""
+
+    exit_code = 1
