@@ -1,0 +1,64 @@
+# Two commands for users: `make demo` and `make test`. Each does its own set-up on a bare machine.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test test-unit test-gpu test-slow lint lock clean \
+        bench-stream bench-prepare bench-loop
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## Make .venv with the locked versions, and nothing else
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "raymix needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing into $(VENV) (some minutes the first time) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install  ## Prepare, plan, train and report on a small real corpus (about 5 minutes)
+	@$(BIN)/raymix prepare pipelines/quickstart.yaml
+	@$(BIN)/raymix plan pipelines/quickstart.yaml
+	@$(BIN)/raymix train pipelines/quickstart.yaml
+
+test: install  ## All tests but gpu and slow
+	@$(BIN)/python -m pytest -q -m "unit"
+	@$(BIN)/python -m pytest -q -m "(ray or e2e) and not slow"
+	@$(MAKE) --no-print-directory lint
+
+test-unit: install  ## Tests without Ray, under a minute
+	@$(BIN)/python -m pytest -q -m unit
+
+test-gpu: install  ## Tests that need a CUDA device (skipped without one)
+	@$(BIN)/python -m pytest -q -m gpu
+
+test-slow: install  ## Tests that take minutes
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: install  ## Style, types, and the import rules of the house
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/pyrefly check
+
+bench-%: install  ## Print one table and write bench-results/NAME.json (stream, prepare, loop)
+	@$(BIN)/python -m tests.benchmarks.$*
+
+lock:  ## Resolve the ranges of pyproject.toml afresh into requirements.lock
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet --upgrade pip
+	@.venv-lock/bin/python -m pip install --quiet torch==2.13.0
+	@.venv-lock/bin/python -m pip install --quiet --editable '.[plots,tensorboard]' \
+	  --group test --group lint hatchling editables
+	@{ echo '# Made by `make lock`; install with `pip install -r requirements.lock`.'; \
+	   .venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock && rm -rf .venv-lock
+
+clean:  ## Remove what the tests and benchmarks leave behind (not .venv, runs or corpora)
+	@rm -rf .pytest_cache .ruff_cache .hypothesis bench-results tests/.cache build dist
