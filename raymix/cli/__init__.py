@@ -1,1 +1,1 @@
-"""See design notes in the modules of this package."""
+"""The command line: one file per command, imported only when that command runs."""

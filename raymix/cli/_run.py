@@ -1,0 +1,197 @@
+"""What every command shares: its arguments, its exit code, and the one document of `--json`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json as json_module
+import math
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+
+import typer
+
+from raymix.errors import RaymixError
+
+if TYPE_CHECKING:
+    from raymix.recipe import Recipe
+
+RecipeSource = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe: FILE.yaml, or MODULE:FUNCTION.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FIELD=VALUE]...",
+        help="Fields to change, e.g. train.steps=200 corpus.domains.0.name=books.",
+    ),
+]
+SetOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="The same, as an option."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, the rest on stderr.")
+]
+
+_owns_process = False
+
+
+def own_process() -> None:
+    """Let `--json` keep stdout for itself until the process ends: Ray's threads outlive `work`."""
+    global _owns_process
+    _owns_process = True
+
+
+def load(
+    source: str, overrides: Sequence[str] | None = None, set_overrides: Sequence[str] | None = None
+) -> Recipe:
+    """Return the recipe at `source` with both kinds of overrides applied in order."""
+    from raymix.recipe import load_recipe
+
+    return load_recipe(source, [*(overrides or ()), *(set_overrides or ())])
+
+
+def run_command(work: Callable[[], Mapping[str, Any]], *, json: bool) -> None:
+    """Run `work`; print its document when `json`; leave with the right exit code.
+
+    Args:
+        work: Does the job, prints for people on stdout, returns the document.
+        json: Print that document, and nothing else, on stdout; a failure is a document too:
+            `{"error": class, "problems": [message, ...]}`.
+
+    Raises:
+        typer.Exit: With 2 for bad input, 1 for a failure in the work, 130 when interrupted.
+    """
+    with _stdout_for_document(json) as write:
+        try:
+            write(work())
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            _fail(write, "Interrupted", ["interrupted"], 130)
+        except BrokenPipeError:
+            _close_stdout()
+            raise typer.Exit(1) from None
+        except Exception as error:  # noqa: BLE001 - the last line of defence of the process
+            name, problems, code = explain(error)
+            _fail(write, name, problems, code)
+
+
+def explain(error: BaseException) -> tuple[str, list[str], int]:
+    """Return the class name, the messages and the exit code that stand for `error`."""
+    known = _raymix_error(error)
+    if known is not None:
+        return type(known).__name__, list(known.problems), known.exit_code
+    if isinstance(error, OSError) and error.errno in _INPUT_ERRNOS:
+        where = f"{error.filename}: " if error.filename else ""
+        advice = _INPUT_ERRNOS[error.errno]
+        return type(error).__name__, [f"{where}{error.strerror}. {advice}".strip()], 2
+    short = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    path = _write_traceback(error)
+    return (
+        type(error).__name__,
+        [f"{short}\nThis is not an error that raymix expects; the traceback is in {path}"],
+        1,
+    )
+
+
+_INPUT_ERRNOS = {
+    errno.ENOSPC: "Free space there, or choose another directory.",
+    errno.EDQUOT: "Free space there, or choose another directory.",
+    errno.EROFS: "Choose a directory that can be written.",
+    errno.EACCES: "Change its permissions, or choose another path.",
+}
+
+
+def _raymix_error(error: BaseException) -> RaymixError | None:
+    """Return the RaymixError in a chain of causes; Ray wraps what its tasks raise."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        inner = getattr(current, "cause", None)
+        for candidate in (inner, current):
+            # A wrapped error inherits from the class but has lost `problems`.
+            if isinstance(candidate, RaymixError) and "problems" in vars(candidate):
+                return candidate
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+    return None
+
+
+def _write_traceback(error: BaseException) -> str:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="raymix-", suffix=".traceback.txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write("".join(traceback.format_exception(error)))
+    return file.name
+
+
+def _fail(
+    write: Callable[[Mapping[str, Any]], None], name: str, problems: Sequence[str], code: int
+) -> NoReturn:
+    label = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
+    for problem in problems:
+        print(label, problem, file=sys.stderr)
+    if len(problems) > 1:
+        print(f"{len(problems)} problems.", file=sys.stderr)
+    write({"error": name, "problems": list(problems)})
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _stdout_for_document(json: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a writer of the document; with `json` all other output goes to stderr meanwhile.
+
+    The redirection is of file descriptor 1, since Ray's processes and threads write there
+    without asking `sys.stdout`.
+    """
+    if not json:
+        yield lambda document: None
+        return
+    original = sys.stdout
+    original.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    # A stdout that is not descriptor 1 (a test's, a notebook's) gets the document as it is.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield lambda document: _write_document(document, original, saved)
+        finally:
+            if not _owns_process:
+                os.dup2(saved, 1)
+                os.close(saved)
+
+
+def _write_document(document: Mapping[str, Any], original: TextIO, saved: int) -> None:
+    text = json_module.dumps(plain(document), indent=2, ensure_ascii=False) + "\n"
+    if _owns_process:
+        with os.fdopen(saved, "w", encoding="utf-8") as stream:
+            stream.write(text)
+    else:
+        original.write(text)
+        original.flush()
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: numpy scalars and paths plain, non-finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if hasattr(value, "tolist"):  # numpy arrays and scalars, without importing numpy
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def _close_stdout() -> None:
+    """Point stdout at the null device, so that the exit does not fail on the broken pipe again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -1,0 +1,157 @@
+"""The frame of the command line: `raymix COMMAND ...`.
+
+Each command is one file, `raymix/cli/NAME.py`, that holds one function called `command`. The
+file is imported only when that command (or its `--help`) is asked for, and imports anything
+heavy (torch, ray, pydantic models) inside functions. A command file looks like this:
+
+    '''`raymix prepare`: turn text into a corpus of token blocks.'''
+
+    from __future__ import annotations
+
+    from typing import Any
+
+    from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+
+
+    def command(
+        recipe: RecipeSource,
+        overrides: Overrides = None,
+        set_overrides: SetOverrides = None,
+        json: Json = False,
+    ) -> None:
+        '''Tokenise, clean and shard the corpus of a recipe.
+
+        Running it again resumes.
+        '''
+
+        def work() -> dict[str, Any]:
+            from raymix.corpus import prepare
+
+            return prepare(load(recipe, overrides, set_overrides)).document()
+
+        run_command(work, json=json)
+
+`work` prints what a person reads on stdout and returns the document of `--json`; with `--json`
+`run_command` sends every such print to stderr and the document alone to stdout. It also turns
+errors into messages and exit codes: 0 done, 2 bad input, 1 failure in the work, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command as build_command
+
+from raymix.cli import _run
+from raymix.errors import did_you_mean
+
+# Section, then command and its line in `raymix --help`: kept here so that help imports nothing.
+COMMANDS = {
+    "Write and check a recipe": {
+        "init": "Write a commented recipe to start from.",
+        "validate": "Check a recipe and report every problem at once.",
+        "plan": "Show shares, epochs, steps and memory; refuse what cannot work.",
+        "schema": "Print the JSON schema of recipes, for editors.",
+        "doctor": "Check this machine and its Ray cluster.",
+    },
+    "Run it": {
+        "prepare": "Turn text into a corpus of token blocks.",
+        "train": "Prepare if needed, then train, checkpoint and report.",
+        "eval": "Score a run's checkpoint on the held-out text of every domain.",
+    },
+    "Use the result": {
+        "export": "Write a checkpoint as a Hugging Face model directory.",
+        "report": "Draw a run's weights, losses and throughput as one HTML page.",
+    },
+}
+
+_HELP = """Decide what a language model reads next: data mixing on Ray, exact and restartable.
+
+A recipe (one YAML file) describes the corpus, the mixture, the model and the run. Any field can
+be changed on the command line: FIELD=VALUE after the recipe.
+
+\b
+Examples:
+  raymix init my.yaml                       a commented recipe to start from
+  raymix plan my.yaml                       what would happen, without doing it
+  raymix train my.yaml                      prepare, train, report
+  raymix train my.yaml train.steps=200      the same with a field changed
+  raymix report runs/my                     draw the run again
+"""
+_EPILOG = """Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted. With --json every
+command prints exactly one JSON document on stdout."""
+
+
+class LazyCommands(TyperGroup):
+    """The group of all commands; a command's file is imported when the command is used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, in the order of the help text."""
+        return [name for section in COMMANDS.values() for name in section]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command built from its file, or None when there is none of that name."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"raymix.cli.{cmd_name}")
+        single = typer.Typer(
+            add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+        )
+        single.command(cmd_name, no_args_is_help=False)(module.command)
+        return build_command(single)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that `args` name; a usage error says which one may be meant."""
+        name = args[0]
+        if not name.startswith("-") and name not in self.list_commands(ctx):
+            near = did_you_mean(name, self.list_commands(ctx))
+            ctx.fail(f"No such command {name!r}. {near}".strip())
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands section by section, importing none of them."""
+        for section, commands in COMMANDS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name.ljust(8), line) for name, line in commands.items()])
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from raymix import __version__
+
+        typer.echo(f"raymix {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=LazyCommands,
+    add_completion=False,
+    no_args_is_help=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+@app.callback(help=_HELP, epilog=_EPILOG, invoke_without_command=True)
+def frame(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Print the help text when no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    _run.own_process()
+    app(prog_name="raymix")
