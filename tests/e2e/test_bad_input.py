@@ -1,0 +1,134 @@
+"""Bad input: one clear error, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import QUICKSTART, Shell, write_recipe
+
+
+def refused(shell: Shell, *args: str, says: tuple[str, ...]) -> None:
+    done = shell.run(*args, timeout=120)
+    assert done.returncode == 2, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    for words in says:
+        assert words in done.stderr, f"{words!r} not in {done.stderr!r}"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stesp=5", ("train.stesp", "train.steps")),
+        ("mixer={kind: pyke}", ("mixer.kind", "pyke", "static")),
+        ("corpus.domains.0.train=nowhere/x.parquet", ("nowhere/x.parquet",)),
+        ("corpus.domains.0.train=nowhere/*.parquet", ("nowhere/*.parquet",)),
+        ("mixer={kind: static, weights: {books: 0.5, python: 0.2}}", ("0.7",)),
+        ("mixer={kind: static, weights: {boks: 1.0}}", ("boks", "books")),
+        ("train.steps=abc", ("train.steps", "abc")),
+        ("train.lr=-1", ("train.lr", "-1")),
+    ],
+)
+def test_validate_or_prepare_refuses(override: str, says: tuple[str, ...], shell: Shell) -> None:
+    refused(shell, "prepare", "tiny.yaml", "corpus.path=bad", override, says=says)
+    assert not (shell.cwd / "bad" / "manifest.json").exists()
+
+
+def test_wrong_column_lists_those_found(shell: Shell) -> None:
+    refused(
+        shell,
+        "prepare",
+        "tiny.yaml",
+        "corpus.path=bad-column",
+        "corpus.domains.0.text_column=content",
+        says=("content", "id", "text"),
+    )
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("data.max_epochs=0.01",), ("max_epochs",)),
+        (("data.sequence_length=4096", "model.config.max_position_embeddings=128"), ("128",)),
+        (("corpus.tokenizer={train: bpe, vocab_size: 600}",), ("tokenizer",)),
+        (("cluster.workers=64", "data.rows_per_step=64"), ("64", "4")),
+    ],
+)
+def test_plan_and_train_refuse(
+    command: str, overrides: tuple[str, ...], says: tuple[str, ...], shell: Shell
+) -> None:
+    refused(shell, command, "tiny.yaml", "name=refused", *overrides, says=says)
+    assert not (shell.cwd / "runs" / "refused" / "metrics.jsonl").exists()
+
+
+def test_empty_domain(shell: Shell) -> None:
+    (shell.cwd / "empty.jsonl").write_text("")
+    refused(
+        shell,
+        "prepare",
+        "tiny.yaml",
+        "corpus.path=bad-empty",
+        f"corpus.domains.0.train={shell.cwd / 'empty.jsonl'}",
+        says=("books",),
+    )
+
+
+def test_run_directory_of_another_recipe(shell: Shell) -> None:
+    few = ("cluster.workers=0", "train.steps=3", "name=taken")
+    shell.ok("train", "tiny.yaml", *few)
+    refused(shell, "train", "tiny.yaml", *few, "train.lr=0.5", says=("train.lr", "--if-exists"))
+
+
+def test_corrupt_shard_names_file_and_block(shell: Shell) -> None:
+    corpus = shell.cwd / "corpus-corrupt"
+    shutil.copytree(shell.cwd / "corpus", corpus)
+    shard = next((corpus / "books" / "train").glob("shard-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[200 : len(data) // 2] = b"\xff" * (len(data) // 2 - 200)
+    shard.write_bytes(data)
+    done = shell.run(
+        "train", "tiny.yaml", "name=corrupt", "corpus.path=corpus-corrupt", "cluster.workers=1"
+    )
+    assert done.returncode == 2, done.stderr
+    assert "shard-00000.arrow" in done.stderr
+    assert "block" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_disk_full_while_preparing(shell: Shell, tmp_path: Path) -> None:
+    """A file-size limit stands for a full disk: the write fails and nothing is left behind."""
+    recipe = write_recipe(tmp_path / "full.yaml")
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from raymix.cli.main import main; main()"
+    )
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prepare", str(recipe), "--parallelism", "0"],
+        cwd=tmp_path,
+        env=shell.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+
+
+def test_glob_without_match_says_what_is_there(shell: Shell) -> None:
+    refused(
+        shell,
+        "prepare",
+        "tiny.yaml",
+        "corpus.path=bad-glob",
+        f"corpus.domains.0.train={QUICKSTART / 'train' / '*.jsonl'}",
+        says=("*.jsonl", "books.parquet"),
+    )
