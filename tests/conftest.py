@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Ray reads these when it is imported, so they must stand before any test module is.
 os.environ.update(
@@ -20,6 +21,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="true",
     HF_HUB_OFFLINE="1",
 )
+
+# How long an example takes is the machine's affair; timing is never asserted in unit tests.
+settings.register_profile("raymix", deadline=None)
+settings.load_profile("raymix")
 
 TESTS = Path(__file__).parent
 TIERS = ("unit", "ray", "e2e", "gpu")

@@ -1,1 +1,54 @@
-"""See design notes in the modules of this package."""
+"""The on-disk form of a prepared corpus: what preparing writes and training reads.
+
+```
+CORPUS/manifest.json                            written last: its presence means complete
+CORPUS/tokenizer/                               Hugging Face files
+CORPUS/DOMAIN/{train,valid}/shard-00000.arrow   Arrow IPC file, one row per record batch = block
+CORPUS/DOMAIN/{train,valid}/documents.arrow     tokens of each document
+CORPUS/DOMAIN/rejects.jsonl                     sample of the bad records
+```
+
+A split is one stream of tokens: documents in order, each ended by the end-of-text token, cut
+into blocks of exactly `block_tokens` tokens; only the last block may be shorter.
+"""
+
+from raymix.store.block import Block, StartArray, TokenArray, block_schema
+from raymix.store.corpus import Corpus
+from raymix.store.files import atomic_write_bytes, atomic_write_text
+from raymix.store.manifest import (
+    SPLITS,
+    DomainInfo,
+    Manifest,
+    ShardInfo,
+    Split,
+    SplitInfo,
+    TokenizerInfo,
+    corpus_fingerprint,
+    token_dtype,
+)
+from raymix.store.shard import ShardWriter, read_lengths, write_lengths
+
+BLOCK_SCHEMA = block_schema
+
+__all__ = [
+    "BLOCK_SCHEMA",
+    "SPLITS",
+    "Block",
+    "Corpus",
+    "DomainInfo",
+    "Manifest",
+    "ShardInfo",
+    "ShardWriter",
+    "Split",
+    "SplitInfo",
+    "StartArray",
+    "TokenArray",
+    "TokenizerInfo",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "block_schema",
+    "corpus_fingerprint",
+    "read_lengths",
+    "token_dtype",
+    "write_lengths",
+]

@@ -1,0 +1,172 @@
+"""The read side of a prepared corpus: cheap to open, picklable, no Ray."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.store import files
+from raymix.store.block import Block
+from raymix.store.manifest import Manifest, SplitInfo, read_manifest
+from raymix.store.shard import ShardReader, read_lengths
+
+_OPEN_SHARDS = 64
+
+_Result = TypeVar("_Result")
+
+
+class Corpus:
+    """A prepared corpus, opened for reading.
+
+    Safe to share between threads. Pickles as its path, so another process opens it anew.
+    """
+
+    def __init__(self, path: str, manifest: Manifest) -> None:
+        """Stand for the corpus at `path`; use `Corpus.open`, which reads the manifest."""
+        self.path = path
+        self.manifest = manifest
+        self.domain_names: tuple[str, ...] = tuple(manifest.domains)
+        self._ends: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
+        self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str) -> Corpus:
+        """Return the prepared corpus at `path`, a directory or any fsspec URL.
+
+        Raises:
+            CorpusError: If it is absent, incomplete, damaged, or of a newer format.
+        """
+        return cls(str(path), read_manifest(str(path)))
+
+    def __reduce__(self) -> tuple[Callable[[str], Corpus], tuple[str]]:
+        return Corpus.open, (self.path,)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the hash that stands for the content."""
+        return self.manifest.fingerprint
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """Return the type of a token id: uint16 or uint32."""
+        return self.manifest.dtype
+
+    @property
+    def tokenizer_path(self) -> str:
+        """Return the directory that `AutoTokenizer.from_pretrained` loads."""
+        return files.join(self.path, "tokenizer")
+
+    def split(self, domain: str, split: str) -> SplitInfo:
+        """Return the description of `train` or `valid` of a domain.
+
+        Raises:
+            CorpusError: If the corpus has no such domain or split.
+        """
+        if domain not in self.manifest.domains:
+            known = ", ".join(self.domain_names)
+            hint = did_you_mean(domain, self.domain_names)
+            raise CorpusError(
+                problem("domain", domain, "not in the corpus", f"it holds: {known}", hint)
+            )
+        if split not in ("train", "valid"):
+            raise CorpusError(problem("split", split, "not a split", "allowed: train, valid"))
+        info = self.manifest.domains[domain]
+        return info.train if split == "train" else info.valid
+
+    def shard_of(self, domain: str, split: str, block: int) -> tuple[str, int]:
+        """Return the shard (path under the corpus directory) of a block and the row in it.
+
+        Raises:
+            CorpusError: If the split has no such block.
+        """
+        info = self.split(domain, split)
+        if not 0 <= block < info.blocks:
+            raise CorpusError(
+                problem(f"{domain}.{split}.block", block, f"the split has {info.blocks} blocks")
+            )
+        ends = self._ends.get((domain, split))
+        if ends is None:
+            ends = np.cumsum([shard.blocks for shard in info.shards], dtype=np.int64)
+            self._ends[domain, split] = ends
+        shard = int(np.searchsorted(ends, block, side="right"))
+        return info.shards[shard].file, block - int(ends[shard - 1] if shard else 0)
+
+    def read_block(self, domain: str, split: str, block: int) -> Block:
+        """Return one block; its arrays are views of the mapped file where that is local.
+
+        Raises:
+            CorpusError: If there is no such block, or the shard is missing or corrupt; the
+                message names the shard file and the block.
+        """
+        file, row = self.shard_of(domain, split, block)
+        found = self._guarded(file, row, lambda: self._read(file, row))
+        self._check(found, domain, split, block)
+        return found
+
+    def read_blocks(self, domain: str, split: str, blocks: Sequence[int]) -> list[Block]:
+        """Return several blocks of a split in the order asked.
+
+        Raises:
+            CorpusError: As `read_block`.
+        """
+        return [self.read_block(domain, split, block) for block in blocks]
+
+    def document_lengths(self, domain: str, split: str) -> npt.NDArray[np.uint32]:
+        """Return the tokens of each document in stream order, shape (documents,).
+
+        Raises:
+            CorpusError: If the file is missing or corrupt.
+        """
+        wanted = self.split(domain, split).documents
+        if not wanted:
+            return np.empty(0, dtype=np.uint32)
+        file = f"{domain}/{split}/documents.arrow"
+        lengths = self._guarded(file, None, lambda: read_lengths(files.join(self.path, file)))
+        if len(lengths) != wanted:
+            raise self._corrupt(file, None, f"{len(lengths)} documents, {wanted} expected")
+        return lengths
+
+    def _read(self, file: str, row: int) -> Block:
+        with self._lock:
+            reader = self._readers.pop(file, None) or ShardReader(files.join(self.path, file))
+            self._readers[file] = reader
+            if len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)
+            return reader.read(row)
+
+    def _check(self, found: Block, domain: str, split: str, block: int) -> None:
+        info = self.split(domain, split)
+        cut = self.manifest.block_tokens
+        wanted = min(cut, info.tokens - block * cut)
+        if len(found.tokens) != wanted or found.tokens.dtype != self.dtype:
+            file, row = self.shard_of(domain, split, block)
+            said = f"{len(found.tokens)} tokens of {found.tokens.dtype}"
+            raise self._corrupt(file, row, f"{said}, {wanted} of {self.dtype} expected")
+
+    def _guarded(self, file: str, row: int | None, read: Callable[[], _Result]) -> _Result:
+        try:
+            return read()
+        except FileNotFoundError as error:
+            raise self._corrupt(file, row, "the file is missing") from error
+        except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise self._corrupt(file, row, first) from error
+
+    def _corrupt(self, file: str, row: int | None, why: str) -> CorpusError:
+        where = "" if row is None else f", block {row} of the file"
+        return CorpusError(
+            problem(
+                "corpus.path",
+                self.path,
+                f"{file}{where} is corrupt: {why}",
+                "restore the file or prepare the corpus again",
+            )
+        )

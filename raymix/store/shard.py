@@ -1,0 +1,129 @@
+"""Shards: consecutive blocks of a split in one uncompressed Arrow IPC file.
+
+Uncompressed, because a block is then a view of the mapped file: reading costs nothing but the
+pages touched. Arrow files carry no checksum, so each record batch holds the CRC-32 of its block
+in its metadata, and reading a block checks it: a flipped bit is found before it is trained on.
+"""
+
+from __future__ import annotations
+
+import zlib
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from raymix.store import files
+from raymix.store.block import Block, block_schema
+from raymix.store.manifest import ShardInfo
+
+_CHECKSUM = b"crc32"
+_LENGTHS = pa.schema([pa.field("length", pa.uint32())])
+
+
+def checksum(block: Block) -> int:
+    """Return the CRC-32 of a block's tokens and starts."""
+    return zlib.crc32(block.starts.data, zlib.crc32(block.tokens.data))
+
+
+class ShardWriter:
+    """Writes blocks to one shard, which appears under its name when closed without error.
+
+    Used as a context manager; `info` describes the shard once it is closed.
+    """
+
+    info: ShardInfo
+
+    def __init__(self, corpus: str, file: str, dtype: npt.DTypeLike) -> None:
+        """Open the shard `file` (a path under the directory `corpus`) for ids of type `dtype`."""
+        self._name = file
+        self._blocks = self._tokens = 0
+        self._file = files.AtomicFile(files.join(corpus, file))
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), block_schema(dtype))
+
+    def write(self, block: Block) -> None:
+        """Append one block.
+
+        Raises:
+            CorpusError: If the disk is full.
+        """
+        crc = {_CHECKSUM: b"%08x" % checksum(block)}
+        self._writer.write_batch(block.to_batch(), custom_metadata=crc)
+        self._blocks += 1
+        self._tokens += len(block.tokens)
+
+    def close(self) -> ShardInfo:
+        """Finish the shard, give it its name and return its description."""
+        self._writer.close()
+        self._file.commit()
+        digest = self._file.sha256.hexdigest()
+        self.info = ShardInfo(
+            file=self._name, blocks=self._blocks, tokens=self._tokens, sha256=digest
+        )
+        return self.info
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._file.abort()
+
+
+class ShardReader:
+    """Random access to the blocks of one shard, memory-mapped where it is local."""
+
+    def __init__(self, url: str) -> None:
+        """Open the shard.
+
+        Raises:
+            OSError: If it is absent or not an Arrow file.
+            pa.ArrowInvalid: If it is cut short or overwritten.
+        """
+        self._reader = pa.ipc.open_file(files.open_mapped(url))
+        self.blocks = self._reader.num_record_batches
+
+    def read(self, row: int) -> Block:
+        """Return block `row` of the shard.
+
+        Raises:
+            ValueError: If its content is not what was written.
+        """
+        batch, metadata = self._reader.get_batch_with_custom_metadata(row)
+        batch.validate()
+        block = Block.from_table(batch)
+        wanted = metadata.get(_CHECKSUM) if metadata else None
+        found = b"%08x" % checksum(block)
+        if wanted != found:
+            raise ValueError(f"checksum {found.decode()} is not the one written")
+        return block
+
+
+def write_lengths(url: str, lengths: npt.NDArray[np.uint32]) -> None:
+    """Write the tokens of each document, in stream order, as an Arrow IPC file.
+
+    Raises:
+        CorpusError: If the disk is full.
+    """
+    batch = pa.RecordBatch.from_arrays([pa.array(lengths)], schema=_LENGTHS)
+    with (
+        files.AtomicFile(url) as file,
+        pa.ipc.new_file(pa.PythonFile(file, "w"), _LENGTHS) as writer,
+    ):
+        writer.write_batch(batch)
+
+
+def read_lengths(url: str) -> npt.NDArray[np.uint32]:
+    """Return what `write_lengths` wrote, shape (documents,)."""
+    table = pa.ipc.open_file(files.open_mapped(url)).read_all()
+    return table.column("length").to_numpy()
