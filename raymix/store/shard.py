@@ -20,6 +20,7 @@ from raymix.store.block import Block, block_schema
 from raymix.store.manifest import ShardInfo
 
 _CHECKSUM = b"crc32"
+_SCHEMAS = (block_schema(np.uint16), block_schema(np.uint32))
 _LENGTHS = pa.schema([pa.field("length", pa.uint32())])
 
 
@@ -88,9 +89,11 @@ class ShardReader:
 
         Raises:
             OSError: If it is absent or not an Arrow file.
-            pa.ArrowInvalid: If it is cut short or overwritten.
+            ValueError: If it is cut short, overwritten, or holds no blocks.
         """
         self._reader = pa.ipc.open_file(files.open_mapped(url))
+        if self._reader.schema not in _SCHEMAS:
+            raise ValueError(f"columns {self._reader.schema.names}, not those of a shard")
         self.blocks = self._reader.num_record_batches
 
     def read(self, row: int) -> Block:
@@ -100,7 +103,9 @@ class ShardReader:
             ValueError: If its content is not what was written.
         """
         batch, metadata = self._reader.get_batch_with_custom_metadata(row)
-        batch.validate()
+        batch.validate(full=True)
+        if batch.num_rows != 1 or batch.column("tokens").null_count:
+            raise ValueError("not one block in the record batch")
         block = Block.from_table(batch)
         wanted = metadata.get(_CHECKSUM) if metadata else None
         found = b"%08x" % checksum(block)
