@@ -30,7 +30,7 @@ class Shell:
     env: dict[str, str] = field(default_factory=dict)
 
     def command(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "raymix.cli.main", *args]
+        return [sys.executable, "-m", "raymix", *args]
 
     def environment(self) -> dict[str, str]:
         ray = {"RAY_ADDRESS": self.address} if self.address else {}
