@@ -1,1 +1,43 @@
-"""See design notes in the modules of this package."""
+"""What comes next: which domains a step reads, which samples, in which order.
+
+Everything here is a pure function of (seed, mixture log, state {step, carry, count}) in integer
+arithmetic: no clock, no worker count, no platform. `allocate` says which domains and proves how
+close every prefix of the run is to what was asked; `order` says which sample of a domain is its
+n-th; `plan` and `documents` put both together, step by step; `log` is the record of the weights.
+"""
+
+from raymix.sampling.allocate import NO_LIMIT, Allocator
+from raymix.sampling.documents import DocumentPlanner, DocumentStep, pack_documents
+from raymix.sampling.identity import batch_hash
+from raymix.sampling.log import MixtureEntry, MixtureLog
+from raymix.sampling.order import CorpusOrder, DomainGeometry, DomainOrder, domain_key
+from raymix.sampling.plan import PackedPlanner, PlanChunk
+from raymix.sampling.shares import (
+    SHARE_BITS,
+    epochs_implied,
+    fixed_point,
+    realised_error_bound,
+    realised_shares,
+)
+
+__all__ = [
+    "NO_LIMIT",
+    "SHARE_BITS",
+    "Allocator",
+    "CorpusOrder",
+    "DocumentPlanner",
+    "DocumentStep",
+    "DomainGeometry",
+    "DomainOrder",
+    "MixtureEntry",
+    "MixtureLog",
+    "PackedPlanner",
+    "PlanChunk",
+    "batch_hash",
+    "domain_key",
+    "epochs_implied",
+    "fixed_point",
+    "pack_documents",
+    "realised_error_bound",
+    "realised_shares",
+]

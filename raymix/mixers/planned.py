@@ -1,0 +1,258 @@
+"""Mixers whose shares are known before the run: fixed ones, schedules, and replays.
+
+Shapes: D domains, P pieces of a schedule.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
+from raymix.recipe.mixer import (
+    ProportionalMixer,
+    ReplayMixer,
+    ScheduleMixer,
+    StaticMixer,
+    TemperatureMixer,
+    UniformMixer,
+    UnimaxMixer,
+)
+
+SUM_TOLERANCE = 1e-6
+
+
+class Planned:
+    """Shares that hold from given steps on, or move linearly between them.
+
+    Attributes:
+        needs: Empty: no statistics.
+        boundaries: First steps of the pieces, the first 0.
+        summary: One line for people.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        summary: str,
+        shares_PD: Sequence[Shares],
+        *,
+        boundaries: Sequence[int] = (0,),
+        linear: bool = False,
+    ) -> None:
+        self.summary = summary
+        self.boundaries = tuple(boundaries)
+        self._shares_PD = np.array(shares_PD, dtype=np.float64)
+        self._shares_PD.setflags(write=False)
+        self._linear = linear
+
+    def planned(self, step: int) -> Shares:
+        """Return the shares of a window that starts at `step`, shape (D,), read-only."""
+        piece = max(0, bisect_right(self.boundaries, step) - 1)
+        if not self._linear or piece + 1 == len(self.boundaries):
+            return self._shares_PD[piece]
+        start, end = self.boundaries[piece : piece + 2]
+        way = (step - start) / (end - start)
+        return (1 - way) * self._shares_PD[piece] + way * self._shares_PD[piece + 1]
+
+    def update(self, stats: DomainStats) -> Shares:
+        """Return the shares of the window after the one that `stats` describes."""
+        return self.planned(stats.step + stats.window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the step says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept the empty state."""
+
+
+@mixer("static")
+def _static(config: StaticMixer, context: MixerContext) -> Mixer:
+    shares_D = shares_by_name(config.weights, context, path="mixer.weights")
+    return Planned("static: fixed shares", [shares_D])
+
+
+@mixer("uniform")
+def _uniform(config: UniformMixer, context: MixerContext) -> Mixer:
+    n_domains = len(context.domains)
+    shares_D = np.full(n_domains, 1 / n_domains)
+    return Planned(f"uniform: the same share for each of {n_domains} domains", [shares_D])
+
+
+@mixer("proportional")
+def _proportional(config: ProportionalMixer, context: MixerContext) -> Mixer:
+    return Planned("proportional: shares as the domains' tokens", [tempered(context.tokens_D, 1.0)])
+
+
+@mixer("temperature")
+def _temperature(config: TemperatureMixer, context: MixerContext) -> Mixer:
+    shares_D = tempered(context.tokens_D, config.temperature)
+    return Planned(f"temperature {config.temperature:g}: shares as tokens ** (1/T)", [shares_D])
+
+
+@mixer("unimax")
+def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
+    shares_D, capped_D = unimax(context.tokens_D, context.total_tokens, config.max_epochs)
+    if capped_D.all() and shares_D.sum() * (1 + SUM_TOLERANCE) < context.total_tokens:
+        held = int(context.tokens_D.sum())
+        raise RecipeError(
+            problem(
+                "mixer.max_epochs",
+                config.max_epochs,
+                f"{config.max_epochs:g} epochs of all domains are {config.max_epochs * held:.4g} "
+                f"tokens, fewer than the run's {context.total_tokens:.4g}",
+                f"It takes at least {context.total_tokens / max(held, 1):.3g} epochs",
+                "Raise it, train fewer tokens, or add data",
+            )
+        )
+    capped = f"{int(capped_D.sum())} of {capped_D.size} domains at the cap"
+    return Planned(
+        f"unimax: uniform up to {config.max_epochs:g} epochs, {capped}",
+        [shares_D / shares_D.sum()],
+    )
+
+
+@mixer("schedule")
+def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
+    starts = [piece.step for piece in config.pieces]
+    problems: list[str] = []
+    if starts[0] != 0:
+        problems.append(problem("mixer.pieces[0].step", starts[0], "the first piece starts at 0"))
+    for at in range(1, len(starts)):
+        if starts[at] <= starts[at - 1]:
+            wrong = f"not after the piece before it, at step {starts[at - 1]}"
+            problems.append(problem(f"mixer.pieces[{at}].step", starts[at], wrong))
+    shares_PD: list[Shares] = []
+    for at, piece in enumerate(config.pieces):
+        try:
+            path = f"mixer.pieces[{at}].weights"
+            shares_PD.append(shares_by_name(piece.weights, context, path=path))
+        except RecipeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise RecipeError(*problems)
+    return Planned(
+        f"schedule: {len(starts)} pieces, {config.interpolate}, the last from step {starts[-1]}",
+        shares_PD,
+        boundaries=starts,
+        linear=config.interpolate == "linear",
+    )
+
+
+@mixer("replay")
+def _replay(config: ReplayMixer, context: MixerContext) -> Mixer:
+    entries = _read_log(config.log)
+    shares_PD = [
+        shares_by_name(shares, context, path=f"{config.log}: entry {at}")
+        for at, (_, shares) in enumerate(entries)
+    ]
+    starts = [start for start, _ in entries]
+    return Planned(f"replay: {len(starts)} entries of {config.log}", shares_PD, boundaries=starts)
+
+
+def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path: str) -> Shares:
+    """Return weights by name as shares, shape (D,); a domain left out gets 0.
+
+    Raises:
+        RecipeError: If a name is no domain's, a weight is not a number >= 0, or the sum is
+            further than 1e-6 from 1.
+    """
+    problems = [
+        problem(
+            f"{path}.{name}",
+            weight,
+            "the corpus has no such domain",
+            f"It has {_some(context.domains)}",
+            did_you_mean(name, context.domains),
+        )
+        for name, weight in weights.items()
+        if name not in context.domains
+    ]
+    problems += [
+        problem(f"{path}.{name}", weight, "not a number >= 0")
+        for name, weight in weights.items()
+        if not 0 <= weight < math.inf
+    ]
+    if problems:
+        raise RecipeError(*problems)
+    total = math.fsum(weights.values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        left_out = [name for name in context.domains if name not in weights]
+        raise RecipeError(
+            problem(
+                path,
+                dict(weights),
+                f"the weights sum to {total:.6g}, not to 1",
+                f"Left out, so 0: {_some(left_out)}" if left_out else "",
+                f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
+            )
+        )
+    return np.array([weights.get(name, 0.0) for name in context.domains]) / total
+
+
+def tempered(tokens_D: NDArray[np.int64], temperature: float) -> Shares:
+    """Return shares in proportion to tokens ** (1 / temperature), shape (D,); none for none."""
+    held_D = tokens_D > 0
+    exponent_D = np.full(tokens_D.size, -np.inf)
+    exponent_D[held_D] = np.log(tokens_D[held_D]) / temperature
+    scaled_D = np.exp(exponent_D - exponent_D.max(initial=-1e300))
+    return scaled_D / scaled_D.sum()
+
+
+def unimax(
+    tokens_D: NDArray[np.int64], total_tokens: int, max_epochs: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return tokens to read of each domain, shape (D,), and which domains stand at the cap.
+
+    UniMax (Chung et al. 2023, algorithm 1): from the smallest domain up, each gets an equal part
+    of the budget still left, but at most `max_epochs` times its tokens.
+    """
+    budget_D = np.zeros(tokens_D.size)
+    capped_D = np.zeros(tokens_D.size, dtype=np.bool_)
+    left = float(total_tokens)
+    for rank, domain in enumerate(np.argsort(tokens_D, kind="stable")):
+        even = left / (tokens_D.size - rank)
+        cap = max_epochs * float(tokens_D[domain])
+        capped_D[domain] = cap <= even
+        budget_D[domain] = min(cap, even)
+        left -= budget_D[domain]
+    return budget_D, capped_D
+
+
+def _read_log(path: str) -> list[tuple[int, dict[str, float]]]:
+    """Return (first step, shares by name) of each entry; a torn last line is left out."""
+    try:
+        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        advice = "Give the mixture_log.jsonl of an earlier run"
+        wrong = f"cannot be read ({error.strerror or error})"
+        raise RecipeError(problem("mixer.log", path, wrong, advice)) from error
+    entries: list[tuple[int, dict[str, float]]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            raw = json.loads(line)
+            entries.append((int(raw["first_step"]), dict(raw["shares"])))
+        except (KeyError, TypeError, ValueError) as error:
+            if number == len(lines) and not isinstance(error, KeyError):
+                break
+            wrong = f"line {number} is not an entry of a mixture log"
+            raise RecipeError(problem("mixer.log", path, wrong)) from error
+    starts = [start for start, _ in entries]
+    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+        wrong = "no entries that start at step 0 and follow each other"
+        raise RecipeError(problem("mixer.log", path, wrong))
+    return entries
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

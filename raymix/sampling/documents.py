@@ -1,0 +1,222 @@
+"""The plan of whole documents, as in fine-tuning: a step is a budget of tokens.
+
+The rule is that of `raymix.sampling.allocate`, with documents in place of rows: the domain with
+the largest carry gives its next document, of l tokens; its carry falls by l and every carry rises
+by l times its share. So carries sum to zero after each document, and where a step ends (once its
+budget is met) changes nothing in what follows.
+
+Bounds, with L the longest document: -L < c_d, since the largest of carries that sum to zero is
+>= 0 and loses less than L. Above, while all D domains stay in use, c_d <= L H_{D-1}: let S_k be
+the largest mean of k carries and K the k largest after a document from d. If d is in K the sum
+over K did not grow. Else, with l <= L, mean(K) rose by l q(K) / k and was at most d's carry
+before, so c_d >= mean(K) - l (1 - q_d + q(K) / k) >= mean(K) - L (1 + 1/k); the sum over K and d
+did not grow, so mean(K) <= S_{k+1}(before) + L / k, and S_k <= L (1/k + ... + 1/(D-1)) follows by
+induction from S_D = 0. When domains leave and return at will, |c_d| <= L (D - 1): the parabola
+argument of `allocate` with second difference -2 L.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from raymix.errors import CorpusError, problem
+from raymix.sampling.allocate import NO_LIMIT
+from raymix.sampling.identity import dump_ints, load_ints
+from raymix.sampling.log import MixtureLog
+from raymix.sampling.order import CorpusOrder
+from raymix.sampling.shares import SHARE_BITS, Ints, fixed_point, restricted
+
+_AHEAD = 512
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentStep:
+    """The documents of one step, in order; N documents."""
+
+    step: int
+    version: int
+    """Version of the log entry the step follows."""
+    domain_N: NDArray[np.int32]
+    index_N: Ints
+    """How many documents of its domain came before."""
+    document_N: Ints
+    """Position of the document in its domain's stream."""
+    length_N: Ints
+    """Tokens, cut at the sequence length."""
+
+
+class DocumentPlanner:
+    """Plans steps of whole documents in order; the counterpart of `PackedPlanner`.
+
+    Args of the constructor:
+        order: Orders of the domains; units are documents.
+        lengths: Tokens of each document in stream order, one array per domain.
+        sequence_length: Longer documents are cut here.
+        tokens_per_step: A step ends with the document that reaches this.
+        log: Read, never written; may grow between calls.
+        limit_D: Most documents of each domain over the run, shape (D,).
+    """
+
+    def __init__(
+        self,
+        *,
+        order: CorpusOrder,
+        lengths: Sequence[NDArray[np.unsignedinteger[Any]]],
+        sequence_length: int,
+        tokens_per_step: int,
+        log: MixtureLog,
+        limit_D: Ints | None = None,
+    ) -> None:
+        n_domains = len(lengths)
+        self.step = 0
+        self.log = log
+        self.carry_D = np.zeros(n_domains, dtype=np.int64)
+        self.count_D = np.zeros(n_domains, dtype=np.int64)
+        self._limit_D = np.full(n_domains, NO_LIMIT) if limit_D is None else np.array(limit_D)
+        self._tokens = tokens_per_step
+        # |carry| < sequence_length * D must fit 62 bits; see the bounds above.
+        spare = 62 - (sequence_length * n_domains).bit_length()
+        self.bits = min(SHARE_BITS, spare)
+        self._ahead = [
+            _Ahead(order, domain, lengths[domain], sequence_length) for domain in range(n_domains)
+        ]
+        self._shares: tuple[tuple[float, ...], Ints] | None = None
+
+    def plan(self, n_steps: int) -> list[DocumentStep]:
+        """Return the next `n_steps` steps and advance beyond them.
+
+        Raises:
+            CorpusError: If the limits leave no document for a step.
+        """
+        return [self._plan_one() for _ in range(n_steps)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return {step, carry, count} in JSON types: everything that resuming needs."""
+        return {
+            "step": self.step,
+            "carry": dump_ints(self.carry_D),
+            "count": dump_ints(self.count_D),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: If it belongs to another number of domains.
+        """
+        carry_D, count_D = load_ints(state["carry"]), load_ints(state["count"])
+        if not carry_D.size == count_D.size == self.count_D.size:
+            raise ValueError(f"a state of {count_D.size} domains for {self.count_D.size} domains")
+        self.step, self.carry_D, self.count_D = int(state["step"]), carry_D, count_D
+
+    def _plan_one(self) -> DocumentStep:
+        entry = self.log.at(self.step)
+        if self._shares is None or self._shares[0] is not entry.weights:
+            self._shares = entry.weights, fixed_point(entry.weights, bits=self.bits)
+        carry_D, count_D = self.carry_D.copy(), self.count_D.copy()
+        picked: list[tuple[int, int, int, int]] = []
+        tokens = 0
+        q_D = self._open_shares(count_D)
+        active = np.flatnonzero(q_D)
+        while tokens < self._tokens and active.size:
+            domain = int(active[np.argmax(carry_D[active])])
+            index = int(count_D[domain])
+            document, length = self._ahead[domain].at(index)
+            picked.append((domain, index, document, length))
+            tokens += length
+            carry_D += length * q_D
+            carry_D[domain] -= length << self.bits
+            count_D[domain] += 1
+            if count_D[domain] == self._limit_D[domain]:
+                q_D = self._open_shares(count_D)
+                active = np.flatnonzero(q_D)
+        if tokens < self._tokens:
+            raise CorpusError(self._used_up())
+        self.carry_D, self.count_D = carry_D, count_D
+        self.step += 1
+        rows = np.array(picked, dtype=np.int64).T
+        return DocumentStep(
+            self.step - 1, entry.version, rows[0].astype(np.int32), rows[1], rows[2], rows[3]
+        )
+
+    def _open_shares(self, count_D: Ints) -> Ints:
+        assert self._shares is not None
+        q_D = self._shares[1]
+        open_D = count_D < self._limit_D
+        return q_D if open_D[q_D > 0].all() else restricted(q_D, open_D)
+
+    def _used_up(self) -> str:
+        return problem(
+            "step",
+            self.step,
+            f"the domains with a share have reached their limits and cannot fill a batch of "
+            f"{self._tokens} tokens",
+            "Raise data.max_epochs, train fewer tokens, or give other domains a share",
+        )
+
+
+class _Ahead:
+    """Looks up a domain's next documents some hundreds at a time."""
+
+    def __init__(
+        self,
+        order: CorpusOrder,
+        domain: int,
+        lengths: NDArray[np.unsignedinteger[Any]],
+        sequence_length: int,
+    ) -> None:
+        self._order = order.of(domain)
+        self._lengths = lengths
+        self._longest = sequence_length
+        self._first = 0
+        self._documents: list[int] = []
+        self._tokens: list[int] = []
+
+    def at(self, index: int) -> tuple[int, int]:
+        """Return document and tokens of the `index`-th sample of the domain."""
+        if not 0 <= index - self._first < len(self._documents):
+            self._fetch(index)
+        return self._documents[index - self._first], self._tokens[index - self._first]
+
+    def _fetch(self, index: int) -> None:
+        _, group, unit = self._order.locate(np.arange(index, index + _AHEAD))
+        documents = group * self._order.geometry.group_units + unit
+        tokens = np.clip(self._lengths[documents].astype(np.int64), 1, self._longest)
+        self._first, self._documents, self._tokens = index, documents.tolist(), tokens.tolist()
+
+
+def pack_documents(lengths: ArrayLike, capacity: int) -> list[list[int]]:
+    """Return rows of document positions, each row of at most `capacity` tokens in all.
+
+    Best-fit decreasing: the longest first (the earlier among equals), each into the fullest row
+    that still has room (the earlier among equals), else into a new one. Inside a row positions
+    keep this order. O(n log n) comparisons.
+
+    Raises:
+        ValueError: If a document is longer than `capacity` or not longer than 0.
+    """
+    tokens = np.asarray(lengths, dtype=np.int64)
+    if tokens.size and not 1 <= int(tokens.min()) <= int(tokens.max()) <= capacity:
+        raise ValueError(
+            f"documents of {tokens.min()} to {tokens.max()} tokens, rows of {capacity}"
+        )
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []
+    for at in np.argsort(-tokens, kind="stable").tolist():
+        length = int(tokens[at])
+        fit = bisect_left(room, (length, -1))
+        if fit == len(room):
+            left, row = capacity, len(rows)
+            rows.append([])
+        else:
+            left, row = room.pop(fit)
+        rows[row].append(at)
+        if left > length:
+            insort(room, (left - length, row))
+    return rows

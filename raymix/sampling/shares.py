@@ -1,0 +1,96 @@
+"""Shares of tokens as integers, and what they imply in epochs and rows.
+
+Shapes: D domains, S steps. Floats end here: everything after `fixed_point` is integers, so a run
+makes the same choices on every platform.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+SHARE_BITS = 40
+"""Shares are integers in units of 2**-40."""
+
+
+def fixed_point(weights_D: ArrayLike, *, bits: int = SHARE_BITS) -> Ints:
+    """Return shares as integers, shape (D,), in units of 2**-bits and summing to 2**bits.
+
+    Each is within one unit of its weight divided by the sum of the weights, except that a
+    positive weight gets at least one unit; the largest share pays for that. A zero stays zero.
+
+    Args:
+        weights_D: Weights of any positive sum, shape (D,).
+        bits: Binary digits after the point.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or none is positive.
+    """
+    weight_D = np.asarray(weights_D, dtype=np.float64)
+    if weight_D.ndim != 1 or not np.isfinite(weight_D).all() or (weight_D < 0).any():
+        raise ValueError(f"weights must be finite, >= 0 and one per domain, not {weights_D!r}")
+    # fsum rounds once, whatever the order of additions, so it is the same on every platform.
+    total = math.fsum(weight_D)
+    if total <= 0:
+        raise ValueError("weights are all zero: at least one domain needs a share")
+    scaled_D = weight_D / total * float(1 << bits)
+    q_D = np.maximum(scaled_D.astype(np.int64), weight_D > 0)
+    missing = (1 << bits) - int(q_D.sum())
+    if missing > 0:
+        q_D[np.argsort(np.floor(scaled_D) - scaled_D, kind="stable")[:missing]] += 1
+    elif missing < 0:
+        q_D[np.argmax(q_D)] += missing
+    return q_D
+
+
+def restricted(q_D: Ints, open_D: NDArray[np.bool_]) -> Ints:
+    """Return `q_D` with closed domains at zero and the others scaled up to the same sum.
+
+    Exact integer arithmetic: floors, then one unit each to the largest remainders.
+    """
+    total = int(q_D.sum())
+    kept = np.flatnonzero(open_D & (q_D > 0))
+    out_D = np.zeros_like(q_D)
+    if not kept.size:
+        return out_D
+    scaled = [int(share) * total for share in q_D[kept]]
+    kept_total = sum(scaled) // total
+    out_D[kept] = [value // kept_total for value in scaled]
+    missing = total - int(out_D.sum())
+    by_remainder = sorted(range(kept.size), key=lambda at: -(scaled[at] % kept_total))
+    out_D[kept[by_remainder[:missing]]] += 1
+    return out_D
+
+
+def realised_error_bound(n_domains_in_use: int) -> float:
+    """Return the most rows by which a domain can trail what was asked of it: H_n - 1.
+
+    It holds at every step while the same domains are in use, whatever their weights do; nothing
+    runs ahead of its share by more than 1 - 1/n rows. `raymix.sampling.allocate` has the proof.
+    """
+    return math.fsum(1.0 / k for k in range(2, n_domains_in_use + 1))
+
+
+def realised_shares(count_D: ArrayLike) -> Floats:
+    """Return the share of each domain in what was handed out, shape (D,); zeros before any was."""
+    amount_D = np.asarray(count_D, dtype=np.float64)
+    return amount_D / max(float(amount_D.sum()), 1.0)
+
+
+def epochs_implied(shares_D: ArrayLike, tokens_D: ArrayLike, total_tokens: float) -> Floats:
+    """Return how often each domain is read in a run, shape (D,), in passes over its tokens.
+
+    Args:
+        shares_D: Shares of tokens over the run, shape (D,), summing to 1.
+        tokens_D: Tokens each domain holds, shape (D,).
+        total_tokens: Tokens of the run.
+    """
+    asked_D = np.asarray(shares_D, dtype=np.float64) * total_tokens
+    held_D = np.asarray(tokens_D, dtype=np.float64)
+    empty_D = np.where(asked_D > 0, np.inf, 0.0)
+    return np.divide(asked_D, held_D, out=empty_D, where=held_D > 0)
