@@ -1,1 +1,74 @@
-"""See design notes in the modules of this package."""
+"""Recipes: the models, reading and writing them, their JSON schema.
+
+A recipe is one YAML file that maps one to one onto the frozen models exported here; `Recipe` is
+the whole. `load_recipe` reads it, applies overrides and reports every fault at once.
+"""
+
+from raymix.recipe.corpus import (
+    ByteTokenizer,
+    CorpusConfig,
+    DomainConfig,
+    PretrainedTokenizer,
+    TokenizerConfig,
+    TrainedTokenizer,
+)
+from raymix.recipe.load import load_recipe, recipe_to_yaml, resolve_paths
+from raymix.recipe.mixer import (
+    MixerConfig,
+    ProportionalMixer,
+    ReplayMixer,
+    ScheduleMixer,
+    SchedulePiece,
+    StaticMixer,
+    TemperatureMixer,
+    UniformMixer,
+    UnimaxMixer,
+)
+from raymix.recipe.recipe import Recipe
+from raymix.recipe.schema import commented_recipe, recipe_schema
+from raymix.recipe.training import (
+    ClusterConfig,
+    ConfigModel,
+    DataConfig,
+    DocumentData,
+    EvalConfig,
+    ModelConfig,
+    PackedData,
+    PretrainedModel,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ByteTokenizer",
+    "ClusterConfig",
+    "ConfigModel",
+    "CorpusConfig",
+    "DataConfig",
+    "DocumentData",
+    "DomainConfig",
+    "EvalConfig",
+    "MixerConfig",
+    "ModelConfig",
+    "PackedData",
+    "PretrainedModel",
+    "PretrainedTokenizer",
+    "ProportionalMixer",
+    "Recipe",
+    "ReplayMixer",
+    "RunConfig",
+    "ScheduleMixer",
+    "SchedulePiece",
+    "StaticMixer",
+    "TemperatureMixer",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TrainedTokenizer",
+    "UniformMixer",
+    "UnimaxMixer",
+    "commented_recipe",
+    "load_recipe",
+    "recipe_schema",
+    "recipe_to_yaml",
+    "resolve_paths",
+]

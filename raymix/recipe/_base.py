@@ -2,12 +2,78 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One broken rule: a field below the model that states it, its value, plain sentences."""
+
+    field: str
+    value: object
+    wrong: str
+    advice: tuple[str, ...] = ()
+
+
+class Faults(ValueError):
+    """What a rule of ours raises inside pydantic: every fault it found."""
+
+    def __init__(self, *faults: Fault) -> None:
+        """Keep the faults; the loader turns them into messages of the house form."""
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        """Return the faults, one a line, for those who build models in Python."""
+        return "\n".join(
+            " ".join([f"{f.field} = {f.value!r}: {f.wrong}.", *f.advice]) for f in self.faults
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Metadata of a field: what it accepts, where type and bounds do not say it well."""
+
+    text: str
+
+
+def raise_if(*faults: Fault | None) -> None:
+    """Raise Faults if any rule found one."""
+    found = [fault for fault in faults if fault is not None]
+    if found:
+        raise Faults(*found)
+
+
+def no_bool(value: Any) -> Any:
+    """Return `value`; Python counts True as 1, a recipe that says `steps: true` is mistaken."""
+    if isinstance(value, bool):
+        raise Faults(Fault("", value, "not a number"))
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(no_bool)]
+Real = Annotated[float, BeforeValidator(no_bool)]
+
+
+def default_tag(key: str, tag: str) -> BeforeValidator:
+    """Return a validator that reads a mapping without `key` as one of kind `tag`."""
+
+    def fill(value: Any) -> Any:
+        return {key: tag, **value} if isinstance(value, dict) and key not in value else value
+
+    return BeforeValidator(fill)
 
 
 class Model(BaseModel):
     """A frozen recipe node; unknown keys are errors and docstrings become schema text."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from raymix.recipe._base import Model
+from raymix.recipe._base import Fault, Model, Real, Whole, Words, raise_if
+
+NAME = Words("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
+# Entries of a prepared corpus' directory that are no domains.
+RESERVED_NAMES = ("tokenizer", "manifest.json")
 
 
 class ByteTokenizer(Model):
@@ -21,24 +26,25 @@ class TrainedTokenizer(Model):
 
     train: Literal["bpe"]
     """The algorithm."""
-    vocab_size: int = Field(ge=258, le=1_000_000)
+    vocab_size: Whole = Field(ge=258, le=1_000_000)
     """Tokens in the vocabulary, the end-of-text token among them."""
-    sample_bytes: int = Field(default=50_000_000, ge=1)
+    sample_bytes: Whole = Field(default=50_000_000, ge=1)
     """UTF-8 bytes of text to train on, drawn evenly from the domains."""
 
 
 class PretrainedTokenizer(Model):
     """A Hugging Face `tokenizer.json`, or a directory that holds one."""
 
-    path: str
-    """The file or directory, local or any fsspec URL."""
+    path: str = Field(min_length=1)
+    """The file or directory, local or any fsspec URL; a relative one starts at the recipe."""
     eos_token: str | None = None
     """The token that ends a document; needed only where the directory does not name one."""
 
 
 def _tokenizer_kind(value: Any) -> str:
     if isinstance(value, dict):
-        return next((key for key in ("train", "path") if key in value), "kind")
+        hints = {"train": "train", "path": "path", "vocab_size": "train", "eos_token": "path"}
+        return next((tag for key, tag in hints.items() if key in value), "kind")
     return {"TrainedTokenizer": "train", "PretrainedTokenizer": "path"}.get(
         type(value).__name__, "kind"
     )
@@ -50,12 +56,14 @@ def _tokenizer_shorthand(value: Any) -> Any:
     return value
 
 
+_TokenizerModels = ByteTokenizer | TrainedTokenizer | PretrainedTokenizer
 TokenizerConfig = Annotated[
     Annotated[ByteTokenizer, Tag("kind")]
     | Annotated[TrainedTokenizer, Tag("train")]
     | Annotated[PretrainedTokenizer, Tag("path")],
     Discriminator(_tokenizer_kind),
-    BeforeValidator(_tokenizer_shorthand),
+    BeforeValidator(_tokenizer_shorthand, json_schema_input_type=_TokenizerModels | str),
+    Words("`byte`, a path, or a mapping such as {train: bpe, vocab_size: 8192}"),
 ]
 
 
@@ -63,13 +71,18 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Globs = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Glob = Annotated[str, Field(min_length=1)]
+Globs = Annotated[
+    tuple[Glob, ...],
+    BeforeValidator(_listed, json_schema_input_type=tuple[Glob, ...] | Glob),
+    Words("a glob or a list of globs"),
+]
 
 
 class DomainConfig(Model):
     """One domain of the mixture and the files that hold its documents."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
+    name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """What the domain is called everywhere: weights, metrics, directories."""
     train: Globs = Field(min_length=1)
     """Globs of training files, local or any fsspec URL; relative ones start at the recipe."""
@@ -77,32 +90,92 @@ class DomainConfig(Model):
     """Globs of held-out files; left out, `valid_fraction` of the documents is held out."""
     format: Literal["auto", "parquet", "jsonl", "text", "arrow"] = "auto"
     """File format; `auto` goes by the name's ending (.parquet, .jsonl[.gz|.zst], .txt, .arrow)."""
-    text_column: str = "text"
+    text_column: str = Field(default="text", min_length=1)
     """Column that holds the text (Parquet, JSONL, Arrow)."""
-    tokens_column: str | None = None
+    tokens_column: str | None = Field(default=None, min_length=1)
     """Column of ready token ids, such as `input_ids`; then nothing is tokenised."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> DomainConfig:
+        reserved = self.name.lower() in RESERVED_NAMES
+        columnless = self.format == "text" and self.tokens_column is not None
+        raise_if(
+            Fault("name", self.name, "reserved for a file of the prepared corpus", ("Rename it",))
+            if reserved
+            else None,
+            Fault(
+                "tokens_column",
+                self.tokens_column,
+                "plain text has no columns",
+                ("Leave it out, or choose another format",),
+            )
+            if columnless
+            else None,
+        )
+        return self
 
 
 class CorpusConfig(Model):
     """The corpus: its sources, its tokenizer, and where the prepared form lies."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Directory of the prepared corpus, local or any fsspec URL."""
     tokenizer: TokenizerConfig = ByteTokenizer()
     """`byte`, a path, or `{train: bpe, vocab_size: N}`."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains; left out, the corpus at `path` must have been prepared before."""
-    valid_fraction: float = Field(default=0.02, gt=0, lt=1)
+    valid_fraction: Real = Field(default=0.02, gt=0, lt=1)
     """Share of documents held out (by document hash) where a domain names no `valid` files."""
-    min_characters: int = Field(default=1, ge=0)
+    min_characters: Whole = Field(default=1, ge=0)
     """Shorter documents are dropped, after stripping white space."""
-    max_characters: int = Field(default=10_000_000, ge=1)
+    max_characters: Whole = Field(default=10_000_000, ge=1)
     """Longer documents are dropped."""
     deduplicate: bool = True
     """Drop exact duplicates of a document within its domain."""
-    max_rejected: float = Field(default=0.01, ge=0, le=1)
+    max_rejected: Real = Field(default=0.01, ge=0, le=1)
     """Share of bad records above which preparing a domain fails."""
-    block_tokens: int | Literal["auto"] = "auto"
+    block_tokens: Annotated[Whole, Field(ge=16, le=2**31)] | Literal["auto"] = "auto"
     """Tokens per block, the unit of reading and shuffling; `auto` sizes it by the corpus."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> CorpusConfig:
+        raise_if(*_twice(self.domains), _too_short(self), *_untrainable(self))
+        return self
+
+
+def _twice(domains: tuple[DomainConfig, ...]) -> list[Fault]:
+    """Return a fault per domain name that an earlier domain has; letter case does not count."""
+    counts = Counter(domain.name.lower() for domain in domains)
+    first: dict[str, int] = {}
+    faults = []
+    for index, domain in enumerate(domains):
+        key = domain.name.lower()
+        if counts[key] > 1 and first.setdefault(key, index) != index:
+            wrong = f"corpus.domains.{first[key]} has this name already"
+            faults.append(Fault(f"domains.{index}.name", domain.name, wrong, ("Rename one",)))
+    return faults
+
+
+def _too_short(corpus: CorpusConfig) -> Fault | None:
+    if corpus.min_characters <= corpus.max_characters:
+        return None
+    wrong = f"more than max_characters = {corpus.max_characters:,}: every document would be dropped"
+    return Fault("min_characters", corpus.min_characters, wrong)
+
+
+def _untrainable(corpus: CorpusConfig) -> list[Fault]:
+    """Return a fault per domain of ready token ids whose tokenizer is yet to be trained."""
+    if not isinstance(corpus.tokenizer, TrainedTokenizer):
+        return []
+    return [
+        Fault(
+            f"domains.{index}.tokens_column",
+            domain.tokens_column,
+            "ready token ids need the tokenizer that made them",
+            ("Set corpus.tokenizer to its path",),
+        )
+        for index, domain in enumerate(corpus.domains)
+        if domain.tokens_column is not None
+    ]

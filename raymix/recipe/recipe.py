@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
 
-from raymix.recipe._base import Model
-from raymix.recipe.corpus import CorpusConfig
+from pydantic import Field, model_validator
+
+from raymix.recipe._base import Model, Whole, raise_if
+from raymix.recipe._rules import broken_rules
+from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
 from raymix.recipe.training import (
     ClusterConfig,
@@ -22,9 +25,9 @@ from raymix.recipe.training import (
 class Recipe(Model):
     """Everything a run depends on."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
+    name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """Name of the run."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: Whole = Field(default=0, ge=0, lt=2**63)
     """Seeds the data order and the initial weights."""
     corpus: CorpusConfig
     """Sources, tokenizer, and the prepared corpus."""
@@ -34,7 +37,7 @@ class Recipe(Model):
     """What decides the shares of the domains."""
     model: ModelConfig = ConfigModel()
     """The model to train."""
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig
     """The optimiser loop."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
@@ -42,3 +45,13 @@ class Recipe(Model):
     """Workers and resources."""
     run: RunConfig = RunConfig()
     """The run directory."""
+
+    @property
+    def run_dir(self) -> str:
+        """Return the run directory with the name and the seed filled in."""
+        return self.run.dir.format(name=self.name, seed=self.seed)
+
+    @model_validator(mode="after")
+    def _rules(self) -> Recipe:
+        raise_if(*broken_rules({name: getattr(self, name) for name in type(self).model_fields}))
+        return self

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from raymix.recipe._base import Model
+from raymix.recipe._base import Fault, Faults, Model, Real, Whole, default_tag, raise_if
+
+Epochs = Annotated[Real, Field(gt=0)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class PackedData(Model):
@@ -14,17 +18,17 @@ class PackedData(Model):
 
     mode: Literal["packed"] = "packed"
     """Selects packing."""
-    sequence_length: int = Field(default=1024, ge=8)
+    sequence_length: Whole = Field(default=1024, ge=8, le=2**24)
     """Tokens per row."""
-    rows_per_step: int = Field(default=64, ge=1, le=1_048_576)
+    rows_per_step: Whole = Field(default=64, ge=1, le=1_048_576)
     """Rows in a global batch, over all workers."""
-    shuffle_blocks: int = Field(default=16, ge=1, le=65_536)
+    shuffle_blocks: Whole = Field(default=16, ge=1, le=65_536)
     """Blocks of a domain whose rows are shuffled among each other."""
-    max_epochs: float | dict[str, float] | None = None
+    max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a domain (one number, or one per domain); at the cap others take over."""
     accept_changed_corpus: bool = False
     """Resume although the corpus' fingerprint is not that of the checkpoint."""
-    cache_bytes: int | Literal["auto"] = "auto"
+    cache_bytes: Annotated[Whole, Field(ge=1_000_000)] | Literal["auto"] = "auto"
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
 
@@ -33,21 +37,23 @@ class DocumentData(Model):
 
     mode: Literal["documents"]
     """Selects whole documents."""
-    sequence_length: int = Field(default=1024, ge=8)
+    sequence_length: Whole = Field(default=1024, ge=8, le=2**24)
     """Longest document in tokens; what is longer is cut off here."""
-    tokens_per_step: int = Field(default=65_536, ge=8)
+    tokens_per_step: Whole = Field(default=65_536, ge=8, le=2**40)
     """Tokens of documents in a global batch, over all workers: the last may go beyond."""
-    shuffle_blocks: int = Field(default=16, ge=1, le=65_536)
+    shuffle_blocks: Whole = Field(default=16, ge=1, le=65_536)
     """Groups of 1,024 documents of a domain that are shuffled among each other."""
-    max_epochs: float | dict[str, float] | None = None
+    max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a domain (one number, or one per domain); at the cap others take over."""
     accept_changed_corpus: bool = False
     """Resume although the corpus' fingerprint is not that of the checkpoint."""
-    cache_bytes: int | Literal["auto"] = "auto"
+    cache_bytes: Annotated[Whole, Field(ge=1_000_000)] | Literal["auto"] = "auto"
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
 
-DataConfig = Annotated[PackedData | DocumentData, Field(discriminator="mode")]
+DataConfig = Annotated[
+    PackedData | DocumentData, Field(discriminator="mode"), default_tag("mode", "packed")
+]
 
 
 class ConfigModel(Model):
@@ -55,10 +61,29 @@ class ConfigModel(Model):
 
     kind: Literal["config"] = "config"
     """Selects a new model."""
-    type: str = "llama"
+    type: str = Field(default="llama", min_length=1)
     """Hugging Face `model_type` of a causal LM: llama, qwen3, gpt2, ..."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of that type's configuration; vocabulary and end token come from the corpus."""
+
+    @field_validator("config")
+    @classmethod
+    def _finite(cls, config: dict[str, Any]) -> dict[str, Any]:
+        raise_if(*_infinities(config))
+        return config
+
+
+def _infinities(value: Any, path: str = "") -> list[Fault]:
+    """Return a fault per number below `value`, free-form data, that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return [Fault(path, value, "not a finite number")]
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    return [
+        fault
+        for key, item in items
+        for fault in _infinities(item, f"{path}.{key}" if path else str(key))
+    ]
 
 
 class PretrainedModel(Model):
@@ -66,39 +91,41 @@ class PretrainedModel(Model):
 
     kind: Literal["pretrained"]
     """Selects a checkpoint."""
-    path: str
-    """The directory."""
+    path: str = Field(min_length=1)
+    """The directory, relative to the working directory."""
 
 
-ModelConfig = Annotated[ConfigModel | PretrainedModel, Field(discriminator="kind")]
+ModelConfig = Annotated[
+    ConfigModel | PretrainedModel, Field(discriminator="kind"), default_tag("kind", "config")
+]
 
 
 class TrainConfig(Model):
     """The optimiser loop."""
 
-    steps: int | None = Field(default=None, ge=1)
+    steps: Whole | None = Field(default=None, ge=1, le=10**12)
     """Optimiser steps; give this or `tokens`."""
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: Whole | None = Field(default=None, ge=1, le=10**18)
     """Training tokens; rounded up to whole steps."""
-    lr: float = Field(default=3e-4, gt=0)
+    lr: Real = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    min_lr_ratio: Real = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Shape after the warm-up; `wsd` holds, then decays linearly over `decay_ratio`."""
-    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    warmup_ratio: Real = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly."""
-    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    decay_ratio: Real = Field(default=0.2, gt=0, le=1)
     """Share of the steps that `wsd` decays over."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: Real = Field(default=0.1, ge=0)
     """AdamW's decoupled weight decay; biases and norms are left out."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moment decay rates."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: Real = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    clip_norm: float | None = Field(default=1.0, gt=0)
+    clip_norm: Real | None = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    micro_batch_rows: int | Literal["auto"] = "auto"
+    micro_batch_rows: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows per forward pass and worker; smaller ones accumulate gradients."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast on a GPU, fp32 on a CPU."""
@@ -108,46 +135,79 @@ class TrainConfig(Model):
     """Compile the model with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    checkpoint_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: Whole | None = Field(default=None, ge=1)
     """Steps between checkpoints; one is always written at the end."""
-    checkpoint_minutes: float | None = Field(default=10.0, gt=0)
+    checkpoint_minutes: Real | None = Field(default=10.0, gt=0)
     """Minutes between checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Whole = Field(default=2, ge=1)
     """Newest checkpoints to keep."""
-    probe_interval: int = Field(default=50, ge=1)
+    probe_interval: Whole = Field(default=50, ge=1)
     """Steps per window: how often an adaptive mixer may change the weights."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> TrainConfig:
+        raise_if(_length_fault(self), _ratio_fault(self))
+        return self
+
+
+def _length_fault(train: TrainConfig) -> Fault | None:
+    if (train.steps is None) != (train.tokens is None):
+        return None
+    if train.steps is None:
+        wrong, advice = "the length of the run is missing", "Give steps or tokens"
+    else:
+        wrong = f"tokens = {train.tokens:,} gives the length of the run as well"
+        advice = "Give one of the two"
+    return Fault("steps", train.steps, wrong, (advice,))
+
+
+def _ratio_fault(train: TrainConfig) -> Fault | None:
+    if train.schedule != "wsd" or train.warmup_ratio + train.decay_ratio <= 1:
+        return None
+    wrong = f"with warmup_ratio = {train.warmup_ratio:g} more than the whole run"
+    return Fault("decay_ratio", train.decay_ratio, wrong, ("Their sum may be at most 1",))
 
 
 class EvalConfig(Model):
     """Held-out evaluation, per domain."""
 
-    every: int | None = Field(default=None, ge=1)
+    every: Whole | None = Field(default=None, ge=1)
     """Steps between evaluations; at start and end it always runs."""
-    rows_per_domain: int = Field(default=32, ge=1)
+    rows_per_domain: Whole = Field(default=32, ge=1)
     """Rows of the valid split to score per domain, from its beginning."""
 
 
 class ClusterConfig(Model):
     """Where the work runs."""
 
-    workers: int = Field(default=1, ge=0)
+    workers: Whole = Field(default=1, ge=0, le=100_000)
     """Training workers; 0 trains in this process without Ray."""
-    gpus_per_worker: int | Literal["auto"] = Field(default="auto")
+    gpus_per_worker: Literal[0, 1, "auto"] = "auto"
     """0, 1, or `auto`: 1 where the cluster has a GPU for every worker."""
-    cpus_per_worker: float = Field(default=1, gt=0)
+    cpus_per_worker: Real = Field(default=1, gt=0)
     """Logical CPUs that Ray reserves per worker."""
-    address: str | None = None
+    address: str | None = Field(default=None, min_length=1)
     """Ray address; left out, RAY_ADDRESS or else a private cluster on this machine."""
-    object_store_bytes: int | None = Field(default=None, ge=80_000_000)
+    object_store_bytes: Whole | None = Field(default=None, ge=80_000_000)
     """Object store of a private cluster."""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Whole = Field(default=3, ge=0)
     """Worker-group failures from which the run restarts by itself."""
 
 
 class RunConfig(Model):
     """Where results go."""
 
-    dir: str = "runs/{name}"
+    dir: str = Field(default="runs/{name}", min_length=1)
     """Run directory; `{name}` and `{seed}` are filled in; relative to the working directory."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+
+    @field_validator("dir")
+    @classmethod
+    def _template(cls, value: str) -> str:
+        try:
+            value.format(name="", seed=0)
+        except (LookupError, ValueError, AttributeError):
+            advice = "Only {name} and {seed} are filled in; a brace itself is written twice"
+            raise Faults(Fault("", value, "not a usable template", (advice,))) from None
+        return value

@@ -1,0 +1,65 @@
+"""Rules that tie two sections of a recipe together.
+
+They live apart from the `Recipe` model so that the loader can check them on the sections that
+are sound while others still hold errors: a user sees every fault at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from raymix.errors import did_you_mean
+from raymix.recipe._base import Fault
+from raymix.recipe._translate import known_names
+from raymix.recipe.corpus import CorpusConfig
+from raymix.recipe.mixer import MixerConfig, ScheduleMixer, StaticMixer
+from raymix.recipe.training import ClusterConfig, DataConfig, PackedData
+
+
+def broken_rules(sections: Mapping[str, Any]) -> list[Fault]:
+    """Return the faults of every rule whose sections are all in `sections`, by field name."""
+    return [
+        fault
+        for needed, rule in _RULES
+        if all(name in sections for name in needed)
+        for fault in rule(*(sections[name] for name in needed))
+    ]
+
+
+def _weights_name_domains(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[Fault]:
+    if isinstance(mixer, StaticMixer):
+        yield from _unknown_domains(corpus, "mixer.weights", mixer.weights)
+    elif isinstance(mixer, ScheduleMixer):
+        for index, piece in enumerate(mixer.pieces):
+            yield from _unknown_domains(corpus, f"mixer.pieces.{index}.weights", piece.weights)
+
+
+def _caps_name_domains(corpus: CorpusConfig, data: DataConfig) -> Iterable[Fault]:
+    if isinstance(data.max_epochs, dict):
+        yield from _unknown_domains(corpus, "data.max_epochs", data.max_epochs)
+
+
+def _unknown_domains(
+    corpus: CorpusConfig, path: str, values: Mapping[str, float]
+) -> Iterable[Fault]:
+    names = [domain.name for domain in corpus.domains]
+    for name, value in values.items():
+        if names and name not in names:
+            near = did_you_mean(name, names)
+            advice = (near, f"Known: {known_names(names)}")
+            yield Fault(f"{path}.{name}", value, "no domain of the corpus has this name", advice)
+
+
+def _rows_for_every_worker(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
+    if isinstance(data, PackedData) and data.rows_per_step < cluster.workers:
+        wrong = f"fewer rows than the {cluster.workers} workers of cluster.workers"
+        advice = "Every worker needs at least one row per step"
+        yield Fault("data.rows_per_step", data.rows_per_step, wrong, (advice,))
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
+    (("corpus", "mixer"), _weights_name_domains),
+    (("corpus", "data"), _caps_name_domains),
+    (("data", "cluster"), _rows_for_every_worker),
+)

@@ -1,0 +1,209 @@
+"""Recipes from files and functions, changed by overrides, checked, and written back.
+
+`load_recipe` reports every fault at once. Relative paths mean what the field's docstring says:
+sources and tokenizers start at the recipe's own directory (they travel with it), results start at
+the working directory. A loaded recipe holds absolute paths only, so it means the same on every
+worker and in `resolved.yaml`.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.recipe import _yaml
+from raymix.recipe._overrides import apply_overrides
+from raymix.recipe._rules import broken_rules
+from raymix.recipe._translate import fault_message, translate
+from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
+from raymix.recipe.mixer import MixerConfig, ReplayMixer
+from raymix.recipe.recipe import Recipe
+from raymix.recipe.training import ModelConfig, PretrainedModel
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def load_recipe(source: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe at `source` with `overrides` applied and its paths made absolute.
+
+    Args:
+        source: A YAML file, `module:function` where the function returns a Recipe, or a Recipe.
+        overrides: Changes such as `train.steps=200`, `corpus.domains.0.name=books` or
+            `mixer.weights={a: 0.5, b: 0.5}`; values are YAML. A change of a kind
+            (`mixer.kind=uniform`) drops the fields that only the old kind has.
+
+    Raises:
+        RecipeError: With one message per fault: of the file, the overrides, or the recipe.
+    """
+    name = source if isinstance(source, Recipe) else os.fspath(source)
+    if isinstance(name, str) and not (_FUNCTION.fullmatch(name) and not os.path.exists(name)):
+        data, base = _read(name), os.path.dirname(os.path.abspath(name))
+    else:
+        recipe = name if isinstance(name, Recipe) else _call(name)
+        if not overrides:
+            return resolve_paths(recipe, os.getcwd())
+        data, base = recipe.model_dump(mode="json"), os.getcwd()
+    return resolve_paths(_validate(apply_overrides(data, overrides)), base)
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Return the whole recipe, defaults included, as YAML that loads to an equal recipe."""
+    return _yaml.dump(recipe.model_dump(mode="json"))
+
+
+def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
+    """Return the recipe with absolute paths; URLs (`s3://...`) stay as they are.
+
+    Args:
+        recipe: The recipe.
+        base: Directory at which relative sources and a relative tokenizer start; results (the
+            prepared corpus, the run, models and logs of other runs) start at the working
+            directory.
+    """
+    start, here = os.path.abspath(base), os.getcwd()
+    # What is a template below the directory must not make one of the directory's own name.
+    braces = here.replace("{", "{{").replace("}", "}}")
+    changes: dict[str, Any] = {
+        "corpus": _corpus_paths(recipe.corpus, start, here),
+        "run": recipe.run.model_copy(update={"dir": absolute(recipe.run.dir, braces)}),
+    }
+    model: ModelConfig = recipe.model
+    if isinstance(model, PretrainedModel):
+        changes["model"] = model.model_copy(update={"path": absolute(model.path, here)})
+    mixer: MixerConfig = recipe.mixer
+    if isinstance(mixer, ReplayMixer):
+        changes["mixer"] = mixer.model_copy(update={"log": absolute(mixer.log, here)})
+    return recipe.model_copy(update=changes)
+
+
+def absolute(path: str, base: str) -> str:
+    """Return a local path made absolute from `base`, its `~` filled in; a URL unchanged."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+        return path
+    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
+def _corpus_paths(corpus: CorpusConfig, start: str, here: str) -> CorpusConfig:
+    literal = glob.escape(start)
+    domains = tuple(
+        domain.model_copy(
+            update={
+                "train": tuple(absolute(item, literal) for item in domain.train),
+                "valid": tuple(absolute(item, literal) for item in domain.valid),
+            }
+        )
+        for domain in corpus.domains
+    )
+    changes: dict[str, Any] = {"path": absolute(corpus.path, here), "domains": domains}
+    if isinstance(corpus.tokenizer, PretrainedTokenizer):
+        path = absolute(corpus.tokenizer.path, start)
+        changes["tokenizer"] = corpus.tokenizer.model_copy(update={"path": path})
+    return corpus.model_copy(update=changes)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds."""
+    try:
+        size = os.path.getsize(path)
+        raw = Path(path).read_bytes() if size <= _yaml.MAX_BYTES else b""
+    except (OSError, ValueError) as error:
+        raise RecipeError(_unreadable(path, error)) from None
+    if size > _yaml.MAX_BYTES:
+        wrong = f"{size:,} bytes is too large for a recipe"
+        raise RecipeError(problem("recipe", path, wrong, "Data belongs in files that it names"))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        wrong = f"not UTF-8 text: byte {raw[error.start]:#04x} at line {line}"
+        raise RecipeError(problem("recipe", path, wrong, "A recipe is a YAML file")) from None
+    data = _yaml.parse(text, name="recipe", value=path)
+    if not isinstance(data, dict):
+        found = "is empty" if data is None else f"holds a {type(data).__name__}, not a mapping"
+        advice = "Write a new one with `raymix init FILE`"
+        raise RecipeError(problem("recipe", path, f"the file {found}", advice))
+    return data
+
+
+def _unreadable(path: str, error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        folder = os.path.dirname(path) or "."
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        recipes = [name for name in names if name.endswith((".yaml", ".yml"))]
+        near = did_you_mean(os.path.basename(path), recipes)
+        return problem("recipe", path, "no such file", near)
+    if isinstance(error, IsADirectoryError):
+        return problem("recipe", path, "a directory", "Name the YAML file in it")
+    reason = error.strerror if isinstance(error, OSError) else error
+    return problem("recipe", path, f"cannot be read: {reason}")
+
+
+def _call(source: str) -> Recipe:
+    """Return what the function named `module:function` returns."""
+    module_name, function_name = source.split(":")
+    with _importing_from_here():
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            advice = "Give a YAML file, or a module that Python finds from here"
+            raise RecipeError(problem("recipe", source, str(error), advice)) from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            known = [name for name, item in vars(module).items() if callable(item)]
+            wrong = f"module {module_name!r} has no function {function_name!r}"
+            near = did_you_mean(function_name, known)
+            raise RecipeError(problem("recipe", source, wrong, near))
+        recipe = function()
+    if not isinstance(recipe, Recipe):
+        wrong = f"the function returned a {type(recipe).__name__}, not a raymix.Recipe"
+        raise RecipeError(problem("recipe", source, wrong))
+    return recipe
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Let modules of the working directory be imported, as `python -m` does."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
+
+
+def _validate(data: Mapping[str, Any]) -> Recipe:
+    """Return the recipe, or raise all faults: of fields, and of rules over sound sections."""
+    optional = {name for name, field in Recipe.model_fields.items() if not field.is_required()}
+    # `eval:` with nothing below it means its defaults.
+    data = {key: item for key, item in data.items() if item is not None or key not in optional}
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        messages = translate(error.errors(include_url=False), Recipe)
+    messages += [fault_message(fault) for fault in broken_rules(_sound_sections(data))]
+    raise RecipeError(*dict.fromkeys(messages))
+
+
+def _sound_sections(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the top-level sections that are valid on their own, defaults for absent ones."""
+    sections: dict[str, Any] = {}
+    for name, field in Recipe.model_fields.items():
+        if name not in data:
+            if not field.is_required():
+                sections[name] = field.get_default(call_default_factory=True)
+            continue
+        with suppress(ValidationError):
+            tag = Field(discriminator=field.discriminator)
+            kind: Any = field.annotation
+            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[kind, tag, *field.metadata])
+            sections[name] = adapter.validate_python(data[name])
+    return sections

@@ -1,0 +1,170 @@
+"""The JSON schema of recipes, and a commented recipe made from the same models."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from raymix.recipe import _yaml
+from raymix.recipe._describe import Spot, describe, tag_of
+from raymix.recipe.recipe import Recipe
+
+SCHEMA_FILE = "raymix.schema.json"
+EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
+_WIDTH = 98
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) of a recipe, with every field's description."""
+    schema = Recipe.model_json_schema(mode="validation")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "raymix recipe"}
+    return {**head, **{key: item for key, item in schema.items() if key != "title"}}
+
+
+def commented_recipe(name: str) -> str:
+    """Return a recipe as YAML in which every field stands with its meaning, type and default.
+
+    Args:
+        name: The run's name; the files it names (`data/books/*.parquet`, ...) are placeholders.
+    """
+    example: dict[str, Any] = {
+        "name": name,
+        "corpus": {
+            "path": f"corpora/{name}",
+            "tokenizer": "byte",
+            "domains": [
+                {"name": "books", "train": "data/books/*.parquet"},
+                {"name": "code", "train": "data/code/*.jsonl.gz"},
+            ],
+        },
+        "mixer": {"kind": "proportional"},
+        "train": {"steps": 1000},
+    }
+    intro = [
+        EDITOR_LINE,
+        "# A raymix recipe: one file for prepare, plan, train, eval and report.",
+        "# Every field is shown with its default; delete what you do not change.",
+        "# Relative sources start at this file, results at the working directory.",
+    ]
+    return "\n".join([*intro, *_model_lines(Recipe, example, "")]) + "\n"
+
+
+def _model_lines(
+    model: type[BaseModel], values: Mapping[str, Any], indent: str, kinds: Spot | None = None
+) -> Iterator[str]:
+    """Yield the lines of a mapping: each field of `model` with its comment above it.
+
+    Args:
+        model: The model of the mapping.
+        values: The fields that do not keep their defaults.
+        indent: White space before every line.
+        kinds: The union that `model` was chosen from, if it was.
+    """
+    for name, field in model.model_fields.items():
+        spot = Spot.of_field(field)
+        value = values.get(name, _plain_default(field))
+        inner = _member(spot, value)
+        if not indent:
+            yield ""
+        yield from _comment(field.description or "", indent)
+        if inner is None:
+            yield from _comment(f"  {_allowed(field, spot, kinds, name)}", indent, hang=2)
+        if inner is not None:
+            yield f"{indent}{name}:"
+            yield from _kinds(spot, value, indent + "  ")
+            yield from _model_lines(inner, value, indent + "  ", spot)
+        elif name == "domains":
+            yield f"{indent}{name}:"
+            yield from _domain_lines(spot, value, indent + "  ")
+        else:
+            yield indent + _flow({name: value})
+
+
+def _domain_lines(spot: Spot, domains: list[dict[str, Any]], indent: str) -> Iterator[str]:
+    """Yield a list whose first entry is commented field by field, the others brief."""
+    item = spot.child(0)
+    assert item is not None, "domains is a list"
+    assert item.model is not None, "domains is a list of models"
+    lines = list(_model_lines(item.model, domains[0], indent + "  "))
+    entry = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
+    yield from lines[:entry]
+    yield f"{indent}- {lines[entry].strip()}"
+    yield from lines[entry + 1 :]
+    for domain in domains[1:]:
+        yield f"{indent}- {{{', '.join(_flow({key: item}) for key, item in domain.items())}}}"
+
+
+def _kinds(spot: Spot, value: Mapping[str, Any], indent: str) -> Iterator[str]:
+    """Yield, where a section comes in kinds, what the other kinds are."""
+    others = [m for m in spot.members() if m is not _chosen(spot, value)]
+    for member in others:
+        if member.model is None:
+            continue
+        key, tag = spot.discriminator or "kind", tag_of(member, spot)
+        fields = [name for name in member.model.model_fields if name != key]
+        known = _chosen(spot, value).model
+        new = [name for name in fields if known is None or name not in known.model_fields]
+        extra = f" Adds: {', '.join(new)}." if new else ""
+        yield from _comment(f"{key}: {tag} - {_first_line(member.model)}{extra}", indent, hang=4)
+
+
+def _chosen(spot: Spot, value: Mapping[str, Any]) -> Spot:
+    members = spot.members()
+    tag = value.get(spot.discriminator or "")
+    return next((m for m in members if tag_of(m, spot) == tag), members[0])
+
+
+def _member(spot: Spot, value: Any) -> type[BaseModel] | None:
+    """Return the model whose fields are written out at `spot`, or None for a plain value."""
+    return _chosen(spot, value).model if isinstance(value, dict) else None
+
+
+def _plain_default(field: FieldInfo) -> Any:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, BaseModel):
+        return default.model_dump(mode="json")
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _allowed(field: FieldInfo, spot: Spot, kinds: Spot | None, name: str) -> str:
+    """Return what the comment above a field says of its type and default."""
+    if kinds is not None and name == kinds.discriminator:
+        return ", ".join(tag_of(member, kinds) for member in kinds.members())
+    if field.is_required():
+        return f"{describe(spot)}; required"
+    default = _plain_default(field)
+    shown = f"{{{_flow(default)}}}" if isinstance(default, dict) and default else _flow(default)
+    return f"{describe(spot)}; default {shown}"
+
+
+def _flow(value: Any) -> str:
+    """Return a value, or a mapping of one key, as one line of YAML."""
+    if isinstance(value, dict) and len(value) == 1:
+        ((key, item),) = value.items()
+        return f"{key}: {_flow(item)}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_flow(item) for item in value) + "]"
+    if value == {}:
+        return "{}"
+    return _yaml.dump(value).removesuffix("\n").removesuffix("\n...")
+
+
+def _comment(text: str, indent: str, hang: int = 0) -> list[str]:
+    start = f"{indent}# "
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=start,
+        subsequent_indent=start + " " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    return (inspect.getdoc(model) or "").split("\n")[0]
