@@ -1,0 +1,78 @@
+"""AdamW, its parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from raymix.recipe.training import TrainConfig
+
+
+def learning_rate(step: int, *, steps: int, config: TrainConfig) -> float:
+    """Return the learning rate of step `step` (0-based) of `steps`; the last step has the lowest.
+
+    Linear warm-up over W = ceil(warmup_ratio * steps) steps, reaching the peak at step W - 1.
+    Then `cosine` falls to `min_lr_ratio` of the peak along half a cosine (Loshchilov and Hutter
+    2017, eq. 5), `wsd` holds and falls linearly over the last `decay_ratio` of the steps (Hu et
+    al. 2024), `constant` holds.
+    """
+    warmup = math.ceil(config.warmup_ratio * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    low = config.min_lr_ratio
+    if config.schedule == "cosine":
+        done = (step + 1 - warmup) / max(1, steps - warmup)
+        return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+    if config.schedule == "wsd":
+        decay = min(steps - warmup, max(1, math.ceil(config.decay_ratio * steps)))
+        done = max(0.0, (step + 1 - (steps - decay)) / decay)
+        return config.lr * (1 - (1 - low) * done)
+    return config.lr
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Return AdamW's two groups: matrices and embeddings decay, biases and norms do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, *, sharded: bool) -> torch.optim.AdamW:
+    """Return AdamW over the trainable parameters of `model`.
+
+    Args:
+        model: The model, wrapped or not.
+        config: Rates and decay.
+        sharded: The parameters are DTensors (FSDP2), for which the fused kernel needs a GPU.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True if on_gpu or not sharded else None,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of `optimizer` the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], clip_norm: float | None) -> torch.Tensor:
+    """Return the global gradient norm (a scalar on the device) from before clipping to `clip_norm`.
+
+    Without a limit the gradients stay as they are; the norm is measured all the same.
+    """
+    tensors = [parameter for parameter in parameters if parameter.grad is not None]
+    limit = math.inf if clip_norm is None else clip_norm
+    norm = torch.nn.utils.clip_grad_norm_(tensors, limit)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
