@@ -56,20 +56,29 @@ def load(
     return load_recipe(source, [*(overrides or ()), *(set_overrides or ())])
 
 
-def run_command(work: Callable[[], Mapping[str, Any]], *, json: bool) -> None:
+def run_command(
+    work: Callable[[], Mapping[str, Any]],
+    *,
+    json: bool,
+    failed: Callable[[Mapping[str, Any]], bool] = lambda document: False,
+) -> None:
     """Run `work`; print its document when `json`; leave with the right exit code.
 
     Args:
         work: Does the job, prints for people on stdout, returns the document.
         json: Print that document, and nothing else, on stdout; a failure is a document too:
             `{"error": class, "problems": [message, ...]}`.
+        failed: Says of a document that it stands for a failure: exit code 1.
 
     Raises:
         typer.Exit: With 2 for bad input, 1 for a failure in the work, 130 when interrupted.
     """
     with _stdout_for_document(json) as write:
         try:
-            write(work())
+            document = work()
+            write(document)
+            if failed(document):
+                raise typer.Exit(1)
         except typer.Exit:
             raise
         except KeyboardInterrupt:

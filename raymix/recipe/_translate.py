@@ -194,7 +194,8 @@ def _unknown_key(item: _Located, name: str, root: Spot) -> str:
     key = str(item.path[-1])
     model = item.parent.model
     known = list(model.model_fields) if model else []
-    near = did_you_mean(key, known) or _elsewhere(key, root)
+    section = name.removesuffix(key)
+    near = did_you_mean(name, [section + field for field in known]) or _elsewhere(key, root)
     return problem(
         name, brief(item.error["input"]), "unknown key", near, f"Known: {', '.join(known)}"
     )

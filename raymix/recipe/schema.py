@@ -43,6 +43,15 @@ def commented_recipe(name: str) -> str:
             ],
         },
         "mixer": {"kind": "proportional"},
+        "model": {
+            "kind": "config",
+            "config": {
+                "hidden_size": 256,
+                "intermediate_size": 704,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+            },
+        },
         "train": {"steps": 1000},
     }
     intro = [
@@ -82,7 +91,7 @@ def _model_lines(
             yield f"{indent}{name}:"
             yield from _domain_lines(spot, value, indent + "  ")
         else:
-            yield indent + _flow({name: value})
+            yield f"{indent}{name}: {_flow(value)}"
 
 
 def _domain_lines(spot: Spot, domains: list[dict[str, Any]], indent: str) -> Iterator[str]:
@@ -96,7 +105,7 @@ def _domain_lines(spot: Spot, domains: list[dict[str, Any]], indent: str) -> Ite
     yield f"{indent}- {lines[entry].strip()}"
     yield from lines[entry + 1 :]
     for domain in domains[1:]:
-        yield f"{indent}- {{{', '.join(_flow({key: item}) for key, item in domain.items())}}}"
+        yield f"{indent}- {_flow(domain)}"
 
 
 def _kinds(spot: Spot, value: Mapping[str, Any], indent: str) -> Iterator[str]:
@@ -137,20 +146,15 @@ def _allowed(field: FieldInfo, spot: Spot, kinds: Spot | None, name: str) -> str
         return ", ".join(tag_of(member, kinds) for member in kinds.members())
     if field.is_required():
         return f"{describe(spot)}; required"
-    default = _plain_default(field)
-    shown = f"{{{_flow(default)}}}" if isinstance(default, dict) and default else _flow(default)
-    return f"{describe(spot)}; default {shown}"
+    return f"{describe(spot)}; default {_flow(_plain_default(field))}"
 
 
 def _flow(value: Any) -> str:
-    """Return a value, or a mapping of one key, as one line of YAML."""
-    if isinstance(value, dict) and len(value) == 1:
-        ((key, item),) = value.items()
-        return f"{key}: {_flow(item)}"
+    """Return a value as one line of YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_flow(item) for item in value) + "]"
-    if value == {}:
-        return "{}"
     return _yaml.dump(value).removesuffix("\n").removesuffix("\n...")
 
 

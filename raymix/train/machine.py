@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -120,7 +121,7 @@ def _cluster(address: str) -> Resources:
     joined = not ray.is_initialized()
     if joined:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             wrong = f"cannot be joined: {str(error).splitlines()[0]}"
             raise ClusterError(problem("cluster.address", address, wrong)) from error

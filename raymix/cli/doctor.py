@@ -1,0 +1,195 @@
+"""`raymix doctor`: is this machine fit for a run?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Annotated, Any, Literal
+
+import typer
+
+from raymix.cli._run import Json, run_command
+
+Verdict = Literal["ok", "warn", "fail"]
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+    "pydantic",
+    "numpy",
+    "scipy",
+)
+_GB = 1e9
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the doctor: what was looked at, the verdict, what was found, what to do."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def command(
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="Ray cluster; or RAY_ADDRESS."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check this machine and its Ray cluster: versions, cores, memory, disk, GPUs, limits.
+
+    Exit code 1 if something would stop a run.
+    """
+
+    def work() -> dict[str, Any]:
+        checks = []
+        for check in examine(address):
+            checks.append(check)
+            print(line(check, colour=sys.stdout.isatty()))
+        return {
+            "ok": all(check.verdict != "fail" for check in checks),
+            "checks": [asdict(check) for check in checks],
+        }
+
+    run_command(work, json=json, failed=lambda document: not document["ok"])
+
+
+def line(check: Check, *, colour: bool) -> str:
+    """Return a check as one line for people, its advice on a second."""
+    verdict = check.verdict.ljust(4)
+    if colour:
+        verdict = typer.style(verdict, fg=_COLOURS[check.verdict], bold=True)
+    advice = f"\n{'':21}{check.advice}" if check.advice else ""
+    return f"{verdict} {check.name:15} {check.found}{advice}"
+
+
+def examine(address: str | None) -> Iterator[Check]:
+    """Yield every check, the quick ones first."""
+    yield _python()
+    yield from _packages()
+    quick: tuple[Callable[[], Check], ...] = (_cores, _memory, _shared_memory, _disk, _open_files)
+    for check in quick:
+        yield check()
+    yield _gpus()
+    yield _cluster(address)
+
+
+def _python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def _packages() -> Iterator[Check]:
+    from packaging.requirements import Requirement
+
+    needed = {}
+    for text in metadata.requires("raymix") or ():
+        requirement = Requirement(text)
+        if requirement.marker is None:
+            needed[requirement.name] = requirement.specifier
+    for name in PACKAGES:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Check(name, "fail", "not installed", f"pip install '{name}'")
+            continue
+        wanted = needed.get(name)
+        if wanted is None or wanted.contains(version, prereleases=True):
+            yield Check(name, "ok", version)
+        else:
+            yield Check(name, "fail", version, f"pip install '{name}{wanted}'")
+
+
+def _cores() -> Check:
+    from raymix.train.machine import cores
+
+    count = cores()
+    if count >= 2:
+        return Check("cores", "ok", f"{count}")
+    advice = "Ray's own processes share it with the work: cluster.workers=0 is fastest here."
+    return Check("cores", "warn", f"{count}", advice)
+
+
+def _memory() -> Check:
+    from raymix.train.machine import memory
+
+    total, free = memory()
+    found = f"{total / _GB:.1f} GB, {free / _GB:.1f} GB available"
+    if free >= 4 * _GB:
+        return Check("memory", "ok", found)
+    advice = "Ray takes 30 % of memory for its object store; set cluster.object_store_bytes."
+    return Check("memory", "warn", found, advice)
+
+
+def _shared_memory() -> Check:
+    from raymix.train.machine import SHM, disk_free, memory
+
+    if not SHM.exists():
+        return Check("object store", "warn", f"no {SHM}", "Ray will use files in /tmp, slower.")
+    free, wanted = disk_free(str(SHM)) or 0, int(0.3 * memory()[0])
+    found = f"{SHM} has {free / _GB:.1f} GB free, Ray takes {wanted / _GB:.1f} GB by default"
+    if free >= wanted:
+        return Check("object store", "ok", found)
+    advice = (
+        "Set cluster.object_store_bytes below what is free, or start the container with a larger "
+        f"--shm-size ({wanted / _GB:.0f}g); else Ray uses files in /tmp, slower."
+    )
+    return Check("object store", "warn", found, advice)
+
+
+def _disk() -> Check:
+    from raymix.train.machine import disk_free
+
+    here, temporary = disk_free(os.getcwd()) or 0, disk_free("/tmp/ray") or 0
+    found = f"{here / _GB:.1f} GB free here, {temporary / _GB:.1f} GB where Ray logs"
+    if min(here, temporary) >= 5 * _GB:
+        return Check("disk", "ok", found)
+    return Check("disk", "warn", found, "Free some: corpora and checkpoints need room.")
+
+
+def _open_files() -> Check:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= 4096 or soft == resource.RLIM_INFINITY:
+        return Check("open files", "ok", f"ulimit -n {soft}")
+    more = f"ulimit -n {min(65_536, hard) if hard > 0 else 65_536}"
+    return Check("open files", "warn", f"ulimit -n {soft}", f"Ray opens many: run `{more}` first.")
+
+
+def _gpus() -> Check:
+    try:
+        import torch
+
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    except (ImportError, OSError, RuntimeError) as error:
+        return Check("gpus", "fail", f"torch does not load: {error}", "Reinstall torch.")
+    if names:
+        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        return Check("gpus", "ok", f"{kinds}, CUDA {torch.version.cuda}")
+    return Check("gpus", "ok", "none: training runs on the CPU with gloo")
+
+
+def _cluster(address: str | None) -> Check:
+    from raymix.errors import ClusterError
+    from raymix.train.machine import ray_address, resources
+
+    found = ray_address(address)
+    if found is None:
+        return Check("ray cluster", "ok", "no address: runs start a private one on this machine")
+    try:
+        has = resources(found)
+    except ClusterError as error:
+        return Check("ray cluster", "fail", str(error))
+    what = f"{has.cpus:g} CPUs, {has.gpus:g} GPUs, {has.memory_bytes / _GB:.1f} GB"
+    return Check("ray cluster", "ok", f"{found}: {has.nodes} nodes with {what}")

@@ -1,0 +1,26 @@
+"""`raymix validate`: is this recipe sound?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+
+
+def command(
+    recipe: RecipeSource,
+    overrides: Overrides = None,
+    set_overrides: SetOverrides = None,
+    json: Json = False,
+) -> None:
+    """Check a recipe and report every problem at once.
+
+    Looks at the recipe alone; `raymix plan` also looks at the corpus, the model and the machine.
+    """
+
+    def work() -> dict[str, Any]:
+        loaded = load(recipe, overrides, set_overrides)
+        print(f"{recipe} is valid: run {loaded.name!r}, {len(loaded.corpus.domains)} domains.")
+        return {"valid": True, "recipe": loaded.model_dump(mode="json")}
+
+    run_command(work, json=json)
