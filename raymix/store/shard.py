@@ -8,6 +8,7 @@ in its metadata, and reading a block checks it: a flipped bit is found before it
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -120,12 +121,22 @@ def write_lengths(url: str, lengths: npt.NDArray[np.uint32]) -> None:
     Raises:
         CorpusError: If the disk is full.
     """
-    batch = pa.RecordBatch.from_arrays([pa.array(lengths)], schema=_LENGTHS)
+    write_length_pieces(url, [lengths])
+
+
+def write_length_pieces(url: str, pieces: Iterable[npt.NDArray[np.uint32]]) -> None:
+    """Do as `write_lengths`, for lengths that come in pieces and need not be held at once.
+
+    Raises:
+        CorpusError: If the disk is full.
+    """
     with (
         files.AtomicFile(url) as file,
         pa.ipc.new_file(pa.PythonFile(file, "w"), _LENGTHS) as writer,
     ):
-        writer.write_batch(batch)
+        for piece in pieces:
+            lengths = pa.array(np.ascontiguousarray(piece, dtype=np.uint32))
+            writer.write_batch(pa.RecordBatch.from_arrays([lengths], schema=_LENGTHS))
 
 
 def read_lengths(url: str) -> npt.NDArray[np.uint32]:
