@@ -127,8 +127,7 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
     """
     kind: str = config.kind
     if kind not in _FACTORIES:
-        for point in entry_points(group=ENTRY_POINTS, name=kind):
-            _FACTORIES.setdefault(kind, point.load())
+        _load_plugin(kind)
     if kind not in _FACTORIES:
         known = known_mixers()
         raise RecipeError(
@@ -141,6 +140,15 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
             )
         )
     return _FACTORIES[kind](config, context)
+
+
+def _load_plugin(kind: str) -> None:
+    for point in entry_points(group=ENTRY_POINTS, name=kind):
+        try:
+            _FACTORIES.setdefault(kind, point.load())
+        except (ImportError, AttributeError) as error:
+            wrong = f"its entry point {point.value!r} cannot be loaded ({error})"
+            raise RecipeError(problem("mixer.kind", kind, wrong)) from error
 
 
 def describe(built: Mixer) -> str:

@@ -124,23 +124,17 @@ def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
 
 @mixer("schedule")
 def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
-    starts = [piece.step for piece in config.pieces]
     problems: list[str] = []
-    if starts[0] != 0:
-        problems.append(problem("mixer.pieces[0].step", starts[0], "the first piece starts at 0"))
-    for at in range(1, len(starts)):
-        if starts[at] <= starts[at - 1]:
-            wrong = f"not after the piece before it, at step {starts[at - 1]}"
-            problems.append(problem(f"mixer.pieces[{at}].step", starts[at], wrong))
     shares_PD: list[Shares] = []
     for at, piece in enumerate(config.pieces):
         try:
-            path = f"mixer.pieces[{at}].weights"
+            path = f"mixer.pieces.{at}.weights"
             shares_PD.append(shares_by_name(piece.weights, context, path=path))
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
         raise RecipeError(*problems)
+    starts = [piece.step for piece in config.pieces]
     return Planned(
         f"schedule: {len(starts)} pieces, {config.interpolate}, the last from step {starts[-1]}",
         shares_PD,
@@ -241,17 +235,22 @@ def _read_log(path: str) -> list[tuple[int, dict[str, float]]]:
     for number, line in enumerate(lines, start=1):
         try:
             raw = json.loads(line)
-            entries.append((int(raw["first_step"]), dict(raw["shares"])))
-        except (KeyError, TypeError, ValueError) as error:
-            if number == len(lines) and not isinstance(error, KeyError):
+        except ValueError as error:
+            if number == len(lines):
                 break
-            wrong = f"line {number} is not an entry of a mixture log"
-            raise RecipeError(problem("mixer.log", path, wrong)) from error
+            raise RecipeError(_bad_line(path, number)) from error
+        if not (isinstance(raw, dict) and {"first_step", "shares"} <= raw.keys()):
+            raise RecipeError(_bad_line(path, number))
+        entries.append((raw["first_step"], raw["shares"]))
     starts = [start for start, _ in entries]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
         wrong = "no entries that start at step 0 and follow each other"
         raise RecipeError(problem("mixer.log", path, wrong))
     return entries
+
+
+def _bad_line(path: str, number: int) -> str:
+    return problem("mixer.log", path, f"line {number} is not an entry of a mixture log")
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

@@ -26,8 +26,9 @@ sum did not grow: at most (k + m) S_{k+m}(before). If m = 0 that is the claim. E
 is at least M - 1 >= mean(K) - 1, so (k + m) mean(K) - m <= (k + m) S_{k+m}(before), that is
     mean(K) <= S_{k+m}(before) + m / (k + m) <= H_D - H_{k+m} + m / (k + m) <= H_D - H_k,
 as m / (k + m) <= 1/(k+1) + ... + 1/(k+m). With k = 1: c_d <= H_D - 1 (8 domains: 1.72 rows).
-This is the cup game of Dietz and Sleator (1987), with weights in the adversary's hand, so the
-bound is also the best possible up to a constant.
+(A "cup game": Dietz and Sleator 1987 prove a bound of this kind for pebbles. It is tight: in steps
+of one row, give equal shares to the domains not yet taken from and next to nothing to the others;
+the last one comes as near to H_D - 1 as one likes.)
 
 *Below, while all D stay in use: c_d >= -(1 - 1/D).* Before each row is taken the carries sum to
 at least 1, so the largest is at least 1/D, and taking lowers it by 1. Nothing else lowers one.

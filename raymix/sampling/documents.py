@@ -27,12 +27,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from raymix.errors import CorpusError, problem
 from raymix.sampling.allocate import NO_LIMIT
-from raymix.sampling.identity import dump_ints, load_ints
+from raymix.sampling.identity import dump_state, load_state
 from raymix.sampling.log import MixtureLog
-from raymix.sampling.order import CorpusOrder
+from raymix.sampling.order import CorpusOrder, DomainOrder
 from raymix.sampling.shares import SHARE_BITS, Ints, fixed_point, restricted
 
+# Documents looked up at once: per domain, and over all domains.
 _AHEAD = 512
+_AHEAD_IN_ALL = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,10 @@ class DocumentPlanner:
         # |carry| < sequence_length * D must fit 62 bits; see the bounds above.
         spare = 62 - (sequence_length * n_domains).bit_length()
         self.bits = min(SHARE_BITS, spare)
+        ahead = min(_AHEAD, max(8, _AHEAD_IN_ALL // n_domains))
         self._ahead = [
-            _Ahead(order, domain, lengths[domain], sequence_length) for domain in range(n_domains)
+            _Ahead(order.of(domain), lengths[domain], longest=sequence_length, ahead=ahead)
+            for domain in range(n_domains)
         ]
         self._shares: tuple[tuple[float, ...], Ints] | None = None
 
@@ -98,11 +102,7 @@ class DocumentPlanner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return {step, carry, count} in JSON types: everything that resuming needs."""
-        return {
-            "step": self.step,
-            "carry": dump_ints(self.carry_D),
-            "count": dump_ints(self.count_D),
-        }
+        return dump_state(self.step, self.carry_D, self.count_D)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state.
@@ -110,46 +110,67 @@ class DocumentPlanner:
         Raises:
             ValueError: If it belongs to another number of domains.
         """
-        carry_D, count_D = load_ints(state["carry"]), load_ints(state["count"])
-        if not carry_D.size == count_D.size == self.count_D.size:
-            raise ValueError(f"a state of {count_D.size} domains for {self.count_D.size} domains")
-        self.step, self.carry_D, self.count_D = int(state["step"]), carry_D, count_D
+        self.step, self.carry_D, self.count_D = load_state(state, self.count_D.size)
 
     def _plan_one(self) -> DocumentStep:
         entry = self.log.at(self.step)
-        if self._shares is None or self._shares[0] is not entry.weights:
-            self._shares = entry.weights, fixed_point(entry.weights, bits=self.bits)
+        q_D = self._fixed(entry.weights)
         carry_D, count_D = self.carry_D.copy(), self.count_D.copy()
         picked: list[tuple[int, int, int, int]] = []
         tokens = 0
-        q_D = self._open_shares(count_D)
-        active = np.flatnonzero(q_D)
-        while tokens < self._tokens and active.size:
-            domain = int(active[np.argmax(carry_D[active])])
-            index = int(count_D[domain])
-            document, length = self._ahead[domain].at(index)
-            picked.append((domain, index, document, length))
-            tokens += length
-            carry_D += length * q_D
-            carry_D[domain] -= length << self.bits
-            count_D[domain] += 1
-            if count_D[domain] == self._limit_D[domain]:
-                q_D = self._open_shares(count_D)
-                active = np.flatnonzero(q_D)
-        if tokens < self._tokens:
-            raise CorpusError(self._used_up())
+        while tokens < self._tokens:
+            open_q_D = q_D
+            if (count_D[q_D > 0] >= self._limit_D[q_D > 0]).any():
+                open_q_D = restricted(q_D, count_D < self._limit_D)
+            active = np.flatnonzero(open_q_D)
+            if not active.size:
+                raise CorpusError(self._used_up())
+            tokens += self._pick(active, open_q_D[active], carry_D, count_D, tokens, picked)
         self.carry_D, self.count_D = carry_D, count_D
         self.step += 1
-        rows = np.array(picked, dtype=np.int64).T
+        domain_N, index_N, document_N, length_N = np.array(picked, dtype=np.int64).T
         return DocumentStep(
-            self.step - 1, entry.version, rows[0].astype(np.int32), rows[1], rows[2], rows[3]
+            self.step - 1,
+            entry.version,
+            domain_N.astype(np.int32),
+            index_N,
+            document_N,
+            length_N,
         )
 
-    def _open_shares(self, count_D: Ints) -> Ints:
-        assert self._shares is not None
-        q_D = self._shares[1]
-        open_D = count_D < self._limit_D
-        return q_D if open_D[q_D > 0].all() else restricted(q_D, open_D)
+    def _pick(
+        self,
+        active: Ints,
+        q_A: Ints,
+        carry_D: Ints,
+        count_D: Ints,
+        tokens: int,
+        picked: list[tuple[int, int, int, int]],
+    ) -> int:
+        """Pick until the budget is met or a domain reaches its limit; return the tokens picked."""
+        carry_A = carry_D[active]
+        domains, count_A = active.tolist(), count_D[active].tolist()
+        limit_A = self._limit_D[active].tolist()
+        got = 0
+        while tokens + got < self._tokens:
+            at = int(carry_A.argmax())
+            domain, index = domains[at], count_A[at]
+            document, length = self._ahead[domain].at(index)
+            picked.append((domain, index, document, length))
+            carry_A += length * q_A
+            carry_A[at] -= length << self.bits
+            count_A[at] = index + 1
+            got += length
+            if index + 1 == limit_A[at]:
+                break
+        carry_D[active] = carry_A
+        count_D[active] = count_A
+        return got
+
+    def _fixed(self, weights: tuple[float, ...]) -> Ints:
+        if self._shares is None or self._shares[0] is not weights:
+            self._shares = weights, fixed_point(weights, bits=self.bits)
+        return self._shares[1]
 
     def _used_up(self) -> str:
         return problem(
@@ -166,14 +187,16 @@ class _Ahead:
 
     def __init__(
         self,
-        order: CorpusOrder,
-        domain: int,
+        order: DomainOrder,
         lengths: NDArray[np.unsignedinteger[Any]],
-        sequence_length: int,
+        *,
+        longest: int,
+        ahead: int,
     ) -> None:
-        self._order = order.of(domain)
+        self._order = order
         self._lengths = lengths
-        self._longest = sequence_length
+        self._longest = longest
+        self._ahead = ahead
         self._first = 0
         self._documents: list[int] = []
         self._tokens: list[int] = []
@@ -185,7 +208,7 @@ class _Ahead:
         return self._documents[index - self._first], self._tokens[index - self._first]
 
     def _fetch(self, index: int) -> None:
-        _, group, unit = self._order.locate(np.arange(index, index + _AHEAD))
+        _, group, unit = self._order.locate(np.arange(index, index + self._ahead))
         documents = group * self._order.geometry.group_units + unit
         tokens = np.clip(self._lengths[documents].astype(np.int64), 1, self._longest)
         self._first, self._documents, self._tokens = index, documents.tolist(), tokens.tolist()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,15 +28,31 @@ def batch_hash(domain_B: ArrayLike, index_B: ArrayLike) -> str:
     return blake2b(pairs.tobytes(), digest_size=8).hexdigest()
 
 
-def dump_ints(values: Ints) -> list[int] | str:
-    """Return int64 values for JSON: a list up to 256 of them, beyond that packed text."""
+def dump_state(step: int, carry_D: Ints, count_D: Ints) -> dict[str, Any]:
+    """Return a planner's state in JSON types; under 200 KB as text at 10,000 domains."""
+    return {"step": step, "carry": _dump(carry_D), "count": _dump(count_D)}
+
+
+def load_state(state: Mapping[str, Any], n_domains: int) -> tuple[int, Ints, Ints]:
+    """Return step, carry and count of a state.
+
+    Raises:
+        ValueError: If it belongs to another number of domains.
+    """
+    carry_D, count_D = _load(state["carry"]), _load(state["count"])
+    if not carry_D.size == count_D.size == n_domains:
+        raise ValueError(f"a state of {count_D.size} domains for {n_domains} domains")
+    return int(state["step"]), carry_D, count_D
+
+
+def _dump(values: Ints) -> list[int] | str:
+    """Return a list of up to 256 values, beyond that packed text."""
     if values.size <= _LISTED:
         return values.tolist()
     return base64.b64encode(zlib.compress(values.astype("<i8").tobytes(), 6)).decode()
 
 
-def load_ints(dumped: list[int] | str | Ints) -> Ints:
-    """Return what `dump_ints` was given."""
+def _load(dumped: list[int] | str) -> Ints:
     if isinstance(dumped, str):
         raw = zlib.decompress(base64.b64decode(dumped))
         return np.frombuffer(raw, dtype="<i8").astype(np.int64)

@@ -16,7 +16,7 @@ from hashlib import blake2b
 import numpy as np
 
 from raymix.errors import CorpusError, problem
-from raymix.sampling._bits import MASK_64, U64, Radix, mix64, mix_int, permute
+from raymix.sampling._bits import LARGEST, U64, Radix, mix64, mix_int, permute
 from raymix.sampling.shares import Ints
 
 _EPOCH = np.uint64(0x9E3779B97F4A7C15)
@@ -60,6 +60,7 @@ class _Shape:
     """Numbers of a domain as uint64, one each or one per element, shapes () or (N,)."""
 
     key: U64
+    group_key: U64
     units: U64
     group_units: U64
     window_groups: U64
@@ -87,14 +88,19 @@ class CorpusOrder:
         units = np.array([g.units for g in geometries], dtype=np.int64)
         size = np.array([g.group_units for g in geometries], dtype=np.int64)
         full = units // size
-        # A window of more groups than there are is one of all groups; this also bounds products.
-        width = np.minimum(window, full + 1)
+        if (full > LARGEST).any() or (size > LARGEST).any():
+            raise CorpusError(
+                problem("corpus", int(full.max()), f"more than {LARGEST} blocks or rows in a block")
+            )
+        # A window of more groups than there are is one of all groups.
+        width = np.minimum(np.minimum(window, full + 1), np.maximum(1, LARGEST // size))
         last = (units - 1) // (width * size)
         inside = np.stack([np.minimum(width * size, units), units - last * width * size], axis=1)
         seed_key = mix_int(seed)
         keys = [mix_int(seed_key ^ g.key) for g in geometries]
         self._shapes = _Shape(
             key=np.array(keys, dtype=np.uint64),
+            group_key=mix64(np.array(keys, dtype=np.uint64)),
             units=units.astype(np.uint64),
             group_units=size.astype(np.uint64),
             window_groups=width.astype(np.uint64),
@@ -139,14 +145,16 @@ class DomainOrder:
 
 
 def _take(shapes: _Shape, at: Ints | int) -> _Shape:
+    where = (at, ...) if isinstance(at, int) else at
     return _Shape(
-        key=shapes.key[at],
-        units=shapes.units[at],
-        group_units=shapes.group_units[at],
-        window_groups=shapes.window_groups[at],
-        window_units=shapes.window_units[at],
-        last_window=shapes.last_window[at],
-        full_groups=shapes.full_groups[at],
+        key=shapes.key[where],
+        group_key=shapes.group_key[where],
+        units=shapes.units[where],
+        group_units=shapes.group_units[where],
+        window_groups=shapes.window_groups[where],
+        window_units=shapes.window_units[where],
+        last_window=shapes.last_window[where],
+        full_groups=shapes.full_groups[where],
         groups=shapes.groups.take(at),
         inside=shapes.inside,
     )
@@ -158,24 +166,43 @@ def _locate(shape: _Shape, pair: Ints | int, n: Ints, inside: Radix) -> tuple[In
     place -= epoch * shape.units
     window = place // shape.window_units
     place -= window * shape.window_units
-    epoch_key = mix64(epoch * _EPOCH + shape.key)
-    in_last = window == shape.last_window
-    if not np.ndim(pair) and in_last.all():
-        radix = inside.take(pair + 1)
-    elif not np.ndim(pair) and not in_last.any():
-        radix = inside.take(pair)
+    radix = _window_sizes(shape, pair, window, inside)
+    place = permute(place, mix64(epoch * _EPOCH + window * _WINDOW + shape.key), radix)
+    position = place // shape.group_units
+    place -= position * shape.group_units
+    position += window * shape.window_groups
+    tail = position == shape.full_groups
+    if np.count_nonzero(tail):
+        group = _full_group(np.where(tail, 0, position), epoch, shape)
+        group = np.where(tail, shape.full_groups, group)
     else:
-        radix = inside.take(pair + in_last)
-    place = permute(place, mix64(window * _WINDOW + epoch_key), radix)
-    slot = place // shape.group_units
-    place -= slot * shape.group_units
-    slot += window * shape.window_groups
-    tail = np.flatnonzero(slot == shape.full_groups)
-    slot[tail] = 0
-    group = permute(slot, epoch_key, shape.groups)
-    if tail.size:
-        group[tail] = shape.full_groups[tail] if np.ndim(pair) else shape.full_groups
+        group = _full_group(position, epoch, shape)
     return epoch.astype(np.int64), group.astype(np.int64), place.astype(np.int64)
+
+
+def _window_sizes(shape: _Shape, pair: Ints | int, window: U64, inside: Radix) -> Radix:
+    in_last = window == shape.last_window
+    n_last = np.count_nonzero(in_last)
+    if isinstance(pair, int) and n_last in {0, in_last.size}:
+        return inside.take(pair + int(n_last > 0))
+    return inside.take(pair + in_last)
+
+
+def _full_group(position: U64, epoch: U64, shape: _Shape) -> U64:
+    """Return which full group stands at `position` of the epoch's order."""
+    if np.ndim(shape.key) or not position.size:
+        return permute(position, mix64(epoch * _EPOCH + shape.group_key), shape.groups)
+    # Samples read together share windows: look each of their positions up once.
+    n_groups = np.maximum(shape.full_groups, 1)
+    place = epoch * n_groups + position
+    first, last = place.min(), place.max()
+    if int(last - first) >= place.size // 2:
+        return permute(position, mix64(epoch * _EPOCH + shape.group_key), shape.groups)
+    every = np.arange(first, last + 1, dtype=np.uint64)
+    every_epoch = every // n_groups
+    every -= every_epoch * n_groups
+    keys = mix64(every_epoch * _EPOCH + shape.group_key)
+    return permute(every, keys, shape.groups)[(place - first).view(np.int64)]
 
 
 def step_order(seed: int, first_step: int, n_steps: int, n_rows: int) -> Ints:
@@ -188,7 +215,7 @@ def step_order(seed: int, first_step: int, n_steps: int, n_rows: int) -> Ints:
     base = mix_int(mix_int(seed) ^ 0x5DEECE66D)
     steps = np.arange(first_step, first_step + n_steps, dtype=np.uint64)
     rows = np.arange(n_rows, dtype=np.uint64)
-    key_S = mix64(steps * _EPOCH + np.uint64(base & MASK_64))
+    key_S = mix64(steps * _EPOCH + np.uint64(base))
     hash_SB = mix64(key_S[:, None] + rows * _WINDOW)
     # The row's number in the low bits makes the keys distinct: sorting them sorts the rows.
     hash_SB = (hash_SB & ~low) | rows

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raymix.errors import CorpusError
 from raymix.sampling.allocate import Allocator
-from raymix.sampling.identity import batch_hash, dump_ints, load_ints
+from raymix.sampling.identity import batch_hash, dump_state, load_state
 from raymix.sampling.log import MixtureLog
 from raymix.sampling.order import step_order
 from raymix.sampling.shares import Ints, fixed_point
@@ -113,11 +114,7 @@ class PackedPlanner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return {step, carry, count} in JSON types: everything that resuming needs."""
-        return {
-            "step": self.step,
-            "carry": dump_ints(self._allocator.carry_D),
-            "count": dump_ints(self._allocator.count_D),
-        }
+        return dump_state(self.step, self._allocator.carry_D, self._allocator.count_D)
 
     def state_at(self, chunk: PlanChunk, step: int) -> dict[str, Any]:
         """Return what `state_dict` was before `step` of a chunk; the planner stays where it is."""
@@ -133,12 +130,7 @@ class PackedPlanner:
         Raises:
             ValueError: If it belongs to another number of domains.
         """
-        carry_D, count_D = load_ints(state["carry"]), load_ints(state["count"])
-        if not carry_D.size == count_D.size == self._allocator.count_D.size:
-            raise ValueError(
-                f"a state of {count_D.size} domains for {self._allocator.count_D.size} domains"
-            )
-        self.step = int(state["step"])
+        self.step, carry_D, count_D = load_state(state, self._allocator.count_D.size)
         self._allocator.carry_D, self._allocator.count_D = carry_D, count_D
 
     def _advance(self, n_steps: int) -> tuple[Ints, Ints]:
@@ -152,7 +144,7 @@ class PackedPlanner:
             q_D = self._fixed(entry.weights)
             try:
                 part = self._allocator.allocate_steps(q_D, self._rows, asked, first_step=self.step)
-            except ValueError:
+            except CorpusError:
                 if parts:
                     break
                 raise

@@ -67,12 +67,19 @@ def restricted(q_D: Ints, open_D: NDArray[np.bool_]) -> Ints:
     return out_D
 
 
-def realised_error_bound(n_domains_in_use: int) -> float:
-    """Return the most rows by which a domain can trail what was asked of it: H_n - 1.
+def realised_error_bound(n_domains_in_use: int, *, same_domains: bool = True) -> float:
+    """Return the most rows by which what a domain got can differ from what was asked of it.
 
-    It holds at every step while the same domains are in use, whatever their weights do; nothing
-    runs ahead of its share by more than 1 - 1/n rows. `raymix.sampling.allocate` has the proof.
+    It holds at every step, whatever the weights do. `raymix.sampling.allocate` has the proofs.
+
+    Args:
+        n_domains_in_use: n, the domains that ever had a share.
+        same_domains: True: all of them have a share at every step, and the bound is
+            1/2 + 1/3 + ... + 1/n. False: shares may be zero for a while, or end at a limit, and
+            the bound is (n - 1) / 2.
     """
+    if not same_domains:
+        return max(0, n_domains_in_use - 1) / 2
     return math.fsum(1.0 / k for k in range(2, n_domains_in_use + 1))
 
 
