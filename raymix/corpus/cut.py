@@ -1,0 +1,64 @@
+"""Cutting a stream of documents into blocks of equal size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from raymix.store import Block, TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of a stream, shape (T,), and where documents start in them, (S,)."""
+
+    tokens: TokenArray
+    starts: npt.NDArray[np.int64]
+
+
+def cut_blocks(pieces: Iterable[Piece], block_tokens: int) -> Iterator[Block]:
+    """Yield the stream as blocks of exactly `block_tokens` tokens; the last may be shorter.
+
+    Joined again, the blocks are the stream: every token and every start once, in order.
+    """
+    held: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        rest = piece
+        while size + len(rest.tokens) >= block_tokens:
+            head, rest = _split(rest, block_tokens - size)
+            yield _join([*held, head])
+            held, size = list[Piece](), 0
+        if len(rest.tokens):
+            held.append(rest)
+            size += len(rest.tokens)
+    if held:
+        yield _join(held)
+
+
+def _split(piece: Piece, at: int) -> tuple[Piece, Piece]:
+    border = int(np.searchsorted(piece.starts, at))
+    head = Piece(piece.tokens[:at], piece.starts[:border])
+    return head, Piece(piece.tokens[at:], piece.starts[border:] - at)
+
+
+def _join(pieces: list[Piece]) -> Block:
+    offsets = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
+    starts = [piece.starts + offset for piece, offset in zip(pieces, offsets, strict=False)]
+    tokens = pieces[0].tokens if len(pieces) == 1 else np.concatenate([p.tokens for p in pieces])
+    return Block(np.ascontiguousarray(tokens), np.concatenate(starts).astype(np.uint32))
+
+
+def clip(pieces: Iterable[Piece], low: int, high: int) -> Iterator[Piece]:
+    """Yield the tokens [low, high) of the stream that starts with `pieces`."""
+    position = 0
+    for piece in pieces:
+        end = position + len(piece.tokens)
+        if position < high and end > low:
+            inside, _ = _split(piece, min(high - position, len(piece.tokens)))
+            _, inside = _split(inside, max(low - position, 0))
+            yield inside
+        position = end

@@ -1,0 +1,60 @@
+"""Lines of a file of any length, read in chunks, so that no line can fill the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+CHUNK = 1 << 20
+"""Bytes read at a time."""
+
+Read = Callable[[int], bytes]
+
+
+def lines_between(
+    read: Read, low: int, high: int | None, *, limit: int
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the lines that start in the bytes [low, high), without their line ends.
+
+    Each comes with whether it is whole: a line of more than `limit` bytes is cut there.
+
+    Args:
+        read: Reads up to so many bytes; it stands at byte `low - 1` of the file, or at its
+            start where `low` is 0, so that a line which starts exactly at `low` is seen.
+        low: First byte of the range.
+        high: End of the range, or None for the end of the file.
+        limit: Most bytes of a line to keep.
+    """
+    position = max(low - 1, 0)  # of the line in `pending`
+    skipping = low > 0  # the line under way belongs to the range before
+    pending: list[bytes] = []
+    kept = length = 0
+    while high is None or position < high:
+        chunk = read(CHUNK)
+        if not chunk:
+            break
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            kept = _keep(pending, chunk, begin, end, limit - kept) + kept
+            length += end - begin
+            if not skipping:
+                yield _line(pending, length <= limit)
+            position += length + 1
+            pending, kept, length, skipping = list[bytes](), 0, 0, False
+            begin = end + 1
+            if high is not None and position >= high:
+                return
+        kept += _keep(pending, chunk, begin, len(chunk), limit - kept)
+        length += len(chunk) - begin
+    if length and not skipping and (high is None or position < high):
+        yield _line(pending, length <= limit)
+
+
+def _keep(pending: list[bytes], chunk: bytes, begin: int, end: int, room: int) -> int:
+    piece = chunk[begin : min(end, begin + room)]
+    pending.append(piece)
+    return len(piece)
+
+
+def _line(pending: list[bytes], whole: bool) -> tuple[bytes, bool]:
+    line = pending[0] if len(pending) == 1 else b"".join(pending)
+    return line.removesuffix(b"\r"), whole

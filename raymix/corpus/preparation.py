@@ -1,0 +1,389 @@
+"""Preparing a corpus: from files of text to shards of token blocks and a manifest.
+
+Three passes, each of many independent jobs: tokenise parts, select documents domain by domain
+(duplicates, held-out split), assemble shards. Every job leaves a marker, so running again goes on
+where it stopped; every cut depends on the input alone, so the bytes that come out do not depend
+on how many jobs ran at once or on how often it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from raymix.corpus import rejects, state
+from raymix.corpus.assemble import (
+    EntropyJob,
+    ShardJob,
+    ShardResult,
+    automatic_block_tokens,
+    entropies,
+    finished_shard,
+    plan_shards,
+    write_shard,
+)
+from raymix.corpus.choose_tokenizer import ready_tokenizer
+from raymix.corpus.parts import Part, digest, plan_parts
+from raymix.corpus.progress import Listener, Reporter, Stage
+from raymix.corpus.readers import check_first_line
+from raymix.corpus.runner import Runner, choose_runner, in_order
+from raymix.corpus.select import Selection, SelectJob, finished_selection, select_documents
+from raymix.corpus.sources import DomainSources, find_sources
+from raymix.corpus.tokenise import PartJob, Tally, finished_tally, tokenise_part
+from raymix.errors import CorpusError, problem
+from raymix.recipe import CorpusConfig
+from raymix.store import (
+    SPLITS,
+    Corpus,
+    DomainInfo,
+    Manifest,
+    Split,
+    SplitInfo,
+    TokenizerInfo,
+    atomic_write_text,
+    corpus_fingerprint,
+    files,
+    token_dtype,
+)
+from raymix.store.manifest import MANIFEST
+
+IfExists = Literal["resume", "fail", "new"]
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+Parts = dict[str, list[Part]]
+
+
+def prepare(
+    config: CorpusConfig,
+    *,
+    parallelism: int | None = None,
+    if_exists: IfExists = "resume",
+    progress: Listener | None = None,
+) -> Manifest:
+    """Return the manifest of the corpus at `config.path`, preparing what is not there yet.
+
+    The same configuration over the same files gives the same bytes, whatever the parallelism.
+
+    Args:
+        config: The corpus section of a recipe, its paths absolute or from the working directory.
+        parallelism: Tasks at a time on Ray; 0 works in this process without Ray; None takes all
+            CPUs of the cluster, or this process for a small corpus where no cluster runs.
+        if_exists: What to do about a corpus that is there: `resume` goes on with it, or does
+            nothing when it is finished; `fail` refuses; `new` replaces it.
+        progress: Called as the work goes on.
+
+    Raises:
+        CorpusError: If the sources cannot be used, too many records are bad, a domain is empty,
+            the disk is full, or the corpus that is there is of another configuration.
+    """
+    report = Reporter(progress)
+    if not config.domains:
+        return Corpus.open(config.path).manifest
+    there = state.manifest_of(config.path)
+    if if_exists == "fail" and (there or state.recorded(config.path)):
+        wrong = "a corpus is there already"
+        raise CorpusError(problem("corpus.path", config.path, wrong, "allowed: --if-exists new"))
+    if if_exists == "resume":
+        state.refuse_differences(config)
+        if there:
+            return _nothing_to_do(config, there, report)
+    report.begin("plan")
+    sources = find_sources(config)
+    parts = plan_parts(config.domains, sources)
+    _check_json(config, parts)
+    with state.locked(config.path):
+        if if_exists == "new":
+            state.clear(config)
+        state.remove_temporary(config.path)
+        state.record(config, sources)
+        return _prepare(config, sources, parts, parallelism, report)
+
+
+def _nothing_to_do(config: CorpusConfig, manifest: Manifest, report: Reporter) -> Manifest:
+    missing = [
+        shard.file
+        for info in manifest.domains.values()
+        for split in (info.train, info.valid)
+        for shard in split.shards
+        if not files.exists(files.join(config.path, shard.file))
+    ]
+    if missing:
+        wrong = f"{len(missing)} of its shards are missing, the first is {missing[0]}"
+        advice = "restore them, or prepare again with --if-exists new"
+        raise CorpusError(problem("corpus.path", config.path, wrong, advice))
+    changed = state.changed_sources(config)
+    for line in changed[:10]:
+        report.note(line)
+    if changed:
+        more = f"{len(changed)} sources are not what they were when the corpus was prepared"
+        report.note(f"{more}; it was left as it is (--if-exists new prepares it again)")
+    report.begin("done")
+    report.note(f"{config.path} is prepared already: nothing to do")
+    return manifest
+
+
+def _check_json(config: CorpusConfig, parts: Parts) -> None:
+    problems: list[str] = []
+    for domain in config.domains:
+        first = next((piece for part in parts[domain.name] for piece in part.slices), None)
+        if first is not None and first.file.format == "jsonl":
+            try:
+                check_first_line(first, domain)
+            except CorpusError as error:
+                problems += error.problems
+    if problems:
+        raise CorpusError(*problems)
+
+
+def _prepare(
+    config: CorpusConfig,
+    sources: dict[str, DomainSources],
+    parts: Parts,
+    parallelism: int | None,
+    report: Reporter,
+) -> Manifest:
+    size = sum(part.size for found in parts.values() for part in found)
+    count = sum(len(found.train) + len(found.valid) for found in sources.values())
+    try:
+        with choose_runner(parallelism, size) as runner:
+            report.note(
+                f"{len(sources)} domains, {count} files, about {size / 1e6:,.0f} MB of text; "
+                f"{runner.description}"
+            )
+            manifest = _Preparation(config, parts, runner, report).run()
+    finally:
+        state.remove_temporary(config.path)
+    files.remove(files.join(config.path, state.WORK))
+    report.begin("done")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """One run over a corpus; each method is a pass."""
+
+    config: CorpusConfig
+    parts: Parts
+    runner: Runner
+    report: Reporter
+
+    @property
+    def work(self) -> str:
+        return files.join(self.config.path, state.WORK)
+
+    def run(self) -> Manifest:
+        """Return the manifest, having written everything."""
+        tokenizer = ready_tokenizer(self.config, self.parts, self.runner, self.report)
+        tallies = self._tokenise(tokenizer)
+        self._judge(tallies)
+        selections = self._select(tallies)
+        splits, block_tokens = self._assemble(selections, tokenizer)
+        domains = {
+            name: _domain_info(
+                tallies[name], selections[name], splits[name, "train"], splits[name, "valid"]
+            )
+            for name in self.parts
+        }
+        manifest = Manifest(
+            fingerprint=corpus_fingerprint(tokenizer, block_tokens, domains),
+            tokenizer=tokenizer,
+            block_tokens=block_tokens,
+            domains=domains,
+        )
+        text = manifest.model_dump_json(indent=1)
+        atomic_write_text(files.join(self.config.path, MANIFEST), text)
+        return manifest
+
+    def _tokenise(self, tokenizer: TokenizerInfo) -> dict[str, list[Tally]]:
+        domains = {domain.name: domain for domain in self.config.domains}
+        jobs = [
+            PartJob(
+                part,
+                domains[name],
+                tokenizer,
+                self.config.path,
+                self.work,
+                self.config.min_characters,
+                self.config.max_characters,
+            )
+            for name, found in self.parts.items()
+            for part in found
+        ]
+        # The largest first, so that no CPU is left with a large one at the end.
+        jobs.sort(key=lambda job: -job.part.size)
+        found = self._run(
+            "tokenise", jobs, finished_tally, tokenise_part, lambda job: job.part.size
+        )
+        keys = ((job.part.domain, job.part.number) for job in jobs)
+        tallies = dict(zip(keys, found, strict=True))
+        return {
+            name: [tallies[name, part.number] for part in found]
+            for name, found in self.parts.items()
+        }
+
+    def _run(
+        self,
+        stage: Stage,
+        jobs: Sequence[_Job],
+        finished: Callable[[_Job], _Result | None],
+        function: Callable[[_Job], _Result],
+        size: Callable[[_Job], int],
+    ) -> list[_Result]:
+        """Return the results of jobs in order; those finished in an earlier run are read."""
+        with ThreadPoolExecutor(8) as pool:
+            results = dict(enumerate(pool.map(finished, jobs)))
+        left = [index for index, result in results.items() if result is None]
+        self.report.begin(stage, len(left), sum(size(jobs[index]) for index in left))
+        if len(left) < len(jobs):
+            self.report.note(f"{len(jobs) - len(left)} of {len(jobs)} pieces were done before")
+        for number, result in self.runner.run(function, [jobs[index] for index in left]):
+            results[left[number]] = result
+            made = (result.documents, result.tokens) if isinstance(result, Tally) else (0, 0)
+            self.report.advance(size(jobs[left[number]]), *made)
+        return [result for result in results.values() if result is not None]
+
+    def _judge(self, tallies: dict[str, list[Tally]]) -> None:
+        """Write the samples of bad records; raise where there are too many."""
+        problems: list[str] = []
+        for name, found in tallies.items():
+            shown = rejects.write_rejects(self.config.path, name, self.parts[name], found)
+            problems += rejects.too_many(name, found, shown, self.config.max_rejected)
+        if problems:
+            raise CorpusError(*problems)
+
+    def _select(self, tallies: dict[str, list[Tally]]) -> dict[str, Selection]:
+        jobs = []
+        for name, found in tallies.items():
+            keys = [tally.key for tally in found]
+            options = [self.config.valid_fraction, self.config.deduplicate]
+            jobs.append(
+                SelectJob(
+                    domain=name,
+                    held_out=tuple(part.held_out for part in self.parts[name]),
+                    documents=tuple(tally.documents for tally in found),
+                    valid_fraction=self.config.valid_fraction,
+                    deduplicate=self.config.deduplicate,
+                    corpus=self.config.path,
+                    work=self.work,
+                    key=digest([keys, options]),
+                )
+            )
+        found = self._run(
+            "select", jobs, finished_selection, select_documents, lambda job: sum(job.documents)
+        )
+        selections = {job.domain: selection for job, selection in zip(jobs, found, strict=True)}
+        self._refuse_empty(tallies, selections)
+        return selections
+
+    def _refuse_empty(
+        self, tallies: dict[str, list[Tally]], selections: dict[str, Selection]
+    ) -> None:
+        problems: list[str] = []
+        for number, domain in enumerate(self.config.domains):
+            info = _domain_counts(tallies[domain.name], selections[domain.name])
+            counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in info.items())
+            for split in SPLITS:
+                globs = domain.train if split == "train" else domain.valid
+                if globs and not getattr(selections[domain.name], split).documents:
+                    wrong = f"no document of domain {domain.name!r} is left to use ({counts})"
+                    advice = "check the files and the cleaning limits, or leave the domain out"
+                    path = f"corpus.domains.{number}.{split}"
+                    problems.append(problem(path, list(globs), wrong, advice))
+        if problems:
+            raise CorpusError(*problems)
+
+    def _assemble(
+        self, selections: dict[str, Selection], tokenizer: TokenizerInfo
+    ) -> tuple[dict[tuple[str, Split], SplitInfo], int]:
+        block_tokens = self.config.block_tokens
+        if block_tokens == "auto":
+            block_tokens = automatic_block_tokens([s.train.tokens for s in selections.values()])
+        planned: dict[tuple[str, Split], list[ShardJob]] = {
+            (name, split): plan_shards(
+                name,
+                split,
+                getattr(selection, split).part_tokens,
+                block_tokens=block_tokens,
+                vocab_size=tokenizer.vocab_size,
+                corpus=self.config.path,
+                work=self.work,
+                key=digest([selection.key, split, block_tokens]),
+            )
+            for name, selection in selections.items()
+            for split in SPLITS
+        }
+        jobs = [job for shards in planned.values() for job in shards]
+        self._check_space(jobs, tokenizer)
+        jobs.sort(key=lambda job: job.low - job.high)
+        results = self._run(
+            "assemble", jobs, finished_shard, write_shard, lambda job: job.high - job.low
+        )
+        written = dict(zip(((j.domain, j.split, j.number) for j in jobs), results, strict=True))
+        return self._describe(planned, written, selections, tokenizer), block_tokens
+
+    def _check_space(self, jobs: Sequence[ShardJob], tokenizer: TokenizerInfo) -> None:
+        """Refuse to begin writing shards that the disk cannot take."""
+        itemsize = token_dtype(tokenizer.vocab_size).itemsize
+        missing = [job for job in jobs if not files.exists(files.join(job.corpus, job.file))]
+        needed = sum(job.high - job.low for job in missing) * itemsize
+        free = files.free_bytes(self.config.path)
+        if free is not None and free < needed:
+            raise files.disk_full(self.config.path, needed)
+
+    def _describe(
+        self,
+        planned: dict[tuple[str, Split], list[ShardJob]],
+        written: dict[tuple[str, Split, int], ShardResult],
+        selections: dict[str, Selection],
+        tokenizer: TokenizerInfo,
+    ) -> dict[tuple[str, Split], SplitInfo]:
+        jobs = [
+            EntropyJob(
+                tuple(shards),
+                tuple(tuple(written[name, split, job.number].runs) for job in shards),
+                tokenizer.vocab_size,
+            )
+            for (name, split), shards in planned.items()
+        ]
+        found = in_order(self.runner.run(entropies, jobs), len(jobs))
+        splits: dict[tuple[str, Split], SplitInfo] = {}
+        for ((name, split), shards), (unigram, bigram) in zip(planned.items(), found, strict=True):
+            selection = getattr(selections[name], split)
+            infos = tuple(written[name, split, job.number].info for job in shards)
+            splits[name, split] = SplitInfo(
+                documents=selection.documents,
+                tokens=selection.tokens,
+                bytes=selection.bytes,
+                blocks=sum(info.blocks for info in infos),
+                shards=infos,
+                length_quantiles=selection.length_quantiles,
+                length_histogram=selection.length_histogram,
+                unigram_entropy=unigram,
+                bigram_entropy=bigram,
+            )
+        return splits
+
+
+def _domain_counts(tallies: Sequence[Tally], selection: Selection) -> dict[str, int]:
+    return {
+        "records_read": sum(tally.records for tally in tallies),
+        "rejected": sum(tally.rejected.total() for tally in tallies),
+        "duplicates": selection.duplicates,
+        "too_short": sum(tally.too_short for tally in tallies),
+        "too_long": sum(tally.too_long for tally in tallies),
+    }
+
+
+def _domain_info(
+    tallies: Sequence[Tally], selection: Selection, train: SplitInfo, valid: SplitInfo
+) -> DomainInfo:
+    return DomainInfo(
+        train=train,
+        valid=valid,
+        rejected_by_reason=rejects.by_reason(tallies),
+        **_domain_counts(tallies, selection),
+    )

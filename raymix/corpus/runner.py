@@ -1,0 +1,182 @@
+"""Runners: many independent jobs, in this process or as tasks of a Ray Data execution.
+
+Both yield each result with the index of its job as soon as it is there, in any order. Jobs write
+files and return a few numbers, so no token passes through the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from raymix.errors import ClusterError, RaymixError, problem
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_THREADS = 2
+_PRIVATE_STORE_BYTES = 150_000_000
+_QUIET_LOGGERS = ("ray", "ray.data")
+
+
+class Runner(Protocol):
+    """Runs a function over jobs."""
+
+    description: str
+
+    def run(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield the index and the result of each job, in the order of completion.
+
+        Raises:
+            RaymixError: The first that a job raised; jobs under way are given up.
+        """
+        ...
+
+
+class InProcess:
+    """Runs jobs in this process, two at a time: one reads while the other's Rust code encodes."""
+
+    description = "in this process"
+
+    def run(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield the index and the result of each job, in the order of completion."""
+        left = iter(enumerate(jobs))
+        running: dict[Future[Result], int] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            try:
+                while True:
+                    while len(running) < _THREADS and (entry := next(left, None)) is not None:
+                        running[pool.submit(function, entry[1])] = entry[0]
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield running.pop(future), future.result()
+            finally:
+                for future in running:
+                    future.cancel()
+
+
+class OnRay:
+    """Runs jobs as the read tasks of a Ray Data dataset, one CPU each."""
+
+    def __init__(self, parallelism: int | None) -> None:
+        """Run at most `parallelism` jobs at a time, or as many as the cluster has CPUs."""
+        import ray
+
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if not cpus:
+            wrong = "the Ray cluster has no CPU to prepare the corpus with"
+            raise ClusterError(problem("cluster", ray.cluster_resources(), wrong))
+        self._concurrency = parallelism or cpus
+        self.description = f"Ray, {min(self._concurrency, cpus)} tasks at a time"
+
+    def run(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+    ) -> Iterator[tuple[int, Result]]:
+        """Yield the index and the result of each job, in the order of completion."""
+        if not jobs:
+            return
+        from raymix.corpus._datasource import job_dataset
+
+        with _quiet_ray_data():
+            dataset = job_dataset(function, jobs, concurrency=self._concurrency)
+            for row in dataset.iter_rows():
+                outcome = pickle.loads(row["outcome"])
+                if isinstance(outcome, RaymixError):
+                    raise outcome
+                yield row["job"], outcome
+
+
+def run_job(function: Callable[[Any], Any], index: int, job: object) -> pa.Table:
+    """Return the outcome of a job as the one row of a table: its result or its RaymixError.
+
+    An error that a user can act on is a result, so that Ray neither retries nor wraps it.
+    """
+    import pyarrow as pa
+
+    # Each task has one CPU, and there are as many tasks as CPUs.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        outcome = function(job)
+    except RaymixError as error:
+        outcome = error
+    return pa.table({"job": [index], "outcome": pa.array([pickle.dumps(outcome)], pa.binary())})
+
+
+@contextlib.contextmanager
+def choose_runner(parallelism: int | None, source_bytes: int) -> Iterator[Runner]:
+    """Yield the runner for `parallelism`: 0 is this process, None chooses by the size.
+
+    A corpus of less than `SMALL_CORPUS` bytes is done in this process before a Ray cluster
+    would be up; one that is running is used. Without a cluster, a private one is started and
+    stopped again.
+    """
+    import sys
+
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    reachable = connected or bool(os.environ.get("RAY_ADDRESS"))
+    if parallelism == 0 or (parallelism is None and not reachable and source_bytes < SMALL_CORPUS):
+        yield InProcess()
+        return
+    with contextlib.nullcontext() if connected else _cluster(parallelism):
+        yield OnRay(parallelism)
+
+
+SMALL_CORPUS = 32 << 20
+"""Bytes of text that one process tokenises in about the time a Ray cluster takes to start."""
+
+
+@contextlib.contextmanager
+def _cluster(parallelism: int | None) -> Iterator[None]:
+    import ray
+
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            num_cpus=parallelism or len(os.sched_getaffinity(0)),
+            object_store_memory=_PRIVATE_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    saved = (context.enable_progress_bars, context.print_on_execution_start)
+    levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
+    context.enable_progress_bars = context.print_on_execution_start = False
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = saved
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def in_order(results: Iterable[tuple[int, Result]], count: int) -> list[Result]:
+    """Return the results by the index of their jobs."""
+    found = dict(results)
+    return [found[index] for index in range(count)]

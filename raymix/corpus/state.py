@@ -1,0 +1,243 @@
+"""What a corpus directory says about how it was made: `prepare.json`, and who is at work in it.
+
+`prepare.json` holds what the content depends on (tokenizer, domains, cleaning, block size) and
+the files it came from. The place of the corpus, and limits that only decide whether preparing
+fails, are left out. So a second run can tell "nothing to do" from "continue" from "refuse".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from raymix.corpus.sources import DomainSources, SourceFile, find_sources
+from raymix.corpus.tokenizer import load_pretrained
+from raymix.errors import CorpusError, problem
+from raymix.recipe import CorpusConfig, PretrainedTokenizer
+from raymix.store import Manifest, atomic_write_text, files
+from raymix.store.manifest import MANIFEST, read_manifest
+
+STATE = "prepare.json"
+WORK = ".prepare"
+"""Directory of unfinished work under the corpus directory."""
+
+_NOT_CONTENT = {"path", "max_rejected", "domains"}
+
+FileStamp = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The content of `prepare.json`: the identity, and URL, size and time of every source."""
+
+    identity: dict[str, Any]
+    sources: dict[str, dict[str, list[FileStamp]]]
+
+
+def identity(config: CorpusConfig) -> dict[str, Any]:
+    """Return what the content of a corpus depends on, apart from the files themselves."""
+    document = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    document["order"] = [domain.name for domain in config.domains]
+    document["domains"] = {
+        domain.name: domain.model_dump(mode="json", exclude={"name"}) for domain in config.domains
+    }
+    return document
+
+
+def record(config: CorpusConfig, sources: Mapping[str, DomainSources]) -> None:
+    """Write `prepare.json`."""
+    stamps = {
+        name: {"train": _stamps(found.train), "valid": _stamps(found.valid)}
+        for name, found in sources.items()
+    }
+    document = {"format": 1, "config": identity(config), "sources": stamps}
+    atomic_write_text(files.join(config.path, STATE), json.dumps(document, indent=1))
+
+
+def _stamps(found: Iterable[SourceFile]) -> list[FileStamp]:
+    return [(file.url, file.size, file.changed) for file in found]
+
+
+def recorded(path: str) -> Recorded | None:
+    """Return what `prepare.json` of the corpus at `path` says, or None where there is none."""
+    try:
+        document = json.loads(files.read_bytes(files.join(path, STATE)))
+        return Recorded(document["config"], document["sources"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        wrong = f"{STATE} is damaged"
+        advice = "prepare the corpus again with --if-exists new"
+        raise CorpusError(problem("corpus.path", path, wrong, advice)) from error
+
+
+def manifest_of(path: str) -> Manifest | None:
+    """Return the manifest of the corpus at `path`, or None while it is not finished."""
+    return read_manifest(path) if files.exists(files.join(path, MANIFEST)) else None
+
+
+def differences(config: CorpusConfig) -> list[str]:
+    """Return what keeps the corpus at `config.path` from being the one the recipe describes.
+
+    One message per field; none when nothing has been prepared there yet. Sources under other
+    names count as equal when their files have equal names and sizes, so a corpus may be moved.
+    """
+    before = recorded(config.path)
+    manifest = manifest_of(config.path)
+    if before is None:
+        return _names_differ(config, manifest) if manifest and config.domains else []
+    if not config.domains:
+        return []
+    then, now = _flat(before.identity), _flat(identity(config))
+    changed = [
+        path
+        for path in [*now, *(key for key in then if key not in now)]
+        if then.get(path) != now.get(path)
+    ]
+    changed = [path for path in changed if not _same_after_all(path, config, before, manifest)]
+    found = [
+        problem(
+            f"corpus.{path}",
+            now.get(path),
+            f"the corpus at {config.path} was prepared with {then.get(path)!r}",
+        )
+        for path in changed
+    ]
+    return found + _tokenizer_changed(config, manifest)
+
+
+def _names_differ(config: CorpusConfig, manifest: Manifest) -> list[str]:
+    wanted, there = [domain.name for domain in config.domains], list(manifest.domains)
+    if wanted == there:
+        return []
+    return [problem("corpus.domains", wanted, f"the corpus at {config.path} holds {there}")]
+
+
+def _flat(node: object, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {path: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= _flat(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _same_after_all(
+    path: str, config: CorpusConfig, before: Recorded, manifest: Manifest | None
+) -> bool:
+    if path == "tokenizer.path":
+        return manifest is not None and not _tokenizer_changed(config, manifest)
+    _, *names, last = path.split(".")
+    domain = ".".join(names)
+    if not path.startswith("domains.") or last not in ("train", "valid"):
+        return False
+    with contextlib.suppress(CorpusError):
+        found = find_sources(config)
+        if domain in found and domain in before.sources:
+            now = _stamps(found[domain].train if last == "train" else found[domain].valid)
+            return _sizes(now) == _sizes(before.sources[domain][last])
+    return False
+
+
+def _sizes(stamps: Iterable[FileStamp]) -> list[tuple[str, int]]:
+    return [(posixpath.basename(url), size) for url, size, _ in stamps]
+
+
+def _tokenizer_changed(config: CorpusConfig, manifest: Manifest | None) -> list[str]:
+    chosen = config.tokenizer
+    if manifest is None or not isinstance(chosen, PretrainedTokenizer):
+        return []
+    if not files.exists(chosen.path):
+        return []
+    if load_pretrained(chosen).info.fingerprint == manifest.tokenizer.fingerprint:
+        return []
+    wrong = f"the corpus at {config.path} was prepared with another tokenizer"
+    return [problem("corpus.tokenizer.path", chosen.path, wrong, "its content has changed")]
+
+
+def refuse_differences(config: CorpusConfig) -> None:
+    """Check that what lies at `config.path` is of the same recipe.
+
+    Raises:
+        CorpusError: If not; it says what differs.
+    """
+    found = differences(config)
+    if found:
+        advice = "prepare into another corpus.path, or replace what is there: --if-exists new"
+        raise CorpusError(*found[:-1], f"{found[-1]} To go on, {advice}.")
+
+
+def changed_sources(config: CorpusConfig) -> list[str]:
+    """Return a line per source that is not what it was when the corpus was prepared."""
+    before = recorded(config.path)
+    if before is None:
+        return []
+    try:
+        found = find_sources(config)
+    except CorpusError as error:
+        return [f"sources are gone: {line}" for line in error.problems]
+    now = {file.url: (file.size, file.changed) for each in found.values()
+           for file in (*each.train, *each.valid)}  # fmt: skip
+    then = {url: (size, changed) for splits in before.sources.values()
+            for stamps in splits.values() for url, size, changed in stamps}  # fmt: skip
+    lines = [f"changed: {url}" for url in now if url in then and now[url] != then[url]]
+    # A corpus that moved with its sources knows them under other names.
+    if {posixpath.basename(url) for url in now} != {posixpath.basename(url) for url in then}:
+        lines += [f"new: {url}" for url in now if url not in then]
+        lines += [f"gone: {url}" for url in then if url not in now]
+    return lines
+
+
+def clear(config: CorpusConfig) -> None:
+    """Delete the corpus at `config.path`: what raymix wrote there and nothing else."""
+    names = {domain.name for domain in config.domains}
+    with contextlib.suppress(CorpusError):
+        before, manifest = recorded(config.path), manifest_of(config.path)
+        names |= set(before.sources if before else ())
+        names |= set(manifest.domains if manifest else ())
+    for name in (MANIFEST, STATE, WORK, "tokenizer"):
+        files.remove(files.join(config.path, name))
+    for name in sorted(names):
+        for content in ("train", "valid", "rejects.jsonl"):
+            files.remove(files.join(config.path, name, content))
+        directory = files.join(config.path, name)
+        if not files.list_directory(directory):
+            files.remove(directory)
+
+
+def remove_temporary(path: str) -> None:
+    """Delete the temporary files that interrupted work left in the corpus at `path`."""
+    filesystem, base = files.locate(path)
+    selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
+    for info in filesystem.get_file_info(selector):
+        if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
+            files.remove_quietly(filesystem, info.path)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the corpus directory, where it is local, so that only one process prepares it.
+
+    Raises:
+        CorpusError: If another process holds it.
+    """
+    filesystem, base = files.locate(path)
+    files.make_directory(files.join(path, WORK))
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        yield
+        return
+    import fcntl
+
+    with open(posixpath.join(base, WORK, "lock"), "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            wrong = "another process is preparing this corpus"
+            raise CorpusError(problem("corpus.path", path, wrong, "wait for it")) from error
+        yield

@@ -1,0 +1,223 @@
+"""The first pass: one part in, its clean documents out as tokens, hashes and counts.
+
+A part's result is three files in the work directory, written as the part is read, so that the
+memory a part needs is that of a batch:
+
+- `NAME.tokens`: the ids of all documents, end-of-text after each, little-endian;
+- `NAME.documents`: one `DOCUMENT` record each: hash, ids, bytes;
+- `NAME.json`: the tally, written last: its presence, under the right key, means done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raymix.corpus.parts import Part
+from raymix.corpus.readers import TOO_LONG, Reject, TokenIds, Value, excerpt, read_slice
+from raymix.corpus.tokenizer import TokenArray, saved_encoder
+from raymix.recipe import DomainConfig
+from raymix.store import TokenizerInfo, atomic_write_text, files, token_dtype
+
+DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("tokens", "<u4"), ("bytes", "<u4")])
+"""A document of a part: BLAKE2b-128 of its content, ids (end-of-text included), UTF-8 bytes."""
+
+REJECTS_KEPT = 100
+"""Bad records of a domain that are shown in `rejects.jsonl`."""
+
+_BATCH_BYTES = 1 << 20
+_BATCH_TEXTS = 4096
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """What one task needs to know to tokenise a part."""
+
+    part: Part
+    domain: DomainConfig
+    tokenizer: TokenizerInfo
+    corpus: str
+    work: str
+    min_characters: int
+    max_characters: int
+
+    @property
+    def base(self) -> str:
+        """Return the path of the part's files, without their endings."""
+        return part_base(self.work, self.part.domain, self.part.number)
+
+    def key(self) -> str:
+        """Return the hash of everything the result depends on."""
+        kept = self.domain.model_dump(include={"text_column", "tokens_column", "text_unit"})
+        limits = [self.min_characters, self.max_characters]
+        return self.part.key(kept, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)
+
+
+def part_base(work: str, domain: str, number: int) -> str:
+    """Return the path of a part's files, without their endings."""
+    return files.join(work, domain, f"part-{number:06d}")
+
+
+@dataclass
+class Tally:
+    """What a part held; `lines` and `records` count per slice, `examples` are bad records."""
+
+    key: str
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    lines: list[int] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, bad: Reject, slice_number: int, line: int) -> None:
+        """Count a bad record and keep it as an example while there is room for its reason."""
+        self.rejected[bad.reason] += 1
+        if self.rejected[bad.reason] <= REJECTS_KEPT:
+            example = {"slice": slice_number, "line": line, **asdict(bad)}
+            self.examples.append(example)
+
+
+def finished_tally(job: PartJob) -> Tally | None:
+    """Return the tally of a part that was tokenised before, or None if it must be done."""
+    try:
+        stored = json.loads(files.read_bytes(job.base + ".json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    if stored.get("key") != job.key():
+        return None
+    stored["rejected"] = Counter(stored["rejected"])
+    return Tally(**stored)
+
+
+def tokenise_part(job: PartJob) -> Tally:
+    """Return the tally of a part, having tokenised it.
+
+    Raises:
+        CorpusError: If a file of the part is damaged, or the disk is full.
+    """
+    tally = Tally(job.key())
+    with _Writer(job, tally) as writer:
+        for number, piece in enumerate(job.part.slices):
+            last = 0
+            records = read_slice(piece, job.domain, max_characters=job.max_characters)
+            for last, value in records:
+                if value is None:
+                    continue
+                tally.records += 1
+                bad = writer.add(value)
+                if bad:
+                    tally.reject(bad, number, last)
+            tally.lines.append(last)
+    atomic_write_text(job.base + ".json", json.dumps(asdict(tally)))
+    return tally
+
+
+class _Writer:
+    """Cleans the records of a part and writes its documents batch by batch."""
+
+    def __init__(self, job: PartJob, tally: Tally) -> None:
+        self._job = job
+        self._tally = tally
+        self._encoder = saved_encoder(job.corpus, job.tokenizer)
+        self._dtype = token_dtype(job.tokenizer.vocab_size)
+        self._texts: list[str] = []
+        self._ids: list[TokenArray] = []
+        self._hashes: list[bytes] = []
+        self._sizes: list[int] = []
+        self._pending = 0
+        self._tokens = files.AtomicFile(job.base + ".tokens")
+        self._documents = files.AtomicFile(job.base + ".documents")
+
+    def add(self, value: Value) -> Reject | None:
+        """Take one record; return why it is bad, if it is."""
+        if value is TOO_LONG:
+            self._tally.too_long += 1
+        elif isinstance(value, Reject):
+            return value
+        elif isinstance(value, str):
+            return self._add_text(value)
+        else:
+            return self._add_ids(value)
+        return None
+
+    def _add_text(self, text: str) -> Reject | None:
+        if len(text.strip()) < self._job.min_characters:
+            self._tally.too_short += 1
+        elif len(text) > self._job.max_characters:
+            self._tally.too_long += 1
+        else:
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError:
+                return Reject("invalid UTF-8", excerpt(text))
+            self._texts.append(text)
+            self._take(raw, len(raw), len(raw))
+        return None
+
+    def _add_ids(self, ids: TokenIds) -> Reject | None:
+        vocabulary, eos = self._job.tokenizer.vocab_size, self._job.tokenizer.eos_id
+        if not len(ids):
+            self._tally.too_short += 1
+            return None
+        if ids.dtype.kind not in "iu":
+            return Reject("not a list of token ids", excerpt(ids.tolist()[:20]))
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocabulary:
+            worst = low if low < 0 else high
+            reason = f"token id outside 0..{vocabulary - 1}"
+            return Reject(reason, f"id {worst} in {excerpt(ids[:20].tolist())}")
+        ended = ids if ids[-1] == eos else np.append(ids, eos)
+        tokens = ended.astype(self._dtype)
+        self._ids.append(tokens)
+        self._take(tokens.astype("<u4").tobytes(), 0, tokens.nbytes)
+        return None
+
+    def _take(self, content: bytes, size: int, weight: int) -> None:
+        self._hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+        self._sizes.append(size)
+        self._pending += weight
+        if self._pending >= _BATCH_BYTES or len(self._hashes) >= _BATCH_TEXTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._hashes:
+            return
+        if self._ids:
+            tokens = np.concatenate(self._ids)
+            lengths = np.fromiter(map(len, self._ids), np.int64, len(self._ids))
+        else:
+            tokens, lengths = self._encoder.encode(self._texts)
+        self._tokens.write(tokens.astype(self._dtype, copy=False).data)
+        documents = np.empty(len(self._hashes), dtype=DOCUMENT)
+        documents["hash"] = np.frombuffer(b"".join(self._hashes), "<u8").reshape(-1, 2)
+        documents["tokens"] = lengths
+        documents["bytes"] = self._sizes
+        self._documents.write(documents.tobytes())
+        self._tally.documents += len(documents)
+        self._tally.tokens += len(tokens)
+        self._tally.bytes += sum(self._sizes)
+        for pending in (self._texts, self._ids, self._hashes, self._sizes):
+            pending.clear()
+        self._pending = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._tokens.commit()
+                self._documents.commit()
+        finally:
+            self._tokens.abort()
+            self._documents.abort()
