@@ -1,0 +1,220 @@
+"""Document mode: whole documents, packed into rows.
+
+A step's documents are packed into rows of `sequence_length` (best-fit decreasing) and the rows
+are dealt to the ranks one by one, fullest first. Every rank has the same number of rows; where
+they do not divide evenly, the last are padding. Letters: D domains, N documents of the step, B
+rows of this rank, L tokens per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymix.control.ahead import Ahead
+from raymix.control.batch import RowStarts, StepBatch
+from raymix.control.feed import Place
+from raymix.control.geometry import (
+    GROUP_DOCUMENTS,
+    BlockNumbers,
+    Ints,
+    document_geometry,
+    epoch_limits,
+)
+from raymix.control.lookahead import Lookahead
+from raymix.control.packed import ranges
+from raymix.control.slab import Tokens
+from raymix.control.source import BlockSource
+from raymix.control.table import BlockTable
+from raymix.recipe.training import DocumentData
+from raymix.sampling import (
+    CorpusOrder,
+    DocumentPlanner,
+    DocumentStep,
+    MixtureLog,
+    batch_hash,
+    pack_documents,
+)
+from raymix.store import Corpus
+
+# Planning is the dearer part here; more steps at once would save nothing.
+_MOST_STEPS = 8
+_MIXED = -1
+
+
+class DocumentFeed:
+    """Batches of whole documents; see `raymix.control.feed.Feed`."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: DocumentData,
+        place: Place,
+        *,
+        log: MixtureLog,
+        source: BlockSource,
+    ) -> None:
+        """Start at step 0; `load` goes elsewhere."""
+        geometries = document_geometry(corpus)
+        lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
+        numbers = BlockNumbers(corpus)
+        order = CorpusOrder(geometries, seed=place.seed, window=data.shuffle_blocks)
+        self._log = log
+        self._place = place
+        self._row_tokens = data.sequence_length
+        self._padding = corpus.manifest.tokenizer.eos_id
+        self._dtype = corpus.dtype
+        self._block_tokens = corpus.manifest.block_tokens
+        self._first_block_D = numbers.first_D[:-1]
+        self._first_token = [np.cumsum(part, dtype=np.int64) - part for part in lengths]
+        self._length = [np.minimum(part, data.sequence_length) for part in lengths]
+        self._rate_D = data.tokens_per_step / np.array([part.mean() for part in self._length])
+        self._planner = DocumentPlanner(
+            order=order,
+            lengths=lengths,
+            sequence_length=data.sequence_length,
+            tokens_per_step=data.tokens_per_step,
+            log=log,
+            limit_D=epoch_limits(geometries, data.max_epochs),
+        )
+        self._table = BlockTable(source, numbers.total)
+        self._lookahead = Lookahead(
+            source,
+            self._table,
+            Ahead(order),
+            total_blocks=numbers.total,
+            block_bytes=self._block_tokens * corpus.dtype.itemsize,
+            blocks_of=self._blocks_of,
+        )
+        self._ready: dict[int, tuple[dict[str, Any], _Packed]] = {}
+
+    def load(self, state: Mapping[str, Any]) -> int:
+        """Continue from a state and return its step."""
+        self._planner.load_state_dict(state)
+        return self._planner.step
+
+    def plan(self, n_steps: int) -> int:
+        """Make at least one and at most `n_steps` further steps ready; return how many.
+
+        Raises:
+            CorpusError: If a block is corrupt, or limits leave no documents.
+        """
+        planner = self._planner
+        rate_D = np.array(self._log.at(planner.step).weights) * self._rate_D
+        self._lookahead.look(planner.step, planner.count_D, rate_D)
+        self._ready = {}
+        most = max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))
+        for _ in range(most):
+            step, before = planner.step, planner.state_dict()
+            self._ready[step] = before, self._pack(planner.plan(1)[0])
+        return most
+
+    def batch(self, step: int) -> StepBatch:
+        """Return the batch of a step that is ready."""
+        packed = self._ready[step][1]
+        plan = packed.plan
+        shares_D = np.array(self._log.at(step).weights)
+        counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
+        return StepBatch(
+            step, plan.version, packed.tokens, packed.domain_rows, shares_D, counts_D, packed
+        )
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the planner's state before `step`."""
+        return self._ready[step][0] if step in self._ready else self._planner.state_dict()
+
+    def _pack(self, plan: DocumentStep) -> _Packed:
+        rows = pack_documents(plan.length_N, self._row_tokens)
+        mine = rows[self._place.rank :: self._place.world_size]
+        mine += [[]] * (-(-len(rows) // self._place.world_size) - len(mine))
+        self._fetch(plan, [document for row in mine for document in row])
+        tokens_BL = np.full((len(mine), self._row_tokens), self._padding, dtype=self._dtype)
+        starts: list[Ints] = []
+        domain_rows = np.full(len(mine), _MIXED, dtype=np.int32)
+        for at, row in enumerate(mine):
+            used = 0
+            begun = []
+            for document in row:
+                begun.append(used)
+                used += self._copy(plan, document, tokens_BL[at, used:])
+            starts.append(np.array([*begun, *range(used, self._row_tokens)], dtype=np.int64))
+            domains = set(plan.domain_N[row].tolist())
+            domain_rows[at] = domains.pop() if len(domains) == 1 else _MIXED
+        return _Packed(plan, tokens_BL, domain_rows, starts)
+
+    def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
+        """Copy a document, whichever blocks it lies in, and return its tokens."""
+        domain = int(plan.domain_N[document])
+        length = int(plan.length_N[document])
+        place = int(self._first_token[domain][plan.document_N[document]])
+        done = 0
+        while done < length:
+            block, offset = divmod(place + done, self._block_tokens)
+            number = np.array([block + self._first_block_D[domain]])
+            slab, first = self._table.find(number)
+            part = min(length - done, self._block_tokens - offset)
+            begin = int(first[0]) + offset
+            out[done : done + part] = self._table.slab(int(slab[0])).tokens[begin : begin + part]
+            done += part
+        return length
+
+    def _fetch(self, plan: DocumentStep, documents: list[int]) -> None:
+        """Get all blocks of these documents at once."""
+        if not documents:
+            return
+        domain_N = plan.domain_N[documents]
+        place_N = np.array(
+            [
+                self._first_token[domain][document]
+                for domain, document in zip(
+                    domain_N.tolist(), plan.document_N[documents].tolist(), strict=True
+                )
+            ]
+        )
+        number_N, _ = self._span(place_N, plan.length_N[documents], self._first_block_D[domain_N])
+        self._table.find(np.unique(number_N))
+
+    def _span(self, place_N: Ints, length_N: Ints, base_N: Ints | np.int64) -> tuple[Ints, Ints]:
+        """Return the blocks of each document, and for each block which document it is of."""
+        first_N = place_N // self._block_tokens
+        count_N = (place_N + np.maximum(length_N, 1) - 1) // self._block_tokens - first_N + 1
+        numbers = ranges(first_N + base_N, count_N)
+        return numbers, np.repeat(np.arange(len(place_N)), count_N)
+
+    def _blocks_of(self, domain: int, group_N: Ints, unit_N: Ints) -> tuple[Ints, Ints]:
+        document_N = group_N * GROUP_DOCUMENTS + unit_N
+        place_N = self._first_token[domain][document_N]
+        length_N = self._length[domain][document_N].astype(np.int64)
+        return self._span(place_N, length_N, self._first_block_D[domain])
+
+
+class _Packed:
+    """One step's documents, packed, as this rank sees them."""
+
+    def __init__(
+        self,
+        plan: DocumentStep,
+        tokens: Tokens,
+        domain_rows: npt.NDArray[np.int32],
+        starts: list[Ints],
+    ) -> None:
+        self.plan = plan
+        self.tokens = tokens
+        self.domain_rows = domain_rows
+        self._starts = starts
+
+    def row_starts(self, step: int) -> RowStarts:
+        """Return where documents begin in the rank's rows; padding tokens count as documents."""
+        counts = [len(row) for row in self._starts]
+        return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(self._starts)
+
+    def label_tokens(self, step: int) -> int:
+        """Return the labels of the whole batch: all tokens but each document's first."""
+        return int(self.plan.length_N.sum()) - len(self.plan.length_N)
+
+    def batch_hash(self, step: int) -> str:
+        """Return the name of the whole batch."""
+        return batch_hash(self.plan.domain_N, self.plan.index_N)

@@ -1,0 +1,128 @@
+"""How a prepared corpus divides into samples: rows of equal length, or documents.
+
+Blocks of all domains are numbered through, domain after domain: the *global block number*.
+Letters: D domains, G blocks of all domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.sampling import NO_LIMIT, DomainGeometry
+from raymix.store import Corpus, Split
+
+Ints = npt.NDArray[np.int64]
+
+GROUP_DOCUMENTS = 1024
+"""Documents per group in document mode."""
+
+
+class BlockNumbers:
+    """The global numbers of a split's blocks.
+
+    Attributes:
+        first_D: Number of each domain's first block, and of one more: shape (D + 1,).
+        total: G.
+    """
+
+    def __init__(self, corpus: Corpus, split: Split = "train") -> None:
+        blocks = [corpus.split(name, split).blocks for name in corpus.domain_names]
+        self.first_D = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
+        self.total = int(self.first_D[-1])
+        self._names = corpus.domain_names
+        self._tokens = [corpus.split(name, split).tokens for name in corpus.domain_names]
+        self._block_tokens = corpus.manifest.block_tokens
+
+    def find(self, number: int) -> tuple[str, int]:
+        """Return the domain's name and the block in it."""
+        domain = int(np.searchsorted(self.first_D, number, side="right")) - 1
+        return self._names[domain], number - int(self.first_D[domain])
+
+    def tokens(self, number: int) -> int:
+        """Return the tokens in a block."""
+        domain = int(np.searchsorted(self.first_D, number, side="right")) - 1
+        before = (number - int(self.first_D[domain])) * self._block_tokens
+        return min(self._block_tokens, self._tokens[domain] - before)
+
+    @property
+    def total_tokens(self) -> int:
+        """Return the tokens in all blocks."""
+        return sum(self._tokens)
+
+
+def row_geometry(
+    corpus: Corpus, sequence_length: int, split: Split = "train"
+) -> list[DomainGeometry]:
+    """Return how each domain's rows lie in blocks; rows do not straddle blocks.
+
+    Tokens at the end of a block that do not fill a row are left out.
+
+    Raises:
+        RecipeError: If a row is longer than a block.
+        CorpusError: If a domain has no whole row.
+    """
+    block_tokens = corpus.manifest.block_tokens
+    per_block = block_tokens // sequence_length
+    if per_block == 0:
+        raise RecipeError(
+            problem(
+                "data.sequence_length",
+                sequence_length,
+                f"longer than a block of the corpus, {block_tokens} tokens",
+                "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
+            )
+        )
+    geometries = []
+    for name in corpus.domain_names:
+        full, rest = divmod(corpus.split(name, split).tokens, block_tokens)
+        rows = full * per_block + rest // sequence_length
+        geometries.append(DomainGeometry(name, rows, per_block))
+    return geometries
+
+
+def document_geometry(corpus: Corpus, split: Split = "train") -> list[DomainGeometry]:
+    """Return how each domain's documents lie in groups of consecutive ones.
+
+    Raises:
+        CorpusError: If a domain has no document.
+    """
+    return [
+        DomainGeometry(name, corpus.split(name, split).documents, GROUP_DOCUMENTS)
+        for name in corpus.domain_names
+    ]
+
+
+def epoch_limits(
+    geometries: list[DomainGeometry], max_epochs: float | Mapping[str, float] | None
+) -> Ints | None:
+    """Return the most samples of each domain, shape (D,), from `data.max_epochs`; None: no limit.
+
+    Raises:
+        RecipeError: If it names a domain that does not exist.
+    """
+    if max_epochs is None:
+        return None
+    names = [geometry.name for geometry in geometries]
+    if isinstance(max_epochs, Mapping):
+        unknown = [name for name in max_epochs if name not in names]
+        if unknown:
+            raise RecipeError(
+                *(
+                    problem(
+                        f"data.max_epochs.{name}",
+                        max_epochs[name],
+                        "the corpus has no such domain",
+                        did_you_mean(name, names),
+                    )
+                    for name in unknown
+                )
+            )
+    limits = []
+    for geometry in geometries:
+        epochs = max_epochs.get(geometry.name) if isinstance(max_epochs, Mapping) else max_epochs
+        limits.append(NO_LIMIT if epochs is None else int(epochs * geometry.units))
+    return np.array(limits, dtype=np.int64)

@@ -1,0 +1,121 @@
+"""Packed mode: rows of equal length, cut from the blocks; see `raymix.control.feed.Feed`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from raymix.control.ahead import Ahead
+from raymix.control.batch import StepBatch
+from raymix.control.feed import Place
+from raymix.control.geometry import BlockNumbers, Ints, epoch_limits, row_geometry
+from raymix.control.lookahead import Floats, Lookahead
+from raymix.control.packed import PackedChunk, find_rows, rank_rows
+from raymix.control.source import BlockSource
+from raymix.control.table import BlockTable
+from raymix.recipe.training import PackedData
+from raymix.sampling import CorpusOrder, MixtureLog, PackedPlanner
+from raymix.store import Corpus
+
+# More steps at once save little, and their rows would no longer fit a cache.
+_MOST_STEPS = 128
+_BUFFER_BYTES = 1 << 22
+
+
+class PackedFeed:
+    """Rows of `sequence_length` tokens."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: PackedData,
+        place: Place,
+        *,
+        log: MixtureLog,
+        source: BlockSource,
+    ) -> None:
+        """Start at step 0; `load` goes elsewhere."""
+        geometries = row_geometry(corpus, data.sequence_length)
+        numbers = BlockNumbers(corpus)
+        order = CorpusOrder(geometries, seed=place.seed, window=data.shuffle_blocks)
+        self._log = log
+        self._rows = data.rows_per_step
+        self._row_tokens = data.sequence_length
+        self._columns = rank_rows(self._rows, place.rank, place.world_size)
+        self._first_block_D = numbers.first_D[:-1]
+        self._planner = PackedPlanner(
+            n_domains=len(geometries),
+            rows_per_step=self._rows,
+            seed=place.seed,
+            log=log,
+            limit_D=epoch_limits(geometries, data.max_epochs),
+        )
+        self._ahead = Ahead(order)
+        self._table = BlockTable(source, numbers.total)
+        self._lookahead = Lookahead(
+            source,
+            self._table,
+            self._ahead,
+            total_blocks=numbers.total,
+            block_bytes=corpus.manifest.block_tokens * corpus.dtype.itemsize,
+            blocks_of=self._blocks_of,
+        )
+        step_bytes = (self._columns.stop - self._columns.start) * self._row_tokens
+        step_bytes *= corpus.dtype.itemsize
+        self._most_steps = max(1, min(_MOST_STEPS, _BUFFER_BYTES // max(1, step_bytes)))
+        self._chunk: PackedChunk | None = None
+        self._shares: tuple[int, Floats] = (-1, np.zeros(0))
+
+    def load(self, state: Mapping[str, Any]) -> int:
+        """Continue from a state and return its step."""
+        self._planner.load_state_dict(state)
+        return self._planner.step
+
+    def plan(self, n_steps: int) -> int:
+        """Make at least one and at most `n_steps` further steps ready; return how many.
+
+        Raises:
+            CorpusError: If a block is corrupt, or limits leave no rows.
+        """
+        planner = self._planner
+        rate_D = self._shares_of(planner.step) * self._rows
+        self._lookahead.look(planner.step, planner.count_D, rate_D)
+        plan = planner.plan(max(1, min(n_steps, self._most_steps, self._lookahead.reach)))
+        found, slot_SB = find_rows(
+            plan,
+            self._ahead,
+            self._table,
+            first_block_D=self._first_block_D,
+            row_tokens=self._row_tokens,
+        )
+        self._chunk = PackedChunk(plan, slot_SB, self._columns, found)
+        return plan.n_steps
+
+    def batch(self, step: int) -> StepBatch:
+        """Return the batch of a step that is ready."""
+        chunk = self._chunk
+        assert chunk is not None
+        at = step - chunk.plan.first_step
+        version = chunk.versions[at]
+        shares_D = self._shares[1] if version == self._shares[0] else self._shares_of(step)
+        tokens, domains = chunk.tokens(at), chunk.domains(at)
+        return StepBatch(step, version, tokens, domains, shares_D, chunk.plan.counts_SD[at], chunk)
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the planner's state before `step`."""
+        if self._chunk is None or step == self._planner.step:
+            return self._planner.state_dict()
+        return self._planner.state_at(self._chunk.plan, step)
+
+    def _shares_of(self, step: int) -> Floats:
+        entry = self._log.at(step)
+        if self._shares[0] != entry.version:
+            shares_D = np.array(entry.weights)
+            shares_D.setflags(write=False)
+            self._shares = entry.version, shares_D
+        return self._shares[1]
+
+    def _blocks_of(self, domain: int, group_N: Ints, unit_N: Ints) -> tuple[Ints, Ints]:
+        return group_N + self._first_block_D[domain], np.arange(len(group_N))

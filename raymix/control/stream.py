@@ -1,0 +1,183 @@
+"""The worker's end of the stream: what this rank reads, step by step.
+
+`MixtureStream` holds a lease, plans up to it, gets the blocks, and hands out batches. The next
+lease is asked for one step ahead and covers about `lease_s` seconds of reading: a training loop
+of more than that per step gets one step at a time, so a change of weights asked for during step
+t is in the batch of step t + 2 at the latest; a faster reader does not pay a call per step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from raymix.control.batch import StepBatch
+from raymix.control.client import Controller
+from raymix.control.documents import DocumentFeed
+from raymix.control.feed import Feed, Place
+from raymix.control.rows import PackedFeed
+from raymix.control.source import BlockSource
+from raymix.errors import CorpusError, RecipeError, problem
+from raymix.recipe.training import DocumentData, PackedData
+from raymix.sampling import MixtureLog
+from raymix.store import Corpus
+
+_MOST_LEASED = 4096
+
+
+class MixtureStream:
+    """Batches of one rank, in order.
+
+    Args of the constructor:
+        corpus: The prepared corpus; its train split is read.
+        data: The recipe's `data` section.
+        seed: The run's seed.
+        rank: This rank.
+        world_size: Ranks that share each batch.
+        controller: Grants leases and tells the weights.
+        source: Gives blocks; its `row_tokens` must be those of `row_tokens(data)`.
+        state: From `state_dict`, to continue.
+        limit: Steps in the whole run; nothing beyond is asked for.
+
+    Attributes:
+        waited_s: Seconds that the last `next` took: leases, blocks and assembly.
+        log: The mixture log as far as this rank knows it.
+
+    Raises:
+        CorpusError: If `state` belongs to a corpus of other content.
+        RecipeError: If `state` belongs to another way of cutting it.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        data: PackedData | DocumentData,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        controller: Controller,
+        source: BlockSource,
+        state: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.waited_s = 0.0
+        self.log = MixtureLog(corpus.domain_names)
+        self._controller = controller
+        self._limit = limit
+        self._about = {
+            "fingerprint": corpus.fingerprint,
+            "mode": data.mode,
+            "sequence_length": data.sequence_length,
+        }
+        place = Place(seed=seed, rank=rank, world_size=world_size)
+        self._feed: Feed
+        if isinstance(data, PackedData):
+            self._feed = PackedFeed(corpus, data, place, log=self.log, source=source)
+        else:
+            self._feed = DocumentFeed(corpus, data, place, log=self.log, source=source)
+        self._step = 0
+        if state is not None:
+            self._check(state, accept_changed=data.accept_changed_corpus)
+            self._step = self._feed.load(state)
+        self._ready_until = self._held_until = self._step
+        self._want = 1
+        self._asked = False
+        self._paced = (time.perf_counter(), self._step)
+        if not self.done:
+            self._ask()
+
+    @property
+    def step(self) -> int:
+        """Return the step that `next` hands out next."""
+        return self._step
+
+    @property
+    def done(self) -> bool:
+        """Return whether all steps up to the limit have been handed out."""
+        return self._limit is not None and self._step >= self._limit
+
+    def next(self) -> StepBatch:
+        """Return the next batch, waiting for lease and blocks if need be.
+
+        Raises:
+            StopIteration: After the last step, if there is a limit.
+            CorpusError: If a block is corrupt; it names the file and the block.
+            ClusterError: If controller or blocks cannot be had within a time limit.
+        """
+        begun = time.perf_counter()
+        if self.done:
+            raise StopIteration
+        if self._step == self._ready_until:
+            self._make_ready()
+        batch = self._feed.batch(self._step)
+        self._step += 1
+        if not self._asked and self._held_until - self._step <= self._want // 2:
+            self._ask()
+        self.waited_s = time.perf_counter() - begun
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return, in JSON types, what it takes to continue after the batch last handed out.
+
+        It is the same on every rank. The weights are not part of it: the controller's snapshot
+        has them.
+        """
+        return {**self._feed.state_at(self._step), **self._about}
+
+    def _make_ready(self) -> None:
+        while self._held_until <= self._step:
+            if not self._asked:
+                self._ask()
+            lease = self._controller.take()
+            self._asked = False
+            for entry in lease.entries:
+                self.log.append(entry)
+            self._held_until = max(self._held_until, lease.until)
+        self._ready_until += self._feed.plan(self._held_until - self._step)
+
+    def _ask(self) -> None:
+        """Ask for as many steps as `lease_s` covers at the present pace."""
+        now, (then, step) = time.perf_counter(), self._paced
+        if self._step > step:
+            paced = self._controller.lease_s * (self._step - step) / max(now - then, 1e-9)
+            # One quick step is no pace: grow step by step, shrink at once.
+            self._want = max(1, min(int(paced), 2 * self._want, _MOST_LEASED))
+            self._paced = (now, self._step)
+        want = self._want
+        if self._limit is not None:
+            want = min(want, self._limit - self._step)
+        if self._step + want <= self._held_until:
+            return
+        version = self.log.entries[-1].version if self.log.entries else -1
+        self._controller.ask(
+            step=self._step, held_until=self._held_until, want=want, version=version
+        )
+        self._asked = True
+
+    def _check(self, state: Mapping[str, Any], *, accept_changed: bool) -> None:
+        if state["fingerprint"] != self._about["fingerprint"] and not accept_changed:
+            raise CorpusError(
+                problem(
+                    "corpus.fingerprint",
+                    self._about["fingerprint"],
+                    f"the checkpoint was made with another corpus, {state['fingerprint']}",
+                    "Restore that corpus, or set data.accept_changed_corpus",
+                )
+            )
+        for field in ("mode", "sequence_length"):
+            if state[field] != self._about[field]:
+                raise RecipeError(
+                    problem(
+                        f"data.{field}",
+                        self._about[field],
+                        f"the checkpoint was made with {state[field]!r}",
+                        "What has been read is counted in its units",
+                    )
+                )
+
+
+def row_tokens(data: PackedData | DocumentData) -> int:
+    """Return the `row_tokens` that a block source must cut to: rows, or nothing in particular."""
+    return data.sequence_length if isinstance(data, PackedData) else 1
