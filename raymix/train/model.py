@@ -171,13 +171,14 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = _from_config(config)
+            built = skeleton(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         raise RecipeError(problem("model.config", model.config, _one_line(error))) from error
     return built.train()
 
 
-def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a new model of a configuration, on the device of the caller's device context."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     # Private, yet the only way to ask: a few types have no fused attention and raise when told to.
@@ -212,7 +213,7 @@ def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
     """Return what the model of a recipe weighs without making its weights."""
     config = resolve_config(model, facts)
     with torch.device("meta"):
-        built = _from_config(config)
+        built = skeleton(config)
     return measure_model(built, facts.sequence_length)
 
 

@@ -1,0 +1,137 @@
+"""How much memory a run takes, part by part, without allocating any of it.
+
+Weights, gradients and optimiser states follow from the parameter count. What the forward pass
+keeps for the backward pass is counted on fake tensors: the model runs without data, and every
+tensor that autograd saves is added up, so the count holds for any architecture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from raymix.recipe import ModelConfig, TrainConfig
+from raymix.train.loss import LOGIT_BYTES
+from raymix.train.model import CorpusFacts, resolve_config, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FP32 = 4
+# Logits, their gradient, and the softmax in between.
+_LOGIT_COPIES = 3
+# Python, torch, transformers and Ray in one worker, before there is a model; measured.
+AUTO_TOKENS_CPU = 8192
+AUTO_TOKENS_GPU = 32_768
+PROCESS_BYTES = 600_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    """One part of the memory of a training worker."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one forward pass of a worker holds."""
+
+    rows: int
+    """Rows per pass."""
+    length: int
+    """Tokens per row."""
+    bf16: bool
+    """Whether it runs under bf16 autocast."""
+
+
+def auto_micro_batch_rows(most_rows: int, sequence_length: int, *, on_gpu: bool) -> int:
+    """Return the rows per forward pass that `train.micro_batch_rows: auto` stands for.
+
+    Args:
+        most_rows: Rows of the worker that has most in a step.
+        sequence_length: Tokens per row.
+        on_gpu: Whether the worker has a GPU.
+    """
+    tokens = AUTO_TOKENS_GPU if on_gpu else AUTO_TOKENS_CPU
+    passes = -(-most_rows // max(1, tokens // sequence_length))
+    return -(-most_rows // passes)
+
+
+def worker_memory(
+    model: ModelConfig, facts: CorpusFacts, train: TrainConfig, batch: Batch, *, workers: int
+) -> tuple[MemoryPart, ...]:
+    """Return the parts of the memory of one worker.
+
+    Args:
+        model: The model.
+        facts: What it takes from the corpus.
+        train: How it is trained.
+        batch: What a worker passes through it at once.
+        workers: Workers over which FSDP2 spreads weights, gradients and optimiser states.
+    """
+    parameters, activations = _measure(model, facts, train, batch)
+    held = parameters * _FP32
+    share = held if train.parallel == "ddp" else -(-held // max(1, workers))
+    logits = min(_LOGIT_COPIES * batch.rows * batch.length * facts.vocab_size * _FP32,
+                 _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
+    return (
+        MemoryPart("process", PROCESS_BYTES),
+        MemoryPart("weights", share),
+        MemoryPart("gradients", share),
+        MemoryPart("optimiser", 2 * share),
+        MemoryPart("activations", activations),
+        MemoryPart("logits", logits),
+    )
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Return the size of one checkpoint: fp32 weights and AdamW's two moments."""
+    return 3 * parameters * _FP32
+
+
+def _measure(
+    model: ModelConfig, facts: CorpusFacts, train: TrainConfig, batch: Batch
+) -> tuple[int, int]:
+    """Return the parameters and the bytes that autograd keeps for one backward pass."""
+    config = resolve_config(model, facts)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = skeleton(config).train()
+        parameters = sum(parameter.numel() for parameter in fake.parameters())
+        layers, width = config.num_hidden_layers, config.hidden_size
+        try:
+            kept = _saved_bytes(fake, batch)
+        except Exception:  # noqa: BLE001 - whatever a model does that fake tensors cannot
+            inner = getattr(config, "intermediate_size", None) or 4 * width
+            # Roughly what a Llama layer keeps: norms, attention, gated MLP.
+            kept = layers * batch.rows * batch.length * (16 * width + 4 * inner) * _FP32
+    if train.activation_checkpointing:
+        # Each layer's input stays, and one layer at a time is computed again.
+        kept = kept // layers + layers * batch.rows * batch.length * width * _FP32
+    return parameters, kept
+
+
+def _saved_bytes(model: PreTrainedModel, batch: Batch) -> int:
+    """Return the bytes of the distinct storages saved for backward, parameters left out."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids_BL = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
+    # Positions that start again, as in packed rows, bring in the mask that keeps documents apart.
+    positions_BL = (torch.arange(batch.length) % max(2, batch.length // 2)).expand_as(ids_BL)
+    mixed = torch.autocast("cpu", torch.bfloat16) if batch.bf16 else contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, mixed:
+        model.base_model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,193 @@
+"""What cannot work, said before it is tried: one function per reason, each returning messages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from raymix.errors import problem
+from raymix.recipe import (
+    ByteTokenizer,
+    PackedData,
+    PretrainedTokenizer,
+    Recipe,
+    TokenizerConfig,
+    TrainedTokenizer,
+)
+from raymix.store import Corpus, TokenizerInfo
+from raymix.train.forecast import Forecast
+from raymix.train.machine import Resources
+from raymix.train.memory import MemoryPart
+from raymix.train.supply import Supply
+
+_GB = 1e9
+# What a worker holds for certain; the rest is an estimate.
+_STATES = ("weights", "gradients", "optimiser")
+
+
+def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
+    """Return why the cluster cannot seat the workers."""
+    cluster, found = recipe.cluster, list[str]()
+    cpus = cluster.workers * cluster.cpus_per_worker
+    if cpus > resources.cpus:
+        wrong = f"with cpus_per_worker = {cluster.cpus_per_worker:g} that takes {cpus:g} CPUs"
+        found.append(
+            problem(
+                "cluster.workers",
+                cluster.workers,
+                f"{wrong}, {resources.where} has {resources.cpus:g}",
+                "Take fewer workers, or a larger cluster",
+            )
+        )
+    if cluster.gpus_per_worker == 1 and max(1, cluster.workers) > resources.gpus:
+        found.append(
+            problem(
+                "cluster.gpus_per_worker",
+                1,
+                f"{max(1, cluster.workers)} workers take as many GPUs, "
+                f"{resources.where} has {resources.gpus:g}",
+                "Take fewer workers, or set it to 0",
+            )
+        )
+    return found
+
+
+def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
+    """Return in what the prepared corpus is not the one that the recipe describes."""
+    manifest, found = corpus.manifest, list[str]()
+    wanted = [domain.name for domain in recipe.corpus.domains]
+    advice = "Choose another corpus.path, or remove the corpus and prepare it again"
+    if wanted and set(wanted) != set(corpus.domain_names):
+        lacks = [name for name in wanted if name not in corpus.domain_names]
+        more = [name for name in corpus.domain_names if name not in wanted]
+        wrong = "; ".join(
+            [
+                *([f"the corpus there lacks {', '.join(lacks)}"] if lacks else []),
+                *([f"the corpus there also holds {', '.join(more)}"] if more else []),
+            ]
+        )
+        found.append(problem("corpus.path", recipe.corpus.path, wrong, advice))
+    tokenizer = recipe.corpus.tokenizer
+    # Without domains the recipe uses a corpus as it is, whatever made it.
+    if wanted and (wrong := _tokenizer_mismatch(tokenizer, manifest.tokenizer)):
+        shown = tokenizer.model_dump(exclude_defaults=True) or "byte"
+        found.append(problem("corpus.tokenizer", shown, wrong, advice))
+    if isinstance(recipe.data, PackedData) and recipe.data.sequence_length > manifest.block_tokens:
+        found.append(
+            problem(
+                "data.sequence_length",
+                recipe.data.sequence_length,
+                f"longer than a block of the prepared corpus, {manifest.block_tokens:,} tokens",
+                "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
+            )
+        )
+    return found
+
+
+def _tokenizer_mismatch(config: TokenizerConfig, info: TokenizerInfo) -> str:
+    """Return how the tokenizer of a prepared corpus differs from the recipe's, or nothing."""
+    was = f"the corpus was prepared with a {info.kind} tokenizer of {info.vocab_size:,} tokens"
+    if info.kind == "none":
+        return ""
+    if isinstance(config, ByteTokenizer):
+        return "" if info.kind == "byte" else was
+    if isinstance(config, TrainedTokenizer):
+        return "" if (info.kind, info.vocab_size) == ("bpe", config.vocab_size) else was
+    return "" if _fingerprint(config) == info.fingerprint else f"{was}, which is not this one"
+
+
+def _fingerprint(config: PretrainedTokenizer) -> str:
+    from raymix.corpus.tokenizer import load_pretrained
+
+    return load_pretrained(config).info.fingerprint
+
+
+def empty_domains(supply: Sequence[Supply], recipe: Recipe) -> list[str]:
+    """Return the domains that hold nothing, or not one row."""
+    found = []
+    for number, domain in enumerate(supply):
+        path = f"corpus.domains.{number}.name"
+        if domain.tokens == 0:
+            wrong, advice = "the domain holds no tokens", "Give it text, or leave it out"
+        elif domain.usable == 0:
+            length = recipe.data.sequence_length
+            wrong = f"the domain's {domain.tokens:,} tokens do not fill one row of {length:,}"
+            advice = "Shorten data.sequence_length, give it more text, or leave it out"
+        else:
+            continue
+        found.append(problem(path, domain.name, wrong, advice))
+    return found
+
+
+def caps_per_domain(recipe: Recipe, supply: Sequence[Supply]) -> list[float | None]:
+    """Return `data.max_epochs` of every domain."""
+    cap = recipe.data.max_epochs
+    return [cap.get(domain.name) if isinstance(cap, dict) else cap for domain in supply]
+
+
+def cap_problems(
+    recipe: Recipe, supply: Sequence[Supply], found: Forecast, *, steps: int, tokens: int
+) -> list[str]:
+    """Return why the caps on epochs leave nothing to read before the last step.
+
+    Args:
+        recipe: The recipe.
+        supply: What the domains hold.
+        found: What the run would read.
+        steps: Steps of the run.
+        tokens: Tokens of a step.
+    """
+    if math.isinf(found.exhausted):
+        return []
+    done = int(found.exhausted)
+    used = found.asked_D > 0
+    held = float(np.array([domain.usable for domain in supply])[used].sum())
+    total = steps * tokens
+    return [
+        problem(
+            "data.max_epochs",
+            recipe.data.max_epochs,
+            f"every domain with a share is used up after {done:,} of {steps:,} steps: the caps "
+            f"allow {found.read_D.sum():,.0f} of {total:,} tokens",
+            f"Raise the caps (all domains read equally often would need {total / held:.3g} "
+            f"epochs), train at most {done:,} steps, add data, or give other domains a share",
+        )
+    ]
+
+
+def room_problems(
+    recipe: Recipe, parts: Sequence[MemoryPart], resources: Resources, *, on_gpu: bool
+) -> list[str]:
+    """Return why the weights and optimiser states do not fit into memory."""
+    states = sum(part.bytes for part in parts if part.name in _STATES)
+    workers = max(1, recipe.cluster.workers)
+    if on_gpu or states * workers <= resources.memory_bytes:
+        return []
+    return [
+        problem(
+            "model",
+            recipe.model.model_dump(exclude_defaults=True),
+            f"weights, gradients and optimiser states of {workers} workers need "
+            f"{states * workers / _GB:.1f} GB, {resources.where} has "
+            f"{resources.memory_bytes / _GB:.1f} GB of memory",
+            "Make the model smaller, or take fewer workers",
+        )
+    ]
+
+
+def disk_problems(recipe: Recipe, checkpoint: int, free: int | None) -> list[str]:
+    """Return why the checkpoints do not fit on the disk; one more than is kept exists at times."""
+    needed = (recipe.train.keep_checkpoints + 1) * checkpoint
+    if free is None or needed <= free:
+        return []
+    return [
+        problem(
+            "run.dir",
+            recipe.run_dir,
+            f"{recipe.train.keep_checkpoints + 1} checkpoints take {needed / _GB:.1f} GB, the disk "
+            f"has {free / _GB:.1f} GB free",
+            "Free some, choose another run.dir, or lower train.keep_checkpoints",
+        )
+    ]
