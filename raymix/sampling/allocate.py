@@ -112,7 +112,9 @@ class Allocator:
         """
         if not 1 <= budget <= _MOST - self.count_D.size:
             raise RecipeError(
-                problem("rows_per_step", budget, f"not between 1 and {_MOST - self.count_D.size}")
+                problem(
+                    "data.rows_per_step", budget, f"not between 1 and {_MOST - self.count_D.size}"
+                )
             )
         counts_SD = np.zeros((n_steps, self.count_D.size), dtype=np.int64)
         done = 0

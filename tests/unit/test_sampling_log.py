@@ -1,0 +1,128 @@
+"""The mixture log: what may follow what, look-up, and its lines on disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymix.errors import CorpusError
+from raymix.sampling import MixtureEntry, MixtureLog
+
+FIRST = MixtureEntry(0, 0, (0.5, 0.5), "static")
+SECOND = MixtureEntry(1, 100, (0.9, 0.1), "asked", {"loss": [1.5, None]})
+THIRD = MixtureEntry(2, 150, (0.1, 0.9), "pike")
+
+
+def example() -> MixtureLog:
+    return MixtureLog(("web", "books"), [FIRST, SECOND, THIRD])
+
+
+def test_each_step_has_the_entry_that_started_last() -> None:
+    log = example()
+    assert [log.at(step).version for step in (0, 99, 100, 149, 150, 10**9)] == [0, 0, 1, 1, 2, 2]
+    assert [log.until(step) for step in (0, 99, 100, 150)] == [100, 100, 150, None]
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [
+        (MixtureEntry(3, 150, (1, 0), "x"), "not after"),
+        (MixtureEntry(5, 200, (1, 0), "x"), "does not follow"),
+        (MixtureEntry(2, 200, (1, 0), "x"), "does not follow"),
+        (MixtureEntry(3, 200, (1,), "x"), "1 weights for 2 domains"),
+    ],
+)
+def test_what_does_not_follow_is_refused_and_leaves_the_log_as_it_was(
+    entry: MixtureEntry, wrong: str
+) -> None:
+    log = example()
+    with pytest.raises(ValueError, match=wrong):
+        log.append(entry)
+    assert log.entries == [FIRST, SECOND, THIRD]
+
+
+def test_the_first_entry_starts_at_step_zero() -> None:
+    with pytest.raises(ValueError, match="start at step 0"):
+        MixtureLog(("web", "books"), [SECOND])
+
+
+def test_an_empty_log_has_no_weights() -> None:
+    with pytest.raises(ValueError, match="no weights for step 0"):
+        MixtureLog(("web",)).at(0)
+
+
+def test_since_gives_what_a_reader_lacks() -> None:
+    log = example()
+    assert log.since(-1) == [FIRST, SECOND, THIRD]
+    assert log.since(1) == [THIRD]
+    assert log.since(2) == []
+
+
+def test_truncate_drops_what_starts_after_the_step() -> None:
+    log = example()
+    assert log.truncate(100) == [THIRD]
+    assert log.entries == [FIRST, SECOND]
+    assert log.until(100) is None
+    log.append(MixtureEntry(2, 101, (1, 0), "x"))
+    assert log.at(101).mixer == "x"
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    log = example()
+    twin = log.copy()
+    twin.truncate(0)
+    assert len(log.entries) == 3
+    assert len(twin.entries) == 1
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_lines_keep_every_float_exactly(weights: list[float]) -> None:
+    log = MixtureLog(tuple(f"d{at}" for at in range(len(weights))))
+    log.append(MixtureEntry(4, 0, tuple(weights), "static", {"a": 1}))
+    again = MixtureLog.from_lines(log.to_lines())
+    assert again.entries == log.entries
+    assert again.domains == log.domains
+
+
+def test_a_line_names_its_shares() -> None:
+    assert json.loads(example().to_lines()[1]) == {
+        "version": 1,
+        "first_step": 100,
+        "shares": {"web": 0.9, "books": 0.1},
+        "mixer": "asked",
+        "stats": {"loss": [1.5, None]},
+    }
+
+
+def test_lines_are_read_in_the_asked_order_of_domains() -> None:
+    log = MixtureLog.from_lines(example().to_lines(), ["books", "web"])
+    assert log.at(100).weights == (0.1, 0.9)
+
+
+def test_a_torn_last_line_and_empty_lines_are_left_out() -> None:
+    lines = example().to_lines()
+    log = MixtureLog.from_lines([lines[0], "", lines[1], lines[2][:-9]])
+    assert log.entries == [FIRST, SECOND]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"version": 1', "not an entry"),
+        ("[]", "not an entry"),
+        ('{"version": 1, "first_step": 5}', "shares"),
+        ('{"version": 1, "first_step": 5, "shares": {"web": 1}, "mixer": "x"}', "its domains are"),
+        (
+            '{"version": 1, "first_step": 0, "shares": {"web": 1, "books": 0}, "mixer": "x"}',
+            "not after",
+        ),
+    ],
+)
+def test_a_bad_line_is_an_error_that_names_it(line: str, wrong: str) -> None:
+    lines = example().to_lines()
+    with pytest.raises(CorpusError, match=wrong) as caught:
+        MixtureLog.from_lines([lines[0], line, lines[2]], path="mixture_log.jsonl")
+    assert "mixture_log.jsonl:2 = " in str(caught.value)
