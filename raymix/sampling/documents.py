@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,16 @@ class DocumentStep:
     """Position of the document in its domain's stream."""
     length_N: Ints
     """Tokens, cut at the sequence length."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A step while it is planned; nothing of it counts until it is whole."""
+
+    carry_D: Ints
+    count_D: Ints
+    picked: list[tuple[int, int, int, int]] = field(default_factory=list)
+    tokens: int = 0
 
 
 class DocumentPlanner:
@@ -115,20 +125,18 @@ class DocumentPlanner:
     def _plan_one(self) -> DocumentStep:
         entry = self.log.at(self.step)
         q_D = self._fixed(entry.weights)
-        carry_D, count_D = self.carry_D.copy(), self.count_D.copy()
-        picked: list[tuple[int, int, int, int]] = []
-        tokens = 0
-        while tokens < self._tokens:
+        draft = _Draft(self.carry_D.copy(), self.count_D.copy())
+        while draft.tokens < self._tokens:
             open_q_D = q_D
-            if (count_D[q_D > 0] >= self._limit_D[q_D > 0]).any():
-                open_q_D = restricted(q_D, count_D < self._limit_D)
+            if (draft.count_D[q_D > 0] >= self._limit_D[q_D > 0]).any():
+                open_q_D = restricted(q_D, draft.count_D < self._limit_D)
             active = np.flatnonzero(open_q_D)
             if not active.size:
                 raise CorpusError(self._used_up())
-            tokens += self._pick(active, open_q_D[active], carry_D, count_D, tokens, picked)
-        self.carry_D, self.count_D = carry_D, count_D
+            self._pick(draft, active, open_q_D[active])
+        self.carry_D, self.count_D = draft.carry_D, draft.count_D
         self.step += 1
-        domain_N, index_N, document_N, length_N = np.array(picked, dtype=np.int64).T
+        domain_N, index_N, document_N, length_N = np.array(draft.picked, dtype=np.int64).T
         return DocumentStep(
             self.step - 1,
             entry.version,
@@ -138,34 +146,24 @@ class DocumentPlanner:
             length_N,
         )
 
-    def _pick(
-        self,
-        active: Ints,
-        q_A: Ints,
-        carry_D: Ints,
-        count_D: Ints,
-        tokens: int,
-        picked: list[tuple[int, int, int, int]],
-    ) -> int:
-        """Pick until the budget is met or a domain reaches its limit; return the tokens picked."""
-        carry_A = carry_D[active]
-        domains, count_A = active.tolist(), count_D[active].tolist()
+    def _pick(self, draft: _Draft, active: Ints, q_A: Ints) -> None:
+        """Pick until the budget is met or a domain reaches its limit."""
+        carry_A = draft.carry_D[active]
+        domains, count_A = active.tolist(), draft.count_D[active].tolist()
         limit_A = self._limit_D[active].tolist()
-        got = 0
-        while tokens + got < self._tokens:
+        while draft.tokens < self._tokens:
             at = int(carry_A.argmax())
             domain, index = domains[at], count_A[at]
             document, length = self._ahead[domain].at(index)
-            picked.append((domain, index, document, length))
+            draft.picked.append((domain, index, document, length))
+            draft.tokens += length
             carry_A += length * q_A
             carry_A[at] -= length << self.bits
             count_A[at] = index + 1
-            got += length
             if index + 1 == limit_A[at]:
                 break
-        carry_D[active] = carry_A
-        count_D[active] = count_A
-        return got
+        draft.carry_D[active] = carry_A
+        draft.count_D[active] = count_A
 
     def _fixed(self, weights: tuple[float, ...]) -> Ints:
         if self._shares is None or self._shares[0] is not weights:
