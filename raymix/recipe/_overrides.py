@@ -34,7 +34,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 def _split(override: str) -> tuple[str, Any]:
     path, equals, text = (part.strip() for part in override.partition("="))
-    if not equals or not path:
+    if not equals or not all(path.split(".")):
         advice = "Write FIELD=VALUE, e.g. train.steps=200"
         raise RecipeError(problem("override", override, "not a change of a field", advice))
     try:

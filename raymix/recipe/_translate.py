@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -81,8 +82,13 @@ def translate(errors: Iterable[ErrorDetails], root: type[BaseModel]) -> list[str
 
 def fault_message(fault: Fault, prefix: _Path = ()) -> str:
     """Return the message of a rule's fault; `prefix` is the path of the model that states it."""
-    path = ".".join([*map(str, prefix), *([fault.field] if fault.field else [])])
+    path = ".".join([dotted(prefix)] * bool(prefix) + [fault.field] * bool(fault.field))
     return problem(path, brief(fault.value), fault.wrong, *fault.advice)
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """Return a path as it is written in overrides; a key that is no plain name is quoted."""
+    return ".".join(str(key) if re.fullmatch(r"[\w.-]+", str(key)) else repr(key) for key in path)
 
 
 def brief(value: object, limit: int = 100) -> object:
@@ -152,7 +158,7 @@ def _rank(kind: str) -> int:
 
 def _message(item: _Located, root: Spot) -> list[str]:
     error, kind, value = item.error, item.error["type"], item.error["input"]
-    name = ".".join(map(str, item.path))
+    name = dotted(item.path)
     if kind == "extra_forbidden":
         return [_unknown_key(item, name, root)]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -194,7 +200,7 @@ def _unknown_key(item: _Located, name: str, root: Spot) -> str:
     key = str(item.path[-1])
     model = item.parent.model
     known = list(model.model_fields) if model else []
-    section = name.removesuffix(key)
+    section = "".join(f"{part}." for part in item.path[:-1])
     near = did_you_mean(name, [section + field for field in known]) or _elsewhere(key, root)
     return problem(
         name, brief(item.error["input"]), "unknown key", near, f"Known: {', '.join(known)}"

@@ -8,15 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from raymix.errors import problem
-from raymix.recipe import (
-    ByteTokenizer,
-    PackedData,
-    PretrainedTokenizer,
-    Recipe,
-    TokenizerConfig,
-    TrainedTokenizer,
-)
-from raymix.store import Corpus, TokenizerInfo
+from raymix.recipe import PackedData, Recipe
+from raymix.store import Corpus
 from raymix.train.forecast import Forecast
 from raymix.train.machine import Resources
 from raymix.train.memory import MemoryPart
@@ -55,53 +48,21 @@ def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
 
 
 def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
-    """Return in what the prepared corpus is not the one that the recipe describes."""
-    manifest, found = corpus.manifest, list[str]()
-    wanted = [domain.name for domain in recipe.corpus.domains]
-    advice = "Choose another corpus.path, or remove the corpus and prepare it again"
-    if wanted and set(wanted) != set(corpus.domain_names):
-        lacks = [name for name in wanted if name not in corpus.domain_names]
-        more = [name for name in corpus.domain_names if name not in wanted]
-        wrong = "; ".join(
-            [
-                *([f"the corpus there lacks {', '.join(lacks)}"] if lacks else []),
-                *([f"the corpus there also holds {', '.join(more)}"] if more else []),
-            ]
-        )
-        found.append(problem("corpus.path", recipe.corpus.path, wrong, advice))
-    tokenizer = recipe.corpus.tokenizer
-    # Without domains the recipe uses a corpus as it is, whatever made it.
-    if wanted and (wrong := _tokenizer_mismatch(tokenizer, manifest.tokenizer)):
-        shown = tokenizer.model_dump(exclude_defaults=True) or "byte"
-        found.append(problem("corpus.tokenizer", shown, wrong, advice))
-    if isinstance(recipe.data, PackedData) and recipe.data.sequence_length > manifest.block_tokens:
+    """Return in what the prepared corpus is not one that the recipe can train on."""
+    from raymix.corpus import differences
+
+    found = differences(recipe.corpus)
+    block_tokens = corpus.manifest.block_tokens
+    if isinstance(recipe.data, PackedData) and recipe.data.sequence_length > block_tokens:
         found.append(
             problem(
                 "data.sequence_length",
                 recipe.data.sequence_length,
-                f"longer than a block of the prepared corpus, {manifest.block_tokens:,} tokens",
+                f"longer than a block of the prepared corpus, {block_tokens:,} tokens",
                 "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
             )
         )
     return found
-
-
-def _tokenizer_mismatch(config: TokenizerConfig, info: TokenizerInfo) -> str:
-    """Return how the tokenizer of a prepared corpus differs from the recipe's, or nothing."""
-    was = f"the corpus was prepared with a {info.kind} tokenizer of {info.vocab_size:,} tokens"
-    if info.kind == "none":
-        return ""
-    if isinstance(config, ByteTokenizer):
-        return "" if info.kind == "byte" else was
-    if isinstance(config, TrainedTokenizer):
-        return "" if (info.kind, info.vocab_size) == ("bpe", config.vocab_size) else was
-    return "" if _fingerprint(config) == info.fingerprint else f"{was}, which is not this one"
-
-
-def _fingerprint(config: PretrainedTokenizer) -> str:
-    from raymix.corpus.tokenizer import load_pretrained
-
-    return load_pretrained(config).info.fingerprint
 
 
 def empty_domains(supply: Sequence[Supply], recipe: Recipe) -> list[str]:
