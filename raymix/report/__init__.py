@@ -1,1 +1,80 @@
-"""See design notes in the modules of this package."""
+"""Reports: a run directory's files drawn as one HTML page, with a JSON twin of its data.
+
+`read` takes the files as they are, `summary` and `exactness` make the data, `figures` and `page`
+draw it. Nothing here needs the cluster, the model or the corpus' text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from raymix.errors import RecipeError, problem
+from raymix.report.read import Document, read_run
+from raymix.report.summary import summarise
+from raymix.store import atomic_write_text
+
+__all__ = ["write_report"]
+
+FORMAT = 1
+
+
+def write_report(
+    run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Return the path of the page drawn from `run_dirs`; its data lie beside it as `.json`.
+
+    Args:
+        run_dirs: Run directories; several are drawn side by side. Runs that go on are fine.
+        out: The page, `*.html`, or a directory for it. Left out, `report.html` in the run
+            directory, or in the working directory where there are several.
+
+    Raises:
+        RecipeError: If a directory is no run or holds no step yet, or matplotlib is absent.
+    """
+    from raymix.report import style
+
+    if not run_dirs:
+        raise RecipeError(problem("run", [], "no run directory", "Name at least one"))
+    page = _page_path(run_dirs, out)
+    style.require_matplotlib()
+    runs = [summarise(read_run(os.fspath(directory))) for directory in run_dirs]
+    if len({run["name"] for run in runs}) < len(runs):
+        runs = [run | {"name": run["path"]} for run in runs]
+    html = _draw(runs, page.with_suffix(".json").name)
+    twin = json.dumps({"format": FORMAT, "runs": runs}, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(str(page.with_suffix(".json")), twin + "\n")
+    atomic_write_text(str(page), html)
+    return page
+
+
+def _page_path(
+    run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None
+) -> Path:
+    if out is None:
+        return Path(run_dirs[0] if len(run_dirs) == 1 else ".") / "report.html"
+    path = Path(out)
+    if path.is_dir():
+        return path / "report.html"
+    if path.suffix not in {".html", ".htm"}:
+        advice = "Give a name that ends in .html, or a directory"
+        raise RecipeError(problem("out", str(out), "neither a directory nor an HTML file", advice))
+    return path
+
+
+def _draw(runs: Sequence[Document], twin: str) -> str:
+    from raymix.report import figures, page
+
+    axis = figures.x_axis(runs)
+    pictures = [figures.training_loss(runs, axis), figures.throughput(runs, axis)]
+    for draw in (figures.weights, figures.exactness, figures.amounts):
+        for run in runs:
+            picture = draw(run)
+            if picture is not None and len(runs) > 1:
+                picture = replace(picture, title=f"{picture.title}: {run['name']}")
+            pictures.append(picture)
+    drawn = [picture for picture in pictures if picture is not None]
+    return page.render(runs, drawn, figures.heldout(runs, axis), twin=twin)

@@ -1,0 +1,244 @@
+"""What the files of a run directory say, read with care for runs that go on or were cut off.
+
+Shapes: S recorded steps, E evaluations, D domains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
+from raymix.sampling import MixtureLog
+from raymix.store import Manifest
+from raymix.store.manifest import read_manifest
+
+METRICS = "metrics.jsonl"
+LOG = "mixture_log.jsonl"
+
+Floats = NDArray[np.float64]
+Document = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """The recorded training steps, in order; NaN where a value was not recorded."""
+
+    step_S: NDArray[np.int64]
+    """Number of the step."""
+    tokens_S: Floats
+    """Tokens trained on up to and with the step."""
+    loss_S: Floats
+    """Training loss, nats per token."""
+    lr_S: Floats
+    """Learning rate."""
+    tokens_per_s_S: Floats
+    """Throughput."""
+    data_wait_S: Floats
+    """Share of the step's time spent waiting for data."""
+    version_S: NDArray[np.int64]
+    """Version of the mixture log entry that the step followed; -1 where unknown."""
+    records: Sequence[Document]
+    """The lines themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Held-out scores after some step."""
+
+    step: int
+    """Steps trained before it; 0 is the untrained model."""
+    domains: Mapping[str, Document]
+    """Per domain: `loss` (nats per token), `bits_per_byte`, `tokens`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run directory."""
+
+    path: Path
+    recipe: Document
+    environment: Document
+    domains: tuple[str, ...]
+    steps: Steps
+    evaluations: tuple[Evaluation, ...]
+    log: MixtureLog | None
+    manifest: Manifest | None
+    notes: tuple[str, ...]
+    """What is missing or damaged, in words."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run: the directory's."""
+        return self.path.resolve().name
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Return what the run directory at `path` holds; what is missing is noted, not fatal.
+
+    Raises:
+        RecipeError: If it is no run directory, or holds neither a step nor an evaluation.
+    """
+    directory = Path(path)
+    notes: list[str] = []
+    lines = _read_metrics(directory, notes)
+    evaluations = tuple(
+        Evaluation(step=line["step"], domains=line["eval"])
+        for line in _last_per_step(lines, "eval")
+    )
+    records = _last_per_step(lines, "loss")
+    if not records and not evaluations:
+        wrong = f"{METRICS} holds no step yet"
+        raise RecipeError(problem("run", str(path), wrong, "Try again once training has begun"))
+    recipe = _tolerant(_read_recipe, directory, "resolved.yaml", notes)
+    log = _tolerant(_read_log, directory, LOG, notes)
+    manifest = _read_corpus(recipe or {}, notes)
+    return RunRecord(
+        path=directory,
+        recipe=recipe or {},
+        environment=_tolerant(_read_json, directory, "environment.json", notes) or {},
+        domains=_domains(log, manifest, records, evaluations),
+        steps=_steps(records),
+        evaluations=evaluations,
+        log=log,
+        manifest=manifest,
+        notes=tuple(notes),
+    )
+
+
+def _read_metrics(directory: Path, notes: list[str]) -> list[Document]:
+    try:
+        text = (directory / METRICS).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError(_no_run(directory)) from None
+    lines: list[Document] = []
+    bad: list[int] = []
+    numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for number, line in numbered:
+        try:
+            lines.append(_metrics_line(json.loads(line)))
+        except (ValueError, TypeError):
+            bad.append(number)
+    if bad and bad[-1] == numbered[-1][0]:
+        notes.append(f"{METRICS}: the last line was cut off and is left out.")
+        bad.pop()
+    if bad:
+        which = f"line{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}"
+        notes.append(f"{METRICS}: {which}{' and others' * (len(bad) > 5)} damaged, left out.")
+    return lines
+
+
+def _metrics_line(line: Any) -> Document:
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise TypeError("not an object with a step")
+    if not isinstance(line.get("eval", {}), dict):
+        raise TypeError("eval is not an object")
+    if not isinstance(line.get("loss", 0.0), int | float | None):
+        raise TypeError("loss is not a number")
+    return line
+
+
+def _no_run(directory: Path) -> str:
+    if not directory.exists():
+        parent = directory.parent
+        near = [item.name for item in parent.iterdir()] if parent.is_dir() else []
+        hint = did_you_mean(directory.name, near)
+        return problem("run", str(directory), "no such directory", hint)
+    inside = sorted(item.parent.name for item in directory.glob(f"*/{METRICS}"))
+    advice = f"Runs in it: {', '.join(inside[:8])}" if inside else "`raymix train` makes one"
+    return problem("run", str(directory), f"not a run directory: no {METRICS} in it", advice)
+
+
+def _last_per_step(lines: Sequence[Document], key: str) -> list[Document]:
+    """Return the lines that have `key`, the last of each step, in the order of steps."""
+    by_step = {line["step"]: line for line in lines if key in line}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list[str]) -> T | None:
+    """Return what `read` makes of a file of the run; None and a note if that fails."""
+    try:
+        return read(directory / name)
+    except FileNotFoundError:
+        notes.append(f"{name} is missing.")
+    except (OSError, ValueError, yaml.YAMLError, RaymixError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        notes.append(f"{name} is damaged ({first}).")
+    return None
+
+
+def _read_json(path: Path) -> Document:
+    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_recipe(path: Path) -> Document:
+    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _mapping(value: Any) -> Document:
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}, not a mapping")
+    return value
+
+
+def _read_log(path: Path) -> MixtureLog:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return MixtureLog.from_lines(lines, path=LOG)
+
+
+def _read_corpus(recipe: Document, notes: list[str]) -> Manifest | None:
+    corpus = (recipe.get("corpus") or {}).get("path")
+    if not isinstance(corpus, str):
+        return None
+    try:
+        return read_manifest(corpus)
+    except (RaymixError, OSError) as error:
+        notes.append(f"The corpus' manifest cannot be read: {str(error).splitlines()[0]}")
+        return None
+
+
+def _domains(
+    log: MixtureLog | None,
+    manifest: Manifest | None,
+    records: Sequence[Document],
+    evaluations: Sequence[Evaluation],
+) -> tuple[str, ...]:
+    if log is not None and log.domains:
+        return log.domains
+    if manifest is not None:
+        return tuple(manifest.domains)
+    named = [*(record.get("shares") or {} for record in records[:1])]
+    named += [evaluation.domains for evaluation in evaluations[:1]]
+    return tuple(dict.fromkeys(name for names in named for name in names))
+
+
+def _steps(records: Sequence[Document]) -> Steps:
+    tokens = _column(records, "tokens")
+    return Steps(
+        step_S=np.array([record["step"] for record in records], dtype=np.int64),
+        tokens_S=tokens,
+        loss_S=_column(records, "loss"),
+        lr_S=_column(records, "lr"),
+        tokens_per_s_S=_column(records, "tokens_per_s"),
+        data_wait_S=_column(records, "data_wait"),
+        version_S=np.nan_to_num(_column(records, "mixture_version"), nan=-1).astype(np.int64),
+        records=records,
+    )
+
+
+def _column(records: Sequence[Document], key: str) -> Floats:
+    return np.array([number(record.get(key)) for record in records], dtype=np.float64)
+
+
+def number(value: Any) -> float:
+    """Return `value` as a float, NaN where it is none."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if good else float("nan")

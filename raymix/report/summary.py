@@ -1,0 +1,281 @@
+"""The data behind a report: one JSON-able document per run, from which page and figures are made.
+
+Shapes: S recorded steps, V entries of the mixture log, E evaluations, D domains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from raymix.report.exactness import Account, account, bound
+from raymix.report.read import Document, Floats, RunRecord, number
+from raymix.store import Manifest
+
+MOST_POINTS = 800
+MOST_BANDS = 10
+MOST_PANELS = 24
+MOST_ROWS = 40
+
+
+def summarise(run: RunRecord) -> Document:
+    """Return everything a report shows of a run, in JSON types; NaN becomes None."""
+    shares_VD = _shares(run)
+    counted = account(run, _asked(run, shares_VD))
+    domains = _domains(run, counted)
+    document = {
+        "name": run.name,
+        "path": str(run.path),
+        "state": _state(run),
+        "header": _header(run),
+        "domains": domains,
+        "training": _training(run),
+        "weights": _weights(run, shares_VD),
+        "heldout": _heldout(run, domains),
+        "exactness": _exactness(run, counted, shares_VD),
+        "notes": list(run.notes),
+    }
+    return _plain(document)
+
+
+def _shares(run: RunRecord) -> Floats:
+    """Return the shares of each mixture, shape (V, D): the log's, else those of the metrics."""
+    if run.log is not None and run.log.entries:
+        return np.array([entry.weights for entry in run.log.entries], dtype=np.float64)
+    told = [record["shares"] for record in run.steps.records if record.get("shares")]
+    changes = [new for old, new in zip([None, *told], told, strict=False) if new != old]
+    return np.array(
+        [[number(shares.get(name, 0.0)) for name in run.domains] for shares in changes]
+    ).reshape(len(changes), len(run.domains))
+
+
+def _asked(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
+    """Yield the shares asked in each recorded step, shape (D,)."""
+    if not len(shares_VD):
+        for _ in run.steps.records:
+            yield np.full(len(run.domains), np.nan)
+        return
+    if run.log is None or not run.log.entries:
+        yield from _asked_by_metrics(run, shares_VD)
+        return
+    first = run.log.entries[0].version
+    versions = run.steps.version_S.tolist()
+    for step, version in zip(run.steps.step_S.tolist(), versions, strict=True):
+        # A line without a version follows the log by its step; `step` counts the steps done.
+        at = version - first if version >= first else run.log.at(max(step - 1, 0)).version - first
+        yield shares_VD[min(at, len(shares_VD) - 1)]
+
+
+def _asked_by_metrics(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
+    at, last = -1, None
+    for record in run.steps.records:
+        told = record.get("shares")
+        if told and told != last:
+            at, last = at + 1, told
+        yield shares_VD[max(at, 0)]
+
+
+def _state(run: RunRecord) -> str:
+    planned = run.environment.get("steps") or (run.recipe.get("train") or {}).get("steps")
+    done = int(run.steps.step_S[-1]) if run.steps.step_S.size else 0
+    if not isinstance(planned, int):
+        return f"{done:,} steps"
+    if done >= planned:
+        return f"finished: {done:,} steps"
+    return f"unfinished: {done:,} of {planned:,} steps"
+
+
+def _header(run: RunRecord) -> Document:
+    """Return what the head of a report says, by label; absent things are left out."""
+    environment, steps = run.environment, run.steps
+    packages = environment.get("packages") or {}
+    manifest = run.manifest
+    finite = steps.tokens_per_s_S[np.isfinite(steps.tokens_per_s_S)]
+    head: Document = {
+        "model": _model(run),
+        "parameters": environment.get("parameters"),
+        "tokens": _last(steps.tokens_S),
+        "tokens_per_s": float(np.median(finite)) if finite.size else None,
+        "mixer": (run.recipe.get("mixer") or {}).get("kind"),
+        "corpus": (run.recipe.get("corpus") or {}).get("path"),
+        "corpus_fingerprint": manifest.fingerprint if manifest else None,
+        "corpus_tokens": _held_tokens(manifest),
+        "tokenizer": manifest.tokenizer.fingerprint if manifest else None,
+        "vocabulary": manifest.tokenizer.vocab_size if manifest else None,
+        "machine": _machine(environment),
+        "workers": (run.recipe.get("cluster") or {}).get("workers"),
+        "versions": {name: found for name, found in packages.items() if found},
+        "python": environment.get("python"),
+        "revision": environment.get("revision"),
+        "started": environment.get("started"),
+        "seed": run.recipe.get("seed"),
+    }
+    return {key: value for key, value in head.items() if value not in (None, {}, "")}
+
+
+def _held_tokens(manifest: Manifest | None) -> int | None:
+    if manifest is None:
+        return None
+    return sum(domain.train.tokens for domain in manifest.domains.values())
+
+
+def _model(run: RunRecord) -> str | None:
+    model = run.recipe.get("model") or {}
+    return model.get("path") if model.get("kind") == "pretrained" else model.get("type")
+
+
+def _machine(environment: Document) -> str | None:
+    parts = [str(environment[key]) for key in ("gpu", "device") if environment.get(key)]
+    if environment.get("cores"):
+        parts.append(f"{environment['cores']} cores")
+    if isinstance(environment.get("memory_bytes"), int):
+        parts.append(f"{environment['memory_bytes'] / 2**30:.0f} GiB of memory")
+    if environment.get("platform"):
+        parts.append(str(environment["platform"]))
+    return ", ".join(parts) or None
+
+
+def _domains(run: RunRecord, counted: Account) -> dict[str, Document]:
+    """Return the row of each domain; the largest share first where there are many."""
+    asked = counted.asked_D.sum()
+    read_D = counted.read_D
+    rows = {}
+    for at, name in enumerate(run.domains):
+        info = run.manifest.domains.get(name) if run.manifest else None
+        scored = [e.domains[name] for e in run.evaluations if name in e.domains]
+        tokens = read_D[at] if read_D is not None else counted.asked_D[at]
+        rows[name] = {
+            "tokens": tokens,
+            "share_asked": counted.asked_D[at] / asked if asked else math.nan,
+            "share_realised": read_D[at] / read_D.sum() if read_D is not None else math.nan,
+            "epochs": tokens / info.train.tokens if info and info.train.tokens else math.nan,
+            "loss_first": number(scored[0].get("loss")) if scored else math.nan,
+            "loss_last": number(scored[-1].get("loss")) if scored else math.nan,
+            "unigram_entropy": info.valid.unigram_entropy if info else math.nan,
+            "bits_per_byte": number(scored[-1].get("bits_per_byte")) if scored else math.nan,
+        }
+    if len(rows) > MOST_ROWS:
+        rows = dict(sorted(rows.items(), key=lambda item: -_finite(item[1]["tokens"])))
+    return rows
+
+
+def _training(run: RunRecord) -> Document:
+    steps = run.steps
+    kept = thinned(len(steps.records))
+    window = max(1, len(steps.records) // 40)
+    return {
+        "step": steps.step_S[kept],
+        "tokens": steps.tokens_S[kept],
+        "loss": steps.loss_S[kept],
+        "loss_smooth": smoothed(steps.loss_S, window)[kept],
+        "smoothing_steps": window,
+        "lr": steps.lr_S[kept],
+        "tokens_per_s": steps.tokens_per_s_S[kept],
+        "tokens_per_s_smooth": smoothed(steps.tokens_per_s_S, window)[kept],
+        "data_wait": steps.data_wait_S[kept],
+        "data_wait_smooth": smoothed(steps.data_wait_S, window)[kept],
+    }
+
+
+def _weights(run: RunRecord, shares_VD: Floats) -> Document:
+    """Return the asked shares at the steps where they change, the smallest domains as one."""
+    last = int(run.steps.step_S[-1]) if run.steps.step_S.size else 0
+    if not len(shares_VD):
+        return {"step": [], "shares": {}}
+    if run.log is not None and run.log.entries:
+        starts = np.array([entry.first_step for entry in run.log.entries])
+        used = np.flatnonzero(starts < max(last, 1))
+        starts, shares_VD = starts[used], shares_VD[used]
+    else:
+        starts = np.linspace(0, last, len(shares_VD), endpoint=False).astype(np.int64)
+    kept = thinned(len(starts))
+    starts, shares_VD = starts[kept], shares_VD[kept]
+    order = np.argsort(-shares_VD.mean(axis=0), kind="stable")
+    top = np.sort(order if len(order) <= MOST_BANDS else order[: MOST_BANDS - 1])
+    shares = {run.domains[at]: shares_VD[:, at] for at in top.tolist()}
+    if len(top) < len(order):
+        rest = np.setdiff1d(order, top)
+        shares[f"{len(rest):,} others"] = shares_VD[:, rest].sum(axis=1)
+    return {"step": starts, "until": last, "shares": shares}
+
+
+def _heldout(run: RunRecord, domains: dict[str, Document]) -> Document:
+    largest = sorted(domains, key=lambda name: -_finite(domains[name]["tokens"]))[:MOST_PANELS]
+    shown = [name for name in domains if name in set(largest)]
+    steps = [evaluation.step for evaluation in run.evaluations]
+    return {
+        "step": steps,
+        "tokens": _tokens_at(run, steps),
+        "loss": {
+            name: [number((e.domains.get(name) or {}).get("loss")) for e in run.evaluations]
+            for name in shown
+        },
+        "left_out": len(domains) - len(shown),
+    }
+
+
+def _tokens_at(run: RunRecord, steps: Sequence[int]) -> list[float]:
+    done_S, tokens_S = run.steps.step_S, run.steps.tokens_S
+    after = np.searchsorted(done_S, steps, side="right")
+    return [float(tokens_S[at - 1]) if at else 0.0 for at in after.tolist()]
+
+
+def _exactness(run: RunRecord, counted: Account, shares_VD: Floats) -> Document | None:
+    proved = bound(run, shares_VD)
+    if proved is None or counted.read_D is None:
+        return None
+    kept = thinned(len(run.steps.records))
+    return {
+        "step": run.steps.step_S[kept],
+        "ahead": counted.ahead_S[kept],
+        "behind": counted.behind_S[kept],
+        "most_ahead": counted.ahead_S.max(),
+        "most_behind": counted.behind_S.min(),
+        "bound_ahead": proved.ahead,
+        "bound_behind": proved.behind,
+        "unit": proved.unit,
+        "because": proved.because,
+    }
+
+
+def thinned(length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return at most 800 positions of `length`, evenly spread, first and last among them."""
+    if length <= MOST_POINTS:
+        return np.arange(length, dtype=np.int64)
+    return np.unique(np.linspace(0, length - 1, MOST_POINTS).round().astype(np.int64))
+
+
+def smoothed(values_S: Floats, window: int) -> Floats:
+    """Return the mean of each value's neighbourhood of `window` steps, NaN left out, shape (S,)."""
+    known = np.isfinite(values_S)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values_S, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(len(values_S))
+    low = np.maximum(at - window // 2, 0)
+    high = np.minimum(at + (window + 1) // 2, len(values_S))
+    total, count = sums[high] - sums[low], counts[high] - counts[low]
+    return np.divide(total, count, out=np.full(len(values_S), np.nan), where=count > 0)
+
+
+def _last(values: Floats) -> float | None:
+    return float(values[-1]) if values.size and np.isfinite(values[-1]) else None
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` in JSON types: arrays as lists, floats to 7 digits, NaN as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value

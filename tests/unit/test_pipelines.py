@@ -1,0 +1,89 @@
+"""The recipes and the corpus that are shipped: they load, they fit, they may be passed on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raymix.recipe import load_recipe
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+QUICKSTART = PIPELINES / "quickstart"
+RECIPES = sorted(PIPELINES.glob("*.yaml"))
+EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")
+
+
+def provenance() -> list[dict[str, object]]:
+    return json.loads((QUICKSTART / "provenance.json").read_text())["sources"]
+
+
+def parquet(split: str) -> dict[str, Path]:
+    return {path.stem: path for path in sorted((QUICKSTART / split).glob("*.parquet"))}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_load_and_find_their_files(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    for domain in recipe.corpus.domains:
+        for pattern in (*domain.train, *domain.valid):
+            assert Path(pattern).is_file()
+
+
+def test_every_recipe_says_what_to_expect() -> None:
+    text = (PIPELINES / "README.md").read_text()
+    for path in RECIPES:
+        assert f"`{path.name}`" in text
+
+
+def test_the_demo_is_the_one_the_issue_asks_for() -> None:
+    recipe = load_recipe(PIPELINES / "quickstart.yaml")
+    assert len(recipe.corpus.domains) >= 8
+    assert {domain.name for domain in recipe.corpus.domains} == set(parquet("train"))
+    assert recipe.cluster.workers == 2
+
+
+def test_the_corpus_is_small() -> None:
+    size = sum(path.stat().st_size for path in QUICKSTART.rglob("*") if path.is_file())
+    assert size <= 6_000_000
+
+
+def test_every_source_has_its_licence_and_origin() -> None:
+    readme = (QUICKSTART / "README.md").read_text()
+    assert {str(source["domain"]) for source in provenance()} == set(parquet("train"))
+    for source in provenance():
+        assert (QUICKSTART / str(source["licence_file"])).stat().st_size > 500
+        assert re.fullmatch(r"[0-9a-f]{64}", str(source["archive_sha256"]))
+        for told in ("package", "version", "licence_file", "archive_sha256"):
+            assert str(source[told]) in readme
+
+
+def test_all_documents_come_from_the_sources_told() -> None:
+    told = {
+        (str(s["domain"]), str(s["package"])): (s["documents"], s["bytes"]) for s in provenance()
+    }
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for split in ("train", "valid"):
+        for path in parquet(split).values():
+            for row in pq.read_table(path).to_pylist():
+                domain, package = row["id"].split("/")[:2]
+                documents, size = found.get((domain, package), (0, 0))
+                found[domain, package] = documents + 1, size + len(row["text"].encode())
+    assert found == told
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_texts_hold_no_addresses_and_no_document_is_in_both_splits(split: str) -> None:
+    other = "valid" if split == "train" else "train"
+    for name, path in parquet(split).items():
+        table = pq.read_table(path)
+        assert table.column_names == ["id", "text"]
+        assert not set(table["id"].to_pylist()) & set(
+            pq.read_table(parquet(other)[name])["id"].to_pylist()
+        )
+        for text in table["text"].to_pylist():
+            assert not EMAIL.search(text), f"{split}/{name}: {EMAIL.search(text)}"
