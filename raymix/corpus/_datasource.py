@@ -58,6 +58,6 @@ def job_dataset(
     return ray.data.read_datasource(
         _Jobs(function, jobs),
         num_cpus=1,
-        concurrency=concurrency,
+        concurrency=min(concurrency, len(jobs)),
         override_num_blocks=len(jobs),
     )

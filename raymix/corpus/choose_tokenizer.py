@@ -12,7 +12,6 @@ from raymix.corpus.progress import Reporter
 from raymix.corpus.runner import Runner, in_order
 from raymix.corpus.sample import TrainJob, train_tokenizer
 from raymix.corpus.tokenizer import LoadedTokenizer, byte_tokenizer, load_pretrained
-from raymix.errors import CorpusError, problem
 from raymix.recipe import CorpusConfig, PretrainedTokenizer, TrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text, files
 
@@ -23,7 +22,7 @@ def ready_tokenizer(
     """Return the description of the corpus' tokenizer, having saved it in the corpus.
 
     Raises:
-        CorpusError: If the one the recipe names cannot be used, or there is no text to train on.
+        CorpusError: If the one the recipe names cannot be used.
     """
     chosen = config.tokenizer
     if isinstance(chosen, TrainedTokenizer):
@@ -74,12 +73,7 @@ def _train_job(
     domains = [
         (domain, tuple(part for part in parts[domain.name] if part.held_out != "yes"))
         for domain in config.domains
-        if not domain.tokens_column
     ]
-    if not domains:
-        wrong = "every domain has ready token ids, so there is no text to train a tokenizer on"
-        advice = "name the tokenizer that made the ids: {path: ...}"
-        raise CorpusError(problem("corpus.tokenizer.train", chosen.train, wrong, advice))
     domains.sort(key=lambda entry: (sum(part.size for part in entry[1]), entry[0].name))
     return TrainJob(
         config=chosen,

@@ -144,6 +144,8 @@ def _merged(
     runs: Sequence[tuple[str, int, int]],
 ) -> Iterator[tuple[npt.NDArray[np.uint64], Counts]]:
     """Yield all pairs with their total counts, in ascending ranges of about 4 million records."""
+    if not runs:
+        return
     mapped = [_map_run(*run) for run in runs]
     for low, high in _ranges([run["pair"] for run in mapped]):
         cuts = [run[slice(*np.searchsorted(run["pair"], [low, high]))] for run in mapped]

@@ -154,7 +154,7 @@ def _file_slices(domain: DomainConfig, file: SourceFile) -> list[Slice]:
 def _guarded(file: SourceFile, read: Callable[[], list[Slice]]) -> list[Slice]:
     try:
         return read()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(file, error) from error
 
 
@@ -176,18 +176,13 @@ def _parquet_slices(domain: DomainConfig, file: SourceFile, column: str) -> list
     with filesystem.open_input_file(path) as source:
         footer = pq.ParquetFile(source)
         check_column(domain, file, footer.schema_arrow, column)
-        metadata = footer.metadata
-        leaves = [
-            number
-            for number in range(metadata.num_columns)
-            if metadata.schema.column(number).path.split(".")[0] == column
+        # The size of all columns, since asking for one column's can abort the process when the
+        # footer is damaged (an exception that Arrow's binding does not catch).
+        groups = map(footer.metadata.row_group, range(footer.metadata.num_row_groups))
+        return [
+            Slice(file, number, number + 1, group.total_byte_size)
+            for number, group in enumerate(groups)
         ]
-        pieces = []
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            size = sum(group.column(leaf).total_uncompressed_size for leaf in leaves)
-            pieces.append(Slice(file, number, number + 1, size))
-    return pieces
 
 
 def _arrow_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[Slice]:

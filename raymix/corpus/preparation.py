@@ -371,7 +371,7 @@ class _Preparation:
 def _domain_counts(tallies: Sequence[Tally], selection: Selection) -> dict[str, int]:
     return {
         "records_read": sum(tally.records for tally in tallies),
-        "rejected": sum(tally.rejected.total() for tally in tallies),
+        "rejected": sum(rejects.by_reason(tallies).values()),
         "duplicates": selection.duplicates,
         "too_short": sum(tally.too_short for tally in tallies),
         "too_long": sum(tally.too_long for tally in tallies),

@@ -73,7 +73,7 @@ def read_slice(piece: Slice, domain: DomainConfig, *, max_characters: int) -> Re
             yield from _jsonl(piece, domain, max_characters * _ESCAPED + _LINE_SLACK)
         else:
             yield from _text(piece, domain, max_characters * 4 + 4)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(piece.file, error) from error
 
 

@@ -43,7 +43,7 @@ class Recorded:
 def identity(config: CorpusConfig) -> dict[str, Any]:
     """Return what the content of a corpus depends on, apart from the files themselves."""
     document = config.model_dump(mode="json", exclude=_NOT_CONTENT)
-    document["order"] = [domain.name for domain in config.domains]
+    document["domain_order"] = [domain.name for domain in config.domains]
     document["domains"] = {
         domain.name: domain.model_dump(mode="json", exclude={"name"}) for domain in config.domains
     }
@@ -90,10 +90,10 @@ def differences(config: CorpusConfig) -> list[str]:
     """
     before = recorded(config.path)
     manifest = manifest_of(config.path)
-    if before is None:
-        return _names_differ(config, manifest) if manifest and config.domains else []
-    if not config.domains:
+    if not config.domains or not (manifest or _anything_done(config.path)):
         return []
+    if before is None:
+        return _names_differ(config, manifest) if manifest else []
     then, now = _flat(before.identity), _flat(identity(config))
     changed = [
         path
@@ -110,6 +110,17 @@ def differences(config: CorpusConfig) -> list[str]:
         for path in changed
     ]
     return found + _tokenizer_changed(config, manifest)
+
+
+def _anything_done(path: str) -> bool:
+    work = files.join(path, WORK)
+    domains = [files.join(work, name) for name in files.list_directory(work) if name != "lock"]
+    return any(
+        name.endswith(".json")
+        for domain in domains
+        if not domain.endswith(".json")
+        for name in files.list_directory(domain)
+    )
 
 
 def _names_differ(config: CorpusConfig, manifest: Manifest) -> list[str]:
@@ -133,10 +144,11 @@ def _same_after_all(
 ) -> bool:
     if path == "tokenizer.path":
         return manifest is not None and not _tokenizer_changed(config, manifest)
-    _, *names, last = path.split(".")
-    domain = ".".join(names)
-    if not path.startswith("domains.") or last not in ("train", "valid"):
+    first, *names = path.split(".")
+    if first != "domains" or names[-1] not in ("train", "valid"):
         return False
+    *names, last = names
+    domain = ".".join(names)
     with contextlib.suppress(CorpusError):
         found = find_sources(config)
         if domain in found and domain in before.sources:

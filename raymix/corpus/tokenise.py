@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -74,13 +73,13 @@ class Tally:
     bytes: int = 0
     too_short: int = 0
     too_long: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
+    rejected: dict[str, int] = field(default_factory=dict)
     lines: list[int] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
 
     def reject(self, bad: Reject, slice_number: int, line: int) -> None:
         """Count a bad record and keep it as an example while there is room for its reason."""
-        self.rejected[bad.reason] += 1
+        self.rejected[bad.reason] = self.rejected.get(bad.reason, 0) + 1
         if self.rejected[bad.reason] <= REJECTS_KEPT:
             example = {"slice": slice_number, "line": line, **asdict(bad)}
             self.examples.append(example)
@@ -94,7 +93,6 @@ def finished_tally(job: PartJob) -> Tally | None:
         return None
     if stored.get("key") != job.key():
         return None
-    stored["rejected"] = Counter(stored["rejected"])
     return Tally(**stored)
 
 
