@@ -11,7 +11,7 @@ from raymix.recipe._base import Fault, Model, Real, Whole, Words, raise_if
 
 NAME = Words("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
 # Entries of a prepared corpus' directory that are no domains.
-RESERVED_NAMES = ("tokenizer", "manifest.json")
+RESERVED_NAMES = ("tokenizer", "manifest.json", "prepare.json")
 
 
 class ByteTokenizer(Model):

@@ -187,10 +187,9 @@ def test_ready_token_ids(tmp_path: Path) -> None:
     assert info.too_short == 1
     assert info.train.bytes == 0
     assert info.train.tokens + info.valid.tokens == 100 * 4 + 2
-    said = refusal(
-        config(tmp_path / "two", [domain], tokenizer={"train": "bpe", "vocab_size": 300})
-    )
-    assert "no text to train a tokenizer on" in said
+    (tmp_path / "a.txt").write_text("x")
+    said = refusal(config(tmp_path / "two", [{**domain, "train": str(tmp_path / "a.txt")}]))
+    assert "a text file has no column 'input_ids'" in said
 
 
 def test_same_bytes_however_it_is_cut_short(
