@@ -6,6 +6,7 @@ Letters: D domains, G blocks of all domains.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,19 +34,24 @@ class BlockNumbers:
         blocks = [corpus.split(name, split).blocks for name in corpus.domain_names]
         self.first_D = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
         self.total = int(self.first_D[-1])
+        self._first: list[int] = self.first_D.tolist()
         self._names = corpus.domain_names
         self._tokens = [corpus.split(name, split).tokens for name in corpus.domain_names]
         self._block_tokens = corpus.manifest.block_tokens
 
+    def domain(self, number: int) -> int:
+        """Return the position of the domain that a block belongs to."""
+        return bisect_right(self._first, number) - 1
+
     def find(self, number: int) -> tuple[str, int]:
         """Return the domain's name and the block in it."""
-        domain = int(np.searchsorted(self.first_D, number, side="right")) - 1
-        return self._names[domain], number - int(self.first_D[domain])
+        domain = self.domain(number)
+        return self._names[domain], number - self._first[domain]
 
     def tokens(self, number: int) -> int:
         """Return the tokens in a block."""
-        domain = int(np.searchsorted(self.first_D, number, side="right")) - 1
-        before = (number - int(self.first_D[domain])) * self._block_tokens
+        domain = self.domain(number)
+        before = (number - self._first[domain]) * self._block_tokens
         return min(self._block_tokens, self._tokens[domain] - before)
 
     @property

@@ -26,6 +26,8 @@ _MOST_SAMPLES = 1 << 16
 _MOST_STEPS = 1 << 14
 # Shares may grow by this factor before what was looked up no longer serves.
 _GROWTH = 1.5
+# Ranks drift apart and bundles hold blocks used already: part of the budget is left to that.
+_FILL = 0.75
 
 
 class Lookahead:
@@ -70,13 +72,14 @@ class Lookahead:
             count_D: Samples of each domain before it, shape (D,).
             rate_D: Samples of each domain per step, about, shape (D,).
         """
+        self._table.take_in(self._source.arrived())
         if self._all or not self._due(step, rate_D):
             return
         samples = max(1.0, float(rate_D.sum()))
         reach = int(min(max(2 * self.reach, 2), _MOST_STEPS, max(1, _MOST_SAMPLES // samples)))
         while True:
             numbers, steps = self._needs(step, count_D, rate_D, reach)
-            if len(numbers) <= self._room or reach == 1:
+            if len(numbers) <= _FILL * self._room or reach == 1:
                 break
             reach //= 2
         self.reach, self._seen_D = reach, rate_D
@@ -88,7 +91,8 @@ class Lookahead:
             steps = np.concatenate([steps, np.full(rest.size, np.inf)])
         else:
             self._table.keep(numbers)
-        self._source.want(step, numbers.tolist(), steps.tolist())
+        missing = numbers[~self._table.holds(numbers)]
+        self._source.want(step, numbers.tolist(), steps.tolist(), missing.tolist())
 
     def _due(self, step: int, rate_D: Floats) -> bool:
         if self._seen_D is None or step >= self._again:

@@ -18,13 +18,16 @@ class BlockSource(Protocol):
     budget_bytes: int
     """What a rank may ask for in advance, and hold."""
 
-    def want(self, step: int, numbers: Sequence[int], steps: Sequence[float]) -> None:
+    def want(
+        self, step: int, numbers: Sequence[int], steps: Sequence[float], missing: Sequence[int]
+    ) -> None:
         """Say what is needed next, in place of what was said before; returns at once.
 
         Args:
             step: The step read next.
-            numbers: Blocks, the most urgent first, those at hand among them.
+            numbers: Blocks, the most urgent first.
             steps: Step at which each is needed, about.
+            missing: Those of the blocks that are not at hand; they come by `arrived`.
         """
         ...
 
@@ -59,7 +62,9 @@ class LocalSource:
         self._numbers = BlockNumbers(corpus, split)
         self._row_tokens = row_tokens
 
-    def want(self, step: int, numbers: Sequence[int], steps: Sequence[float]) -> None:
+    def want(
+        self, step: int, numbers: Sequence[int], steps: Sequence[float], missing: Sequence[int]
+    ) -> None:
         """Do nothing: reading takes place in `fetch`."""
 
     def arrived(self) -> list[Slab]:

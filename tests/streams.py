@@ -1,0 +1,166 @@
+"""Streams over small corpora for tests: how to open one, and a slow reader to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raymix.control.client import LocalController
+from raymix.control.controller import MixtureController
+from raymix.control.geometry import row_geometry
+from raymix.control.source import LocalSource
+from raymix.control.stream import MixtureStream, row_tokens
+from raymix.mixers import DomainStats, Mixer, MixerContext, Planned
+from raymix.recipe.training import DocumentData, PackedData
+from raymix.sampling import DomainOrder, MixtureEntry, MixtureLog, PackedPlanner
+from raymix.store import Corpus
+from tests.corpora import labelled_domain, write_corpus
+
+BLOCK = 96
+ROW = 16
+
+
+class TokensMixer:
+    """An adaptive mixer for tests: the next shares are a hash-like function of what was read."""
+
+    kind = "tokens"
+    needs = frozenset({"tokens"})
+
+    def __init__(self, n_domains: int) -> None:
+        self.initial = np.arange(1.0, n_domains + 1) / np.arange(1.0, n_domains + 1).sum()
+        self.seen = 0
+
+    def update(self, stats: DomainStats) -> npt.NDArray[np.float64]:
+        self.seen += int(stats.tokens_D.sum())
+        salt_D = self.seen * np.arange(1, stats.tokens_D.size + 1)
+        raw = (stats.tokens_D * 7919 + salt_D) % 101 + 1.0
+        return raw / raw.sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+def small_corpus(root: Path, domains: int = 3, tokens: int = 5 * BLOCK + 40) -> Corpus:
+    """Return a corpus of some domains of different sizes, the last block of each shorter."""
+    return write_corpus(
+        root,
+        {f"d{d}": labelled_domain(d, tokens + 2 * d * BLOCK, 11.0) for d in range(domains)},
+        block_tokens=BLOCK,
+        shard_blocks=3,
+    )
+
+
+def context(corpus: Corpus, steps: int = 1000) -> MixerContext:
+    names = corpus.domain_names
+    tokens_D = np.array([corpus.split(name, "train").tokens for name in names])
+    return MixerContext(names, tokens_D, total_tokens=10**6, total_steps=steps)
+
+
+def fixed(shares: Sequence[float]) -> Planned:
+    return Planned("fixed", [np.array(shares)])
+
+
+def packed(**changes: Any) -> PackedData:
+    return PackedData(**{"sequence_length": ROW, "rows_per_step": 6, "shuffle_blocks": 3} | changes)
+
+
+def local(mixer: Mixer, corpus: Corpus, **options: Any) -> LocalController:
+    return LocalController(
+        MixtureController(recipe_mixer=mixer, context=context(corpus), **options)
+    )
+
+
+def local_stream(
+    corpus: Corpus,
+    controller: LocalController,
+    data: PackedData | DocumentData | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    budget_bytes: int = 1 << 30,
+    **options: Any,
+) -> MixtureStream:
+    data = data or packed()
+    source = LocalSource(corpus, row_tokens=row_tokens(data), budget_bytes=budget_bytes)
+    return MixtureStream(
+        corpus,
+        data,
+        seed=5,
+        rank=rank,
+        world_size=world_size,
+        controller=controller,
+        source=source,
+        **options,
+    )
+
+
+@dataclass
+class Seen:
+    """What was read in one step."""
+
+    step: int
+    version: int
+    tokens: npt.NDArray[np.unsignedinteger]
+    starts: list[list[int]]
+    label_tokens: int
+    batch_hash: str
+    counts: list[int]
+
+
+def read(stream: MixtureStream, steps: int) -> list[Seen]:
+    seen = []
+    for _ in range(steps):
+        batch = stream.next()
+        offsets, positions = batch.row_starts
+        starts = [positions[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        seen.append(
+            Seen(
+                batch.step,
+                batch.version,
+                batch.tokens.copy(),
+                starts,
+                batch.label_tokens,
+                batch.batch_hash,
+                batch.counts_D.tolist(),
+            )
+        )
+    return seen
+
+
+def slow_rows(
+    corpus: Corpus, entries: Sequence[MixtureEntry], data: PackedData, steps: int
+) -> list[tuple[npt.NDArray[np.unsignedinteger], list[list[int]], int]]:
+    """Return (tokens, document starts per row, labels) of each step, read row by row."""
+    planner = PackedPlanner(
+        n_domains=len(corpus.domain_names),
+        rows_per_step=data.rows_per_step,
+        seed=5,
+        log=MixtureLog(corpus.domain_names, list(entries)),
+    )
+    length = data.sequence_length
+    orders = [
+        DomainOrder(geometry, seed=5, window=data.shuffle_blocks)
+        for geometry in row_geometry(corpus, length)
+    ]
+    result = []
+    for _ in range(steps):
+        plan = planner.plan(1)
+        rows, starts, labels = [], [], 0
+        for domain, n in zip(plan.domain_SB[0].tolist(), plan.index_SB[0].tolist(), strict=True):
+            _, group, unit = (int(part[0]) for part in orders[domain].locate(np.array([n])))
+            block = corpus.read_block(corpus.domain_names[domain], "train", group)
+            first = unit * length
+            rows.append(block.tokens[first : first + length])
+            mine = block.starts[(block.starts >= first) & (block.starts < first + length)] - first
+            starts.append(mine.tolist())
+            labels += length - 1 - int((mine > 0).sum())
+        result.append((np.stack(rows), starts, labels))
+    return result
