@@ -23,6 +23,14 @@ class Facts(Protocol):
         """Return where documents begin in this rank's rows."""
         ...
 
+    def start_domains(self, step: int) -> npt.NDArray[np.int32]:
+        """Return the domain of each document that begins in this rank's rows."""
+        ...
+
+    def tokens_by_domain(self, step: int) -> Ints:
+        """Return the tokens of each domain in the whole batch."""
+        ...
+
     def label_tokens(self, step: int) -> int:
         """Return the labels of the whole batch."""
         ...
@@ -60,6 +68,16 @@ class StepBatch:
         documents of one token each, so it has no labels.
         """
         return self._facts.row_starts(self.step)
+
+    @property
+    def start_domains(self) -> npt.NDArray[np.int32]:
+        """Return the domain of each document start of `row_starts`, shape (S,); -1 for padding."""
+        return self._facts.start_domains(self.step)
+
+    @property
+    def tokens_D(self) -> Ints:
+        """Return the tokens of each domain in the whole batch, shape (D,), padding left out."""
+        return self._facts.tokens_by_domain(self.step)
 
     @property
     def label_tokens(self) -> int:

@@ -133,6 +133,7 @@ class DocumentFeed:
         self._fetch(plan, [document for row in mine for document in row])
         tokens_BL = np.full((len(mine), self._row_tokens), self._padding, dtype=self._dtype)
         starts: list[Ints] = []
+        start_domains: list[npt.NDArray[np.int32]] = []
         domain_rows = np.full(len(mine), _MIXED, dtype=np.int32)
         for at, row in enumerate(mine):
             used = 0
@@ -141,9 +142,11 @@ class DocumentFeed:
                 begun.append(used)
                 used += self._copy(plan, document, tokens_BL[at, used:])
             starts.append(np.array([*begun, *range(used, self._row_tokens)], dtype=np.int64))
+            start_domains.append(np.full(len(starts[-1]), _MIXED, dtype=np.int32))
+            start_domains[-1][: len(row)] = plan.domain_N[row]
             domains = set(plan.domain_N[row].tolist())
             domain_rows[at] = domains.pop() if len(domains) == 1 else _MIXED
-        return _Packed(plan, tokens_BL, domain_rows, starts)
+        return _Packed(plan, len(self._first_token), tokens_BL, domain_rows, starts, start_domains)
 
     def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
         """Copy a document, whichever blocks it lies in, and return its tokens."""
@@ -197,11 +200,15 @@ class _Packed:
     def __init__(
         self,
         plan: DocumentStep,
+        n_domains: int,
         tokens: Tokens,
         domain_rows: npt.NDArray[np.int32],
         starts: list[Ints],
+        start_domains: list[npt.NDArray[np.int32]],
     ) -> None:
         self.plan = plan
+        self._n_domains = n_domains
+        self._start_domains = start_domains
         self.tokens = tokens
         self.domain_rows = domain_rows
         self._starts = starts
@@ -210,6 +217,16 @@ class _Packed:
         """Return where documents begin in the rank's rows; padding tokens count as documents."""
         counts = [len(row) for row in self._starts]
         return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(self._starts)
+
+    def start_domains(self, step: int) -> npt.NDArray[np.int32]:
+        """Return the domain of each document start; -1 for padding."""
+        return np.concatenate(self._start_domains)
+
+    def tokens_by_domain(self, step: int) -> Ints:
+        """Return the tokens of each domain in the whole batch."""
+        plan = self.plan
+        tokens_D = np.bincount(plan.domain_N, weights=plan.length_N, minlength=self._n_domains)
+        return tokens_D.astype(np.int64)
 
     def label_tokens(self, step: int) -> int:
         """Return the labels of the whole batch: all tokens but each document's first."""

@@ -69,6 +69,15 @@ class PackedChunk:
         offset_R = offset_M[first : first + rows + 1]
         return offset_R - offset_R[0], positions[offset_R[0] : offset_R[-1]]
 
+    def start_domains(self, step: int) -> npt.NDArray[np.int32]:
+        """Return the domain of each document that begins in the rank's rows of a step."""
+        offset_R, _ = self.row_starts(step)
+        return np.repeat(self.domains(step - self.plan.first_step), np.diff(offset_R))
+
+    def tokens_by_domain(self, step: int) -> Ints:
+        """Return the tokens of each domain in the whole batch of a step."""
+        return self.plan.counts_SD[step - self.plan.first_step] * self._rows_ML.shape[1]
+
     @cached_property
     def _label_tokens_S(self) -> list[int]:
         labels: list[int] = self._found.labels_N[self._slot_SB].sum(axis=1).tolist()

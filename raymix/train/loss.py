@@ -76,7 +76,9 @@ class PackedLoss(nn.Module):
         return torch.cat([piece for piece in pieces if isinstance(piece, torch.Tensor)])
 
     def _head_loss(self, hidden_NH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-        return _cross_entropy(self.model.get_output_embeddings()(hidden_NH), labels_N)
+        head = self.model.get_output_embeddings()
+        assert head is not None  # a linear head is one
+        return _cross_entropy(head(hidden_NH), labels_N)
 
 
 def _cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

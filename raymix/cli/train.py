@@ -1,0 +1,47 @@
+"""`raymix train`: from a recipe to a trained model."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any
+
+import typer
+
+from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+
+
+class IfExists(enum.StrEnum):
+    """What to do about a run directory that is there already."""
+
+    RESUME = "resume"
+    FAIL = "fail"
+    NEW = "new"
+
+
+def command(
+    recipe: RecipeSource,
+    overrides: Overrides = None,
+    set_overrides: SetOverrides = None,
+    if_exists: Annotated[
+        IfExists,
+        typer.Option(
+            help="A run directory that is there: go on with a run of the same recipe, refuse, or "
+            "take a fresh directory beside it."
+        ),
+    ] = IfExists.RESUME,
+    report: Annotated[bool, typer.Option(help="Draw report.html at the end.")] = True,
+    json: Json = False,
+) -> None:
+    """Train a model: prepare the corpus if needed, train, checkpoint, report.
+
+    Running it again goes on from the newest checkpoint, with the very same batches. Ctrl-C stops
+    with a checkpoint; a second one stops at once.
+    """
+
+    def work() -> dict[str, Any]:
+        from raymix.train.api import train
+
+        loaded = load(recipe, overrides, set_overrides)
+        return train(loaded, if_exists=if_exists.value, report=report)
+
+    run_command(work, json=json)

@@ -1,0 +1,163 @@
+"""`train`: from a recipe to a run directory with checkpoints, metrics and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import uuid
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from raymix.errors import CorpusError, problem
+from raymix.recipe import Recipe, load_recipe
+from raymix.store import Corpus, atomic_write_text
+from raymix.train.checkpoint import newest_checkpoint
+from raymix.train.cluster import joined, ray_notices_to
+from raymix.train.device import asked_threads
+from raymix.train.environment import environment
+from raymix.train.machine import Resources, resources
+from raymix.train.preflight import preflight
+from raymix.train.progress import Progress
+from raymix.train.rundir import IfExists, RunDirectory, open_run
+from raymix.train.runplan import RunPlan
+from raymix.train.setup import Job
+from raymix.train.summary import draw, summary
+from raymix.train.watch import watch
+
+
+def train(
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    if_exists: IfExists = "resume",
+    report: bool = True,
+) -> dict[str, Any]:
+    """Return what a run came to, having trained it; prints progress on stdout.
+
+    Prepares the corpus where that has not been done, goes on from the newest checkpoint where
+    there is one, and leaves a finished run alone.
+
+    Args:
+        recipe: The recipe, or the path of one.
+        if_exists: What to do about a run directory that is there: `resume` goes on with a run of
+            the same recipe, `fail` refuses, `new` takes a fresh directory beside it.
+        report: Draw `report.html` at the end, where matplotlib is installed.
+
+    Raises:
+        RaymixError: If the run cannot work, or the work failed.
+        KeyboardInterrupt: After Ctrl-C; the run directory can be resumed.
+    """
+    loaded = load_recipe(recipe)
+    run = open_run(loaded, if_exists)
+    corpus = _corpus(loaded)
+    plan = preflight(loaded, corpus, _resources(loaded))
+    with run.locked():
+        if not _finished(run, plan.steps, corpus, loaded):
+            _write_run(run, loaded, plan)
+            _train(loaded, run, plan)
+    document = summary(run)
+    _show(run, document, report=report)
+    return document
+
+
+def _resources(recipe: Recipe) -> Resources:
+    cluster = recipe.cluster
+    # Without workers no cluster is used, wherever RAY_ADDRESS points.
+    return resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
+
+
+def _corpus(recipe: Recipe) -> Corpus:
+    """Return the prepared corpus, preparing it first where there are sources and none is there."""
+    from raymix.corpus import prepare
+    from raymix.corpus.console import print_manifest, watching
+    from raymix.store import files
+    from raymix.store.manifest import MANIFEST
+
+    if not recipe.corpus.domains or files.exists(files.join(recipe.corpus.path, MANIFEST)):
+        prepare(recipe.corpus)  # refuses a corpus of another configuration; reads no source
+        return Corpus.open(recipe.corpus.path)
+    preflight(recipe, None, _resources(recipe))
+    with watching() as listener:
+        manifest = prepare(recipe.corpus, progress=listener)
+    print_manifest(recipe.corpus.path, manifest)
+    return Corpus.open(recipe.corpus.path)
+
+
+def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> bool:
+    """Return whether the run has a checkpoint of its last step; refuse a changed corpus.
+
+    Raises:
+        CorpusError: If the run's checkpoint was made with another corpus.
+    """
+    found = newest_checkpoint(run.checkpoints)
+    if found is None:
+        return False
+    state = found[1]
+    if state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
+        wrong = f"its content is not that of the checkpoint at step {state.step:,}"
+        advice = "Restore the corpus, set data.accept_changed_corpus, or use --if-exists new"
+        raise CorpusError(problem("corpus.path", recipe.corpus.path, wrong, advice))
+    if state.step < steps:
+        _say(f"going on from step {state.step:,} of {steps:,} in {run.path}")
+        return False
+    _say(f"the run in {run.path} is finished; --if-exists new would train afresh")
+    return True
+
+
+def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
+    run.write_recipe(recipe)
+    run.stop_request.unlink(missing_ok=True)
+    about = environment(steps=plan.steps, parameters=plan.parameters, workers=plan.workers)
+    atomic_write_text(str(run.path / "environment.json"), json.dumps(about, indent=1))
+
+
+def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
+    job = Job(
+        recipe=recipe,
+        run=run,
+        steps=plan.steps,
+        micro_batch_rows=plan.micro_batch_rows,
+        on_gpu=plan.on_gpu,
+        threads=asked_threads(),
+        session=uuid.uuid4().hex[:12],
+    )
+    with ray_notices_to(run.path / "ray.log"), Progress(run.metrics, steps=plan.steps) as progress:
+        if recipe.cluster.workers:
+            progress.waiting("starting or joining Ray")
+            with joined(recipe.cluster):
+                from raymix.train.driver import run_on_ray
+
+                run_on_ray(job, progress)
+        else:
+            from raymix.train.local import run_here
+
+            work = partial(run_here, job, stop_asked=run.stop_request.exists)
+            watch(work, run, progress, starting="the model")
+    found = newest_checkpoint(run.checkpoints)
+    done = found[1].step if found else 0
+    if done < plan.steps:
+        _say(f"stopped at step {done:,} of {plan.steps:,}; the same command goes on from there")
+        raise KeyboardInterrupt
+
+
+def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:
+    """Print the table of domains, and draw the report where that is possible."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    _say("")
+    draw(document, console)
+    if not report:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        _say("no report.html: matplotlib is not installed (pip install 'raymix[plots]')")
+        return
+    from raymix.report import write_report
+
+    _say(f"report: {write_report([run.path])}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,123 @@
+"""Starting or joining Ray for a run, without its noise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from raymix.errors import ClusterError, problem
+from raymix.recipe import ClusterConfig
+from raymix.train.machine import check_reachable, cores, ray_address
+
+# Read by Ray's processes when they start; what the user set stays.
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@contextmanager
+def joined(config: ClusterConfig) -> Iterator[None]:
+    """Be joined to the recipe's Ray cluster, or to a private one that ends with the context.
+
+    A Ray that this process is joined to already is used as it is and left running.
+
+    Raises:
+        ClusterError: If no cluster answers at the address.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(**_options(config))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _options(config: ClusterConfig) -> dict[str, Any]:
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "namespace": "raymix",
+    }
+    address = ray_address(config.address)
+    if address is not None:
+        check_reachable(address)
+        return {**quiet, "address": address}
+    return {
+        **quiet,
+        # `local`: RAY_ADDRESS may name a cluster that the recipe does not want.
+        "address": "local",
+        "num_cpus": cores(),
+        "include_dashboard": False,
+        "object_store_memory": config.object_store_bytes,
+    }
+
+
+def free_resources() -> str:
+    """Return in words what the cluster has and what of it is free."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    parts = [
+        f"{total[name]:g} {name}s, {free.get(name, 0.0):g} free"
+        for name in ("CPU", "GPU")
+        if total.get(name)
+    ]
+    return "; ".join(parts) or "no CPUs"
+
+
+def no_room(workers: int, seconds: float) -> ClusterError:
+    """Return the error of workers that found no place within `seconds`."""
+    wrong = f"the cluster gave them no place for {seconds:g} s; it has {free_resources()}"
+    advice = "Wait for what else runs there, or take fewer workers"
+    return ClusterError(problem("cluster.workers", workers, wrong, advice))
+
+
+@contextmanager
+def ray_notices_to(path: Path) -> Iterator[None]:
+    """Send what Ray's own threads print on stdout to a file: notices that no option turns off."""
+    original = sys.stdout
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        sys.stdout = cast(TextIO, _WithoutRay(original, file))
+        try:
+            yield
+        finally:
+            sys.stdout = original
+
+
+class _WithoutRay:
+    """A stdout that passes on everything but what Ray's threads write."""
+
+    def __init__(self, stream: TextIO, notices: TextIO) -> None:
+        self._stream = stream
+        self._notices = notices
+
+    def write(self, text: str) -> int:
+        """Write `text` where the present thread may."""
+        ray = threading.current_thread().name.startswith("ray_")
+        return (self._notices if ray else self._stream).write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,163 @@
+"""Held-out loss per domain, on rows from the beginning of each domain's valid split.
+
+The rows are cut and packed as in training, so the loss is that of the same task. Letters: D
+domains, B rows, L tokens per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raymix.store import Block, Corpus
+from raymix.train.batches import MicroBatch, count_micro_batches, micro_batches
+from raymix.train.loss import IGNORED
+from raymix.train.parallel import PendingSum, Replica, World
+
+Table = dict[str, dict[str, float | int | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutRows:
+    """Rows of all domains, one domain after the other."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    """Token ids, shape (B, L)."""
+    row_starts: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    """Offsets, shape (B + 1,), into the in-row positions at which documents begin."""
+    domain_B: npt.NDArray[np.int64]
+    """Domain of each row."""
+    length_B: npt.NDArray[np.int64]
+    """Tokens of each row; what follows them is padding."""
+
+    def part(self, rank: int, world_size: int) -> HeldOutRows:
+        """Return the rows of one rank."""
+        rows = len(self.tokens)
+        first, last = rows * rank // world_size, rows * (rank + 1) // world_size
+        offsets, positions = self.row_starts
+        own = offsets[first : last + 1]
+        starts = own - own[0], positions[own[0] : own[-1]]
+        part = slice(first, last)
+        return HeldOutRows(self.tokens[part], starts, self.domain_B[part], self.length_B[part])
+
+
+def held_out_rows(corpus: Corpus, *, sequence_length: int, rows_per_domain: int) -> HeldOutRows:
+    """Return the first rows of every domain's valid split, in stream order.
+
+    A split shorter than one row gives one padded row; an empty one gives none. Rows do not
+    straddle blocks, as in training.
+
+    Raises:
+        CorpusError: If a shard is corrupt.
+    """
+    rows: list[npt.NDArray[np.unsignedinteger]] = []
+    starts: list[npt.NDArray[np.int64]] = []
+    domains: list[int] = []
+    for domain, name in enumerate(corpus.domain_names):
+        found = _domain_rows(corpus, name, sequence_length, rows_per_domain)
+        for tokens, begun in found:
+            rows.append(tokens)
+            starts.append(begun)
+            domains.append(domain)
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    tokens_BL = np.zeros((len(rows), sequence_length), dtype=corpus.dtype)
+    for index, row in enumerate(rows):
+        tokens_BL[index, : len(row)] = row
+    offsets = np.concatenate([[0], np.cumsum([len(begun) for begun in starts])]).astype(np.int64)
+    positions = np.concatenate(starts).astype(np.int64) if starts else np.empty(0, np.int64)
+    return HeldOutRows(tokens_BL, (offsets, positions), np.array(domains, dtype=np.int64), lengths)
+
+
+def _domain_rows(
+    corpus: Corpus, name: str, length: int, wanted: int
+) -> list[tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]]:
+    info = corpus.split(name, "valid")
+    rows: list[tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]] = []
+    for number in range(info.blocks):
+        if len(rows) >= wanted:
+            break
+        block = corpus.read_block(name, "valid", number)
+        # A tail shorter than a row counts only where the whole split is that short.
+        last = len(block.tokens) if info.tokens < length else len(block.tokens) // length * length
+        rows += [_row(block, at, min(at + length, last)) for at in range(0, last, length)]
+    return rows[:wanted]
+
+
+def _row(
+    block: Block, first: int, last: int
+) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+    inside = block.starts[(block.starts >= first) & (block.starts < last)]
+    return block.tokens[first:last], inside.astype(np.int64) - first
+
+
+class Evaluator:
+    """Scores a model on the same held-out rows again and again."""
+
+    def __init__(self, corpus: Corpus, rows: HeldOutRows, *, world: World, rows_at_once: int):
+        """Keep this rank's part of `rows`.
+
+        Args:
+            corpus: Where domain names and bytes per token come from.
+            rows: All rows, the same on every rank.
+            world: This rank among the others.
+            rows_at_once: Rows per forward pass.
+        """
+        self._names: Sequence[str] = corpus.domain_names
+        self._bytes_per_token = [_bytes_per_token(corpus, name) for name in self._names]
+        self._world = world
+        self._rows = rows.part(world.rank, world.size)
+        most = -(-len(rows.tokens) // world.size)
+        self._passes = count_micro_batches(most, rows_at_once)
+
+    @torch.no_grad()
+    def evaluate(self, replica: Replica, precision: AbstractContextManager[object]) -> Table:
+        """Return loss (nats per token), bits per byte and scored tokens by domain; a collective.
+
+        A domain without held-out rows is left out; bits per byte are None where the corpus does
+        not know its bytes.
+        """
+        domains = len(self._names)
+        sums = torch.zeros(2, domains, dtype=torch.float64, device=self._world.device)
+        replica.module.eval()
+        try:
+            with precision:
+                for batch in micro_batches(self._rows, self._passes, self._world.device):
+                    self._score(replica, batch, sums)
+        finally:
+            replica.module.train()
+        nats_D, tokens_D = PendingSum(sums, self._world).result().tolist()
+        table: Table = {}
+        for index, name in enumerate(self._names):
+            if tokens_D[index]:
+                table[name] = self._scores(nats_D[index], int(tokens_D[index]), index)
+        return table
+
+    def _score(self, replica: Replica, batch: MicroBatch, sums: torch.Tensor) -> None:
+        labels_BL = batch.labels_BL
+        length_B = torch.from_numpy(self._rows.length_B[batch.rows]).to(labels_BL.device)
+        domain_B = torch.from_numpy(self._rows.domain_B[batch.rows]).to(labels_BL.device)
+        if len(length_B):  # not a stand-in
+            offset_L = torch.arange(labels_BL.shape[1], device=labels_BL.device)
+            padding_BL = offset_L >= length_B[:, None] - 1
+            labels_BL = labels_BL.masked_fill(padding_BL, IGNORED)
+        _, loss_BL = replica.module(batch.tokens_BL, batch.positions_BL, labels_BL)
+        if len(length_B):
+            sums[0].index_add_(0, domain_B, loss_BL.double().sum(1))
+            sums[1].index_add_(0, domain_B, (labels_BL != IGNORED).sum(1).double())
+
+    def _scores(self, nats: float, tokens: int, domain: int) -> dict[str, float | int | None]:
+        loss = nats / tokens
+        per_token = self._bytes_per_token[domain]
+        bits = loss / math.log(2) / per_token if per_token else None
+        return {"loss": loss, "bits_per_byte": bits, "tokens": tokens}
+
+
+def _bytes_per_token(corpus: Corpus, name: str) -> float:
+    info = corpus.split(name, "valid")
+    return info.bytes / info.tokens if info.tokens else 0.0

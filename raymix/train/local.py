@@ -1,0 +1,38 @@
+"""The loop in this process, without Ray: `cluster.workers: 0`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from raymix.train.loop import LoopEnd, TrainingLoop
+from raymix.train.parallel import World
+from raymix.train.setup import Job, begin, build_parts, local_source
+
+
+def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
+    """Return how the job's loop ended in this process.
+
+    Args:
+        job: What to do; it names no actors.
+        stop_asked: Whether somebody wants a clean stop.
+
+    Raises:
+        RaymixError: If the job cannot be done.
+    """
+    world = World(device=torch.device("cuda" if job.on_gpu else "cpu"))
+    start = begin(job, world)
+    parts = build_parts(
+        job,
+        world,
+        start,
+        source=local_source(job.recipe),
+        on_checkpoint=lambda path, step: None,
+        stop_asked=stop_asked,
+    )
+    try:
+        return TrainingLoop(parts).run()
+    finally:
+        if parts.recorder is not None:
+            parts.recorder.close()

@@ -1,0 +1,383 @@
+"""The training loop of one rank; the same with Ray and without.
+
+A step: take the stream's rows, pass them through the model micro-batch by micro-batch, divide by
+the label count of the global batch, clip, update. On a GPU the numbers of a step are read while
+the next one runs, so that the host never waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raymix.errors import TrainingError, problem
+from raymix.mixers import DomainStats
+from raymix.recipe import Recipe
+from raymix.train.account import PendingStep, StepAccount, StepSums
+from raymix.train.batches import Rows, count_micro_batches, micro_batches, token_domains
+from raymix.train.checkpoint import TrainingState, save_checkpoint
+from raymix.train.evaluate import Evaluator, Table
+from raymix.train.optim import clip_gradients, learning_rate, set_learning_rate
+from raymix.train.parallel import Replica
+from raymix.train.recorder import Recorder, rounded
+
+
+class Batch(Rows, Protocol):
+    """One step of a stream: this rank's rows and what is known of the whole batch."""
+
+    @property
+    def step(self) -> int: ...  # noqa: D102
+    @property
+    def version(self) -> int: ...  # noqa: D102
+    @property
+    def domain_rows(self) -> npt.NDArray[np.integer]: ...  # noqa: D102
+    @property
+    def shares(self) -> npt.NDArray[np.float64]: ...  # noqa: D102
+    @property
+    def start_domains(self) -> npt.NDArray[np.integer]: ...  # noqa: D102
+    @property
+    def tokens_D(self) -> npt.NDArray[np.int64]: ...  # noqa: D102
+    @property
+    def label_tokens(self) -> int: ...  # noqa: D102
+    @property
+    def batch_hash(self) -> str: ...  # noqa: D102
+
+
+class Stream(Protocol):
+    """Where batches come from."""
+
+    waited_s: float
+    """Seconds spent waiting for data since the last batch."""
+
+    def next(self) -> Batch:
+        """Return the next step's batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state after the batch handed out last, in JSON types."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """Everything a rank's loop works with."""
+
+    recipe: Recipe
+    steps: int
+    """Optimiser steps of the whole run."""
+    domains: tuple[str, ...]
+    replica: Replica
+    optimizer: torch.optim.Optimizer
+    stream: Stream
+    evaluator: Evaluator
+    recorder: Recorder | None
+    """On the writing rank only."""
+    checkpoints: Path
+    tokenizer_path: str
+    corpus_fingerprint: str
+    recipe_hash: str
+    micro_batch_rows: int
+    most_rows: int | None
+    """Rows of the rank with most; None where all have as many."""
+    resumed: TrainingState | None
+    bf16: bool
+    flops_per_token: float
+    peak_flops: float | None
+    """Of one device; None where it is not known."""
+    snapshot: Callable[[int], dict[str, Any] | None]
+    """Returns the controller's snapshot for a run that goes on at a step."""
+    on_checkpoint: Callable[[Path, int], None]
+    """Called on every rank after a checkpoint."""
+    stop_asked: Callable[[], bool]
+    """Whether somebody asked for a clean stop; read on rank 0 only."""
+    push: Callable[[int, DomainStats], None] | None = None
+    """Hands a window's statistics to an adaptive mixer."""
+
+
+@dataclass(slots=True)
+class _Flying:
+    """A step whose numbers have not been read yet."""
+
+    batch: Batch
+    lr: float
+    wait_s: float
+    pending: PendingStep
+    norm: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Window:
+    """What the domains' losses add up to since the window began."""
+
+    nats_D: npt.NDArray[np.float64]
+    labels_D: npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class LoopEnd:
+    """How a loop ended."""
+
+    step: int
+    """Steps done."""
+    stopped: bool
+    """Somebody asked for it."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where this rank's time went."""
+
+
+class TrainingLoop:
+    """Trains from the resumed step, or 0, to the last."""
+
+    def __init__(self, parts: Parts) -> None:
+        """Take over `parts`."""
+        self._parts = parts
+        self._world = parts.replica.world
+        state = parts.resumed
+        self._step = state.step if state else 0
+        zeros = np.zeros(len(parts.domains))
+        tokens = state.tokens if state else {}
+        self._tokens_D = np.array([tokens.get(name, 0) for name in parts.domains], np.int64)
+        self._window = _Window(zeros.copy(), zeros.copy())
+        if state and state.window:
+            self._window = _Window(*(np.array(state.window[key]) for key in ("nats", "labels")))
+        self._flying: _Flying | None = None
+        # On a CPU nothing runs ahead, so waiting a step would gain nothing.
+        self._lag = self._world.device.type == "cuda"
+        self._wants = StepSums(0.0, False, False, zeros, zeros)
+        self._checkpointed = time.monotonic()
+        self._stop_looked = 0.0
+        self._clock = time.perf_counter()
+        self._shares: tuple[int, dict[str, float]] = (-1, {})
+        self.seconds = {"data": 0.0, "step": 0.0, "metrics": 0.0, "eval": 0.0, "checkpoint": 0.0}
+
+    def run(self) -> LoopEnd:
+        """Return how it ended; all ranks end at the same step.
+
+        Raises:
+            TrainingError: If the loss is no longer a number.
+            RaymixError: Whatever stream, controller or disk raise.
+        """
+        parts = self._parts
+        if self._step == 0:
+            self._evaluate()
+        self._clock = time.perf_counter()
+        stopped = False
+        while self._step < parts.steps and not stopped:
+            self._one_step()
+            done, last = self._step, self._step == parts.steps
+            if last or _due(done, parts.recipe.eval.every):
+                self._evaluate()
+            stopped = self._wants.stop and not last
+            if last or stopped or self._checkpoint_due(done):
+                self._checkpoint()
+        return LoopEnd(self._step, stopped, self.seconds)
+
+    def _one_step(self) -> None:
+        parts = self._parts
+        start = time.perf_counter()
+        batch = parts.stream.next()
+        got = time.perf_counter()
+        flying = self._launch(batch)
+        launched = time.perf_counter()
+        if self._lag:
+            self._settle()
+            self._flying = flying
+        else:
+            self._flying = flying
+            self._settle()
+        self._step += 1
+        self._push_window()
+        self.seconds["data"] += got - start
+        self.seconds["step"] += launched - got
+        self.seconds["metrics"] += time.perf_counter() - launched
+
+    def _launch(self, batch: Batch) -> _Flying:
+        parts, replica = self._parts, self._parts.replica
+        rate = learning_rate(batch.step, steps=parts.steps, config=parts.recipe.train)
+        set_learning_rate(parts.optimizer, rate)
+        _seed(parts.recipe.seed, batch.step, self._world.rank, self._world.device)
+        account = StepAccount(len(parts.domains), self._world)
+        most = parts.most_rows or len(batch.tokens)
+        count = count_micro_batches(most, parts.micro_batch_rows)
+        domains = _domains(batch)
+        scale = replica.gradient_scale / max(1, batch.label_tokens)
+        for index, micro in enumerate(micro_batches(batch, count, self._world.device)):
+            with replica.accumulating(last=index == count - 1):
+                with self._precision():
+                    loss, loss_BL = replica.module(
+                        micro.tokens_BL, micro.positions_BL, micro.labels_BL
+                    )
+                (loss * scale).backward()
+            account.add(micro, domains, loss_BL)
+        pending = account.start(checkpoint=self._time_for_checkpoint(), stop=self._stop_asked())
+        norm = clip_gradients(replica.model.parameters(), parts.recipe.train.clip_norm)
+        parts.optimizer.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+        return _Flying(batch, rate, parts.stream.waited_s, pending, norm)
+
+    def _settle(self) -> None:
+        """Read and record the numbers of the step in flight, if there is one."""
+        flying, self._flying = self._flying, None
+        if flying is None:
+            return
+        sums = flying.pending.result()
+        batch = flying.batch
+        loss = sums.loss / max(1, batch.label_tokens)
+        if not math.isfinite(loss):
+            wrong = f"the loss is {loss} at step {batch.step + 1}"
+            advice = "Lower train.lr, warm up longer, or clip harder"
+            raise TrainingError(problem("train.lr", self._parts.recipe.train.lr, wrong, advice))
+        self._wants = sums
+        self._tokens_D += batch.tokens_D
+        if self._parts.push is not None:
+            self._window.nats_D += sums.nats_D
+            self._window.labels_D += sums.labels_D
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if self._parts.recorder is not None:
+            self._parts.recorder.step(self._line(flying, sums, loss, seconds))
+
+    def _line(
+        self, flying: _Flying, sums: StepSums, loss: float, seconds: float
+    ) -> Mapping[str, Any]:
+        parts, batch = self._parts, flying.batch
+        names, tokens_D = parts.domains, batch.tokens_D
+        tokens = int(tokens_D.sum())
+        if self._shares[0] != batch.version:
+            self._shares = batch.version, dict(zip(names, batch.shares.tolist(), strict=True))
+        read = np.flatnonzero(tokens_D).tolist()
+        scored = np.flatnonzero(sums.labels_D).tolist()
+        line = {
+            "step": batch.step + 1,
+            "loss": loss,
+            "lr": flying.lr,
+            "tokens": int(self._tokens_D.sum()),
+            "tokens_per_s": rounded(tokens / seconds),
+            "data_wait": rounded(min(1.0, flying.wait_s / seconds), 3),
+            "mixture_version": batch.version,
+            "shares": self._shares[1],
+            "batch_hash": batch.batch_hash,
+            "seconds": rounded(seconds),
+            "grad_norm": rounded(float(flying.norm)),
+            "counts": {names[d]: int(tokens_D[d]) for d in read},
+            "domain_loss": {names[d]: rounded(sums.nats_D[d] / sums.labels_D[d]) for d in scored},
+        }
+        if parts.peak_flops:
+            work = parts.flops_per_token * tokens / seconds
+            line["mfu"] = rounded(work / (self._world.size * parts.peak_flops), 4)
+        return line
+
+    def _push_window(self) -> None:
+        """Hand over the window's losses at its end; rank 0 speaks for all, the others' are empty.
+
+        They are sums over ranks already, so a run that goes on in mid-window, on any number of
+        ranks, can take them from its checkpoint.
+        """
+        parts, interval = self._parts, self._parts.recipe.train.probe_interval
+        if parts.push is None or self._step % interval:
+            return
+        self._settle()
+        window, self._window = self._window, _Window(*np.zeros((2, len(parts.domains))))
+        labels_D = window.labels_D if self._world.is_writer else np.zeros_like(window.labels_D)
+        loss_D = np.full(labels_D.shape, np.nan)
+        np.divide(window.nats_D, labels_D, out=loss_D, where=labels_D > 0)
+        first = self._step - interval
+        stats = DomainStats(
+            step=first, window=interval, tokens_D=labels_D.astype(np.int64), loss_D=loss_D
+        )
+        parts.push(first // interval, stats)
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if not self._parts.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self._world.device.type, torch.bfloat16)
+
+    def _evaluate(self) -> None:
+        self._settle()
+        started = time.perf_counter()
+        table: Table = self._parts.evaluator.evaluate(self._parts.replica, self._precision())
+        if self._parts.recorder is not None:
+            self._parts.recorder.evaluation(self._step, table)
+        self._pause("eval", started)
+
+    def _checkpoint(self) -> None:
+        self._settle()
+        parts, started = self._parts, time.perf_counter()
+        writer = self._world.is_writer
+        state = TrainingState(
+            step=self._step,
+            sampler=parts.stream.state_dict(),
+            controller=parts.snapshot(self._step) if writer else None,
+            corpus_fingerprint=parts.corpus_fingerprint,
+            recipe_hash=parts.recipe_hash,
+            world_size=self._world.size,
+            micro_batch_rows=parts.micro_batch_rows,
+            seed=parts.recipe.seed,
+            tokens=dict(zip(parts.domains, self._tokens_D.tolist(), strict=True)),
+            window={
+                "nats": self._window.nats_D.tolist(),
+                "labels": self._window.labels_D.tolist(),
+            },
+        )
+        path = save_checkpoint(
+            parts.checkpoints,
+            parts.replica,
+            parts.optimizer,
+            state,
+            tokenizer_path=parts.tokenizer_path,
+            keep=parts.recipe.train.keep_checkpoints,
+        )
+        parts.on_checkpoint(path, self._step)
+        self._checkpointed = time.monotonic()
+        self._wants = replace(self._wants, checkpoint=False)
+        self._pause("checkpoint", started)
+
+    def _pause(self, what: str, started: float) -> None:
+        """Book the time since `started`, and leave it out of the next step's."""
+        spent = time.perf_counter() - started
+        self.seconds[what] += spent
+        self._clock += spent
+
+    def _checkpoint_due(self, done: int) -> bool:
+        return _due(done, self._parts.recipe.train.checkpoint_every) or self._wants.checkpoint
+
+    def _time_for_checkpoint(self) -> bool:
+        minutes = self._parts.recipe.train.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self._checkpointed >= 60 * minutes
+
+    def _stop_asked(self) -> bool:
+        """Return rank 0's answer; it looks a few times a second at most."""
+        now = time.monotonic()
+        if not self._world.is_writer or now - self._stop_looked < 0.2:
+            return False
+        self._stop_looked = now
+        return self._parts.stop_asked()
+
+
+def _domains(batch: Batch) -> npt.NDArray[np.integer]:
+    """Return the domain of each row, or of each token where rows hold several domains."""
+    if (batch.domain_rows >= 0).all():
+        return batch.domain_rows
+    rows, length = batch.tokens.shape
+    return token_domains((rows, length), batch.row_starts, batch.start_domains)
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _seed(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Seed what dropout draws from, so that a step is the same whether the run was resumed."""
+    mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(mixed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(mixed)

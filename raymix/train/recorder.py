@@ -1,0 +1,98 @@
+"""Where a run's numbers go: one JSON object per step, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raymix.train.checkpoint import disk_full
+from raymix.train.rundir import RunDirectory
+
+_BOARD_INTERVAL_S = 0.2
+_MOST_SHARES_EACH_STEP = 100
+
+
+class Recorder:
+    """Appends to `metrics.jsonl`, a line as soon as it is known, and to TensorBoard's files.
+
+    Under more than 100 domains the shares are left out of lines that have the same mixture
+    version as the line before.
+    """
+
+    def __init__(self, run: RunDirectory, *, start_step: int, tensorboard: bool) -> None:
+        """Append to the files of `run`; `start_step` is the step that a resumed run starts from."""
+        self._run = run
+        # Unbuffered: the driver reads along, and a killed worker loses nothing.
+        self._file = run.metrics.open("ab", buffering=0)
+        self._board = _board(run.path / "tensorboard", start_step) if tensorboard else None
+        self._board_due = 0.0
+        self._version: int | None = None
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """Write the numbers of one step.
+
+        Raises:
+            RecipeError: If the disk is full.
+        """
+        kept = dict(line)
+        shares: Mapping[str, float] = kept.get("shares", {})
+        if len(shares) > _MOST_SHARES_EACH_STEP and kept["mixture_version"] == self._version:
+            del kept["shares"]
+        self._version = kept.get("mixture_version")
+        self._write(kept)
+        if self._board is not None and time.monotonic() >= self._board_due:
+            self._board_due = time.monotonic() + _BOARD_INTERVAL_S
+            for key in ("loss", "lr", "tokens_per_s", "data_wait", "grad_norm", "mfu"):
+                if line.get(key) is not None:
+                    self._board.add_scalar(f"train/{key}", line[key], line["step"])
+            if len(shares) <= _MOST_SHARES_EACH_STEP:
+                for name, share in shares.items():
+                    self._board.add_scalar(f"shares/{name}", share, line["step"])
+
+    def evaluation(self, step: int, table: Mapping[str, Mapping[str, float | int | None]]) -> None:
+        """Write the held-out losses after `step` steps.
+
+        Raises:
+            RecipeError: If the disk is full.
+        """
+        self._write({"step": step, "eval": table})
+        if self._board is not None:
+            for name, row in table.items():
+                self._board.add_scalar(f"eval/{name}", row["loss"], step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, separators=(",", ":"), allow_nan=False, default=_finite)
+        try:
+            self._file.write(text.encode() + b"\n")
+        except OSError as error:
+            raise disk_full(error, self._run.path) from error
+
+
+def rounded(value: float, digits: int = 6) -> float | None:
+    """Return `value` to `digits` significant digits, None if it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _finite(value: object) -> object:
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} in a line of metrics")
+
+
+def _board(path: Path, start_step: int) -> Any:
+    from tensorboardX import SummaryWriter
+
+    os.makedirs(path, exist_ok=True)
+    # Points of the steps that are about to be repeated are dropped by TensorBoard.
+    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)

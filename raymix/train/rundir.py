@@ -1,0 +1,253 @@
+"""The run directory: who may use it, what it holds, and how a resumed run starts clean.
+
+```
+RUN/recipe.yaml           what the user wrote: fields left at their defaults are absent
+RUN/resolved.yaml         every field; its presence makes the directory a run
+RUN/environment.json      versions, machine, code revision of the last start
+RUN/mixture_log.jsonl     the weights and the steps they start at (written by the controller)
+RUN/metrics.jsonl         one object per step; `step` counts the optimiser steps done
+RUN/checkpoints/step-XXXXXXXX/
+RUN/tensorboard/
+RUN/report.html, report.json
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from raymix.errors import RecipeError, problem
+from raymix.recipe import Recipe
+from raymix.store import atomic_write_text
+
+IfExists = Literal["resume", "fail", "new"]
+
+# What may differ between the runs of one directory: it changes neither batches nor mathematics
+# beyond rounding. The corpus is known by its fingerprint, which every checkpoint holds.
+_FREE_FIELDS = (
+    "name",
+    "corpus",
+    "cluster",
+    "eval",
+    "run",
+    "data.accept_changed_corpus",
+    "data.cache_bytes",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.micro_batch_rows",
+    "train.parallel",
+    "train.compile",
+    "train.activation_checkpointing",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Return the path of the metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def mixture_log(self) -> Path:
+        """Return the path of the mixture log."""
+        return self.path / "mixture_log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def resolved(self) -> Path:
+        """Return the path of the whole recipe."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def stop_request(self) -> Path:
+        """Return the file whose presence asks the workers to stop at the next step."""
+        return self.path / ".stop"
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of the run.
+
+        Raises:
+            RecipeError: If this is no run directory.
+        """
+        from raymix.recipe import load_recipe
+
+        if not self.resolved.is_file():
+            wrong = "not a run directory: it has no resolved.yaml"
+            raise RecipeError(problem("run", str(self.path), wrong, "Name a directory of a run"))
+        return load_recipe(self.resolved)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write both forms of the recipe; `resolved.yaml` last."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        given = recipe.model_dump(mode="json", exclude_unset=True)
+        atomic_write_text(str(self.path / "recipe.yaml"), _yaml(given))
+        atomic_write_text(str(self.resolved), _yaml(recipe.model_dump(mode="json")))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process; the kernel lets go when the process dies.
+
+        Raises:
+            RecipeError: If another live process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                wrong = f"in use by {holder}"
+                advice = "Wait for it, stop it, or give another run.dir"
+                raise RecipeError(problem("run.dir", str(self.path), wrong, advice)) from error
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+
+
+def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
+    """Return the run directory that `recipe` names, or a free one beside it; writes nothing.
+
+    Raises:
+        RecipeError: If the directory is taken: by anything but a run, by a run of another
+            recipe, or by any run when `if_exists` is `fail`.
+    """
+    run = RunDirectory(_directory(recipe))
+    if not run.path.exists() or not any(_visible(run.path)):
+        return run
+    if if_exists == "new":
+        return RunDirectory(_next_free(run.path))
+    where = str(run.path)
+    if not run.resolved.is_file():
+        wrong = "the directory holds files but no run"
+        raise RecipeError(problem("run.dir", where, wrong, "Give another run.dir"))
+    if if_exists == "fail":
+        wrong = "a run is here already"
+        advice = "Use --if-exists resume to go on, or --if-exists new for a fresh directory"
+        raise RecipeError(problem("run.dir", where, wrong, advice))
+    differing = differences(identity(_stored(run)), identity(recipe.model_dump(mode="json")))
+    if differing:
+        wrong = f"a run of another recipe is here; it differs in {'; '.join(differing)}"
+        advice = "Use --if-exists new, give another run.dir, or set the recipe back"
+        raise RecipeError(problem("run.dir", where, wrong, advice))
+    return run
+
+
+def identity(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe's document that make a run what it is, by dotted path."""
+    flat = dict(_flat(document, ""))
+    return {
+        path: value
+        for path, value in flat.items()
+        if not any(path == free or path.startswith(f"{free}.") for free in _FREE_FIELDS)
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return `path: old -> new` for every field that differs, in order of path."""
+    absent = "absent"
+    return [
+        f"{path}: {old.get(path, absent)!r} -> {new.get(path, absent)!r}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path, absent) != new.get(path, absent)
+    ]
+
+
+def cut_metrics(path: Path, last_step: int) -> None:
+    """Drop all lines after step `last_step`, and a torn last line, in a new file.
+
+    A worker that outlived its driver still has the old file open and goes on writing there,
+    where nobody reads.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= last_step]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a metrics file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) < _TORN]
+
+
+_TORN = 2**63
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return _TORN
+
+
+def _directory(recipe: Recipe) -> Path:
+    template = recipe.run.dir
+    try:
+        filled = template.format(name=recipe.name, seed=recipe.seed)
+    except (KeyError, IndexError, ValueError) as error:
+        advice = "Allowed in braces: name, seed"
+        raise RecipeError(problem("run.dir", template, f"{error} is unknown", advice)) from error
+    if "://" in filled:
+        wrong = "a run directory must be on a file system that all workers see, not a URL"
+        raise RecipeError(problem("run.dir", template, wrong))
+    return Path(os.path.abspath(filled))
+
+
+def _visible(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        raise RecipeError(problem("run.dir", str(path), "a file, not a directory"))
+    return (entry for entry in path.iterdir() if not entry.name.startswith("."))
+
+
+def _next_free(path: Path) -> Path:
+    number = 2
+    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return candidate
+
+
+def _stored(run: RunDirectory) -> dict[str, Any]:
+    try:
+        return Recipe.model_validate(yaml.safe_load(run.resolved.read_text())).model_dump(
+            mode="json"
+        )
+    except (yaml.YAMLError, ValueError) as error:
+        wrong = "resolved.yaml cannot be read; it was written by another version or damaged"
+        raise RecipeError(problem("run.dir", str(run.path), wrong)) from error
+
+
+def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for key, item in node.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def _yaml(document: dict[str, Any]) -> str:
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)

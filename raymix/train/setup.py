@@ -1,0 +1,250 @@
+"""From a job to the parts of a rank's loop: model, optimiser, stream, evaluation, recorder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymix.control.client import LocalController, RemoteController
+from raymix.control.controller import MixtureController
+from raymix.control.source import BlockSource, LocalSource
+from raymix.control.stream import MixtureStream, row_tokens
+from raymix.errors import RecipeError, problem
+from raymix.mixers import MixerContext
+from raymix.recipe import PackedData, PretrainedModel, Recipe
+from raymix.store import Corpus
+from raymix.train.batches import most_rows_of_a_rank
+from raymix.train.checkpoint import TrainingState, load_optimizer, newest_checkpoint
+from raymix.train.device import peak_flops, quiet_libraries, use_threads
+from raymix.train.evaluate import Evaluator, held_out_rows
+from raymix.train.loop import Parts
+from raymix.train.loss import PackedLoss
+from raymix.train.model import CorpusFacts, build_model, measure_model, probe_model
+from raymix.train.optim import build_optimizer
+from raymix.train.parallel import Replica, World, place_model
+from raymix.train.recorder import Recorder
+from raymix.train.rundir import RunDirectory, cut_metrics, identity
+
+_MEASURED = frozenset({"loss", "tokens"})
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run is told to do; it travels to the workers."""
+
+    recipe: Recipe
+    run: RunDirectory
+    steps: int
+    micro_batch_rows: int
+    on_gpu: bool
+    threads: int | None
+    """Threads per worker where the user set them; None to share the cores."""
+    session: str
+    """Names this start of the run."""
+    controller: Any = None
+    """The controller's actor; None without Ray."""
+    plane: Any = None
+    """The block plane's actor; None without Ray."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What rank 0 decides before an attempt, for all."""
+
+    attempt: str
+    checkpoint: Path | None
+    state: TrainingState | None
+    micro_batch_rows: int
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return what stands for the fields that make a run what it is."""
+    text = json.dumps(identity(recipe.model_dump(mode="json")), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
+    """Return what the mixer may know about the run."""
+    import numpy as np
+
+    data = recipe.data
+    tokens = data.tokens_per_step if not isinstance(data, PackedData) else (
+        data.rows_per_step * data.sequence_length
+    )  # fmt: skip
+    held = [corpus.split(name, "train").tokens for name in corpus.domain_names]
+    return MixerContext(
+        domains=corpus.domain_names,
+        tokens_D=np.array(held, dtype=np.int64),
+        total_tokens=steps * tokens,
+        total_steps=steps,
+    )
+
+
+def begin(job: Job, world: World) -> Start:
+    """Return where to go on, the same on every rank; rank 0 looks for the newest checkpoint."""
+    start: Start | None = None
+    if world.is_writer:
+        found = newest_checkpoint(job.run.checkpoints)
+        path, state = found if found else (None, None)
+        rows = job.micro_batch_rows
+        if state is not None and state.world_size == world.size:
+            # The same passes as before, so that sums round the same.
+            auto = job.recipe.train.micro_batch_rows == "auto"
+            rows = state.micro_batch_rows if auto else rows
+        start = Start(uuid.uuid4().hex[:12], path, state, rows)
+        cut_metrics(job.run.metrics, state.step if state else 0)
+    return world.agree(start)
+
+
+def build_parts(
+    job: Job,
+    world: World,
+    start: Start,
+    *,
+    source: Callable[[Corpus], BlockSource],
+    on_checkpoint: Callable[[Path, int], None],
+    stop_asked: Callable[[], bool],
+) -> Parts:
+    """Return the parts of this rank's loop.
+
+    Args:
+        job: What to do.
+        world: This rank.
+        start: Where to begin.
+        source: Makes the source of blocks.
+        on_checkpoint: Called on every rank after each checkpoint.
+        stop_asked: Whether a clean stop is asked for; read on rank 0.
+
+    Raises:
+        RaymixError: If model, corpus or checkpoint cannot be used.
+    """
+    quiet_libraries()
+    use_threads(job.threads, world)
+    recipe, state = job.recipe, start.state
+    corpus = Corpus.open(recipe.corpus.path)
+    bf16 = recipe.train.precision == "bf16" or (
+        recipe.train.precision == "auto" and world.device.type == "cuda"
+    )
+    replica, flops = _replica(recipe, corpus, world, start, bf16=bf16)
+    optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
+    if start.checkpoint is not None:
+        load_optimizer(start.checkpoint, replica, optimizer)
+    control = _control(job, world, start, corpus)
+    stream = MixtureStream(
+        corpus,
+        recipe.data,
+        seed=recipe.seed,
+        rank=world.rank,
+        world_size=world.size,
+        controller=control,
+        source=source(corpus),
+        state=state.sampler if state else None,
+        limit=job.steps,
+    )
+    length = recipe.data.sequence_length
+    rows = held_out_rows(
+        corpus, sequence_length=length, rows_per_domain=recipe.eval.rows_per_domain
+    )
+    return Parts(
+        recipe=recipe,
+        steps=job.steps,
+        domains=corpus.domain_names,
+        replica=replica,
+        optimizer=optimizer,
+        stream=stream,
+        evaluator=Evaluator(corpus, rows, world=world, rows_at_once=start.micro_batch_rows),
+        recorder=_recorder(job, world, start),
+        checkpoints=job.run.checkpoints,
+        tokenizer_path=corpus.tokenizer_path,
+        corpus_fingerprint=corpus.fingerprint,
+        recipe_hash=recipe_hash(recipe),
+        micro_batch_rows=start.micro_batch_rows,
+        most_rows=_most_rows(recipe, world),
+        resumed=state,
+        bf16=bf16,
+        flops_per_token=flops,
+        peak_flops=peak_flops(world.device),
+        snapshot=control.snapshot,
+        on_checkpoint=on_checkpoint,
+        stop_asked=stop_asked,
+        push=control.push if _learns(recipe, corpus, job) else None,
+    )
+
+
+def _replica(
+    recipe: Recipe, corpus: Corpus, world: World, start: Start, *, bf16: bool
+) -> tuple[Replica, float]:
+    info = corpus.manifest.tokenizer
+    facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
+    config = recipe.model
+    if start.checkpoint is not None:
+        config = PretrainedModel(kind="pretrained", path=str(start.checkpoint))
+    model = build_model(config, facts, seed=recipe.seed)
+    flops = measure_model(model, facts.sequence_length).flops_per_token
+    traits = probe_model(model)
+    if not traits.isolates_documents:
+        wrong = f"documents packed into one row would see each other in {model.config.model_type}"
+        raise RecipeError(
+            problem(
+                "model.type",
+                model.config.model_type,
+                wrong,
+                "Take a type with rotary or learned positions and plain attention, such as llama, "
+                "qwen3 or gpt2",
+            )
+        )
+    loss = PackedLoss(model, linear_head=traits.linear_head)
+    return place_model(loss, recipe.train, world, bf16=bf16), flops
+
+
+def _control(
+    job: Job, world: World, start: Start, corpus: Corpus
+) -> LocalController | RemoteController:
+    if job.controller is not None:
+        return RemoteController(
+            job.controller, attempt=start.attempt, rank=world.rank, world_size=world.size
+        )
+    controller = MixtureController(
+        recipe_mixer=job.recipe.mixer,
+        context=mixer_context(job.recipe, corpus, steps=job.steps),
+        run_dir=str(job.run.path),
+        snapshot=start.state.controller if start.state else None,
+        probe_interval=job.recipe.train.probe_interval,
+        session=job.session,
+    )
+    return LocalController(controller)
+
+
+def _learns(recipe: Recipe, corpus: Corpus, job: Job) -> bool:
+    """Return whether the mixer wants statistics, and refuse one that wants what nobody measures."""
+    from raymix.mixers import build_mixer
+
+    needs = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps)).needs
+    if needs - _MEASURED:
+        wrong = f"it needs {', '.join(sorted(needs - _MEASURED))}, which training does not measure"
+        raise RecipeError(problem("mixer.kind", recipe.mixer.kind, wrong))
+    return bool(needs)
+
+
+def _most_rows(recipe: Recipe, world: World) -> int | None:
+    """Return the rows of the rank with most; None where every rank has as many as this one."""
+    if isinstance(recipe.data, PackedData):
+        return most_rows_of_a_rank(recipe.data.rows_per_step, world.size)
+    return None
+
+
+def _recorder(job: Job, world: World, start: Start) -> Recorder | None:
+    if not world.is_writer:
+        return None
+    step = start.state.step if start.state else 0
+    return Recorder(job.run, start_step=step, tensorboard=job.recipe.run.tensorboard)
+
+
+def local_source(recipe: Recipe) -> Callable[[Corpus], BlockSource]:
+    """Return what makes a source that reads blocks in this process."""
+    return lambda corpus: LocalSource(corpus, row_tokens=row_tokens(recipe.data))
