@@ -128,7 +128,8 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
     workers = "in this process" if plan.workers == 0 else f"{plan.workers} workers"
     device = "GPU" if plan.on_gpu else "CPU"
     passes = f"{plan.accumulation} forward passes" if plan.accumulation > 1 else "1 forward pass"
-    memory = ", ".join(f"{part.name} {size(part.bytes)}" for part in plan.worker_memory)
+    parts = [part for part in plan.worker_memory if part.bytes]
+    memory = ", ".join(f"{part.name} {size(part.bytes)}" for part in parts)
     cache = f" + block cache up to {size(plan.cache_bytes)}" if plan.cache_bytes else ""
     disk = "" if plan.disk_free is None else f", {size(plan.disk_free)} free on disk"
     return [

@@ -28,6 +28,8 @@ _LOGIT_COPIES = 3
 AUTO_TOKENS_CPU = 8192
 AUTO_TOKENS_GPU = 32_768
 PROCESS_BYTES = 600_000_000
+# What the C library's heap keeps of freed tensors on a CPU: measured 0.5 to 0.85 of them.
+_HEAP_SLACK = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class Batch:
     """Tokens per row."""
     bf16: bool
     """Whether it runs under bf16 autocast."""
+    on_gpu: bool = False
+    """Whether it runs on a GPU."""
 
 
 def auto_micro_batch_rows(most_rows: int, sequence_length: int, *, on_gpu: bool) -> int:
@@ -87,6 +91,7 @@ def worker_memory(
         MemoryPart("optimiser", 2 * share),
         MemoryPart("activations", activations),
         MemoryPart("logits", logits),
+        MemoryPart("heap", 0 if batch.on_gpu else int(_HEAP_SLACK * (activations + logits))),
     )
 
 

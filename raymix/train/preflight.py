@@ -61,7 +61,9 @@ def plan_run(recipe: Recipe) -> RunPlan:
     prepared = files.exists(files.join(recipe.corpus.path, MANIFEST))
     # A recipe without sources needs a prepared corpus: opening it says what is missing.
     corpus = Corpus.open(recipe.corpus.path) if prepared or not recipe.corpus.domains else None
-    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    cluster = recipe.cluster
+    # Without workers no cluster is used, wherever RAY_ADDRESS points.
+    has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
     return preflight(recipe, corpus, has)
 
 
@@ -224,7 +226,7 @@ class _Weight:
             recipe.model,
             facts,
             recipe.train,
-            Batch(rows, facts.sequence_length, shape.bf16),
+            Batch(rows, facts.sequence_length, shape.bf16, shape.on_gpu),
             workers=recipe.cluster.workers,
         )
         return cls(size.parameters, size.flops_per_token, parts, rows)

@@ -36,6 +36,11 @@ NAMES = {
 }
 
 OPTIONS = {
+    "prepare": {"--set", "--json", "--parallelism", "--if-exists"},
+    "train": {"--set", "--json", "--if-exists", "--report"},
+    "eval": {"--recipe", "--rows", "--json"},
+    "export": {"--json"},
+    "report": {"--out", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
     "plan": {"--set", "--json"},
@@ -61,9 +66,19 @@ def test_public_names() -> None:
     assert set(raymix.__all__) <= set(dir(raymix))
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - {"plan", "prepare", "train"}))
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_name_is_there_and_documented(name: str) -> None:
-    assert getattr(raymix, name).__doc__
+    found = getattr(raymix, name)
+    assert found.__doc__
+    assert found is getattr(raymix, name)
+
+
+def test_the_room_of_training_can_be_called() -> None:
+    import raymix.train.rundir
+
+    assert callable(raymix.train)
+    with pytest.raises(errors.RecipeError, match="no such file"):
+        raymix.train("nowhere.yaml")
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
