@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def read(stream: MixtureStream, steps: int) -> list[Seen]:
     for _ in range(steps):
         batch = stream.next()
         offsets, positions = batch.row_starts
-        starts = [positions[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        starts = [positions[a:b].tolist() for a, b in pairwise(offsets)]
         seen.append(
             Seen(
                 batch.step,

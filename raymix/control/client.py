@@ -29,6 +29,9 @@ class Controller(Protocol):
     """What a stream needs of a controller."""
 
     lease_s: float
+    """Seconds of reading that a lease should cover."""
+    remote: bool
+    """Whether it is elsewhere: then an answer takes time, and `take` may be called by a thread."""
 
     def ask(self, *, step: int, held_until: int, want: int, version: int) -> None:
         """Ask for a lease; the answer is had by `take`."""
@@ -49,6 +52,8 @@ class _Ask:
 
 class LocalController:
     """A controller in this process, for a single rank; nothing ever waits."""
+
+    remote = False
 
     def __init__(self, controller: MixtureController) -> None:
         self.lease_s = controller.lease_s
@@ -117,6 +122,8 @@ class RemoteController:
         world_size: Ranks in the group.
         patience_s: How long an answer may take; an adaptive mixer waits for the slowest rank.
     """
+
+    remote = True
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from raymix.control.geometry import (
     document_geometry,
     epoch_limits,
 )
-from raymix.control.lookahead import Lookahead
+from raymix.control.lookahead import Floats, Lookahead
 from raymix.control.packed import ranges
 from raymix.control.slab import Tokens
 from raymix.control.source import BlockSource
@@ -89,15 +89,18 @@ class DocumentFeed:
             block_bytes=self._block_tokens * corpus.dtype.itemsize,
             blocks_of=self._blocks_of,
         )
-        self._ready: dict[int, tuple[dict[str, Any], _Packed]] = {}
 
     def load(self, state: Mapping[str, Any]) -> int:
         """Continue from a state and return its step."""
         self._planner.load_state_dict(state)
         return self._planner.step
 
-    def plan(self, n_steps: int) -> int:
-        """Make at least one and at most `n_steps` further steps ready; return how many.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the planner's state before the next step to be planned."""
+        return self._planner.state_dict()
+
+    def plan(self, n_steps: int) -> DocumentChunk:
+        """Return the next steps, at least one and at most `n_steps`.
 
         Raises:
             CorpusError: If a block is corrupt, or limits leave no documents.
@@ -105,28 +108,15 @@ class DocumentFeed:
         planner = self._planner
         rate_D = np.array(self._log.at(planner.step).weights) * self._rate_D
         self._lookahead.look(planner.step, planner.count_D, rate_D)
-        self._ready = {}
-        most = max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))
-        for _ in range(most):
-            step, before = planner.step, planner.state_dict()
-            self._ready[step] = before, self._pack(planner.plan(1)[0])
-        return most
+        chunk = DocumentChunk(planner.step)
+        for _ in range(max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))):
+            shares_D = np.array(self._log.at(planner.step).weights)
+            before = planner.state_dict()
+            chunk.add(before, self._pack(planner.plan(1)[0]), shares_D)
+        chunk.after = planner.state_dict()
+        return chunk
 
-    def batch(self, step: int) -> StepBatch:
-        """Return the batch of a step that is ready."""
-        packed = self._ready[step][1]
-        plan = packed.plan
-        shares_D = np.array(self._log.at(step).weights)
-        counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
-        return StepBatch(
-            step, plan.version, packed.tokens, packed.domain_rows, shares_D, counts_D, packed
-        )
-
-    def state_at(self, step: int) -> dict[str, Any]:
-        """Return the planner's state before `step`."""
-        return self._ready[step][0] if step in self._ready else self._planner.state_dict()
-
-    def _pack(self, plan: DocumentStep) -> _Packed:
+    def _pack(self, plan: DocumentStep) -> PackedDocuments:
         rows = pack_documents(plan.length_N, self._row_tokens)
         mine = rows[self._place.rank :: self._place.world_size]
         mine += [[]] * (-(-len(rows) // self._place.world_size) - len(mine))
@@ -146,7 +136,9 @@ class DocumentFeed:
             start_domains[-1][: len(row)] = plan.domain_N[row]
             domains = set(plan.domain_N[row].tolist())
             domain_rows[at] = domains.pop() if len(domains) == 1 else _MIXED
-        return _Packed(plan, len(self._first_token), tokens_BL, domain_rows, starts, start_domains)
+        return PackedDocuments(
+            plan, len(self._first_token), tokens_BL, domain_rows, starts, start_domains
+        )
 
     def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
         """Copy a document, whichever blocks it lies in, and return its tokens."""
@@ -194,7 +186,38 @@ class DocumentFeed:
         return self._span(place_N, length_N, self._first_block_D[domain])
 
 
-class _Packed:
+class DocumentChunk:
+    """Consecutive steps; see `raymix.control.feed.Chunk`."""
+
+    def __init__(self, first: int) -> None:
+        self.after: dict[str, Any] = {}
+        self._first = first
+        self._steps: list[tuple[dict[str, Any], PackedDocuments, Floats]] = []
+
+    @property
+    def end(self) -> int:
+        """Return the step after the last one."""
+        return self._first + len(self._steps)
+
+    def add(self, before: dict[str, Any], packed: PackedDocuments, shares_D: Floats) -> None:
+        """Append a step, with the state before it."""
+        self._steps.append((before, packed, shares_D))
+
+    def batch(self, step: int) -> StepBatch:
+        """Return the batch of one of the steps."""
+        _, packed, shares_D = self._steps[step - self._first]
+        plan = packed.plan
+        counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
+        return StepBatch(
+            step, plan.version, packed.tokens, packed.domain_rows, shares_D, counts_D, packed
+        )
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the planner's state before `step`."""
+        return self.after if step == self.end else self._steps[step - self._first][0]
+
+
+class PackedDocuments:
     """One step's documents, packed, as this rank sees them."""
 
     def __init__(

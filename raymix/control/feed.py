@@ -21,21 +21,34 @@ class Place:
     """Ranks that share each batch."""
 
 
+class Chunk(Protocol):
+    """Consecutive steps made ready together."""
+
+    @property
+    def end(self) -> int:
+        """Return the step after the last one."""
+        ...
+
+    def batch(self, step: int) -> StepBatch:
+        """Return the batch of one of the steps."""
+        ...
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the planner's state before `step`, one of the steps or the one after them."""
+        ...
+
+
 class Feed(Protocol):
-    """Plans steps and makes their batches; the stream says how far it may."""
+    """Plans steps in order and makes their batches; the stream says how far it may."""
 
     def load(self, state: Mapping[str, Any]) -> int:
         """Continue from a state and return its step."""
         ...
 
-    def plan(self, n_steps: int) -> int:
-        """Make at least one and at most `n_steps` further steps ready; return how many."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the planner's state before the next step to be planned."""
         ...
 
-    def batch(self, step: int) -> StepBatch:
-        """Return the batch of a step that is ready."""
-        ...
-
-    def state_at(self, step: int) -> dict[str, Any]:
-        """Return the planner's state before `step`, the next one or one that is ready."""
+    def plan(self, n_steps: int) -> Chunk:
+        """Return the next steps, at least one and at most `n_steps`."""
         ...

@@ -8,17 +8,21 @@ rank's, N = S B rows of the chunk, M = S R rows of this rank, L tokens per row, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from raymix.control.ahead import Ahead
-from raymix.control.batch import RowStarts
+from raymix.control.batch import RowStarts, StepBatch
 from raymix.control.slab import Ints, Slab, Tokens
 from raymix.control.table import BlockTable
-from raymix.sampling import PlanChunk
+from raymix.sampling import PackedPlanner, PlanChunk
+
+Floats = npt.NDArray[np.float64]
 
 
 def rank_rows(rows: int, rank: int, world_size: int) -> slice:
@@ -27,16 +31,38 @@ def rank_rows(rows: int, rank: int, world_size: int) -> slice:
 
 
 class PackedChunk:
-    """Consecutive steps, gathered for one rank."""
+    """Consecutive steps, gathered for one rank; see `raymix.control.feed.Chunk`."""
 
-    def __init__(self, plan: PlanChunk, slot_SB: Ints, columns: slice, found: Found) -> None:
-        self.plan = plan
-        self.versions: list[int] = plan.version_S.tolist()
+    def __init__(
+        self,
+        plan: PlanChunk,
+        slot_SB: Ints,
+        columns: slice,
+        found: Found,
+        shares_S: Sequence[Floats],
+        planner: PackedPlanner,
+    ) -> None:
+        """Gather the rows.
+
+        Args:
+            plan: What was planned.
+            slot_SB: Number of each row among those found.
+            columns: This rank's rows of a batch.
+            found: Where the rows lie.
+            shares_S: Shares asked for in each step, shape (D,) each.
+            planner: Works out states again; not the one that goes on planning.
+        """
+        self.first = plan.first_step
+        self.end = plan.first_step + plan.n_steps
+        self._plan = plan
+        self._planner = planner
         self._slot_SB = slot_SB
         self._columns = columns
         self._found = found
-        mine_SR = slot_SB[:, columns]
+        self._shares_S = shares_S
+        self._versions: list[int] = plan.version_S.tolist()
         self._domain_SR = plan.domain_SB[:, columns]
+        mine_SR = slot_SB[:, columns]
         if mine_SR.shape == slot_SB.shape:
             self._pick_SR, self._rows_ML = mine_SR, found.gather(None)
         else:
@@ -45,38 +71,47 @@ class PackedChunk:
             place_N[rows_M] = np.arange(rows_M.size)
             self._pick_SR, self._rows_ML = place_N[mine_SR], found.gather(rows_M)
 
-    def tokens(self, at: int) -> Tokens:
-        """Return the rank's rows of the chunk's step number `at`, shape (R, L), a new array."""
-        return self._rows_ML.take(self._pick_SR[at], axis=0)
+    def batch(self, step: int) -> StepBatch:
+        """Return the batch of one of the steps."""
+        at = step - self.first
+        return StepBatch(
+            step,
+            self._versions[at],
+            self._rows_ML.take(self._pick_SR[at], axis=0),
+            self._domain_SR[at],
+            self._shares_S[at],
+            self._plan.counts_SD[at],
+            self,
+        )
 
-    def domains(self, at: int) -> npt.NDArray[np.int32]:
-        """Return the domain of each of these rows, shape (R,)."""
-        return self._domain_SR[at]
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the planner's state before `step`."""
+        return self._planner.state_at(self._plan, step)
 
     def batch_hash(self, step: int) -> str:
         """Return the name of the whole batch of a step."""
-        return self.plan.batch_hash(step)
+        return self._plan.batch_hash(step)
 
     def label_tokens(self, step: int) -> int:
         """Return the labels of the whole batch of a step."""
-        return self._label_tokens_S[step - self.plan.first_step]
+        return self._label_tokens_S[step - self.first]
 
     def row_starts(self, step: int) -> RowStarts:
         """Return where documents begin in the rank's rows of a step."""
         offset_M, positions = self._starts
         rows = self._domain_SR.shape[1]
-        first = (step - self.plan.first_step) * rows
+        first = (step - self.first) * rows
         offset_R = offset_M[first : first + rows + 1]
         return offset_R - offset_R[0], positions[offset_R[0] : offset_R[-1]]
 
     def start_domains(self, step: int) -> npt.NDArray[np.int32]:
         """Return the domain of each document that begins in the rank's rows of a step."""
         offset_R, _ = self.row_starts(step)
-        return np.repeat(self.domains(step - self.plan.first_step), np.diff(offset_R))
+        return np.repeat(self._domain_SR[step - self.first], np.diff(offset_R))
 
     def tokens_by_domain(self, step: int) -> Ints:
         """Return the tokens of each domain in the whole batch of a step."""
-        return self.plan.counts_SD[step - self.plan.first_step] * self._rows_ML.shape[1]
+        return self._plan.counts_SD[step - self.first] * self._rows_ML.shape[1]
 
     @cached_property
     def _label_tokens_S(self) -> list[int]:

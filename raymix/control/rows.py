@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from raymix.control.ahead import Ahead
-from raymix.control.batch import StepBatch
 from raymix.control.feed import Place
 from raymix.control.geometry import BlockNumbers, Ints, epoch_limits, row_geometry
 from raymix.control.lookahead import Floats, Lookahead
@@ -45,13 +45,17 @@ class PackedFeed:
         self._row_tokens = data.sequence_length
         self._columns = rank_rows(self._rows, place.rank, place.world_size)
         self._first_block_D = numbers.first_D[:-1]
-        self._planner = PackedPlanner(
+        plan = partial(
+            PackedPlanner,
             n_domains=len(geometries),
             rows_per_step=self._rows,
             seed=place.seed,
             log=log,
             limit_D=epoch_limits(geometries, data.max_epochs),
         )
+        self._planner = plan()
+        # States of steps already planned are worked out apart, while planning goes on.
+        self._again = plan()
         self._ahead = Ahead(order)
         self._table = BlockTable(source, numbers.total)
         self._lookahead = Lookahead(
@@ -65,7 +69,6 @@ class PackedFeed:
         step_bytes = (self._columns.stop - self._columns.start) * self._row_tokens
         step_bytes *= corpus.dtype.itemsize
         self._most_steps = max(1, min(_MOST_STEPS, _BUFFER_BYTES // max(1, step_bytes)))
-        self._chunk: PackedChunk | None = None
         self._shares: tuple[int, Floats] = (-1, np.zeros(0))
 
     def load(self, state: Mapping[str, Any]) -> int:
@@ -73,8 +76,12 @@ class PackedFeed:
         self._planner.load_state_dict(state)
         return self._planner.step
 
-    def plan(self, n_steps: int) -> int:
-        """Make at least one and at most `n_steps` further steps ready; return how many.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the planner's state before the next step to be planned."""
+        return self._planner.state_dict()
+
+    def plan(self, n_steps: int) -> PackedChunk:
+        """Return the next steps, at least one and at most `n_steps`.
 
         Raises:
             CorpusError: If a block is corrupt, or limits leave no rows.
@@ -82,6 +89,7 @@ class PackedFeed:
         planner = self._planner
         rate_D = self._shares_of(planner.step) * self._rows
         self._lookahead.look(planner.step, planner.count_D, rate_D)
+        first = planner.step
         plan = planner.plan(max(1, min(n_steps, self._most_steps, self._lookahead.reach)))
         found, slot_SB = find_rows(
             plan,
@@ -90,24 +98,10 @@ class PackedFeed:
             first_block_D=self._first_block_D,
             row_tokens=self._row_tokens,
         )
-        self._chunk = PackedChunk(plan, slot_SB, self._columns, found)
-        return plan.n_steps
-
-    def batch(self, step: int) -> StepBatch:
-        """Return the batch of a step that is ready."""
-        chunk = self._chunk
-        assert chunk is not None
-        at = step - chunk.plan.first_step
-        version = chunk.versions[at]
-        shares_D = self._shares[1] if version == self._shares[0] else self._shares_of(step)
-        tokens, domains = chunk.tokens(at), chunk.domains(at)
-        return StepBatch(step, version, tokens, domains, shares_D, chunk.plan.counts_SD[at], chunk)
-
-    def state_at(self, step: int) -> dict[str, Any]:
-        """Return the planner's state before `step`."""
-        if self._chunk is None or step == self._planner.step:
-            return self._planner.state_dict()
-        return self._planner.state_at(self._chunk.plan, step)
+        shares = [
+            self._shares_of(step) for step in range(planner.step - plan.n_steps, planner.step)
+        ]
+        return PackedChunk(plan, slot_SB, self._columns, found, shares, self._again)
 
     def _shares_of(self, step: int) -> Floats:
         entry = self._log.at(step)

@@ -1,21 +1,24 @@
 """The worker's end of the stream: what this rank reads, step by step.
 
 `MixtureStream` holds a lease, plans up to it, gets the blocks, and hands out batches. The next
-lease is asked for one step ahead and covers about `lease_s` seconds of reading: a training loop
-of more than that per step gets one step at a time, so a change of weights asked for during step
-t is in the batch of step t + 2 at the latest; a faster reader does not pay a call per step.
+lease covers about `lease_s` seconds of reading: a training loop of more than that per step gets
+one step at a time, so a change of weights asked for during step t is in the batch of step t + 2
+at the latest; a faster reader does not pay a call per step. With a controller elsewhere, all this
+is done by a thread while the steps before are worked on: then `next` only copies rows.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
+from raymix.control.background import Background
 from raymix.control.batch import StepBatch
 from raymix.control.client import Controller
 from raymix.control.documents import DocumentFeed
-from raymix.control.feed import Feed, Place
+from raymix.control.feed import Chunk, Feed, Place
 from raymix.control.rows import PackedFeed
 from raymix.control.source import BlockSource
 from raymix.errors import CorpusError, RecipeError, problem
@@ -81,12 +84,17 @@ class MixtureStream:
         if state is not None:
             self._check(state, accept_changed=data.accept_changed_corpus)
             self._step = self._feed.load(state)
-        self._ready_until = self._held_until = self._step
+        self._begin = self._feed.state_dict()
+        self._chunk: Chunk | None = None
+        self._planned = self._held_until = self._ready_until = self._step
         self._want = 1
         self._asked = False
         self._paced = (time.perf_counter(), self._step)
-        if not self.done:
-            self._ask()
+        self._background: Background[Chunk] | None = None
+        self._upcoming: Future[Chunk] | None = None
+        if controller.remote and not self.done:
+            self._background = Background("raymix-stream")
+            self._upcoming = self._background.submit(self._prepare, self._step)
 
     @property
     def step(self) -> int:
@@ -107,14 +115,10 @@ class MixtureStream:
             ClusterError: If controller or blocks cannot be had within a time limit.
         """
         begun = time.perf_counter()
-        if self.done:
-            raise StopIteration
-        if self._step == self._ready_until:
-            self._make_ready()
-        batch = self._feed.batch(self._step)
+        if self._chunk is None or self._step == self._ready_until:
+            self._chunk = self._next_chunk()
+        batch = self._chunk.batch(self._step)
         self._step += 1
-        if not self._asked and self._held_until - self._step <= self._want // 2:
-            self._ask()
         self.waited_s = time.perf_counter() - begun
         return batch
 
@@ -124,36 +128,54 @@ class MixtureStream:
         It is the same on every rank. The weights are not part of it: the controller's snapshot
         has them.
         """
-        return {**self._feed.state_at(self._step), **self._about}
+        state = self._begin if self._chunk is None else self._chunk.state_at(self._step)
+        return {**state, **self._about}
 
-    def _make_ready(self) -> None:
-        while self._held_until <= self._step:
+    def _next_chunk(self) -> Chunk:
+        """Return the chunk that begins at this step, and have the one after it prepared."""
+        if self.done:
+            raise StopIteration
+        # A chunk that failed stays: whoever asks again hears the same.
+        chunk = self._upcoming.result() if self._upcoming else self._prepare(self._step)
+        self._ready_until = chunk.end
+        if self._background and (self._limit is None or chunk.end < self._limit):
+            self._upcoming = self._background.submit(self._prepare, self._step + 1)
+        return chunk
+
+    def _prepare(self, step: int) -> Chunk:
+        """Return the next steps, as far as leases reach, while `step` is the one read next."""
+        self._pace(step)
+        if not self._asked and self._held_until - step <= self._want // 2:
+            self._ask(step)
+        while self._held_until <= self._planned:
             if not self._asked:
-                self._ask()
+                self._ask(max(step, self._planned))
             lease = self._controller.take()
             self._asked = False
             for entry in lease.entries:
                 self.log.append(entry)
             self._held_until = max(self._held_until, lease.until)
-        self._ready_until += self._feed.plan(self._held_until - self._step)
+        chunk = self._feed.plan(self._held_until - self._planned)
+        self._planned = chunk.end
+        return chunk
 
-    def _ask(self) -> None:
-        """Ask for as many steps as `lease_s` covers at the present pace."""
-        now, (then, step) = time.perf_counter(), self._paced
-        if self._step > step:
-            paced = self._controller.lease_s * (self._step - step) / max(now - then, 1e-9)
+    def _pace(self, step: int) -> None:
+        """Work out how many steps `lease_s` covers."""
+        now, (then, before) = time.perf_counter(), self._paced
+        if step > before:
+            paced = self._controller.lease_s * (step - before) / max(now - then, 1e-9)
             # One quick step is no pace: grow step by step, shrink at once.
             self._want = max(1, min(int(paced), 2 * self._want, _MOST_LEASED))
-            self._paced = (now, self._step)
+            self._paced = (now, step)
+
+    def _ask(self, step: int) -> None:
         want = self._want
         if self._limit is not None:
-            want = min(want, self._limit - self._step)
-        if self._step + want <= self._held_until:
+            want = min(want, self._limit - step)
+        if step + want <= self._held_until:
             return
         version = self.log.entries[-1].version if self.log.entries else -1
-        self._controller.ask(
-            step=self._step, held_until=self._held_until, want=want, version=version
-        )
+        self._controller.ask(step=step, held_until=self._held_until, want=want, version=version)
         self._asked = True
 
     def _check(self, state: Mapping[str, Any], *, accept_changed: bool) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from raymix.control.documents import DocumentFeed
+from raymix.control.documents import DocumentChunk
 from raymix.recipe.training import DocumentData
 from raymix.sampling import batch_hash
 from raymix.store import Corpus
@@ -44,7 +45,7 @@ def in_rows(seen: Seen, padding: int) -> list[list[int]]:
     found = []
     for row, starts in zip(seen.tokens, seen.starts, strict=True):
         bounds = [*starts, LENGTH]
-        parts = [row[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [row[a:b].tolist() for a, b in pairwise(bounds)]
         found += [part for part in parts if part != [padding]]
     return found
 
@@ -53,11 +54,10 @@ def test_rows_hold_the_planned_documents_whole(corpus: Corpus) -> None:
     known = all_documents(corpus)
     padding = corpus.manifest.tokenizer.eos_id
     stream = local_stream(corpus, local(fixed(SHARES), corpus), documents())
-    feed = stream._feed
-    assert isinstance(feed, DocumentFeed)
     for _ in range(40):
         (seen,) = read(stream, 1)
-        plan = feed._ready[seen.step][1].plan
+        assert isinstance(stream._chunk, DocumentChunk)
+        plan = stream._chunk._steps[seen.step - stream._chunk._first][1].plan
         assert seen.batch_hash == batch_hash(plan.domain_N, plan.index_N)
         planned = [
             known[domain][document]
