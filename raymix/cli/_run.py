@@ -26,7 +26,7 @@ RecipeSource = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[FIELD=VALUE]...",
+        metavar="FIELD=VALUE",
         help="Fields to change, e.g. train.steps=200 corpus.domains.0.name=books.",
     ),
 ]

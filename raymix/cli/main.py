@@ -39,10 +39,11 @@ errors into messages and exit codes: 0 done, 2 bad input, 1 failure in the work,
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as build_command
 
 from raymix.cli import _run
@@ -85,6 +86,30 @@ _EPILOG = """Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted
 command prints exactly one JSON document on stdout."""
 
 
+class PlainCommand(TyperCommand):
+    """A command whose help names plain text values without their Python types."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the parts of the usage line: `RECIPE`, not `{RECIPE}`."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [re.sub(r"^\{(.+)\}", r"\1", piece) for piece in pieces]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections of arguments and options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                name = record[0].partition(" <")[0] if is_argument else record[0]
+                text = record[1].replace("  [required]", "")
+                sections["Arguments" if is_argument else "Options"].append((name, text))
+        for section, rows in sections.items():
+            if rows:
+                with formatter.section(section):
+                    formatter.write_dl(rows)
+
+
 class LazyCommands(TyperGroup):
     """The group of all commands; a command's file is imported when the command is used."""
 
@@ -100,7 +125,7 @@ class LazyCommands(TyperGroup):
         single = typer.Typer(
             add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
         )
-        single.command(cmd_name, no_args_is_help=False)(module.command)
+        single.command(cmd_name, cls=PlainCommand)(module.command)
         return build_command(single)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

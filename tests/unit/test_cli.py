@@ -64,10 +64,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "raymix 0.1.0\n"
 
 
-@pytest.mark.parametrize("command", ["init", "validate", "plan", "schema", "doctor"])
+@pytest.mark.parametrize("command", [name for names in COMMANDS.values() for name in names])
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
-    assert f"Usage: raymix {command}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Usage: raymix {command} [OPTIONS]")
+    assert "--json" in shown
+    for internal in ("{", "<str>", "list[", "Typer"):
+        assert internal not in shown.split("Options:")[0]
 
 
 @pytest.mark.parametrize(
