@@ -154,7 +154,6 @@ class TrainingLoop:
         self._lag = self._world.device.type == "cuda"
         self._wants = StepSums(0.0, False, False, zeros, zeros)
         self._checkpointed = time.monotonic()
-        self._stop_looked = 0.0
         self._clock = time.perf_counter()
         self._shares: tuple[int, dict[str, float]] = (-1, {})
         self.seconds = {"data": 0.0, "step": 0.0, "metrics": 0.0, "eval": 0.0, "checkpoint": 0.0}
@@ -355,12 +354,7 @@ class TrainingLoop:
         return minutes is not None and time.monotonic() - self._checkpointed >= 60 * minutes
 
     def _stop_asked(self) -> bool:
-        """Return rank 0's answer; it looks a few times a second at most."""
-        now = time.monotonic()
-        if not self._world.is_writer or now - self._stop_looked < 0.2:
-            return False
-        self._stop_looked = now
-        return self._parts.stop_asked()
+        return self._world.is_writer and self._parts.stop_asked()
 
 
 def _domains(batch: Batch) -> npt.NDArray[np.integer]:
