@@ -20,15 +20,14 @@ from raymix.store import atomic_write_text
 __all__ = ["write_report"]
 
 FORMAT = 1
+AnyPath = str | os.PathLike[str]
 
 
-def write_report(
-    run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
-) -> Path:
+def write_report(run_dirs: AnyPath | Sequence[AnyPath], out: AnyPath | None = None) -> Path:
     """Return the path of the page drawn from `run_dirs`; its data lie beside it as `.json`.
 
     Args:
-        run_dirs: Run directories; several are drawn side by side. Runs that go on are fine.
+        run_dirs: A run directory, or several to be drawn side by side. Runs may still go on.
         out: The page, `*.html`, or a directory for it. Left out, `report.html` in the run
             directory, or in the working directory where there are several.
 
@@ -37,11 +36,12 @@ def write_report(
     """
     from raymix.report import style
 
-    if not run_dirs:
+    paths = [run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else list(run_dirs)
+    if not paths:
         raise RecipeError(problem("run", [], "no run directory", "Name at least one"))
-    page = _page_path(run_dirs, out)
+    page = _page_path(paths, out)
     style.require_matplotlib()
-    runs = [summarise(read_run(os.fspath(directory))) for directory in run_dirs]
+    runs = [summarise(read_run(os.fspath(path))) for path in paths]
     if len({run["name"] for run in runs}) < len(runs):
         runs = [run | {"name": run["path"]} for run in runs]
     html = _draw(runs, page.with_suffix(".json").name)
@@ -51,11 +51,9 @@ def write_report(
     return page
 
 
-def _page_path(
-    run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None
-) -> Path:
+def _page_path(paths: Sequence[AnyPath], out: AnyPath | None) -> Path:
     if out is None:
-        return Path(run_dirs[0] if len(run_dirs) == 1 else ".") / "report.html"
+        return Path(paths[0] if len(paths) == 1 else ".") / "report.html"
     path = Path(out)
     if path.is_dir():
         return path / "report.html"

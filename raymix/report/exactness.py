@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raymix.errors import CorpusError
 from raymix.report.read import Document, Floats, RunRecord, number
 from raymix.sampling import realised_error_bound
 
@@ -28,6 +29,8 @@ class Account:
     """Most units by which a domain was ahead of what was due, after each step."""
     behind_S: Floats
     """Most units by which a domain was behind, after each step, as a negative number."""
+    capped: bool
+    """A domain reached its cap (`data.max_epochs`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,7 @@ def account(run: RunRecord, asked_SD: Iterator[Floats]) -> Account:
         read_D=read_D if complete and run.steps.records else None,
         ahead_S=np.array(ahead),
         behind_S=np.array(behind),
+        capped=bool((read_D >= limit_D).any()),
     )
 
 
@@ -92,17 +96,35 @@ def _due(share_D: Floats, tokens: float, step_D: Floats, *, capped_D: NDArray[np
 def _limits(run: RunRecord) -> Floats:
     """Return the most tokens of each domain over the run, shape (D,); infinite without a cap."""
     caps = (run.recipe.get("data") or {}).get("max_epochs")
-    length, manifest = row_tokens(run), run.manifest
-    limits = np.full(len(run.domains), np.inf)
-    if caps is None or manifest is None or length is None:
-        return limits
+    length = row_tokens(run) or 1
+    limit_D = np.full(len(run.domains), np.inf)
+    if caps is None:
+        return limit_D
     for at, name in enumerate(run.domains):
         epochs = caps.get(name) if isinstance(caps, dict) else caps
-        if epochs is not None and name in manifest.domains:
-            full, rest = divmod(manifest.domains[name].train.tokens, manifest.block_tokens)
-            rows = full * (manifest.block_tokens // length) + rest // length
-            limits[at] = int(epochs * rows) * length
-    return limits
+        usable = usable_tokens(run, name)
+        if epochs is not None and usable is not None:
+            limit_D[at] = int(epochs * (usable // length)) * length
+    return limit_D
+
+
+def usable_tokens(run: RunRecord, domain: str) -> int | None:
+    """Return the tokens that one pass over a domain reads, None where the corpus is out of reach.
+
+    They are those of whole rows, which straddle no block, or of documents cut to length.
+    """
+    if run.corpus is None or domain not in run.corpus.manifest.domains:
+        return None
+    tokens, length = run.corpus.split(domain, "train").tokens, row_tokens(run)
+    if length is not None:
+        full, rest = divmod(tokens, run.corpus.manifest.block_tokens)
+        return (full * (run.corpus.manifest.block_tokens // length) + rest // length) * length
+    try:
+        lengths = run.corpus.document_lengths(domain, "train")
+    except CorpusError:
+        return None
+    longest = (run.recipe.get("data") or {}).get("sequence_length", np.inf)
+    return int(np.minimum(lengths, longest).sum(dtype=np.int64))
 
 
 def _tokens_of(record: Document, index: Mapping[str, int]) -> Floats | None:
@@ -122,12 +144,13 @@ def row_tokens(run: RunRecord) -> int | None:
     return data.get("sequence_length") if data.get("mode", "packed") == "packed" else None
 
 
-def bound(run: RunRecord, shares_VD: NDArray[np.float64]) -> Bound | None:
+def bound(run: RunRecord, shares_VD: NDArray[np.float64], *, capped: bool) -> Bound | None:
     """Return the bound that holds for a run, None where nothing is known of its shares.
 
     Args:
         run: The run.
         shares_VD: The shares of every entry of the mixture log, shape (V, D).
+        capped: Whether a domain reached its cap.
     """
     data = run.recipe.get("data") or {}
     if not shares_VD.size or "sequence_length" not in data:
@@ -135,7 +158,7 @@ def bound(run: RunRecord, shares_VD: NDArray[np.float64]) -> Bound | None:
     n_domains = int((shares_VD > 0).any(axis=0).sum())
     fixed = bool(((shares_VD > 0) == (shares_VD[0] > 0)).all())
     unit, longest = ("rows", 1.0) if row_tokens(run) else ("tokens", data["sequence_length"])
-    if not fixed or data.get("max_epochs") is not None:
+    if not fixed or capped:
         half = (n_domains - 1) / (2 if unit == "rows" else 1) * longest
         because = f"{n_domains} domains that may come and go"
         return Bound(ahead=half, behind=-half, unit=unit, because=because)

@@ -106,14 +106,16 @@ def throughput(runs: Sequence[Document], axis: XAxis) -> Picture | None:
         top.set_ylabel("thousand tokens per s")
         bottom.set_ylabel("waiting, % of time")
         top.set_ylim(bottom=0)
-        bottom.set_ylim(bottom=0, top=max(1.0, bottom.get_ylim()[1]))
+        waits = np.concatenate([100 * floats(run["training"]["data_wait"]) for run in runs])
+        highest = np.nanmax(waits, initial=0.0)
+        usual = max(1.0, 1.3 * np.nanquantile(np.append(waits, 0.0), 0.98))
+        bottom.set_ylim(0, min(usual, max(1.0, 1.1 * highest)))
         bottom.set_xlabel(axis.label)
         drawn.align_ylabels()
-        return Picture(
-            title="Throughput and waiting for data",
-            caption="All workers together. Thin: every step. Bold: smoothed.",
-            svg=to_svg(drawn, "throughput"),
-        )
+        beyond = f" Off the scale: waits up to {highest:.0f} %." if highest > usual else ""
+        caption = f"All workers together. Thin: every step. Bold: smoothed.{beyond}"
+        svg = to_svg(drawn, "throughput")
+        return Picture(title="Throughput and waiting for data", caption=caption, svg=svg)
 
 
 def weights(run: Document) -> Picture | None:
@@ -205,7 +207,7 @@ def amounts(run: Document) -> Picture | None:
     with figure(46 + 17.0 * len(bars)) as (drawn, (axes,)):
         lengths = [tokens / scale for _, tokens, _ in bars]
         drawn_bars = axes.barh([name for name, _, _ in bars], lengths, color=COLOURS[0], height=0.7)
-        ends = ["" if epochs is None else f"{_short(epochs)} epochs" for _, _, epochs in bars]
+        ends = [_passes(tokens, epochs) for _, tokens, epochs in bars]
         axes.bar_label(drawn_bars, ends, padding=3, fontsize=9)
         axes.set_xlabel(f"{unit}tokens read".strip())
         axes.margins(x=0.24, y=0.01)
@@ -320,11 +322,16 @@ def _label(name: str, share: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
+    form = "+,.0f" if abs(value) >= 100 else "+.3g"
+    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+def _passes(tokens: float, epochs: float | None) -> str:
+    if not tokens:
+        return "not read"
+    if epochs is None:
+        return ""
+    return f"{epochs:.2f} epochs" if epochs < 10 else f"{epochs:,.0f} epochs"
 
 
 def _scale(largest: float) -> tuple[float, str]:

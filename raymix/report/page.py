@@ -24,7 +24,7 @@ h3{font-size:1rem;margin:0 0 .3em}p{margin:.3em 0}
 .quiet{color:var(--muted);font-size:.9rem}
 .card{background:var(--paper);border:1px solid var(--grid);border-radius:8px;padding:12px}
 .grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
-.panels{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(168px,1fr))}
+.panels{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(min(46%,200px),1fr))}
 .panels .card{padding:8px}.panels h3{display:flex;justify-content:space-between;gap:6px;
 font-size:.9rem;overflow-wrap:anywhere}.panels h3 span{color:var(--muted);font-weight:400}
 figure{margin:0}figcaption{color:var(--muted);font-size:.9rem}
@@ -182,9 +182,12 @@ def _number(row: _Row, key: str, form: str, scale: float = 1) -> _Cell:
 
 
 def _mark(row: _Row) -> str:
-    """Return the class of a final loss: `good` below the unigram entropy, `warn` above it."""
+    """Return the class of a final loss: `good` below the unigram entropy, `warn` above it.
+
+    A domain that was not read is not judged.
+    """
     loss, entropy = row.get("loss_last"), row.get("unigram_entropy")
-    if loss is None or entropy is None:
+    if loss is None or entropy is None or not row.get("tokens"):
         return ""
     return "good" if loss < entropy else "warn"
 
@@ -197,7 +200,7 @@ def _table(run: Document, *, several: bool) -> str:
         lines.append(_line(f"{len(rest):,} others", _together(rest)))
     below = sum(_mark(row) == "good" for _, row in shown)
     judged = sum(bool(_mark(row)) for _, row in shown)
-    says = f"Held-out loss ends below the unigram entropy in {below} of {judged} domains."
+    says = f"Held-out loss ends below the unigram entropy in {below} of {judged} domains read."
     title = f"Domains: {escape(run['name'])}" if several else "Domains"
     return (
         f'<h2>{title}</h2><div class="card"><div class="scroll"><table><thead><tr><th>domain</th>'

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
 from raymix.sampling import MixtureLog
-from raymix.store import Manifest
-from raymix.store.manifest import read_manifest
+from raymix.store import Corpus
 
 METRICS = "metrics.jsonl"
 LOG = "mixture_log.jsonl"
@@ -71,7 +70,7 @@ class RunRecord:
     steps: Steps
     evaluations: tuple[Evaluation, ...]
     log: MixtureLog | None
-    manifest: Manifest | None
+    corpus: Corpus | None
     notes: tuple[str, ...]
     """What is missing or damaged, in words."""
 
@@ -100,16 +99,16 @@ def read_run(path: str | Path) -> RunRecord:
         raise RecipeError(problem("run", str(path), wrong, "Try again once training has begun"))
     recipe = _tolerant(_read_recipe, directory, "resolved.yaml", notes)
     log = _tolerant(_read_log, directory, LOG, notes)
-    manifest = _read_corpus(recipe or {}, notes)
+    corpus = _read_corpus(recipe or {}, notes)
     return RunRecord(
         path=directory,
         recipe=recipe or {},
         environment=_tolerant(_read_json, directory, "environment.json", notes) or {},
-        domains=_domains(log, manifest, records, evaluations),
+        domains=_domains(log, corpus, records, evaluations),
         steps=_steps(records),
         evaluations=evaluations,
         log=log,
-        manifest=manifest,
+        corpus=corpus,
         notes=tuple(notes),
     )
 
@@ -194,27 +193,27 @@ def _read_log(path: Path) -> MixtureLog:
     return MixtureLog.from_lines(lines, path=LOG)
 
 
-def _read_corpus(recipe: Document, notes: list[str]) -> Manifest | None:
-    corpus = (recipe.get("corpus") or {}).get("path")
-    if not isinstance(corpus, str):
+def _read_corpus(recipe: Document, notes: list[str]) -> Corpus | None:
+    path = (recipe.get("corpus") or {}).get("path")
+    if not isinstance(path, str):
         return None
     try:
-        return read_manifest(corpus)
+        return Corpus.open(path)
     except (RaymixError, OSError) as error:
-        notes.append(f"The corpus' manifest cannot be read: {str(error).splitlines()[0]}")
+        notes.append(f"The corpus cannot be read: {str(error).splitlines()[0]}")
         return None
 
 
 def _domains(
     log: MixtureLog | None,
-    manifest: Manifest | None,
+    corpus: Corpus | None,
     records: Sequence[Document],
     evaluations: Sequence[Evaluation],
 ) -> tuple[str, ...]:
     if log is not None and log.domains:
         return log.domains
-    if manifest is not None:
-        return tuple(manifest.domains)
+    if corpus is not None:
+        return corpus.domain_names
     named = [*(record.get("shares") or {} for record in records[:1])]
     named += [evaluation.domains for evaluation in evaluations[:1]]
     return tuple(dict.fromkeys(name for names in named for name in names))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.report.exactness import Account, account, bound
+from raymix.report.exactness import Account, account, bound, usable_tokens
 from raymix.report.read import Document, Floats, RunRecord, number
 from raymix.store import Manifest
 
@@ -92,7 +92,7 @@ def _header(run: RunRecord) -> Document:
     """Return what the head of a report says, by label; absent things are left out."""
     environment, steps = run.environment, run.steps
     packages = environment.get("packages") or {}
-    manifest = run.manifest
+    manifest = run.corpus.manifest if run.corpus else None
     finite = steps.tokens_per_s_S[np.isfinite(steps.tokens_per_s_S)]
     head: Document = {
         "model": _model(run),
@@ -144,17 +144,19 @@ def _domains(run: RunRecord, counted: Account) -> dict[str, Document]:
     read_D = counted.read_D
     rows = {}
     for at, name in enumerate(run.domains):
-        info = run.manifest.domains.get(name) if run.manifest else None
+        info = run.corpus.manifest.domains.get(name) if run.corpus else None
+        usable = usable_tokens(run, name)
         scored = [e.domains[name] for e in run.evaluations if name in e.domains]
         tokens = read_D[at] if read_D is not None else counted.asked_D[at]
         rows[name] = {
             "tokens": tokens,
             "share_asked": counted.asked_D[at] / asked if asked else math.nan,
             "share_realised": read_D[at] / read_D.sum() if read_D is not None else math.nan,
-            "epochs": tokens / info.train.tokens if info and info.train.tokens else math.nan,
+            "epochs": tokens / usable if usable else math.nan,
             "loss_first": number(scored[0].get("loss")) if scored else math.nan,
             "loss_last": number(scored[-1].get("loss")) if scored else math.nan,
-            "unigram_entropy": info.valid.unigram_entropy if info else math.nan,
+            # 0 stands for a domain without held-out text.
+            "unigram_entropy": (info.valid.unigram_entropy if info else 0) or math.nan,
             "bits_per_byte": number(scored[-1].get("bits_per_byte")) if scored else math.nan,
         }
     if len(rows) > MOST_ROWS:
@@ -194,6 +196,7 @@ def _weights(run: RunRecord, shares_VD: Floats) -> Document:
     kept = thinned(len(starts))
     starts, shares_VD = starts[kept], shares_VD[kept]
     order = np.argsort(-shares_VD.mean(axis=0), kind="stable")
+    order = order[shares_VD[:, order].any(axis=0)]
     top = np.sort(order if len(order) <= MOST_BANDS else order[: MOST_BANDS - 1])
     shares = {run.domains[at]: shares_VD[:, at] for at in top.tolist()}
     if len(top) < len(order):
@@ -224,7 +227,7 @@ def _tokens_at(run: RunRecord, steps: Sequence[int]) -> list[float]:
 
 
 def _exactness(run: RunRecord, counted: Account, shares_VD: Floats) -> Document | None:
-    proved = bound(run, shares_VD)
+    proved = bound(run, shares_VD, capped=counted.capped)
     if proved is None or counted.read_D is None:
         return None
     kept = thinned(len(run.steps.records))
