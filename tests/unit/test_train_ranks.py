@@ -1,0 +1,180 @@
+"""Two ranks over gloo, without Ray: any split of a batch gives the same gradient and update.
+
+The ranks live in a process of their own, forked before torch has started threads there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from raymix.recipe import ConfigModel, TrainConfig
+from raymix.train.account import StepAccount
+from raymix.train.batches import count_micro_batches, micro_batches, most_rows_of_a_rank
+from raymix.train.checkpoint import TrainingState, load_optimizer, save_checkpoint
+from raymix.train.loss import PackedLoss
+from raymix.train.model import CorpusFacts, build_model
+from raymix.train.optim import build_optimizer, clip_gradients
+from raymix.train.parallel import World, gathered, place_model
+
+ROWS, LENGTH = 5, 32
+FACTS = CorpusFacts(61, 60, LENGTH)
+MODEL = ConfigModel(
+    config={
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+)
+# How the five rows are split: parallelism, and rows per forward pass.
+CASES = [("ddp", 5), ("ddp", 1), ("fsdp2", 5), ("fsdp2", 1)]
+
+
+def rows_of_rank(rank: int, world_size: int) -> tuple[SimpleNamespace, int]:
+    """Return a rank's rows of one batch, and the labels of the whole batch."""
+    generator = np.random.default_rng(4)
+    tokens = generator.integers(0, 61, (ROWS, LENGTH)).astype(np.uint16)
+    starts = [np.unique(generator.integers(0, LENGTH, 3)) for _ in range(ROWS)]
+    labels = sum(LENGTH - 1 - int((row > 0).sum()) for row in starts)
+    part = slice(ROWS * rank // world_size, ROWS * (rank + 1) // world_size)
+    offsets = np.cumsum([0, *(len(row) for row in starts[part])])
+    own = SimpleNamespace(tokens=tokens[part], row_starts=(offsets, np.concatenate(starts[part])))
+    return own, labels
+
+
+def one_step(world: World, parallel: str, micro_batch_rows: int, directory: Path) -> dict[str, Any]:
+    """Return gradients, clipped norm, updated weights and loss sums of one step."""
+    config = TrainConfig.model_validate({"steps": 2, "parallel": parallel, "lr": 0.01})
+    loss = PackedLoss(build_model(MODEL, FACTS, seed=3), linear_head=True)
+    replica = place_model(loss, config, world, bf16=False)
+    optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
+    account = StepAccount(2, world)
+    rows, labels = rows_of_rank(world.rank, world.size)
+    count = count_micro_batches(most_rows_of_a_rank(ROWS, world.size), micro_batch_rows)
+    for index, micro in enumerate(micro_batches(rows, count, world.device)):
+        with replica.accumulating(last=index == count - 1):
+            nats, each = replica.module(micro.tokens_BL, micro.positions_BL, micro.labels_BL)
+            (nats * (replica.gradient_scale / labels)).backward()
+        account.add(micro, np.zeros(len(rows.tokens), dtype=np.int32), each)
+    sums = account.start(checkpoint=world.rank == 0, stop=world.rank == 1).result()
+    norm = clip_gradients(replica.model.parameters(), 0.05)
+    named = dict(replica.model.model.named_parameters())
+    gradients = gathered({name: p.grad for name, p in named.items() if p.grad is not None}, world)
+    optimizer.step()
+    save_checkpoint(
+        directory, replica, optimizer, state(world), tokenizer_path="no/tokenizer", keep=1
+    )
+    restored = build_optimizer(replica.model, config, sharded=replica.sharded)
+    if world.size > 1:
+        torch.distributed.barrier()
+    load_optimizer(directory / "step-00000001", replica, restored)
+    moments = {
+        name: restored.state[parameter]["exp_avg"] - optimizer.state[parameter]["exp_avg"]
+        for name, parameter in named.items()
+    }
+    return {
+        "gradients": gradients,
+        "weights": gathered(named, world),
+        "moment_errors": gathered(moments, world),
+        "norm": norm,
+        "sums": (sums.loss, sums.labels_D.tolist(), sums.checkpoint, sums.stop),
+    }
+
+
+def state(world: World) -> TrainingState:
+    return TrainingState(
+        step=1,
+        sampler={},
+        controller=None,
+        corpus_fingerprint="",
+        recipe_hash="",
+        world_size=world.size,
+        micro_batch_rows=1,
+        seed=0,
+        tokens={},
+        window={},
+    )
+
+
+def main(out: Path) -> None:
+    """Fork into two ranks; rank 0 writes what it found to `out`."""
+    for module in ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.llama"):
+        importlib.import_module(module)  # once, for both
+    child = os.fork()
+    rank = 0 if child else 1
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(out.with_suffix(".store")), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    world = World(rank=rank, size=2, neighbours=2)
+    found = {}
+    for parallel, rows in CASES:
+        found[parallel, rows] = one_step(world, parallel, rows, out.parent / f"{parallel}{rows}")
+    found["agreed"] = world.agree({"rank": rank})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if rank:
+        os._exit(0)
+    torch.save(found, out)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    out = tmp_path_factory.mktemp("ranks") / "found.pt"
+    command = [sys.executable, "-m", "tests.unit.test_train_ranks", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return one_step(World(), "ddp", ROWS, tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_any_split_gives_one_gradient_and_update(
+    case: tuple[str, int], two_ranks: dict[Any, Any], one_rank: dict[str, Any]
+) -> None:
+    found = two_ranks[case]
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == one_rank[what].keys()
+        for name, expected in one_rank[what].items():
+            torch.testing.assert_close(found[what][name], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["norm"], one_rank["norm"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sums_and_wishes_reach_every_rank(
+    case: tuple[str, int], two_ranks: dict[Any, Any], one_rank: dict[str, Any]
+) -> None:
+    loss, labels, checkpoint, stop = two_ranks[case]["sums"]
+    assert loss == pytest.approx(one_rank["sums"][0], abs=1e-4)
+    assert labels == one_rank["sums"][1]
+    assert (checkpoint, stop) == (True, False)  # rank 1 may wish what it likes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_optimizer_state_survives_sharding(
+    case: tuple[str, int], two_ranks: dict[Any, Any]
+) -> None:
+    assert all(not error.any() for error in two_ranks[case]["moment_errors"].values())
+
+
+def test_rank_0_speaks_for_all(two_ranks: dict[Any, Any]) -> None:
+    assert two_ranks["agreed"] == {"rank": 0}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
