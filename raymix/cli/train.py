@@ -39,6 +39,11 @@ def command(
     """
 
     def work() -> dict[str, Any]:
+        import os
+
+        from raymix.train.cluster import thread_environment
+
+        os.environ |= thread_environment()
         from raymix.train.api import train
 
         loaded = load(recipe, overrides, set_overrides)

@@ -81,7 +81,7 @@ class Progress:
         self._recent: deque[dict[str, Any]] = deque(maxlen=_PACE_STEPS)
         self._printed = 0
         self._due = 0.0
-        self._shown_step = -1
+        self._shown_step = self._first_step = -1
         self.last_step: int | None = None
         """The newest step seen, None before the first."""
 
@@ -126,6 +126,8 @@ class Progress:
                 self._step(line)
 
     def _step(self, line: dict[str, Any]) -> None:
+        if not self._recent:
+            self._first_step = line["step"]
         self._recent.append(line)
         self.last_step = line["step"]
         if self._live is not None:
@@ -142,14 +144,15 @@ class Progress:
         self.say(self._text(line))
 
     def _text(self, line: Mapping[str, Any]) -> str:
-        seconds = [float(step["seconds"]) for step in self._recent]
-        pace = sum(seconds) / len(seconds)
-        tokens = sum(float(step["tokens_per_s"]) * float(step["seconds"]) for step in self._recent)
+        # The first step of an attempt waits for the first blocks and warms up: no pace to judge by.
+        warm = [step for step in self._recent if step["step"] != self._first_step] or [line]
+        seconds = sum(float(step["seconds"]) for step in warm)
+        tokens = sum(float(step["tokens_per_s"]) * float(step["seconds"]) for step in warm)
         return step_line(
             line,
             steps=self._steps,
-            tokens_per_s=tokens / sum(seconds),
-            eta_s=pace * (self._steps - line["step"]),
+            tokens_per_s=tokens / seconds,
+            eta_s=seconds / len(warm) * (self._steps - line["step"]),
         )
 
 

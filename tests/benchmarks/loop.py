@@ -1,0 +1,341 @@
+"""The training loop with everything on against a bare PyTorch loop on the same batches.
+
+Ours is `raymix train` as a user runs it: Ray, controller, block plane, stream, metrics,
+TensorBoard, threads; only evaluation and checkpoints lie outside the steps that are timed. The
+bare loop has the same model, optimiser, batches (in memory, as tensors), precision and threads in
+a process without Ray, under plain DDP where there are two workers. The two take turns. On a CPU
+the model is that of the quick start; on a GPU one of 180 M parameters in bf16.
+
+    python -m tests.benchmarks.loop [--workers 1 2] [--repeats 3] [--steps 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.nn import functional
+
+from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
+
+QUICKSTART = ROOT / "pipelines" / "quickstart.yaml"
+CACHE = ROOT / "tests" / ".cache"
+WARM_UP = 12
+GPU = {
+    "data": {"sequence_length": 1024, "rows_per_step": 32},
+    "model": {
+        "type": "llama",
+        "config": {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+        },
+    },
+}
+
+
+def recipe_of(workers: int, steps: int, directory: Path) -> dict[str, Any]:
+    """Return the recipe: the quick start's corpus and mixture, and a model for this machine."""
+    from raymix.recipe import load_recipe
+
+    on_gpu = torch.cuda.is_available()
+    document = load_recipe(QUICKSTART).model_dump(mode="json")
+    if on_gpu:
+        document |= GPU
+    document["name"] = f"loop{workers}"
+    document["corpus"]["path"] = str(CACHE / "loop-corpus")
+    document["train"] |= {"steps": steps, "checkpoint_every": None, "lr": 1e-3}
+    document["eval"] = {"rows_per_domain": 1}
+    document["cluster"] = {"workers": workers, "gpus_per_worker": int(on_gpu)}
+    document["run"] = {"dir": str(directory)}
+    return document
+
+
+def write(document: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def ours(recipe: Path, directory: Path) -> tuple[float, float]:
+    """Return seconds per step of `raymix train`, and the share of them spent waiting for data."""
+    shutil.rmtree(directory, ignore_errors=True)
+    run(sys.executable, "-m", "raymix", "train", str(recipe), "--no-report")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    timed = [line for line in lines if "loss" in line][WARM_UP:]
+    seconds = [line["seconds"] for line in timed]
+    waits = [line["seconds"] * line["data_wait"] for line in timed]
+    return sum(seconds) / len(seconds), sum(waits) / sum(seconds)
+
+
+def bare(recipe: Path, workers: int) -> float:
+    """Return seconds per step of the bare loop."""
+    return float(run(sys.executable, "-m", __spec__.name, "--bare", str(recipe), str(workers)))
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
+    return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+
+
+def bare_main(recipe: Path, workers: int) -> None:
+    """Print the seconds per step of a bare loop of `workers` processes."""
+    from raymix.train.machine import cores
+
+    rank = 0
+    with tempfile.NamedTemporaryFile() as store:
+        if workers > 1:
+            rank = 0 if os.fork() else 1
+            shared = torch.distributed.FileStore(store.name, workers)
+            torch.distributed.init_process_group(
+                "gloo", store=shared, rank=rank, world_size=workers
+            )
+        torch.set_num_threads(max(1, cores() // workers))
+        seconds = bare_loop(recipe, rank, workers)
+        if workers > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(seconds)
+
+
+def bare_loop(path: Path, rank: int, workers: int) -> float:
+    from raymix.recipe import load_recipe
+    from raymix.store import Corpus
+    from raymix.train.model import CorpusFacts, build_model
+
+    recipe = load_recipe(path)
+    corpus = Corpus.open(recipe.corpus.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    info = corpus.manifest.tokenizer
+    facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
+    model: Any = build_model(recipe.model, facts, seed=recipe.seed).to(device)
+    batches = list(in_memory(recipe, corpus, rank, workers, device))
+    called = torch.nn.parallel.DistributedDataParallel(model) if workers > 1 else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    mixed: Callable[[], Any] = contextlib.nullcontext
+    if device.type == "cuda":
+        mixed = lambda: torch.autocast("cuda", torch.bfloat16)  # noqa: E731
+    began = 0.0
+    for step, (tokens, positions, labels, count) in enumerate(batches):
+        if step == WARM_UP:
+            _wait(device)
+            began = time.perf_counter()
+        with mixed():
+            out = called(input_ids=tokens, position_ids=positions, use_cache=False)
+            loss = functional.cross_entropy(
+                out.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"
+            )
+        (loss * (workers / count)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    _wait(device)
+    return (time.perf_counter() - began) / (len(batches) - WARM_UP)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_memory(
+    recipe: Any, corpus: Any, rank: int, workers: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """Yield the very batches that ours reads, as tensors, with the labels of the whole batch."""
+    from raymix.train.batches import micro_batches
+
+    stream = local_stream(recipe, corpus, rank, workers)
+    for _ in range(recipe.train.steps):
+        batch = stream.next()
+        (micro,) = micro_batches(batch, 1, device)
+        yield micro.tokens_BL, micro.positions_BL, micro.labels_BL, batch.label_tokens
+
+
+def local_stream(recipe: Any, corpus: Any, rank: int = 0, workers: int = 1) -> Any:
+    from raymix.control.client import LocalController
+    from raymix.control.controller import MixtureController
+    from raymix.control.source import LocalSource
+    from raymix.control.stream import MixtureStream, row_tokens
+    from raymix.train.setup import mixer_context
+
+    context = mixer_context(recipe, corpus, steps=recipe.train.steps)
+    return MixtureStream(
+        corpus,
+        recipe.data,
+        seed=recipe.seed,
+        rank=rank,
+        world_size=workers,
+        controller=LocalController(MixtureController(recipe_mixer=recipe.mixer, context=context)),
+        source=LocalSource(corpus, row_tokens=row_tokens(recipe.data)),
+    )
+
+
+def parts(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what each part of a step costs by itself, one worker, without Ray but for the RPC."""
+    from raymix.recipe import load_recipe
+    from raymix.store import Corpus
+    from raymix.train.account import StepAccount
+    from raymix.train.batches import micro_batches
+    from raymix.train.parallel import World
+    from raymix.train.recorder import Recorder
+    from raymix.train.rundir import RunDirectory
+
+    recipe = load_recipe(path)
+    corpus = Corpus.open(recipe.corpus.path)
+    stream, world = local_stream(recipe, corpus), World()
+    yield _part("stream next(), blocks at hand", stream.next)
+    batch = stream.next()
+    yield _part("batch to tensors", lambda: list(micro_batches(batch, 1, world.device)))
+    (micro,) = micro_batches(batch, 1, world.device)
+    losses = torch.zeros(micro.tokens_BL.shape)
+
+    def add_up() -> None:
+        account = StepAccount(len(corpus.domain_names), world)
+        account.add(micro, batch.domain_rows, losses)
+        account.start(checkpoint=False, stop=False).result()
+
+    yield _part("metrics: sums by domain", add_up)
+    with tempfile.TemporaryDirectory() as directory:
+        recorder = Recorder(RunDirectory(Path(directory)), start_step=0, tensorboard=True)
+        line = _line(batch, corpus.domain_names)
+        yield _part("metrics: line and TensorBoard", lambda: recorder.step(line))
+        recorder.close()
+        yield _checkpoint(recipe, corpus, Path(directory))
+    yield _rpc(recipe, corpus)
+
+
+def _line(batch: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    shares = dict(zip(names, batch.shares.tolist(), strict=True))
+    counts = dict(zip(names, batch.tokens_D.tolist(), strict=True))
+    numbers = {"loss": 3.123456789, "lr": 1e-3, "tokens_per_s": 1e4, "data_wait": 0.01}
+    return {
+        "step": 1,
+        **numbers,
+        "mixture_version": 0,
+        "shares": shares,
+        "batch_hash": batch.batch_hash,
+        "counts": counts,
+        "domain_loss": dict.fromkeys(names, 3.12345),
+    }
+
+
+def _part(name: str, work: Callable[[], object], times: int = 200) -> dict[str, Any]:
+    for _ in range(5):
+        work()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    return row(f"part: {name}", 1e3 * (time.perf_counter() - began) / times, "ms/step")
+
+
+def _checkpoint(recipe: Any, corpus: Any, directory: Path) -> dict[str, Any]:
+    from raymix.train.local import run_here
+    from raymix.train.rundir import RunDirectory
+    from raymix.train.setup import Job
+
+    short = recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"steps": 3, "checkpoint_every": 1}),
+            "run": recipe.run.model_copy(update={"dir": str(directory / "run")}),
+        }
+    )
+    run = RunDirectory(directory / "run")
+    run.path.mkdir()
+    job = Job(short, run, 3, recipe.data.rows_per_step, torch.cuda.is_available(), None, "bench")
+    spent = run_here(job, stop_asked=lambda: False).seconds["checkpoint"]
+    return row("part: one checkpoint", 1e3 * spent / 3, "ms")
+
+
+def _rpc(recipe: Any, corpus: Any) -> dict[str, Any]:
+    from raymix.control.client import RemoteController, start_controller
+    from raymix.recipe import ClusterConfig
+    from raymix.train.cluster import joined
+    from raymix.train.setup import mixer_context
+
+    with joined(ClusterConfig()):
+        context = mixer_context(recipe, corpus, steps=10**6)
+        handle = start_controller(recipe_mixer=recipe.mixer, context=context)
+        control = RemoteController(handle, attempt="bench", rank=0, world_size=1)
+        steps = iter(range(10**6))
+
+        def lease() -> None:
+            step = next(steps)
+            control.ask(step=step, held_until=step, want=1, version=0 if step else -1)
+            control.take()
+
+        return _part("controller RPC, waited for", lease)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--bare", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        bare_main(Path(options.bare[0]), int(options.bare[1]))
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        for workers in options.workers:
+            document = recipe_of(workers, options.steps, place / "run")
+            recipe = write(document, place / f"loop{workers}.yaml")
+            run(sys.executable, "-m", "raymix", "prepare", str(recipe))
+            rows += compare(recipe, place / "run", workers, options.repeats)
+        rows += parts(recipe)
+    print_table(rows)
+    write_results("loop", rows)
+
+
+def compare(recipe: Path, directory: Path, workers: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one worker count."""
+    left: list[float] = []
+    right: list[float] = []
+    waits: list[float] = []
+    for repeat in range(repeats):
+        right.append(bare(recipe, workers))
+        seconds, wait = ours(recipe, directory)
+        left.append(seconds)
+        waits.append(wait)
+        print(
+            f"repeat {repeat + 1}/{repeats}, {workers} workers: bare {right[-1]:.4f} s/step, "
+            f"raymix {seconds:.4f} s/step, {100 * wait:.2f}% of it waiting for data"
+        )
+    name = f"bare loop, {workers} worker{'s' * (workers > 1)}"
+    ratio, spread = ratio_spread(left, right)
+    yield row(name, float(np.median(right)), "s/step")
+    yield row(
+        f"raymix train, {workers} worker{'s' * (workers > 1)}",
+        float(np.median(left)),
+        "s/step",
+        ratio=ratio,
+        spread=spread,
+        baseline=name,
+    )
+    yield row("  of it waiting for data", 100 * float(np.median(waits)), "%")
+
+
+if __name__ == "__main__":
+    main()
