@@ -41,20 +41,16 @@ class XAxis:
     label: str
     of: Callable[[Document], Floats]
     """Maps a series with `step` and `tokens` to positions."""
-    key: str
-    """`step` or `tokens`."""
 
 
 def x_axis(runs: Sequence[Document]) -> XAxis:
     """Return steps where all runs have equal steps, else tokens."""
-    sizes = {_step_tokens(run) for run in runs} - {None}
-    if len(sizes) == 1:
-        size = sizes.pop()
-        label = f"step ({size:,} tokens each)" if size else "step"
-        return XAxis(label, lambda series: floats(series["step"]), "step")
-    if len(runs) == 1:
-        return XAxis("step", lambda series: floats(series["step"]), "step")
-    return XAxis("tokens, millions", lambda series: floats(series["tokens"]) / 1e6, "tokens")
+    sizes = {_step_tokens(run) for run in runs}
+    if len(runs) > 1 and (len(sizes) > 1 or None in sizes):
+        return XAxis("tokens, millions", lambda series: floats(series["tokens"]) / 1e6)
+    size = sizes.pop()
+    label = f"step ({size:,} tokens each)" if size else "step"
+    return XAxis(label, lambda series: floats(series["step"]))
 
 
 def floats(values: Sequence[Any]) -> Floats:
@@ -129,11 +125,13 @@ def weights(run: Document) -> Picture | None:
     share_DV = np.array([floats(series["shares"][name]) for name in names])
     share_DV = 100 * np.concatenate([share_DV, share_DV[:, -1:]], axis=1)
     with figure(280) as (drawn, (axes,)):
-        colours = [BAND_COLOURS[at % len(BAND_COLOURS)] for at in range(len(names))]
-        if names[-1].endswith(" others"):
-            colours[-1] = BAND_COLOURS[-1]
         stack = axes.stackplot(
-            x, share_DV, colors=colours, edgecolor=PAPER, linewidth=0.6, step="post"
+            x,
+            share_DV,
+            colors=_band_colours(run, names),
+            edgecolor=PAPER,
+            linewidth=0.6,
+            step="post",
         )
         for band in stack:
             band.set_zorder(2)
@@ -257,6 +255,14 @@ def _few_ticks(most: int) -> Any:
 
 def _colours(runs: Sequence[Document]) -> list[str]:
     return [COLOURS[at % len(COLOURS)] for at in range(len(runs))]
+
+
+def _band_colours(run: Document, names: Sequence[str]) -> list[str]:
+    """Return a colour per band: by domain where there are few, so that runs can be compared."""
+    known = list(run["domains"])
+    if len(known) > len(BAND_COLOURS):
+        return [*BAND_COLOURS[: len(names) - 1], BAND_COLOURS[-1]]
+    return [BAND_COLOURS[known.index(name)] for name in names]
 
 
 def _step_tokens(run: Document) -> int | None:

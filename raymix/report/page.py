@@ -62,7 +62,7 @@ def render(
         panels: The held-out loss of each domain.
         twin: Name of the JSON file with the data behind everything.
     """
-    title = " and ".join(run["name"] for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
+    title = ", ".join(run["name"] for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
     parts = [
         f"<h1>{escape(title)}</h1>",
         _legend(runs),

@@ -167,7 +167,7 @@ def _domains(run: RunRecord, counted: Account) -> dict[str, Document]:
 def _training(run: RunRecord) -> Document:
     steps = run.steps
     kept = thinned(len(steps.records))
-    window = max(1, len(steps.records) // 40)
+    window = max(5, len(steps.records) // 40)
     return {
         "step": steps.step_S[kept],
         "tokens": steps.tokens_S[kept],

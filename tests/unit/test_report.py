@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -243,6 +243,18 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert len(re.findall(r"<svg", html)) == 2 + 3 * 2 + 4
 
 
+def test_runs_of_unequal_steps_share_an_axis_of_tokens(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, steps=6) for name in ("a", "b")]
+    html = write_report(runs, tmp_path / "equal.html").read_text()
+    assert "step (2,048 tokens each)" in html
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["tokens"] += 100
+    (runs[1] / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    html = write_report(runs, tmp_path / "unequal.html").read_text()
+    assert "tokens, millions" in html
+    assert "tokens each" not in html
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / which / "same", steps=4) for which in ("x", "y")]
     data = data_of(write_report(runs, tmp_path))
@@ -257,6 +269,7 @@ def test_runs_of_other_tokenizers_are_compared_by_bytes(tmp_path: Path) -> None:
     assert "<small>bits per byte</small>" in html
 
 
+@settings(max_examples=40)
 @given(
     weights=st.lists(st.lists(st.floats(0.01, 1), min_size=4, max_size=4), min_size=1, max_size=4),
     data=st.data(),
