@@ -91,7 +91,7 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
     Raises:
         CorpusError: If the run's checkpoint was made with another corpus.
     """
-    found = newest_checkpoint(run.checkpoints)
+    found = newest_checkpoint(run.checkpoints, note=_say)
     if found is None:
         return False
     state = found[1]

@@ -17,8 +17,7 @@ import errno
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,13 +142,16 @@ def read_state(checkpoint: Path) -> TrainingState:
         raise TrainingError(problem("checkpoint", str(checkpoint), wrong)) from error
 
 
-def newest_checkpoint(directory: Path) -> tuple[Path, TrainingState] | None:
-    """Return the newest whole checkpoint and its state; damaged ones are passed over, warned of."""
+def newest_checkpoint(
+    directory: Path, *, note: Callable[[str], None] | None = None
+) -> tuple[Path, TrainingState] | None:
+    """Return the newest whole checkpoint and its state; `note` is told of damaged ones."""
     for path in sorted(_checkpoints(directory), reverse=True):
         try:
             return path, read_state(path)
         except TrainingError as error:
-            warnings.warn(f"passed over: {error}", RuntimeWarning, stacklevel=2)
+            if note is not None:
+                note(f"passed over {error}")
     return None
 
 

@@ -27,7 +27,7 @@ from raymix.train.batches import Rows, count_micro_batches, micro_batches, token
 from raymix.train.checkpoint import TrainingState, save_checkpoint
 from raymix.train.evaluate import Evaluator, Table
 from raymix.train.optim import clip_gradients, learning_rate, set_learning_rate
-from raymix.train.parallel import Replica
+from raymix.train.parallel import HostCopy, Replica
 from raymix.train.recorder import Recorder, rounded
 
 
@@ -111,7 +111,7 @@ class _Flying:
     lr: float
     wait_s: float
     pending: PendingStep
-    norm: torch.Tensor
+    norm: HostCopy
 
 
 @dataclass(slots=True)
@@ -221,7 +221,7 @@ class TrainingLoop:
         norm = clip_gradients(replica.model.parameters(), parts.recipe.train.clip_norm)
         parts.optimizer.step()
         parts.optimizer.zero_grad(set_to_none=True)
-        return _Flying(batch, rate, parts.stream.waited_s, pending, norm)
+        return _Flying(batch, rate, parts.stream.waited_s, pending, HostCopy(norm))
 
     def _settle(self) -> None:
         """Read and record the numbers of the step in flight, if there is one."""
@@ -266,7 +266,7 @@ class TrainingLoop:
             "shares": self._shares[1],
             "batch_hash": batch.batch_hash,
             "seconds": rounded(seconds),
-            "grad_norm": rounded(float(flying.norm)),
+            "grad_norm": rounded(float(flying.norm.get())),
             "counts": {names[d]: int(tokens_D[d]) for d in read},
             "domain_loss": {names[d]: rounded(sums.nats_D[d] / sums.labels_D[d]) for d in scored},
         }

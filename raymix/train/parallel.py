@@ -161,6 +161,26 @@ def place_model(model: PackedLoss, config: TrainConfig, world: World, *, bf16: b
     return DdpReplica(model, world)
 
 
+class HostCopy:
+    """A tensor on its way to the host: on a GPU the host goes on meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Start copying `tensor` as it will be once the work queued before is done."""
+        self._host = tensor
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> torch.Tensor:
+        """Return the copy, waiting for it but not for what was queued after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 class PendingSum:
     """A vector being summed over ranks while the next step runs."""
 
@@ -168,12 +188,19 @@ class PendingSum:
         """Start the sum of `vector` (float64, changed in place)."""
         self._vector = vector
         self._work = dist.all_reduce(vector, async_op=True) if world.size > 1 else None
+        self._copy: HostCopy | None = None
+        if vector.is_cuda:
+            if self._work is not None:
+                self._work.wait()  # makes the stream wait, not the host
+            self._copy = HostCopy(vector)
 
     def result(self) -> torch.Tensor:
         """Return the sum on the CPU; waits for it."""
+        if self._copy is not None:
+            return self._copy.get()
         if self._work is not None:
             self._work.wait()
-        return self._vector.cpu()
+        return self._vector
 
 
 def gathered(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
