@@ -17,6 +17,7 @@ def command(
     recipe: Annotated[
         str | None,
         typer.Option(
+            metavar="FILE",
             show_default=False,
             help="Take corpus and sequence length from this recipe, not from the run's own.",
         ),
@@ -24,7 +25,10 @@ def command(
     rows: Annotated[
         int | None,
         typer.Option(
-            min=1, show_default=False, help="Rows per domain. Default: eval.rows_per_domain."
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Rows per domain. Default: eval.rows_per_domain.",
         ),
     ] = None,
     json: Json = False,

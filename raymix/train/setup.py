@@ -127,37 +127,30 @@ def build_parts(
     use_threads(job.threads, world)
     recipe, state = job.recipe, start.state
     corpus = Corpus.open(recipe.corpus.path)
-    bf16 = recipe.train.precision == "bf16" or (
-        recipe.train.precision == "auto" and world.device.type == "cuda"
-    )
+    bf16 = _bf16(recipe, world)
     replica, flops = _replica(recipe, corpus, world, start, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
     if start.checkpoint is not None:
         load_optimizer(start.checkpoint, replica, optimizer)
     control = _control(job, world, start, corpus)
-    stream = MixtureStream(
-        corpus,
-        recipe.data,
-        seed=recipe.seed,
-        rank=world.rank,
-        world_size=world.size,
-        controller=control,
-        source=source(corpus),
-        state=state.sampler if state else None,
-        limit=job.steps,
-    )
-    length = recipe.data.sequence_length
-    rows = held_out_rows(
-        corpus, sequence_length=length, rows_per_domain=recipe.eval.rows_per_domain
-    )
     return Parts(
         recipe=recipe,
         steps=job.steps,
         domains=corpus.domain_names,
         replica=replica,
         optimizer=optimizer,
-        stream=stream,
-        evaluator=Evaluator(corpus, rows, world=world, rows_at_once=start.micro_batch_rows),
+        stream=MixtureStream(
+            corpus,
+            recipe.data,
+            seed=recipe.seed,
+            rank=world.rank,
+            world_size=world.size,
+            controller=control,
+            source=source(corpus),
+            state=state.sampler if state else None,
+            limit=job.steps,
+        ),
+        evaluator=_evaluator(recipe, corpus, world, start),
         recorder=_recorder(job, world, start),
         checkpoints=job.run.checkpoints,
         tokenizer_path=corpus.tokenizer_path,
@@ -174,6 +167,17 @@ def build_parts(
         stop_asked=stop_asked,
         push=control.push if _learns(recipe, corpus, job) else None,
     )
+
+
+def _bf16(recipe: Recipe, world: World) -> bool:
+    precision = recipe.train.precision
+    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+
+
+def _evaluator(recipe: Recipe, corpus: Corpus, world: World, start: Start) -> Evaluator:
+    length, wanted = recipe.data.sequence_length, recipe.eval.rows_per_domain
+    rows = held_out_rows(corpus, sequence_length=length, rows_per_domain=wanted)
+    return Evaluator(corpus, rows, world=world, rows_at_once=start.micro_batch_rows)
 
 
 def _replica(
