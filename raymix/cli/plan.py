@@ -123,6 +123,9 @@ def _pieces(plan: RunPlan, *, fancy: bool) -> Table:
 
 def _facts(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the lines below the tables: a name and what there is to say."""
+    batch = f"{plan.rows_per_step:,} rows of {plan.sequence_length:,}"
+    if not plan.packed:
+        batch = f"whole documents in about {batch}"
     fewest, most = plan.rows_per_worker
     rows = f"{most}" if fewest == most else f"{fewest} or {most}"
     workers = "in this process" if plan.workers == 0 else f"{plan.workers} workers"
@@ -137,7 +140,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
         (
             "run",
             f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens "
-            f"({plan.rows_per_step:,} rows of {plan.sequence_length:,}) = "
+            f"({batch}) = "
             f"{amount(plan.tokens)} tokens",
         ),
         (

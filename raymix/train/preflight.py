@@ -112,6 +112,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         tokens=shape.steps * shape.tokens,
         tokens_per_step=shape.tokens,
         sequence_length=recipe.data.sequence_length,
+        packed=isinstance(recipe.data, PackedData),
         rows_per_step=shape.rows,
         workers=recipe.cluster.workers,
         rows_per_worker=shape.rows_per_worker,

@@ -39,8 +39,8 @@ def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
             problem(
                 "cluster.gpus_per_worker",
                 1,
-                f"{max(1, cluster.workers)} workers take as many GPUs, "
-                f"{resources.where} has {resources.gpus:g}",
+                f"with cluster.workers = {cluster.workers} that takes {max(1, cluster.workers)} "
+                f"GPUs, {resources.where} has {resources.gpus:g}",
                 "Take fewer workers, or set it to 0",
             )
         )

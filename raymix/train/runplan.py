@@ -38,8 +38,10 @@ class RunPlan:
     tokens: int
     tokens_per_step: int
     sequence_length: int
+    packed: bool
+    """Rows are filled to the brim; else whole documents are packed, in about as many rows."""
     rows_per_step: int
-    """Rows of a global batch; of packed documents about this many."""
+    """Rows of a global batch."""
     workers: int
     rows_per_worker: tuple[int, int]
     """Fewest and most rows of a worker in a step."""

@@ -180,7 +180,10 @@ def test_more_workers_than_cores(recipe: Recipe, corpus: Corpus) -> None:
 
 def test_more_gpus_than_there_are(recipe: Recipe, corpus: Corpus) -> None:
     (message,) = refusals(recipe, corpus, "cluster.gpus_per_worker=1")
-    assert message.startswith("cluster.gpus_per_worker = 1: 1 workers take as many GPUs, this")
+    assert message == (
+        "cluster.gpus_per_worker = 1: with cluster.workers = 1 that takes 1 GPUs, this machine has "
+        "0. Take fewer workers, or set it to 0."
+    )
     two = replace(HERE, gpus=2)
     assert plan(recipe, corpus, "cluster.gpus_per_worker=1", has=two).on_gpu
     assert plan(recipe, corpus, "cluster.workers=2", has=two).on_gpu
