@@ -153,18 +153,11 @@ def saved_encoder(corpus: str, info: TokenizerInfo) -> Encoder:
     In tokenizers made here, `<|endoftext|>` written out in a document is ordinary text, so that
     no document can end another. One that was brought along reads special tokens in the text as
     such: rendered chats need that.
-
-    Raises:
-        CorpusError: If it is not the tokenizer `info` describes.
     """
-    raw = files.read_bytes(files.join(corpus, _DIRECTORY, "tokenizer.json"))
-    tokenizer = Tokenizer.from_buffer(raw)
-    if fingerprint(tokenizer) != info.fingerprint:
-        wrong = "the tokenizer in it changed while the corpus was being prepared"
-        advice = "let only one preparation of a corpus run at a time"
-        raise CorpusError(problem("corpus.path", corpus, wrong, advice))
     if info.kind == "byte":
         return ByteEncoder()
+    raw = files.read_bytes(files.join(corpus, _DIRECTORY, "tokenizer.json"))
+    tokenizer = Tokenizer.from_buffer(raw)
     tokenizer.encode_special_tokens = info.kind != "pretrained"
     return HuggingFaceEncoder(tokenizer, info.eos_id)
 

@@ -375,9 +375,3 @@ def test_unusable_tokenizers_say_why(tmp_path: Path) -> None:
     assert f"its special tokens are: {END_OF_TEXT}" in said
     assert f"Did you mean '{END_OF_TEXT}'?" in refusal(path=path, eos_token="<|endoftex|>")
 
-
-def test_exchanged_tokenizer_is_noticed(tmp_path: Path) -> None:
-    loaded = LoadedTokenizer.made(byte_tokenizer(), "byte")
-    LoadedTokenizer.made(train_bpe(iter(TEXTS), 300), "bpe").save(str(tmp_path))
-    with pytest.raises(CorpusError, match="changed while the corpus was being prepared"):
-        saved_encoder(str(tmp_path), loaded.info)
