@@ -111,7 +111,7 @@ class Progress:
     def waiting(self, text: str) -> None:
         """Show what is being waited for, where there is a live line."""
         if self._live is not None and self.last_step is None:
-            self._live.update(text)
+            self._show(text)
 
     def poll(self) -> None:
         """Show what is new."""
@@ -131,12 +131,18 @@ class Progress:
         self._recent.append(line)
         self.last_step = line["step"]
         if self._live is not None:
-            self._live.update(self._text(line))
+            self._show(self._text(line))
             return
         now = time.monotonic()
         if self._printed < _FIRST_LINES or now >= self._due:
             self._print(line)
             self._due = now + _LINE_EVERY_S
+
+    def _show(self, text: str) -> None:
+        """Put `text` in the live line, cut so that it stays one line."""
+        room = self.console.width - 4
+        if self._live is not None:
+            self._live.update(text if len(text) <= room else f"{text[: room - 1]}…")
 
     def _print(self, line: dict[str, Any]) -> None:
         self._printed += 1
@@ -175,9 +181,9 @@ def step_line(line: Mapping[str, Any], *, steps: int, tokens_per_s: float, eta_s
     if "mfu" in line:
         parts.append(f"mfu {100 * line['mfu']:.1f}%")
     parts.append(f"wait {100 * (line.get('data_wait') or 0.0):.1f}%")
+    parts.append(f"{clock(eta_s)} to go")
     if "shares" in line:
         parts.append(shares_text(line["shares"]))
-    parts.append(f"{clock(eta_s)} to go")
     return "  ".join(parts)
 
 

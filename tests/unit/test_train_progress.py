@@ -82,7 +82,7 @@ def test_a_step_in_words() -> None:
     text = step_line(line(7, mfu=0.412), steps=1200, tokens_per_s=24_100, eta_s=125)
     assert text == (
         "step     7/1,200  loss 4.5000  lr 1.00e-03  24.1k tok/s  mfu 41.2%  wait 1.0%  "
-        "a 75% b 25%  2:05 to go"
+        "2:05 to go  a 75% b 25%"
     )
 
 
