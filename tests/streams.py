@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -165,3 +166,78 @@ def slow_rows(
             labels += length - 1 - int((mine > 0).sum())
         result.append((np.stack(rows), starts, labels))
     return result
+
+
+class Reader:
+    """A rank in a process of its own; an actor in the tests that need Ray."""
+
+    def open(
+        self,
+        path: str,
+        controller: Any,
+        plane: Any,
+        *,
+        data: PackedData | DocumentData | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        attempt: str = "one",
+        **options: Any,
+    ) -> None:
+        """Open a stream; `read` reads from it."""
+        from raymix.control.client import RemoteController
+        from raymix.control.plane_source import PlaneSource
+
+        data = data or packed()
+        self._names = Corpus.open(path).domain_names
+        self._control = RemoteController(
+            controller, attempt=attempt, rank=rank, world_size=world_size
+        )
+        self._stream = MixtureStream(
+            Corpus.open(path),
+            data,
+            seed=5,
+            rank=rank,
+            world_size=world_size,
+            controller=self._control,
+            source=PlaneSource(
+                plane, row_tokens=row_tokens(data), rank=rank, world_size=world_size
+            ),
+            **options,
+        )
+
+    def read(self, steps: int, window: int = 0) -> list[Seen]:
+        """Return the next steps; with `window`, push statistics after every so many steps."""
+        seen = []
+        for _ in range(steps):
+            seen += read(self._stream, 1)
+            step = seen[-1].step
+            if window and (step + 1) % window == 0:
+                recent = [s for s in seen if s.step // window == step // window]
+                self._control.push(step // window, window_stats(recent, window, self._names))
+        return seen
+
+    def read_slowly(
+        self, steps: int, seconds: float, asks: Mapping[int, Sequence[float]]
+    ) -> tuple[list[Seen], dict[int, int]]:
+        """Return the steps, and for each ask, made during a step, the step it holds from."""
+        seen, told = [], {}
+        for _ in range(steps):
+            seen += read(self._stream, 1)
+            if seen[-1].step in asks:
+                told[seen[-1].step] = self._control.set_weights(asks[seen[-1].step])
+            time.sleep(seconds)
+        return seen, told
+
+    def state(self) -> dict[str, Any]:
+        return self._stream.state_dict()
+
+
+def window_stats(seen: Sequence[Seen], window: int, names: Sequence[str]) -> DomainStats:
+    """Return the statistics of a window: rows of the whole batches, whatever the rank."""
+    rows_D = np.sum([s.counts for s in seen], axis=0)
+    return DomainStats(
+        step=seen[0].step // window * window,
+        window=window,
+        tokens_D=rows_D * ROW,
+        loss_D=np.full(len(names), 1.0),
+    )

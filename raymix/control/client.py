@@ -162,7 +162,7 @@ class RemoteController:
         while lease.life != self._life:
             # A new life knows of this rank only what it was just told, and lost the newest pushes.
             self._life = lease.life
-            for window, stats in self._pushed.items():
+            for window, stats in list(self._pushed.items()):
                 self._handle.push.remote(self._attempt, window, self._rank, stats)
             version = entries[-1].version if entries else ask.version
             self._send(_Ask(ask.step, ask.held_until, ask.want, version))

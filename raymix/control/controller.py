@@ -7,6 +7,7 @@ that must wait (for statistics, for all ranks to say where they are) waits on th
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -85,6 +86,7 @@ class MixtureController:
         Raises:
             TrainingError: If the attempt is over, or knows entries that the controller lost.
         """
+        gathered = self.state.gathered
         granted = await self._until(
             lambda: self.state.lease(
                 attempt,
@@ -96,7 +98,9 @@ class MixtureController:
                 life=life,
             )
         )
-        self._notify()
+        # Waking everybody for every lease would cost the square of the ranks.
+        if self.state.gathered != gathered:
+            self._notify()
         return granted
 
     async def push(self, attempt: str, window: int, rank: int, stats: DomainStats) -> None:
@@ -124,7 +128,7 @@ class MixtureController:
 
     async def status(self) -> dict[str, Any]:
         """Return where things stand, in JSON types, for people."""
-        return self.state.status()
+        return {**self.state.status(), "pid": os.getpid()}
 
     async def log_lines(self) -> list[str]:
         """Return the mixture log so far, one JSON line per entry."""

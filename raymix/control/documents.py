@@ -71,7 +71,8 @@ class DocumentFeed:
         self._first_block_D = numbers.first_D[:-1]
         self._first_token = [np.cumsum(part, dtype=np.int64) - part for part in lengths]
         self._length = [np.minimum(part, data.sequence_length) for part in lengths]
-        self._rate_D = data.tokens_per_step / np.array([part.mean() for part in self._length])
+        self._mean_D = np.array([part.mean() for part in self._length])
+        self._rate_D = data.tokens_per_step / self._mean_D
         self._planner = DocumentPlanner(
             order=order,
             lengths=lengths,
@@ -107,7 +108,8 @@ class DocumentFeed:
         """
         planner = self._planner
         rate_D = np.array(self._log.at(planner.step).weights) * self._rate_D
-        self._lookahead.look(planner.step, planner.count_D, rate_D)
+        owed_D = planner.carry_D / float(1 << planner.bits) / self._mean_D
+        self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
         chunk = DocumentChunk(planner.step)
         for _ in range(max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))):
             shares_D = np.array(self._log.at(planner.step).weights)

@@ -28,6 +28,8 @@ _MOST_STEPS = 1 << 14
 _GROWTH = 1.5
 # Ranks drift apart and bundles hold blocks used already: part of the budget is left to that.
 _FILL = 0.75
+# A domain may run ahead of its share by a sample, or catch up on one.
+_SPARE = 2
 
 
 class Lookahead:
@@ -64,13 +66,14 @@ class Lookahead:
         self._again = 0
         self._seen_D: Floats | None = None
 
-    def look(self, step: int, count_D: Ints, rate_D: Floats) -> None:
+    def look(self, step: int, count_D: Ints, rate_D: Floats, owed_D: Floats) -> None:
         """Tell the source what the steps from `step` on need, if that is due.
 
         Args:
             step: The next step to be planned.
             count_D: Samples of each domain before it, shape (D,).
             rate_D: Samples of each domain per step, about, shape (D,).
+            owed_D: By how many samples each domain is behind its share, shape (D,).
         """
         self._table.take_in(self._source.arrived())
         if self._all or not self._due(step, rate_D):
@@ -78,7 +81,7 @@ class Lookahead:
         samples = max(1.0, float(rate_D.sum()))
         reach = int(min(max(2 * self.reach, 2), _MOST_STEPS, max(1, _MOST_SAMPLES // samples)))
         while True:
-            numbers, steps = self._needs(step, count_D, rate_D, reach)
+            numbers, steps = self._needs(step, count_D, rate_D, owed_D, reach)
             if len(numbers) <= _FILL * self._room or reach == 1:
                 break
             reach //= 2
@@ -90,6 +93,7 @@ class Lookahead:
             numbers = np.concatenate([numbers, rest])
             steps = np.concatenate([steps, np.full(rest.size, np.inf)])
         else:
+            numbers, steps = numbers[: self._room], steps[: self._room]
             self._table.keep(numbers)
         missing = numbers[~self._table.holds(numbers)]
         self._source.want(step, numbers.tolist(), steps.tolist(), missing.tolist())
@@ -99,22 +103,29 @@ class Lookahead:
             return True
         return bool((rate_D > _GROWTH * self._seen_D).any())
 
-    def _needs(self, step: int, count_D: Ints, rate_D: Floats, reach: int) -> tuple[Ints, Floats]:
+    def _needs(
+        self, step: int, count_D: Ints, rate_D: Floats, owed_D: Floats, reach: int
+    ) -> tuple[Ints, Floats]:
         """Return the blocks needed within `reach` steps and when, the first needed first."""
-        spans = {
-            domain: (before, before + int(np.ceil(rate * reach)) + 1)
-            for domain, (before, rate) in enumerate(
-                zip(count_D.tolist(), rate_D.tolist(), strict=True)
+        used = np.flatnonzero(rate_D)
+        rows = np.ceil(rate_D[used] * reach).astype(np.int64) + _SPARE
+        before = count_D[used]
+        spans = dict(
+            zip(
+                used.tolist(),
+                zip(before.tolist(), (before + rows).tolist(), strict=True),
+                strict=True,
             )
-            if rate > 0
-        }
+        )
         numbers: list[Ints] = []
         steps: list[Floats] = []
         for domain, located in zip(spans, self._ahead.locate(spans), strict=True):
             number_N, sample_N = self._blocks_of(domain, *located)
             first, at = np.unique(number_N, return_index=True)
             numbers.append(first)
-            steps.append(step + sample_N[at] / rate_D[domain])
+            # A row is due when half of it is owed, about.
+            due = np.maximum(sample_N[at] + 0.5 - owed_D[domain], 0)
+            steps.append(step + due / rate_D[domain])
         all_numbers, all_steps = np.concatenate(numbers), np.concatenate(steps)
         order = np.argsort(all_steps, kind="stable")
         return all_numbers[order], all_steps[order]

@@ -8,6 +8,7 @@ again empty, and the workers ask again for what they lack.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -75,13 +76,14 @@ class BlockPlane:
         self._refills = 0
 
     async def describe(self) -> dict[str, int]:
-        """Return budget, use and size of the whole split in bytes, and counts, for ranks."""
+        """Return budget, use and size of the whole split in bytes, and more for people."""
         return {
             "budget_bytes": self._cache.budget_bytes,
             "total_bytes": self._total_bytes,
             "used_bytes": self._cache.used_bytes,
             "blocks": len(self._cache),
             "refills": self._refills,
+            "pid": os.getpid(),
         }
 
     async def want(

@@ -11,8 +11,7 @@ import ray
 import ray.exceptions
 
 from raymix.control.client import get
-from raymix.control.datasource import from_table
-from raymix.control.slab import Slab
+from raymix.control.slab import Slab, from_table
 from raymix.errors import ClusterError, CorpusError, problem
 
 

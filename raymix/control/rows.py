@@ -16,7 +16,7 @@ from raymix.control.packed import PackedChunk, find_rows, rank_rows
 from raymix.control.source import BlockSource
 from raymix.control.table import BlockTable
 from raymix.recipe.training import PackedData
-from raymix.sampling import CorpusOrder, MixtureLog, PackedPlanner
+from raymix.sampling import SHARE_BITS, CorpusOrder, MixtureLog, PackedPlanner
 from raymix.store import Corpus
 
 # More steps at once save little, and their rows would no longer fit a cache.
@@ -88,7 +88,8 @@ class PackedFeed:
         """
         planner = self._planner
         rate_D = self._shares_of(planner.step) * self._rows
-        self._lookahead.look(planner.step, planner.count_D, rate_D)
+        owed_D = planner.carry_D / float(1 << SHARE_BITS)
+        self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
         first = planner.step
         plan = planner.plan(max(1, min(n_steps, self._most_steps, self._lookahead.reach)))
         found, slot_SB = find_rows(
@@ -98,9 +99,7 @@ class PackedFeed:
             first_block_D=self._first_block_D,
             row_tokens=self._row_tokens,
         )
-        shares = [
-            self._shares_of(step) for step in range(planner.step - plan.n_steps, planner.step)
-        ]
+        shares = [self._shares_of(step) for step in range(first, planner.step)]
         return PackedChunk(plan, slot_SB, self._columns, found, shares, self._again)
 
     def _shares_of(self, step: int) -> Floats:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from raymix.store import Block
 
@@ -73,3 +74,43 @@ def make_slab(numbers: Sequence[int], blocks: Sequence[Block], row_tokens: int) 
         starts=np.concatenate(starts),
         row_tokens=row_tokens,
     )
+
+
+def to_table(slab: Slab, errors: Sequence[str | None]) -> pa.Table:
+    """Return a slab as a table of one row per block; all tokens are one buffer."""
+    first_K = np.append(slab.first_K, len(slab.tokens))
+    starts_K = np.searchsorted(slab.starts, first_K)
+    return pa.table(
+        {
+            "number": pa.array(slab.numbers, pa.int64()),
+            "tokens": pa.LargeListArray.from_arrays(pa.array(first_K), pa.array(slab.tokens)),
+            "starts": pa.LargeListArray.from_arrays(
+                pa.array(starts_K.astype(np.int64)), pa.array(slab.starts)
+            ),
+            "error": pa.array(errors, pa.string()),
+        }
+    )
+
+
+def from_table(table: pa.Table, row_tokens: int) -> tuple[Slab, dict[int, str]]:
+    """Return the slab of a table without copying, and what went wrong with which block."""
+    numbers: list[int] = table.column("number").to_pylist()
+    errors = {
+        number: error
+        for number, error in zip(numbers, table.column("error").to_pylist(), strict=True)
+        if error is not None
+    }
+    tokens, starts = (_one(table.column(name)) for name in ("tokens", "starts"))
+    good = [at for at, number in enumerate(numbers) if number not in errors]
+    slab = Slab(
+        numbers=[numbers[at] for at in good],
+        first_K=tokens.offsets.to_numpy()[:-1][good],
+        tokens=tokens.values.to_numpy(zero_copy_only=True),
+        starts=starts.values.to_numpy(zero_copy_only=True),
+        row_tokens=row_tokens,
+    )
+    return slab, errors
+
+
+def _one(column: pa.ChunkedArray) -> pa.LargeListArray:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

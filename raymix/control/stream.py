@@ -89,7 +89,7 @@ class MixtureStream:
         self._planned = self._held_until = self._ready_until = self._step
         self._want = 1
         self._asked = False
-        self._paced = (time.perf_counter(), self._step)
+        self._paced: tuple[float, int] | None = None
         self._background: Background[Chunk] | None = None
         self._upcoming: Future[Chunk] | None = None
         if controller.remote and not self.done:
@@ -160,13 +160,16 @@ class MixtureStream:
         return chunk
 
     def _pace(self, step: int) -> None:
-        """Work out how many steps `lease_s` covers."""
-        now, (then, before) = time.perf_counter(), self._paced
-        if step > before:
-            paced = self._controller.lease_s * (step - before) / max(now - then, 1e-9)
+        """Work out how many steps `lease_s` covers, from chunk to chunk."""
+        if self._chunk is None:
+            return
+        now, before = time.perf_counter(), self._paced
+        self._paced = (now, step)
+        if before is not None:
+            seconds = (now - before[0]) / (step - before[1])
             # One quick step is no pace: grow step by step, shrink at once.
-            self._want = max(1, min(int(paced), 2 * self._want, _MOST_LEASED))
-            self._paced = (now, step)
+            paced = int(self._controller.lease_s / max(seconds, 1e-9))
+            self._want = max(1, min(paced, 2 * self._want, _MOST_LEASED))
 
     def _ask(self, step: int) -> None:
         want = self._want

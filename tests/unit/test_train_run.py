@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import raymix.control.controller as controller_module
+import raymix.train.setup as setup_module
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
@@ -23,6 +25,7 @@ from raymix.train.rundir import RunDirectory, cut_metrics, open_run, read_metric
 from raymix.train.score import score
 from raymix.train.setup import Job
 from raymix.train.summary import summary
+from tests.streams import TokensMixer
 from tests.training import train_corpus
 
 STEPS = 8
@@ -161,6 +164,38 @@ def test_a_killed_run_forgets_what_came_after_the_checkpoint(
         file.write('{"step": 99, "lo')
     train(used)
     assert numbers(run) == numbers(whole[0])
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    whole: tuple[RunDirectory, Recipe], corpus: Corpus, tmp_path: Path
+) -> None:
+    used = recipe(corpus, tmp_path)
+    train(used)
+    run = at(tmp_path, used)
+    shutil.rmtree(run.checkpoints)
+    train(used)
+    assert numbers(run) == numbers(whole[0])
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 5])
+def test_an_adaptive_mixer_goes_on_bit_for_bit(
+    stop_after: int, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the first window, at its end and in the second; a window is four steps."""
+    for module in (setup_module, controller_module):
+        monkeypatch.setattr(module, "build_mixer", lambda config, context: TokensMixer(3))
+    runs = []
+    for name in ("whole", "stopped"):
+        used = recipe(corpus, tmp_path, name=name, train__probe_interval=4, train__steps=16)
+        asked = after(at(tmp_path, used), stop_after) if name == "stopped" else lambda: False
+        assert train(used, stop_asked=asked).stopped == (name == "stopped")
+        assert train(used).step == 16
+        runs.append(at(tmp_path, used))
+    assert numbers(runs[1]) == numbers(runs[0])
+    shares = {str(line["shares"]) for line in numbers(runs[0]) if "loss" in line}
+    assert len(shares) == 3  # two windows begin alike, then each has its own
+    log = [json.loads(line) for line in runs[1].mixture_log.read_text().splitlines()]
+    assert [entry["first_step"] for entry in log] == [0, 8, 12]
 
 
 def test_a_damaged_checkpoint_is_passed_over(
