@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raymix.control.client import LocalController, RemoteController
 from raymix.control.controller import MixtureController
 from raymix.control.source import BlockSource, LocalSource
 from raymix.control.stream import MixtureStream, row_tokens
 from raymix.errors import RecipeError, problem
-from raymix.mixers import MixerContext
+from raymix.mixers import MixerContext, build_mixer
 from raymix.recipe import PackedData, PretrainedModel, Recipe
 from raymix.store import Corpus
 from raymix.train.batches import most_rows_of_a_rank
@@ -70,8 +72,6 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
     """Return what the mixer may know about the run."""
-    import numpy as np
-
     data = recipe.data
     tokens = data.tokens_per_step if not isinstance(data, PackedData) else (
         data.rows_per_step * data.sequence_length
@@ -97,7 +97,7 @@ def begin(job: Job, world: World) -> Start:
             auto = job.recipe.train.micro_batch_rows == "auto"
             rows = state.micro_batch_rows if auto else rows
         start = Start(uuid.uuid4().hex[:12], path, state, rows)
-        cut_metrics(job.run.metrics, state.step if state else 0)
+        cut_metrics(job.run.metrics, state.step if state else -1)
     return world.agree(start)
 
 
@@ -226,8 +226,6 @@ def _control(
 
 def _learns(recipe: Recipe, corpus: Corpus, job: Job) -> bool:
     """Return whether the mixer wants statistics, and refuse one that wants what nobody measures."""
-    from raymix.mixers import build_mixer
-
     needs = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps)).needs
     if needs - _MEASURED:
         wrong = f"it needs {', '.join(sorted(needs - _MEASURED))}, which training does not measure"

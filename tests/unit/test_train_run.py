@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-import raymix.control.controller as controller_module
-import raymix.train.setup as setup_module
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
@@ -182,8 +180,8 @@ def test_an_adaptive_mixer_goes_on_bit_for_bit(
     stop_after: int, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the first window, at its end and in the second; a window is four steps."""
-    for module in (setup_module, controller_module):
-        monkeypatch.setattr(module, "build_mixer", lambda config, context: TokensMixer(3))
+    for module in ("raymix.train.setup", "raymix.control.controller"):
+        monkeypatch.setattr(f"{module}.build_mixer", lambda config, context: TokensMixer(3))
     runs = []
     for name in ("whole", "stopped"):
         used = recipe(corpus, tmp_path, name=name, train__probe_interval=4, train__steps=16)
