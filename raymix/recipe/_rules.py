@@ -16,6 +16,9 @@ from raymix.recipe.corpus import CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ScheduleMixer, StaticMixer
 from raymix.recipe.training import ClusterConfig, DataConfig, PackedData
 
+# Looking for a near name takes a while where there are thousands of domains.
+_MOST_SHOWN = 5
+
 
 def broken_rules(sections: Mapping[str, Any]) -> list[Fault]:
     """Return the faults of every rule whose sections are all in `sections`, by field name."""
@@ -44,11 +47,14 @@ def _unknown_domains(
     corpus: CorpusConfig, path: str, values: Mapping[str, float]
 ) -> Iterable[Fault]:
     names = [domain.name for domain in corpus.domains]
-    for name, value in values.items():
-        if names and name not in names:
-            near = did_you_mean(name, names)
-            advice = (near, f"Known: {known_names(names)}")
-            yield Fault(f"{path}.{name}", value, "no domain of the corpus has this name", advice)
+    known = set(names)
+    unknown = [name for name in values if known and name not in known]
+    for name in unknown[:_MOST_SHOWN]:
+        advice = (did_you_mean(name, names), f"Known: {known_names(names)}")
+        yield Fault(f"{path}.{name}", values[name], "no domain of the corpus has this name", advice)
+    if len(unknown) > _MOST_SHOWN:
+        wrong = f"{len(unknown) - _MOST_SHOWN} more names are of no domain"
+        yield Fault(path, values, wrong)
 
 
 def _rows_for_every_worker(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:

@@ -289,12 +289,14 @@ def _notes(
         elif epochs > _MANY_EPOCHS:
             yield f"{domain.name} is read {epochs:.1f} times; data.max_epochs would cap that."
         if domain.dropped > _MUCH_DROPPED * domain.tokens:
+            packed = isinstance(recipe.data, PackedData)
+            why = "do not fill rows" if packed else "are beyond the longest document"
             yield (
                 f"{domain.dropped:,} of {domain.tokens:,} tokens of {domain.name} are never read: "
-                f"they do not fill rows of {length:,}."
+                f"they {why} of {length:,} tokens."
             )
         if domain.valid_tokens < length:
-            yield f"{domain.name} has less than one row of held-out text: it is not evaluated."
+            yield f"{domain.name} has less than a row of held-out text: its held-out loss is rough."
     if isinstance(recipe.mixer, ScheduleMixer):
         for number, piece in enumerate(recipe.mixer.pieces):
             if piece.step >= shape.steps:

@@ -130,8 +130,8 @@ def room_problems(
         problem(
             "model",
             recipe.model.model_dump(exclude_defaults=True),
-            f"weights, gradients and optimiser states of {workers} workers need "
-            f"{states * workers / _GB:.1f} GB, {resources.where} has "
+            f"weights, gradients and optimiser states take {workers} x {states / _GB:.1f} GB, "
+            f"{resources.where} has "
             f"{resources.memory_bytes / _GB:.1f} GB of memory",
             "Make the model smaller, or take fewer workers",
         )
