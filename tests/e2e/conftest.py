@@ -98,7 +98,7 @@ def recipe_document(**changes: Any) -> dict[str, Any]:
                 "num_key_value_heads": 2,
             },
         },
-        "train": {"steps": 40, "lr": 3e-3, "checkpoint_every": 6},
+        "train": {"steps": 120, "lr": 3e-3, "checkpoint_every": 12},
         "eval": {"rows_per_domain": 4},
         "cluster": {"workers": 2},
         "run": {"dir": "runs/{name}"},

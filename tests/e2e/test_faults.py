@@ -10,8 +10,8 @@ import pytest
 
 from tests.e2e.conftest import Shell, kill, pids_titled, steps_of, wait_for
 
-STEPS = 40
-KILL_AFTER = 15
+STEPS = 120
+KILL_AFTER = 20
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +59,20 @@ def test_driver_killed_then_same_command(shell: Shell, uninterrupted: list[dict[
     assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
 
 
-@pytest.mark.parametrize("title", ["RayTrainWorker", "MixtureController", "BlockPlane"])
-def test_actor_killed_and_the_run_goes_on(
-    title: str, shell: Shell, uninterrupted: list[dict[str, Any]]
+def test_actors_killed_in_turn_and_the_run_goes_on(
+    shell: Shell, uninterrupted: list[dict[str, Any]]
 ) -> None:
-    process = start_until(shell, title)
-    pids = pids_titled(f"ray::{title}")
-    assert pids or process.poll() is not None, f"no process titled {title}"
-    for pid in pids[:1]:
-        kill(pid)
+    process = start_until(shell, "actors")
+    run = shell.cwd / "runs" / "actors"
+    titles = ("BlockPlane", "MixtureController", "RayTrainWorker")
+    for number, title in enumerate(titles):
+        at = KILL_AFTER + 30 * number
+        wait_for(lambda at=at: progress(run) >= at, seconds=120, what=f"step {at}")
+        pids = pids_titled(f"ray::{title}")
+        assert pids, f"no process titled {title} at step {progress(run)}"
+        kill(pids[0])
     assert process.wait(timeout=200) == 0, (shell.cwd / "background.log").read_text()[-3000:]
-    lines = steps_of(shell.cwd / "runs" / title)
+    lines = steps_of(run)
     assert_same(lines, uninterrupted)
     assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
 
