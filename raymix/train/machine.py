@@ -32,6 +32,8 @@ class Resources:
     """Memory, of all nodes together."""
     object_store_bytes: int
     """Object stores, of all nodes together."""
+    gpu_memory_bytes: int | None = None
+    """Memory of one GPU; None where that is not known from here."""
     nodes: int = 1
     """Machines."""
 
@@ -94,7 +96,16 @@ def resources(address: str | None, object_store_bytes: int | None = None) -> Res
         gpus=torch.cuda.device_count(),
         memory_bytes=total,
         object_store_bytes=object_store_bytes or int(0.3 * total),
+        gpu_memory_bytes=_gpu_memory(),
     )
+
+
+def _gpu_memory() -> int | None:
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def check_reachable(address: str, timeout_s: float = 5.0) -> None:
@@ -133,6 +144,7 @@ def _cluster(address: str) -> Resources:
             gpus=total.get("GPU", 0.0),
             memory_bytes=int(total.get("memory", 0)),
             object_store_bytes=int(total.get("object_store_memory", 0)),
+            gpu_memory_bytes=_gpu_memory(),
             nodes=sum(key.startswith("node:") and "internal" not in key for key in total),
         )
     finally:

@@ -25,9 +25,9 @@ _FP32 = 4
 # Logits, their gradient, and the softmax in between.
 _LOGIT_COPIES = 3
 # Python, torch, transformers and Ray in one worker, before there is a model; measured.
-AUTO_TOKENS_CPU = 8192
-AUTO_TOKENS_GPU = 32_768
-PROCESS_BYTES = 600_000_000
+_PROCESS_BYTES = 600_000_000
+_ENOUGH_TOKENS_CPU = 8192
+_ENOUGH_TOKENS_GPU = 32_768
 # What the C library's heap keeps of freed tensors on a CPU: measured 0.5 to 0.85 of them.
 _HEAP_SLACK = 0.7
 
@@ -54,16 +54,24 @@ class Batch:
     """Whether it runs on a GPU."""
 
 
-def auto_micro_batch_rows(most_rows: int, sequence_length: int, *, on_gpu: bool) -> int:
+def auto_micro_batch_rows(
+    most_rows: int, sequence_length: int, *, row_bytes: int, room_bytes: int, on_gpu: bool
+) -> int:
     """Return the rows per forward pass that `train.micro_batch_rows: auto` stands for.
+
+    As many as fit, up to the tokens beyond which larger passes are no faster; then evened out, so
+    that all passes of a step are alike.
 
     Args:
         most_rows: Rows of the worker that has most in a step.
         sequence_length: Tokens per row.
+        row_bytes: Memory that each row takes.
+        room_bytes: Memory there is for rows.
         on_gpu: Whether the worker has a GPU.
     """
-    tokens = AUTO_TOKENS_GPU if on_gpu else AUTO_TOKENS_CPU
-    passes = -(-most_rows // max(1, tokens // sequence_length))
+    enough = (_ENOUGH_TOKENS_GPU if on_gpu else _ENOUGH_TOKENS_CPU) // sequence_length
+    rows = max(1, min(enough, room_bytes // max(1, row_bytes)))
+    passes = -(-most_rows // rows)
     return -(-most_rows // passes)
 
 
@@ -85,7 +93,7 @@ def worker_memory(
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * facts.vocab_size * _FP32,
                  _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
     return (
-        MemoryPart("process", PROCESS_BYTES),
+        MemoryPart("process", _PROCESS_BYTES),
         MemoryPart("weights", share),
         MemoryPart("gradients", share),
         MemoryPart("optimiser", 2 * share),

@@ -50,6 +50,8 @@ from raymix.train.supply import Supply, estimated_supply, prepared_supply
 # Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
 _MANY_EPOCHS = 4.0
 _MUCH_DROPPED = 0.05
+# What a GPU is taken to have where the workers' GPUs cannot be seen from here.
+_USUAL_GPU_BYTES = 16 * 10**9
 
 
 def plan_run(recipe: Recipe) -> RunPlan:
@@ -92,7 +94,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
     shape = _Shape.of(recipe, has)
     mixture = weight = None
     with found.guard():
-        weight = _Weight.of(recipe, corpus, shape)
+        weight = _Weight.of(recipe, corpus, shape, has)
         found.problems += room_problems(recipe, weight.parts, has, on_gpu=shape.on_gpu)
     with found.guard():
         mixture = _Mixture.of(recipe, supply, shape) if supply and not empty else None
@@ -216,21 +218,34 @@ class _Weight:
     micro_batch_rows: int
 
     @classmethod
-    def of(cls, recipe: Recipe, corpus: Corpus | None, shape: _Shape) -> _Weight:
+    def of(cls, recipe: Recipe, corpus: Corpus | None, shape: _Shape, has: Resources) -> _Weight:
         facts = _facts(recipe, corpus)
         size = model_size(recipe.model, facts)
+
+        def parts(rows: int) -> tuple[MemoryPart, ...]:
+            batch = Batch(rows, facts.sequence_length, shape.bf16, shape.on_gpu)
+            workers = recipe.cluster.workers
+            return worker_memory(recipe.model, facts, recipe.train, batch, workers=workers)
+
         rows, most = recipe.train.micro_batch_rows, shape.rows_per_worker[1]
         if rows == "auto":
-            rows = auto_micro_batch_rows(most, facts.sequence_length, on_gpu=shape.on_gpu)
+            one, two = (sum(part.bytes for part in parts(n)) for n in (1, 2))
+            rows = auto_micro_batch_rows(
+                most,
+                facts.sequence_length,
+                row_bytes=two - one,
+                room_bytes=_room(recipe, has, on_gpu=shape.on_gpu) - (2 * one - two),
+                on_gpu=shape.on_gpu,
+            )
         rows = min(rows, most)
-        parts = worker_memory(
-            recipe.model,
-            facts,
-            recipe.train,
-            Batch(rows, facts.sequence_length, shape.bf16, shape.on_gpu),
-            workers=recipe.cluster.workers,
-        )
-        return cls(size.parameters, size.flops_per_token, parts, rows)
+        return cls(size.parameters, size.flops_per_token, parts(rows), rows)
+
+
+def _room(recipe: Recipe, has: Resources, *, on_gpu: bool) -> int:
+    """Return the memory that one worker may fill: most of its GPU, or half its share of memory."""
+    if on_gpu:
+        return int(0.8 * (has.gpu_memory_bytes or _USUAL_GPU_BYTES))
+    return int(0.5 * has.memory_bytes / max(1, recipe.cluster.workers))
 
 
 def _facts(recipe: Recipe, corpus: Corpus | None) -> CorpusFacts:

@@ -106,13 +106,28 @@ def test_rows_are_dealt_out_over_workers(recipe: Recipe, corpus: Corpus) -> None
     assert (found.micro_batch_rows, found.accumulation) == (2, 2)
 
 
-@given(most=st.integers(1, 4096), length=st.sampled_from([8, 128, 1024, 100_000]))
-def test_automatic_micro_batches_are_even(most: int, length: int) -> None:
-    rows = auto_micro_batch_rows(most, length, on_gpu=False)
+@given(
+    most=st.integers(1, 4096),
+    length=st.sampled_from([8, 128, 1024, 100_000]),
+    room=st.integers(-(10**6), 10**8),
+)
+def test_automatic_micro_batches_fit_and_are_even(most: int, length: int, room: int) -> None:
+    row = 1000 * length
+    rows = auto_micro_batch_rows(most, length, row_bytes=row, room_bytes=room, on_gpu=False)
     assert 1 <= rows <= most
-    assert rows * length <= max(8192, length)
+    assert rows == 1 or (rows * length <= 8192 and rows * row <= room)
     passes = -(-most // rows)
     assert passes == 1 or (passes - 1) * rows < most
+
+
+def test_little_memory_means_small_micro_batches(recipe: Recipe, corpus: Corpus) -> None:
+    whole = plan(recipe, corpus)
+    assert (whole.micro_batch_rows, whole.accumulation) == (8, 1)
+    needed = sum(part.bytes for part in whole.worker_memory)
+    less = plan(recipe, corpus, has=replace(HERE, memory_bytes=2 * needed - 10**6))
+    assert less.micro_batch_rows == 4
+    gpu = replace(HERE, gpus=1, gpu_memory_bytes=int((needed + 10**6) / 0.8))
+    assert plan(recipe, corpus, has=gpu).micro_batch_rows == 8
 
 
 @given(tokens=st.integers(1, 10**6), block=st.integers(16, 5000), length=st.integers(8, 3000))
