@@ -3,7 +3,9 @@
 Ours is `raymix train` as a user runs it: Ray, controller, block plane, stream, metrics,
 TensorBoard, threads; only evaluation and checkpoints lie outside the steps that are timed. The
 bare loop has the same model, optimiser, batches (in memory, as tensors), precision and threads in
-a process without Ray, under plain DDP where there are two workers. The two take turns. On a CPU
+a process without Ray, under plain DDP where there are two workers. The two take turns. The bare
+loop is also given our setting for how long threads spin while they wait; with the default it is
+slower wherever anything else runs. On a CPU
 the model is that of the quick start; on a GPU one of 180 M parameters in bf16.
 
     python -m tests.benchmarks.loop [--workers 1 2] [--repeats 3] [--steps 60]
@@ -29,6 +31,7 @@ import torch
 import yaml
 from torch.nn import functional
 
+from raymix.train.cluster import thread_environment
 from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
 
 QUICKSTART = ROOT / "pipelines" / "quickstart.yaml"
@@ -88,7 +91,8 @@ def bare(recipe: Path, workers: int) -> float:
 
 
 def run(*command: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {**os.environ, **thread_environment()}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
