@@ -28,15 +28,15 @@ demo: install  ## Prepare, plan, train and report on a small real corpus (about 
 	@$(BIN)/raymix train pipelines/quickstart.yaml
 
 test: install  ## All tests but gpu and slow
-	@$(BIN)/python -m pytest -q -m "unit"
-	@$(BIN)/python -m pytest -q -m "(ray or e2e) and not slow"
+	@$(BIN)/python -m pytest -q -n 2 tests/unit
+	@$(BIN)/python -m pytest -q -m "not slow" tests/ray tests/e2e
 	@$(MAKE) --no-print-directory lint
 
 test-unit: install  ## Tests without Ray, under a minute
-	@$(BIN)/python -m pytest -q -m unit
+	@$(BIN)/python -m pytest -q -n 2 tests/unit
 
 test-gpu: install  ## Tests that need a CUDA device (skipped without one)
-	@$(BIN)/python -m pytest -q -m gpu
+	@$(BIN)/python -m pytest -q tests/gpu
 
 test-slow: install  ## Tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow
