@@ -54,7 +54,7 @@ def recipe(corpus: Corpus, tmp_path: Path) -> Recipe:
         "data": {"sequence_length": 128, "rows_per_step": 8},
         "mixer": {"kind": "static", "weights": {"books": 0.5, "code": 0.3, "math": 0.2}},
         "model": {"config": TINY},
-        "train": {"steps": 20},
+        "train": {"steps": 20, "micro_batch_rows": 8},
         "run": {"dir": str(tmp_path / "runs" / "{name}")},
     }
     return load_recipe(write(tmp_path / "r.yaml", document))
@@ -121,6 +121,7 @@ def test_automatic_micro_batches_fit_and_are_even(most: int, length: int, room: 
 
 
 def test_little_memory_means_small_micro_batches(recipe: Recipe, corpus: Corpus) -> None:
+    recipe = load_recipe(recipe, ["train.micro_batch_rows=auto"])
     whole = plan(recipe, corpus)
     assert (whole.micro_batch_rows, whole.accumulation) == (8, 1)
     needed = sum(part.bytes for part in whole.worker_memory)

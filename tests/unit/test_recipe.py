@@ -273,17 +273,17 @@ def test_rules_across_sections_are_checked_beside_other_faults(file: str) -> Non
     assert [message.split(" = ")[0] for message in found] == ["train.steps", "mixer.weights.boks"]
 
 
-def test_thousands_of_wrong_names_are_summed_up(tmp_path: Path) -> None:
-    domains = [{"name": f"cluster-{n}", "train": "x.txt"} for n in range(2000)]
-    weights = {f"clustre-{n}": 1 / 2000 for n in range(2000)}
+def test_hundreds_of_wrong_names_are_summed_up(tmp_path: Path) -> None:
+    domains = [{"name": f"cluster-{n}", "train": "x.txt"} for n in range(500)]
+    weights = {f"clustre-{n}": 1 / 500 for n in range(500)}
     data = document(
         corpus={"path": "c", "domains": domains}, mixer={"kind": "static", "weights": weights}
     )
     found = problems(write(tmp_path / "r.yaml", data))
     assert len(found) == 6
     assert "Did you mean 'cluster-0'?" in found[0]
-    assert "cluster-19 and 1980 more" in found[0]
-    assert "1995 more names are of no domain" in found[-1]
+    assert "cluster-19 and 480 more" in found[0]
+    assert "495 more names are of no domain" in found[-1]
     assert max(map(len, found)) < 1000
 
 

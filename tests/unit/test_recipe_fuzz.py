@@ -86,14 +86,14 @@ def file() -> Path:
     return Path(tempfile.mkdtemp()) / "fuzz.yaml"
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(document=mutated())
 def test_changed_documents(file: Path, document: dict[str, Any]) -> None:
     file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
     check(file)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(
     at=st.integers(0, len(TEXT)),
     remove=st.integers(0, 12),
@@ -113,7 +113,7 @@ def test_any_bytes(file: Path, raw: bytes) -> None:
     check(file)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(
     path=st.lists(
         st.sampled_from(
