@@ -52,11 +52,16 @@ def command(
         from raymix.corpus import prepare
         from raymix.corpus.console import print_manifest, watching
 
-        config = load(recipe, overrides, set_overrides).corpus
+        loaded = load(recipe, overrides, set_overrides)
+        config = loaded.corpus
         began = time.monotonic()
         with watching() as listener:
             manifest = prepare(
-                config, parallelism=parallelism, if_exists=if_exists.value, progress=listener
+                config,
+                parallelism=parallelism,
+                address=loaded.cluster.address,
+                if_exists=if_exists.value,
+                progress=listener,
             )
         print_manifest(config.path, manifest)
         return document(config.path, manifest, seconds=time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""Jobs as a Ray Data dataset: one read task per job, one row per result.
+"""Jobs as a Ray Data dataset: one read task per bundle of jobs, one row per result.
 
 An own datasource, because the cut of the work is ours: deterministic parts, no listing actors, no
 footer readers.
@@ -6,33 +6,34 @@ footer readers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray.data
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from raymix.corpus.runner import run_job
+from raymix.corpus.runner import run_bundle
 
 _ROW_BYTES = 10_000
 
+Bundle = Sequence[tuple[int, object]]
+
 
 class _Jobs(Datasource):
-    """A dataset whose n-th block is the outcome of the n-th job."""
+    """A dataset whose n-th read task runs the n-th bundle of jobs."""
 
-    def __init__(self, function: Callable[[Any], Any], jobs: Sequence[object]) -> None:
+    def __init__(self, function: Callable[[Any], Any], bundles: Sequence[Bundle]) -> None:
         super().__init__()
         self._function = function
-        self._jobs = jobs
+        self._bundles = bundles
 
     def get_name(self) -> str:
         return self._function.__name__
 
     def estimate_inmemory_data_size(self) -> int:
-        return len(self._jobs) * _ROW_BYTES
+        return sum(map(len, self._bundles)) * _ROW_BYTES
 
     def get_read_tasks(
         self,
@@ -40,24 +41,24 @@ class _Jobs(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=1, size_bytes=_ROW_BYTES, exec_stats=None)
         return [
-            ReadTask(partial(_read, self._function, index, job), metadata)
-            for index, job in enumerate(self._jobs)
+            ReadTask(
+                partial(run_bundle, self._function, bundle),
+                BlockMetadata(
+                    num_rows=len(bundle), size_bytes=len(bundle) * _ROW_BYTES, exec_stats=None
+                ),
+            )
+            for bundle in self._bundles
         ]
 
 
-def _read(function: Callable[[Any], Any], index: int, job: object) -> Iterable[pa.Table]:
-    yield run_job(function, index, job)
-
-
 def job_dataset(
-    function: Callable[[Any], Any], jobs: Sequence[object], *, concurrency: int
+    function: Callable[[Any], Any], bundles: Sequence[Bundle], *, concurrency: int
 ) -> Dataset:
-    """Return the dataset of the outcomes; reading it runs the jobs, `concurrency` at a time."""
+    """Return the dataset of the outcomes; reading it runs the bundles, `concurrency` at a time."""
     return ray.data.read_datasource(
-        _Jobs(function, jobs),
+        _Jobs(function, bundles),
         num_cpus=1,
-        concurrency=min(concurrency, len(jobs)),
-        override_num_blocks=len(jobs),
+        concurrency=min(concurrency, len(bundles)),
+        override_num_blocks=len(bundles),
     )

@@ -143,7 +143,8 @@ def write_shard(job: ShardJob) -> ShardResult:
         counts = counter.finish()
     finally:
         counter.abort()
-    files.atomic_write_bytes(job.base + ".tokens", counts.tokens.tobytes())
+    seen = np.flatnonzero(counts.tokens)  # few of the vocabulary, in one of many small domains
+    files.atomic_write_bytes(job.base + ".tokens", np.stack([seen, counts.tokens[seen]]).tobytes())
     return _mark(job, writer.info, counts)
 
 
@@ -229,7 +230,10 @@ def entropies(job: EntropyJob) -> tuple[float, float]:
     """Return the unigram and the bigram entropy of a split, nats per token."""
     tokens = np.zeros(job.vocab_size, np.int64)
     for shard in job.shards:
-        tokens += np.frombuffer(files.read_bytes(shard.base + ".tokens"), np.int64)
+        seen, counts = np.frombuffer(files.read_bytes(shard.base + ".tokens"), np.int64).reshape(
+            2, -1
+        )
+        tokens[seen] += counts
     runs = [
         (shard.base + ".pairs", low, high)
         for shard, found in zip(job.shards, job.runs, strict=True)

@@ -54,7 +54,7 @@ def _trained(
     size = min(chosen.sample_bytes, sum(part.size for _, found in job.domains for part in found))
     report.begin("tokenizer", 1, size)
     report.note(f"training a tokenizer of {chosen.vocab_size:,} tokens on {size / 1e6:,.1f} MB")
-    (info,) = in_order(runner.run(train_tokenizer, [job]), 1)
+    (info,) = in_order(runner.run(train_tokenizer, [job], [size]), 1)
     atomic_write_text(marker, json.dumps({"key": key, "info": info.model_dump()}))
     report.advance(size)
     return info

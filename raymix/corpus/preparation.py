@@ -61,6 +61,7 @@ def prepare(
     config: CorpusConfig,
     *,
     parallelism: int | None = None,
+    address: str | None = None,
     if_exists: IfExists = "resume",
     progress: Listener | None = None,
 ) -> Manifest:
@@ -72,6 +73,8 @@ def prepare(
         config: The corpus section of a recipe, its paths absolute or from the working directory.
         parallelism: Tasks at a time on Ray; 0 works in this process without Ray; None takes all
             CPUs of the cluster, or this process for a small corpus where no cluster runs.
+        address: Ray cluster to work on; left out, the one connected to, RAY_ADDRESS, or a
+            private one for the time of the work.
         if_exists: What to do about a corpus that is there: `resume` goes on with it, or does
             nothing when it is finished; `fail` refuses; `new` replaces it.
         progress: Called as the work goes on.
@@ -79,6 +82,7 @@ def prepare(
     Raises:
         CorpusError: If the sources cannot be used, too many records are bad, a domain is empty,
             the disk is full, or the corpus that is there is of another configuration.
+        ClusterError: If the Ray cluster does not answer or has no CPU.
     """
     report = Reporter(progress)
     if not config.domains:
@@ -100,21 +104,12 @@ def prepare(
             state.clear(config)
         state.remove_temporary(config.path)
         state.record(config, sources)
-        return _prepare(config, sources, parts, parallelism, report)
+        return _prepare(config, sources, parts, (parallelism, address), report)
 
 
 def _nothing_to_do(config: CorpusConfig, manifest: Manifest, report: Reporter) -> Manifest:
-    missing = [
-        shard.file
-        for info in manifest.domains.values()
-        for split in (info.train, info.valid)
-        for shard in split.shards
-        if not files.exists(files.join(config.path, shard.file))
-    ]
-    if missing:
-        wrong = f"{len(missing)} of its shards are missing, the first is {missing[0]}"
-        advice = "restore them, or prepare again with --if-exists new"
-        raise CorpusError(problem("corpus.path", config.path, wrong, advice))
+    state.refuse_missing_shards(config.path, manifest)
+    files.remove(files.join(config.path, state.WORK))
     changed = state.changed_sources(config)
     for line in changed[:10]:
         report.note(line)
@@ -143,13 +138,13 @@ def _prepare(
     config: CorpusConfig,
     sources: dict[str, DomainSources],
     parts: Parts,
-    parallelism: int | None,
+    where: tuple[int | None, str | None],
     report: Reporter,
 ) -> Manifest:
     size = sum(part.size for found in parts.values() for part in found)
     count = sum(len(found.train) + len(found.valid) for found in sources.values())
     try:
-        with choose_runner(parallelism, size) as runner:
+        with choose_runner(where[0], size, where[1]) as runner:
             report.note(
                 f"{len(sources)} domains, {count} files, about {size / 1e6:,.0f} MB of text; "
                 f"{runner.description}"
@@ -237,20 +232,21 @@ class _Preparation:
         with ThreadPoolExecutor(8) as pool:
             results = dict(enumerate(pool.map(finished, jobs)))
         left = [index for index, result in results.items() if result is None]
-        self.report.begin(stage, len(left), sum(size(jobs[index]) for index in left))
+        sizes = [size(jobs[index]) for index in left]
+        self.report.begin(stage, len(left), sum(sizes))
         if len(left) < len(jobs):
             self.report.note(f"{len(jobs) - len(left)} of {len(jobs)} pieces were done before")
-        for number, result in self.runner.run(function, [jobs[index] for index in left]):
+        for number, result in self.runner.run(function, [jobs[index] for index in left], sizes):
             results[left[number]] = result
             made = (result.documents, result.tokens) if isinstance(result, Tally) else (0, 0)
-            self.report.advance(size(jobs[left[number]]), *made)
+            self.report.advance(sizes[number], *made)
         return [result for result in results.values() if result is not None]
 
     def _judge(self, tallies: dict[str, list[Tally]]) -> None:
         """Write the samples of bad records; raise where there are too many."""
         problems: list[str] = []
         for name, found in tallies.items():
-            shown = rejects.write_rejects(self.config.path, name, self.parts[name], found)
+            shown = rejects.write_rejects(self.config.path, self.parts[name], found)
             problems += rejects.too_many(name, found, shown, self.config.max_rejected)
         if problems:
             raise CorpusError(*problems)
@@ -327,11 +323,13 @@ class _Preparation:
 
     def _check_space(self, jobs: Sequence[ShardJob], tokenizer: TokenizerInfo) -> None:
         """Refuse to begin writing shards that the disk cannot take."""
-        itemsize = token_dtype(tokenizer.vocab_size).itemsize
-        missing = [job for job in jobs if not files.exists(files.join(job.corpus, job.file))]
-        needed = sum(job.high - job.low for job in missing) * itemsize
         free = files.free_bytes(self.config.path)
-        if free is not None and free < needed:
+        if free is None:
+            return
+        missing = [job for job in jobs if not files.exists(files.join(job.corpus, job.file))]
+        tokens = sum(job.high - job.low for job in missing)
+        needed = tokens * token_dtype(tokenizer.vocab_size).itemsize
+        if free < needed:
             raise files.disk_full(self.config.path, needed)
 
     def _describe(
@@ -349,7 +347,8 @@ class _Preparation:
             )
             for (name, split), shards in planned.items()
         ]
-        found = in_order(self.runner.run(entropies, jobs), len(jobs))
+        sizes = [sum(shard.high - shard.low for shard in job.shards) for job in jobs]
+        found = in_order(self.runner.run(entropies, jobs, sizes), len(jobs))
         splits: dict[tuple[str, Split], SplitInfo] = {}
         for ((name, split), shards), (unigram, bigram) in zip(planned.items(), found, strict=True):
             selection = getattr(selections[name], split)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from raymix.corpus.parts import Part
-from raymix.corpus.tokenise import REJECTS_KEPT, Tally
+from raymix.corpus.tokenise import REJECTS_KEPT, Tally, read_tally
 from raymix.errors import problem
 from raymix.store import atomic_write_text, files
 
@@ -28,7 +28,7 @@ def examples(parts: Sequence[Part], tallies: Sequence[Tally]) -> Iterator[dict[s
     """Yield the bad records that the parts kept, in source order, numbered within their files."""
     file, before = "", 0
     for part, tally in zip(parts, tallies, strict=True):
-        kept = iter(tally.examples)
+        kept = iter(read_tally(tally.base).examples if tally.rejected else ())
         example = next(kept, None)
         for number, (piece, lines) in enumerate(zip(part.slices, tally.lines, strict=True)):
             if piece.file.url != file:
@@ -42,19 +42,22 @@ def examples(parts: Sequence[Part], tallies: Sequence[Tally]) -> Iterator[dict[s
 
 
 def write_rejects(
-    corpus: str, domain: str, parts: Sequence[Part], tallies: Sequence[Tally]
+    corpus: str, parts: Sequence[Part], tallies: Sequence[Tally]
 ) -> list[dict[str, Any]]:
-    """Return up to 100 bad records, some of every reason, having written them for the domain."""
-    shown: dict[str, list[dict[str, Any]]] = {}
-    for example in examples(parts, tallies):
-        of_reason = shown.setdefault(example["reason"], [])
-        if len(of_reason) < REJECTS_KEPT:
+    """Return up to 100 bad records of a domain, some of every reason, having written them."""
+    wanted = {reason: min(count, REJECTS_KEPT) for reason, count in by_reason(tallies).items()}
+    shown: dict[str, list[dict[str, Any]]] = {reason: [] for reason in wanted}
+    for example in examples(parts, tallies) if wanted else ():
+        of_reason = shown[example["reason"]]
+        if len(of_reason) < wanted[example["reason"]]:
             of_reason.append(example)
+            if sum(map(len, shown.values())) == sum(wanted.values()):
+                break
     each = REJECTS_KEPT // max(len(shown), 1)
-    first = list(chain.from_iterable(found[:each] for found in shown.values()))
+    first = chain.from_iterable(found[:each] for found in shown.values())
     rest = chain.from_iterable(found[each:] for found in shown.values())
-    chosen = [*first, *rest][:REJECTS_KEPT]
-    path = files.join(corpus, domain, FILE)
+    chosen = list(islice(chain(first, rest), REJECTS_KEPT))
+    path = files.join(corpus, parts[0].domain, FILE)
     if chosen:
         text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in chosen)
         atomic_write_text(path, text)

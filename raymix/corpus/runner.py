@@ -23,17 +23,18 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _THREADS = 2
+_TASKS_PER_CPU = 64
 _PRIVATE_STORE_BYTES = 150_000_000
 _QUIET_LOGGERS = ("ray", "ray.data")
 
 
 class Runner(Protocol):
-    """Runs a function over jobs."""
+    """Runs a function over jobs, whose sizes (of any unit) say how long each is likely to take."""
 
     description: str
 
     def run(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int]
     ) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each job, in the order of completion.
 
@@ -49,7 +50,7 @@ class InProcess:
     description = "in this process"
 
     def run(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int]
     ) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each job, in the order of completion."""
         left = iter(enumerate(jobs))
@@ -69,7 +70,11 @@ class InProcess:
 
 
 class OnRay:
-    """Runs jobs as the read tasks of a Ray Data dataset, one CPU each."""
+    """Runs jobs as the read tasks of a Ray Data dataset, one CPU each.
+
+    A task costs some tens of milliseconds, so small jobs are bundled; how does not matter to
+    what they write.
+    """
 
     def __init__(self, parallelism: int | None) -> None:
         """Run at most `parallelism` jobs at a time, or as many as the cluster has CPUs."""
@@ -83,7 +88,7 @@ class OnRay:
         self.description = f"Ray, {min(self._concurrency, cpus)} tasks at a time"
 
     def run(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job]
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int]
     ) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each job, in the order of completion."""
         if not jobs:
@@ -91,7 +96,12 @@ class OnRay:
         from raymix.corpus._datasource import job_dataset
 
         with _quiet_ray_data():
-            dataset = job_dataset(function, jobs, concurrency=self._concurrency)
+            bundles = bundled(sizes, self._concurrency * _TASKS_PER_CPU)
+            dataset = job_dataset(
+                function,
+                [[(index, jobs[index]) for index in bundle] for bundle in bundles],
+                concurrency=self._concurrency,
+            )
             for row in dataset.iter_rows():
                 outcome = pickle.loads(row["outcome"])
                 if isinstance(outcome, RaymixError):
@@ -99,8 +109,24 @@ class OnRay:
                 yield row["job"], outcome
 
 
-def run_job(function: Callable[[Any], Any], index: int, job: object) -> pa.Table:
-    """Return the outcome of a job as the one row of a table: its result or its RaymixError.
+def bundled(sizes: Sequence[int], wanted: int) -> list[list[int]]:
+    """Return the indices of jobs in consecutive bundles of about equal size, `wanted` or fewer."""
+    target = (sum(sizes) + len(sizes)) / wanted
+    bundles: list[list[int]] = []
+    room = 0.0
+    for index, size in enumerate(sizes):
+        if room < size + 1:
+            bundles.append([])
+            room = max(target, size + 1)
+        bundles[-1].append(index)
+        room -= size + 1
+    return bundles
+
+
+def run_bundle(
+    function: Callable[[Any], Any], bundle: Sequence[tuple[int, object]]
+) -> Iterator[pa.Table]:
+    """Yield the outcome of each job as a table of one row: its result or its RaymixError.
 
     An error that a user can act on is a result, so that Ray neither retries nor wraps it.
     """
@@ -108,29 +134,36 @@ def run_job(function: Callable[[Any], Any], index: int, job: object) -> pa.Table
 
     # Each task has one CPU, and there are as many tasks as CPUs.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        outcome = function(job)
-    except RaymixError as error:
-        outcome = error
-    return pa.table({"job": [index], "outcome": pa.array([pickle.dumps(outcome)], pa.binary())})
+    for index, job in bundle:
+        try:
+            outcome = function(job)
+        except RaymixError as error:
+            outcome = error
+        pickled = pa.array([pickle.dumps(outcome)], pa.binary())
+        yield pa.table({"job": [index], "outcome": pickled})
+        if isinstance(outcome, RaymixError):
+            return
 
 
 @contextlib.contextmanager
-def choose_runner(parallelism: int | None, source_bytes: int) -> Iterator[Runner]:
+def choose_runner(
+    parallelism: int | None, source_bytes: int, address: str | None
+) -> Iterator[Runner]:
     """Yield the runner for `parallelism`: 0 is this process, None chooses by the size.
 
     A corpus of less than `SMALL_CORPUS` bytes is done in this process before a Ray cluster
-    would be up; one that is running is used. Without a cluster, a private one is started and
-    stopped again.
+    would be up; one that is running, or that `address` or RAY_ADDRESS names, is used. Without
+    one, a private cluster is started and stopped again.
     """
     import sys
 
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-    reachable = connected or bool(os.environ.get("RAY_ADDRESS"))
+    address = address or os.environ.get("RAY_ADDRESS")
+    reachable = connected or address
     if parallelism == 0 or (parallelism is None and not reachable and source_bytes < SMALL_CORPUS):
         yield InProcess()
         return
-    with contextlib.nullcontext() if connected else _cluster(parallelism):
+    with contextlib.nullcontext() if connected else _cluster(parallelism, address):
         yield OnRay(parallelism)
 
 
@@ -139,19 +172,21 @@ SMALL_CORPUS = 32 << 20
 
 
 @contextlib.contextmanager
-def _cluster(parallelism: int | None) -> Iterator[None]:
+def _cluster(parallelism: int | None, address: str | None) -> Iterator[None]:
     import ray
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        ray.init(
-            num_cpus=parallelism or len(os.sched_getaffinity(0)),
-            object_store_memory=_PRIVATE_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    private = {
+        "num_cpus": parallelism or len(os.sched_getaffinity(0)),
+        "object_store_memory": _PRIVATE_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    options: dict[str, Any] = {"address": address} if address else private
+    try:
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        wrong = "no Ray cluster answers there"
+        advice = "start it, or leave the address out"
+        raise ClusterError(problem("cluster.address", address, wrong, advice)) from error
     try:
         yield
     finally:

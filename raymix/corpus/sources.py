@@ -65,10 +65,11 @@ def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
     """
     problems: list[str] = []
     found: dict[str, DomainSources] = {}
+    listings = Listings()  # thousands of domains may share a directory
     for number, domain in enumerate(config.domains):
         path = f"corpus.domains.{number}"
-        train = _expand_all(f"{path}.train", domain.train, domain, problems)
-        valid = _expand_all(f"{path}.valid", domain.valid, domain, problems)
+        train = _expand_all(f"{path}.train", domain.train, domain, problems, listings)
+        valid = _expand_all(f"{path}.valid", domain.valid, domain, problems, listings)
         problems += _overlaps(path, train, valid)
         problems += _inside(f"{path}.train", config.path, domain.name, (*train, *valid))
         found[domain.name] = DomainSources(train, valid)
@@ -78,12 +79,16 @@ def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
 
 
 def _expand_all(
-    path: str, globs: Iterable[str], domain: DomainConfig, problems: list[str]
+    path: str,
+    globs: Iterable[str],
+    domain: DomainConfig,
+    problems: list[str],
+    listings: Listings,
 ) -> tuple[SourceFile, ...]:
     found: dict[str, SourceFile] = {}
     for pattern in globs:
         try:
-            for url, info in expand(path, pattern):
+            for url, info in expand(path, pattern, listings):
                 found.setdefault(url, _source_file(path, url, info, domain))
         except CorpusError as error:
             problems += error.problems
@@ -124,7 +129,32 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
     return kind, compression
 
 
-def expand(path: str, pattern: str) -> list[tuple[str, pafs.FileInfo]]:
+class Listings:
+    """The files under directories, each listed once."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._known: dict[tuple[str, bool], list[tuple[str, pafs.FileInfo]]] = {}
+
+    def files(
+        self, filesystem: pafs.FileSystem, base: str, *, deep: bool
+    ) -> list[tuple[str, pafs.FileInfo]]:
+        """Return the paths under `base` and what is known of each file there."""
+        key = (f"{filesystem.type_name}:{base}", deep)
+        if key not in self._known:
+            selector = pafs.FileSelector(base, recursive=deep, allow_not_found=True)
+            start = len(base.rstrip("/"))
+            self._known[key] = [
+                (info.path[start:].lstrip("/"), info)
+                for info in filesystem.get_file_info(selector)
+                if info.type == pafs.FileType.File
+            ]
+        return self._known[key]
+
+
+def expand(
+    path: str, pattern: str, listings: Listings | None = None
+) -> list[tuple[str, pafs.FileInfo]]:
     """Return the sorted URLs that a glob matches, with what the file system says of each.
 
     `*` and `?` stay within a name, `**` spans directories, `[abc]` is one of the characters;
@@ -133,6 +163,7 @@ def expand(path: str, pattern: str) -> list[tuple[str, pafs.FileInfo]]:
     Args:
         path: Dotted path of the recipe's field, for messages.
         pattern: A glob or a plain name, local or any URL.
+        listings: Directories listed before.
 
     Raises:
         CorpusError: If nothing matches; it says what lies there instead.
@@ -145,18 +176,11 @@ def expand(path: str, pattern: str) -> list[tuple[str, pafs.FileInfo]]:
         if not segments:
             return [(root, _plain_file(path, root, filesystem.get_file_info(base)))]
         deep = len(segments) > 1 or "**" in segments
-        selector = pafs.FileSelector(base, recursive=deep, allow_not_found=True)
-        infos = filesystem.get_file_info(selector)
+        tails = (listings or Listings()).files(filesystem, base, deep=deep)
     except (OSError, pa.ArrowException) as error:
         raise CorpusError(problem(path, pattern, f"cannot be listed: {error}")) from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")
-    base = base.rstrip("/")
-    tails = [
-        (info.path[len(base) :].lstrip("/"), info)
-        for info in infos
-        if info.type == pafs.FileType.File
-    ]
     found = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
     if not found:
         raise CorpusError(problem(path, pattern, "no file matches", _what_is_there(pattern)))

@@ -185,6 +185,24 @@ def refuse_differences(config: CorpusConfig) -> None:
         raise CorpusError(*found[:-1], f"{found[-1]} To go on, {advice}.")
 
 
+def refuse_missing_shards(path: str, manifest: Manifest) -> None:
+    """Check that every shard of a finished corpus is there.
+
+    Raises:
+        CorpusError: If not; it names the first that is missing.
+    """
+    missing: list[str] = []
+    for name, info in manifest.domains.items():
+        for split, found in (("train", info.train), ("valid", info.valid)):
+            there = files.list_directory(files.join(path, name, split)) if found.shards else []
+            names = {f"{name}/{split}/{file}" for file in there}
+            missing += [shard.file for shard in found.shards if shard.file not in names]
+    if missing:
+        wrong = f"{len(missing)} of its shards are missing, the first is {missing[0]}"
+        advice = "restore them, or prepare again with --if-exists new"
+        raise CorpusError(problem("corpus.path", path, wrong, advice))
+
+
 def changed_sources(config: CorpusConfig) -> list[str]:
     """Return a line per source that is not what it was when the corpus was prepared."""
     before = recorded(config.path)

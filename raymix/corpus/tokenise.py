@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,14 @@ def part_base(work: str, domain: str, number: int) -> str:
 
 @dataclass
 class Tally:
-    """What a part held; `lines` and `records` count per slice, `examples` are bad records."""
+    """What a part held; `lines` counts per slice.
+
+    `examples` are bad records. They stay in the part's file, `base`.json: the driver reads those
+    of as many parts as it takes.
+    """
 
     key: str
+    base: str
     records: int = 0
     documents: int = 0
     tokens: int = 0
@@ -89,21 +94,28 @@ class Tally:
 def finished_tally(job: PartJob) -> Tally | None:
     """Return the tally of a part that was tokenised before, or None if it must be done."""
     try:
-        stored = json.loads(files.read_bytes(job.base + ".json"))
-    except (FileNotFoundError, ValueError):
+        tally = read_tally(job.base)
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    if stored.get("key") != job.key():
-        return None
-    return Tally(**stored)
+    return replace(tally, examples=[]) if tally.key == job.key() else None
+
+
+def read_tally(base: str) -> Tally:
+    """Return the tally of a part with its examples.
+
+    Raises:
+        FileNotFoundError: If the part has not been tokenised.
+    """
+    return Tally(**json.loads(files.read_bytes(base + ".json")))
 
 
 def tokenise_part(job: PartJob) -> Tally:
-    """Return the tally of a part, having tokenised it.
+    """Return the tally of a part less its examples, having tokenised it.
 
     Raises:
         CorpusError: If a file of the part is damaged, or the disk is full.
     """
-    tally = Tally(job.key())
+    tally = Tally(job.key(), job.base)
     with _Writer(job, tally) as writer:
         for number, piece in enumerate(job.part.slices):
             last = 0
@@ -117,7 +129,7 @@ def tokenise_part(job: PartJob) -> Tally:
                     tally.reject(bad, number, last)
             tally.lines.append(last)
     atomic_write_text(job.base + ".json", json.dumps(asdict(tally)))
-    return tally
+    return replace(tally, examples=[])
 
 
 class _Writer:

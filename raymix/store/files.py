@@ -22,6 +22,8 @@ from typing_extensions import Buffer
 from raymix.errors import CorpusError, problem
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What is the place's fault rather than the program's: too large a file, or one may not write.
+_REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def locate(url: str) -> tuple[pafs.FileSystem, str]:
@@ -82,9 +84,16 @@ def open_mapped(url: str) -> pa.NativeFile:
 
 
 def make_directory(url: str) -> None:
-    """Make the directory `url` and its parents; one that exists is left as it is."""
+    """Make the directory `url` and its parents; one that exists is left as it is.
+
+    Raises:
+        CorpusError: If it cannot be made.
+    """
     filesystem, path = locate(url)
-    filesystem.create_dir(path, recursive=True)
+    try:
+        filesystem.create_dir(path, recursive=True)
+    except OSError as error:
+        raise write_error(url, error, 0) from error
 
 
 def remove(url: str) -> None:
@@ -120,13 +129,23 @@ def disk_full(url: str, needed: int) -> CorpusError:
     known = "" if free is None else f", {free:,} bytes are free"
     return CorpusError(
         problem(
-            "corpus.path",
+            "path",
             url,
             f"the disk is full: {needed:,} bytes are needed{known}",
             "what was finished is kept",
             "make room and run the same command again, or choose another path",
         )
     )
+
+
+def write_error(url: str, error: OSError, needed: int) -> Exception:
+    """Return what to raise for an error of writing `needed` bytes at `url`."""
+    if error.errno in _NO_SPACE:
+        return disk_full(url, needed)
+    if error.errno in _REFUSED:
+        why = os.strerror(error.errno or 0)
+        return CorpusError(problem("path", url, f"cannot be written: {why}", "choose another path"))
+    return error
 
 
 class AtomicFile:
@@ -148,7 +167,7 @@ class AtomicFile:
             self._filesystem.create_dir(directory, recursive=True)
             self._stream = self._filesystem.open_output_stream(self._temporary)
         except OSError as error:
-            raise self._explained(error, 0) from error
+            raise write_error(self.url, error, 0) from error
 
     def write(self, data: Buffer) -> int:
         """Append `data` and return its size in bytes.
@@ -160,7 +179,7 @@ class AtomicFile:
         try:
             self._stream.write(view)
         except OSError as error:
-            raise self._explained(error, len(view)) from error
+            raise write_error(self.url, error, len(view)) from error
         self.sha256.update(view)
         self.size += len(view)
         return len(view)
@@ -173,7 +192,7 @@ class AtomicFile:
         try:
             self._stream.close()
         except OSError as error:
-            raise self._explained(error, self.size) from error
+            raise write_error(self.url, error, self.size) from error
         self._filesystem.move(self._temporary, self._path)
         self.closed = True
 
@@ -186,9 +205,6 @@ class AtomicFile:
             self._stream.close()
         finally:
             remove_quietly(self._filesystem, self._temporary)
-
-    def _explained(self, error: OSError, needed: int) -> Exception:
-        return disk_full(self.url, needed) if error.errno in _NO_SPACE else error
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.corpus import entropy
@@ -131,6 +131,7 @@ def codes(job: SelectJob) -> list[int]:
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=12), min_size=1, max_size=4))
+@settings(max_examples=40)
 def test_selection_accounts_for_every_document(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]
 ) -> None:
@@ -155,6 +156,7 @@ def test_selection_accounts_for_every_document(
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=30, max_size=60, unique=True), st.randoms())
+@settings(max_examples=40)
 def test_a_document_keeps_its_split_whatever_comes_with_it(
     tmp_path_factory: pytest.TempPathFactory, words: list[int], rng: object
 ) -> None:
@@ -217,6 +219,7 @@ def plain_entropies(stream: list[int], starts: set[int]) -> tuple[float, float]:
     stretch=st.integers(1, 20),
     merged=st.integers(1, 20),
 )
+@settings(max_examples=40)
 def test_entropies_are_exact_however_the_stream_is_cut(
     tmp_path_factory: pytest.TempPathFactory,
     stream: list[int],
@@ -374,4 +377,3 @@ def test_unusable_tokenizers_say_why(tmp_path: Path) -> None:
     assert "corpus.tokenizer.eos_token = None" in said
     assert f"its special tokens are: {END_OF_TEXT}" in said
     assert f"Did you mean '{END_OF_TEXT}'?" in refusal(path=path, eos_token="<|endoftex|>")
-

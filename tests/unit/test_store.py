@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.errors import CorpusError
@@ -107,6 +107,7 @@ def test_block_survives_arrow(tokens: list[int], starts: set[int], wide: bool) -
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     vocab=st.sampled_from([257, 70_000]),
 )
+@settings(max_examples=40)
 def test_stream_survives_the_disk(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], vocab: int
 ) -> None:
@@ -194,6 +195,7 @@ def test_corrupt_shard_names_file_and_block(corpus: Corpus, damage: str) -> None
 
 
 @given(at=st.integers(0, 10_000), value=st.integers(0, 255))
+@settings(max_examples=40)
 def test_no_single_byte_changes_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, at: int, value: int
 ) -> None:
