@@ -99,7 +99,9 @@ def _row(
 class Evaluator:
     """Scores a model on the same held-out rows again and again."""
 
-    def __init__(self, corpus: Corpus, rows: HeldOutRows, *, world: World, rows_at_once: int):
+    def __init__(
+        self, corpus: Corpus, rows: HeldOutRows, *, world: World, rows_at_once: int
+    ) -> None:
         """Keep this rank's part of `rows`.
 
         Args:
