@@ -13,58 +13,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymix.control.batch import StepBatch
+from raymix.control.stream import MixtureStream
 from raymix.errors import TrainingError, problem
 from raymix.mixers import DomainStats
 from raymix.recipe import Recipe
 from raymix.train.account import PendingStep, StepAccount, StepSums
-from raymix.train.batches import Rows, count_micro_batches, micro_batches, token_domains
+from raymix.train.batches import count_micro_batches, micro_batches, token_domains
 from raymix.train.checkpoint import TrainingState, save_checkpoint
 from raymix.train.evaluate import Evaluator, Table
 from raymix.train.optim import clip_gradients, learning_rate, set_learning_rate
 from raymix.train.parallel import HostCopy, Replica
 from raymix.train.recorder import Recorder, rounded
-
-
-class Batch(Rows, Protocol):
-    """One step of a stream: this rank's rows and what is known of the whole batch."""
-
-    @property
-    def step(self) -> int: ...  # noqa: D102
-    @property
-    def version(self) -> int: ...  # noqa: D102
-    @property
-    def domain_rows(self) -> npt.NDArray[np.integer]: ...  # noqa: D102
-    @property
-    def shares(self) -> npt.NDArray[np.float64]: ...  # noqa: D102
-    @property
-    def start_domains(self) -> npt.NDArray[np.integer]: ...  # noqa: D102
-    @property
-    def tokens_D(self) -> npt.NDArray[np.int64]: ...  # noqa: D102
-    @property
-    def label_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def batch_hash(self) -> str: ...  # noqa: D102
-
-
-class Stream(Protocol):
-    """Where batches come from."""
-
-    waited_s: float
-    """Seconds spent waiting for data since the last batch."""
-
-    def next(self) -> Batch:
-        """Return the next step's batch."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state after the batch handed out last, in JSON types."""
-        ...
 
 
 @dataclass(kw_only=True)
@@ -77,7 +43,7 @@ class Parts:
     domains: tuple[str, ...]
     replica: Replica
     optimizer: torch.optim.Optimizer
-    stream: Stream
+    stream: MixtureStream
     evaluator: Evaluator
     recorder: Recorder | None
     """On the writing rank only."""
@@ -107,7 +73,7 @@ class Parts:
 class _Flying:
     """A step whose numbers have not been read yet."""
 
-    batch: Batch
+    batch: StepBatch
     lr: float
     wait_s: float
     pending: PendingStep
@@ -199,7 +165,7 @@ class TrainingLoop:
         self.seconds["step"] += launched - got
         self.seconds["metrics"] += time.perf_counter() - launched
 
-    def _launch(self, batch: Batch) -> _Flying:
+    def _launch(self, batch: StepBatch) -> _Flying:
         parts, replica = self._parts, self._parts.replica
         rate = learning_rate(batch.step, steps=parts.steps, config=parts.recipe.train)
         set_learning_rate(parts.optimizer, rate)
@@ -357,7 +323,7 @@ class TrainingLoop:
         return self._world.is_writer and self._parts.stop_asked()
 
 
-def _domains(batch: Batch) -> npt.NDArray[np.integer]:
+def _domains(batch: StepBatch) -> npt.NDArray[np.integer]:
     """Return the domain of each row, or of each token where rows hold several domains."""
     if (batch.domain_rows >= 0).all():
         return batch.domain_rows
