@@ -11,7 +11,9 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ from tests.benchmarks._stream_common import (
 
 VENV = ROOT / ".venv-peers"
 _TORCH = "torch==2.13.0"
+# Last: streaming pulls an old one, which the hub client that datasets needs does not go with.
+_TRANSFORMERS = "transformers==5.23.0"
 
 
 def install(names: list[str]) -> dict[str, str]:
@@ -43,8 +47,9 @@ def install(names: list[str]) -> dict[str, str]:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     noted = VENV / "installed.json"
     tried: dict[str, str] = json.loads(noted.read_text()) if noted.exists() else {}
-    for name in ["torch", *names]:
-        packages = [_TORCH, "numpy", "pyarrow"] if name == "torch" else PEERS[name][1]
+    common = {"torch": ["numpy", "pyarrow"], "transformers": [_TRANSFORMERS]}
+    for name in ["torch", *names, "transformers"]:
+        packages = common[name] if name in common else PEERS[name][1]
         if name not in tried:
             print(f"... installing {' '.join(packages)}", file=sys.stderr, flush=True)
             done = subprocess.run(
@@ -142,6 +147,7 @@ def _write_litdata(domain: int, target: Path) -> None:
 
 def mosaic_streaming() -> Fill:
     """Return mosaicml-streaming's mix by proportions, its own batching."""
+    _stand_in_for_torchvision()
     from streaming import MDSWriter, Stream, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
@@ -161,6 +167,16 @@ def mosaic_streaming() -> Fill:
     return fill_from(np.stack(batch) for batch in loader)
 
 
+def _stand_in_for_torchvision() -> None:
+    """Let streaming be imported: it wants torchvision for images, which fails on CPU torch."""
+    names = ("", ".datasets", ".transforms", ".transforms.functional")
+    for name in (f"torchvision{part}" for part in names):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = ModuleSpec(name, loader=None)
+    vars(sys.modules["torchvision.transforms.functional"])["to_tensor"] = None
+    vars(sys.modules["torchvision.datasets"])["VisionDataset"] = object
+
+
 def hf_map_style() -> Fill:
     """Return Hugging Face map-style interleaving, shuffled."""
     import pyarrow as pa
@@ -175,7 +191,7 @@ def hf_map_style() -> Fill:
             Dataset(table).save_to_disk(str(target))
         sets.append(Dataset.load_from_disk(str(target)).shuffle(seed=domain))
     mixed = interleave_datasets(
-        sets, probabilities=WEIGHTS.tolist(), seed=1, stopping_strategy="first_exhausted"
+        sets, probabilities=WEIGHTS.tolist(), seed=1, stopping_strategy="all_exhausted"
     ).with_format("numpy")
 
     def batches() -> Iterator[Any]:
