@@ -43,7 +43,8 @@ def test_its_recipe_validates(tmp_path: Path) -> None:
 
 
 def test_its_commands_exist() -> None:
-    used = {shlex.split(line, comments=True)[1] for line in shell_lines() if line.startswith("raymix ")}
+    typed = [line for line in shell_lines() if line.startswith("raymix ")]
+    used = {shlex.split(line, comments=True)[1] for line in typed}
     used |= set(re.findall(r"`raymix ([a-z]+)", README))
     assert used <= set(NAMES)
     assert set(NAMES) <= used, "a command that the README does not name"
