@@ -18,7 +18,7 @@ from raymix.train.machine import check_reachable, cores, ray_address
 # Read by Ray's processes when they start; what the user set stays.
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -29,6 +29,10 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
+
+# For a cluster of our own on this machine: training is not to yield the cores to everything else,
+# and nobody takes the machine away.
+_PRIVATE = {"RAY_worker_niceness": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 # GNU OpenMP's threads wait for each other by spinning for milliseconds, which slows training
 # down ten times and more where other processes want the cores too, as Ray's own do.
@@ -51,7 +55,8 @@ def joined(config: ClusterConfig) -> Iterator[None]:
     Raises:
         ClusterError: If no cluster answers at the address.
     """
-    for name, value in _ENVIRONMENT.items():
+    private = ray_address(config.address) is None
+    for name, value in {**_ENVIRONMENT, **(_PRIVATE if private else {})}.items():
         os.environ.setdefault(name, value)
     import ray
 
