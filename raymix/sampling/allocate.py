@@ -64,6 +64,7 @@ from operator import add, ge, sub
 import numpy as np
 
 from raymix.errors import CorpusError, RecipeError, problem
+from raymix.sampling.closed import MOST_DOMAINS, closed_form
 from raymix.sampling.shares import SHARE_BITS, Ints, restricted
 
 NO_LIMIT = (1 << 63) - 1
@@ -72,6 +73,8 @@ _FRACTION = (1 << SHARE_BITS) - 1
 _MOST = 1 << (62 - SHARE_BITS)
 # Up to here loops over Python integers beat numpy's overhead per call.
 _FEW = 48
+# From here on the closed form is worth trying.
+_MANY = 12
 _INDEX_BITS = 6
 
 
@@ -120,6 +123,7 @@ class Allocator:
         done = 0
         while done < n_steps:
             open_q_D = self._open_shares(q_D)
+            done += self._run_closed(open_q_D, budget, counts_SD[done:])
             done += self._run_few(open_q_D, budget, counts_SD[done:])
             if done < n_steps:
                 if not self._step(open_q_D, budget, counts_SD[done]):
@@ -141,6 +145,22 @@ class Allocator:
             return q_D
         open_D = self.count_D < self.limit_D
         return q_D if open_D[q_D > 0].all() else restricted(q_D, open_D)
+
+    def _run_closed(self, q_D: Ints, budget: int, counts_SD: Ints) -> int:
+        """Fill rows of `counts_SD` while the closed form holds; return how many."""
+        active = np.flatnonzero(q_D)
+        if len(counts_SD) < _MANY or not 0 < active.size <= MOST_DOMAINS:
+            return 0
+        ask = budget * q_D[active]
+        counts = closed_form(self.carry_D[active], ask, len(counts_SD))
+        if self.limit_D is not None:
+            left = (self.limit_D - self.count_D)[active]
+            counts = counts[(counts.cumsum(axis=0) < left).all(axis=1)]
+        total = counts.sum(axis=0)
+        counts_SD[: len(counts), active] = counts
+        self.carry_D[active] += len(counts) * ask - (total << SHARE_BITS)
+        self.count_D[active] += total
+        return len(counts)
 
     def _run_few(self, q_D: Ints, budget: int, counts_SD: Ints) -> int:
         """Fill rows of `counts_SD` while the plain case lasts; return how many."""
