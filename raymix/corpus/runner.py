@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from raymix.corpus.tokenizer import rust_threads
 from raymix.errors import ClusterError, RaymixError, problem
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_THREADS = 2
+_MOST_THREADS = 8
 _TASKS_PER_CPU = 64
 _PRIVATE_STORE_BYTES = 150_000_000
 _QUIET_LOGGERS = ("ray", "ray.data")
@@ -45,7 +46,7 @@ class Runner(Protocol):
 
 
 class InProcess:
-    """Runs jobs in this process, two at a time: one reads while the other's Rust code encodes."""
+    """Runs jobs in this process, a thread for each core: most of the time is spent in Rust."""
 
     description = "in this process"
 
@@ -55,10 +56,11 @@ class InProcess:
         """Yield the index and the result of each job, in the order of completion."""
         left = iter(enumerate(jobs))
         running: dict[Future[Result], int] = {}
-        with ThreadPoolExecutor(_THREADS) as pool:
+        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        with rust_threads(False), ThreadPoolExecutor(threads) as pool:
             try:
                 while True:
-                    while len(running) < _THREADS and (entry := next(left, None)) is not None:
+                    while len(running) < threads and (entry := next(left, None)) is not None:
                         running[pool.submit(function, entry[1])] = entry[0]
                     if not running:
                         return
@@ -132,11 +134,10 @@ def run_bundle(
     """
     import pyarrow as pa
 
-    # Each task has one CPU, and there are as many tasks as CPUs.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for index, job in bundle:
         try:
-            outcome = function(job)
+            with rust_threads(False):  # a task has one CPU, and there are as many as CPUs
+                outcome = function(job)
         except RaymixError as error:
             outcome = error
         pickled = pa.array([pickle.dumps(outcome)], pa.binary())

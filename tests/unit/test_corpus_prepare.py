@@ -381,7 +381,7 @@ def test_missing_shard_of_a_finished_corpus(tmp_path: Path, sources: list[dict[s
 
 def test_any_store_will_do(sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     # Readers of one file in fsspec's memory store share their position.
-    monkeypatch.setattr("raymix.corpus.runner._THREADS", 1)
+    monkeypatch.setattr("raymix.corpus.runner._MOST_THREADS", 1)
     document = {"path": "memory://raymix-prepare/c", "domains": sources}
     found = CorpusConfig.model_validate(document)
     manifest = run(found)
