@@ -70,6 +70,11 @@ class BlockCache(Generic[Ref]):
         else:
             self._asked.update(absent)
 
+    @property
+    def urgent(self) -> bool:
+        """Return whether somebody waits for a block."""
+        return bool(self._waiting)
+
     def refs(self, numbers: Iterable[int]) -> list[Ref]:
         """Return the bundles that hold those of the blocks that are here."""
         keys = {self._bundle_of[number]: None for number in numbers if number in self._bundle_of}

@@ -28,7 +28,8 @@ Ints = npt.NDArray[np.int64]
 _AUTO_SHARE = 0.4
 _TRIES = 3
 _CALLS_AT_ONCE = 10_000
-_MIB = 1 << 20
+# Bytes of a bundle, and bundles per execution of Ray Data.
+_SOON, _LARGE, _AT_ONCE = 8 << 20, 32 << 20, 4
 
 
 class BlockPlane:
@@ -63,10 +64,9 @@ class BlockPlane:
         self._split: Split = split
         self._row_tokens = row_tokens
         self._concurrency = concurrency
-        # Everything fits: nothing is ever evicted, so bundles may be large and cheap.
+        # Where nothing is ever evicted, bundles may be large, so few and cheap.
         fits = self._total_bytes <= cache_bytes
-        self._bundle_bytes = 32 * _MIB if fits else max(1, min(8 * _MIB, cache_bytes // 16))
-        self._refill_bytes = 64 * _MIB if fits else max(1, min(64 * _MIB, cache_bytes // 4))
+        self._most_bytes = _LARGE if fits else min(_SOON, cache_bytes // 16)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refill")
         self._thread.submit(self._warm_up)
         self._refilling: asyncio.Task[None] | None = None
@@ -128,7 +128,9 @@ class BlockPlane:
     async def _refill(self) -> None:
         failures = 0
         while True:
-            bundles = self._cache.plan(self._refill_bytes, self._bundle_bytes)
+            # While somebody waits, what comes first must come soon.
+            most = min(self._most_bytes, _SOON) if self._cache.urgent else self._most_bytes
+            bundles = self._cache.plan(_AT_ONCE * most, most)
             if not bundles:
                 self._work.clear()
                 await self._work.wait()

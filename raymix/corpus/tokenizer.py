@@ -124,9 +124,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return the hash of the canonical JSON of a tokenizer."""
-    canonical = json.dumps(json.loads(tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
+def fingerprint(serialised: str) -> str:
+    """Return the hash of the canonical form of a tokenizer's JSON."""
+    canonical = json.dumps(json.loads(serialised), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
@@ -137,13 +137,13 @@ class LoadedTokenizer:
         """Hold `tokenizer` with padding and truncation off; `beside` are its other files."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        self._tokenizer = tokenizer
+        self._json = tokenizer.to_str()
         self._eos = eos
         self._beside = beside
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.info = TokenizerInfo(
             kind=kind,
-            fingerprint=fingerprint(tokenizer),
+            fingerprint=fingerprint(self._json),
             vocab_size=max(vocabulary.values()) + 1,
             eos_id=vocabulary[eos],
         )
@@ -165,7 +165,7 @@ class LoadedTokenizer:
         for name, text in texts.items():
             atomic_write_text(files.join(corpus, _DIRECTORY, name), text)
         target = files.join(corpus, _DIRECTORY, "tokenizer.json")
-        atomic_write_text(target, self._tokenizer.to_str(pretty=True))
+        atomic_write_text(target, self._json)
 
 
 @functools.lru_cache(maxsize=2)

@@ -67,25 +67,32 @@ NAMES = tuple(f"d{d}" for d in range(DOMAINS))
 
 
 class Restless:
-    """An adaptive mixer for the benchmark: new weights every window, from what was read."""
+    """A mixer for the benchmark that wants other weights every window."""
 
     kind = "restless"
-    needs = frozenset({"tokens"})
-    initial = WEIGHTS
+    needs: frozenset[str] = frozenset()
+    boundaries = (0,)
 
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def update(self, stats: DomainStats) -> npt.NDArray[np.float64]:
-        self.seen += int(stats.tokens_D[0])
-        factor_D = 0.6 + 0.8 * ((stats.tokens_D * 31 + self.seen) % 1009) / 1009
+    def planned(self, step: int) -> npt.NDArray[np.float64]:
+        factor_D = 0.6 + 0.8 * np.random.default_rng(step).random(DOMAINS)
         return WEIGHTS * factor_D / (WEIGHTS * factor_D).sum()
 
+    def update(self, stats: DomainStats) -> npt.NDArray[np.float64]:
+        return self.planned(stats.step + 2 * stats.window)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seen = state["seen"]
+        pass
+
+
+class Learning(Restless):
+    """The same, but each window's weights wait for the statistics of the last but one."""
+
+    kind = "learning"
+    needs = frozenset({"tokens"})
+    initial = WEIGHTS
 
 
 def corpus() -> Corpus:
@@ -109,7 +116,9 @@ class Consumer:
     def reference(self, seed: int) -> dict[str, float]:
         return reference(seed)
 
-    def open(self, controller: Any, plane: Any, rank: int, world_size: int) -> float:
+    def open(
+        self, controller: Any, plane: Any, rank: int, world_size: int, *, learns: bool
+    ) -> float:
         """Open a stream, read the first batch, and return when that was done (wall clock)."""
         self._control = RemoteController(
             controller, attempt="bench", rank=rank, world_size=world_size
@@ -124,7 +133,7 @@ class Consumer:
             controller=self._control,
             source=source,
         )
-        self._rank = rank
+        self._learns = learns
         self._tokens_D = np.zeros(DOMAINS, dtype=np.int64)
         self._first = first_keys(self._fill)
         return time.time()
@@ -136,6 +145,8 @@ class Consumer:
     def _fill(self, staging: Staging) -> None:
         batch = self._stream.next()
         np.copyto(staging, batch.tokens)
+        if not self._learns:
+            return
         self._tokens_D += batch.counts_D
         if (batch.step + 1) % WINDOW == 0:
             self._push(batch.step // WINDOW)
@@ -209,9 +220,9 @@ def _mixed() -> Fill:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    first, *others = [
-        ray.data.read_parquet(file, override_num_blocks=ROWS // 256) for file in files
-    ]
+    # Blocks of 256 rows straight from the reader: large ones are one domain at a time.
+    context.target_max_block_size = 256 * LENGTH * 2
+    first, *others = [ray.data.read_parquet(file) for file in files]
     mixed = first.mix(*others, weights=WEIGHTS.tolist())
     batches = mixed.iter_batches(
         batch_size=BATCH,
@@ -229,18 +240,20 @@ def _mixed() -> Fill:
     return fill_from(arrays())
 
 
-def raymix_row(consumers: list[Any], cache_bytes: int) -> dict[str, Any]:
+def raymix_row(
+    consumers: list[Any], cache_bytes: int, mixer: type[Restless] = Restless
+) -> dict[str, Any]:
     """Return raymix's row for some consumers; the first sees the CPU time of all processes."""
     data = corpus()
     references = [ray.get(consumers[0].reference.remote(1))]
     called = time.time()
     tokens_D = np.full(DOMAINS, ROWS * LENGTH)
     context = MixerContext(NAMES, tokens_D, total_tokens=10**9, total_steps=10**6)
-    controller = start_controller(recipe_mixer=Restless(), context=context, probe_interval=WINDOW)
+    controller = start_controller(recipe_mixer=mixer(), context=context, probe_interval=WINDOW)
     plane = start_plane(data, row_tokens=LENGTH, cache_bytes=cache_bytes)
     world_size = len(consumers)
     opened = [
-        consumer.open.remote(controller, plane, rank, world_size)
+        consumer.open.remote(controller, plane, rank, world_size, learns=bool(mixer.needs))
         for rank, consumer in enumerate(consumers)
     ]
     first = max(ray.get(opened)) - called
@@ -314,6 +327,9 @@ def main(names: list[str]) -> None:
     rows = {
         "raymix, 1 consumer": lambda: raymix_row(consumers[:1], 600_000_000),
         "raymix, 2 consumers": lambda: raymix_row(consumers, 600_000_000),
+        "raymix, 1 consumer, weights from its statistics": lambda: raymix_row(
+            consumers[:1], 600_000_000, Learning
+        ),
         "raymix, cache of 120 MB": lambda: raymix_row(consumers[:1], 120_000_000),
         "bare Ray actor, blocks of 2048": lambda: plain_row(consumers[0], "pull", 1),
         "two bare Ray actors, blocks of 2048": lambda: plain_row(consumers[0], "pull", 2),

@@ -40,6 +40,8 @@ def make_corpus(target: Path, megabytes: float) -> int:
     tables = {path.stem: pq.read_table(path, columns=["text"]) for path in SHARED.glob("*.parquet")}
     size = sum(len(t.encode()) for table in tables.values() for t in table["text"].to_pylist())
     copies = max(1, round(megabytes * 1e6 / size))
+    if megabytes * 1e6 < size / 2:
+        tables = {name: table.slice(0, 20) for name, table in tables.items()}
     target.mkdir(parents=True)
     total = 0
     for name, table in tables.items():
@@ -198,34 +200,47 @@ def start_ray() -> None:
     )
 
 
+def make_tokenizer(path: Path) -> None:
+    """Write a byte-level BPE of GPT-2's size, trained on half of the shared corpus."""
+    from raymix.corpus.tokenizer import train_bpe
+
+    tables = (pq.read_table(file, columns=["text"]) for file in sorted(SHARED.glob("*.parquet")))
+    texts = (text for table in tables for text in table["text"].to_pylist()[::2])
+    train_bpe(texts, VOCABULARY).save(str(path))
+
+
 def measure(work: Path, megabytes: float, repeats: int, growth: int) -> list[dict[str, Any]]:
     """Return the rows of the table."""
     import ray
 
-    from raymix.corpus.tokenizer import train_bpe
-
     tokenizer = work / "tokenizer.json"
-    tables = (pq.read_table(path, columns=["text"]) for path in sorted(SHARED.glob("*.parquet")))
-    texts = (text for table in tables for text in table["text"].to_pylist()[::2])
-    train_bpe(texts, VOCABULARY).save(str(tokenizer))
-    size = make_corpus(work / "x1", megabytes)
+    make_tokenizer(tokenizer)
+    make_corpus(work / "tiny", 1)
+    size = make_corpus(work / "corpus", megabytes)
     print(f"{size / 1e6:.0f} MB of text, {len(os.sched_getaffinity(0))} cores", flush=True)
     began = time.perf_counter()
     start_ray()
-    print(f"Ray took {time.perf_counter() - began:.1f} s to start", flush=True)
+    ray_s = time.perf_counter() - began
+    began = time.perf_counter()
+    ours(work / "tiny", tokenizer, work, None)
+    first_s = time.perf_counter() - began
+    print(f"Ray took {ray_s:.1f} s to start, its first prepare {first_s:.1f} s", flush=True)
     library: list[tuple[float, float]] = []
     on_ray: list[tuple[float, float, int]] = []
     here: list[tuple[float, float, int]] = []
     for repeat in range(repeats):
-        library.append(run_bare(work / "x1", tokenizer))
-        on_ray.append(ours(work / "x1", tokenizer, work, None))
-        here.append(ours(work / "x1", tokenizer, work, 0))
-        figures = [f"{found[-1][0]:,.0f}" for found in (library, on_ray, here)]
+        library.append(run_bare(work / "corpus", tokenizer))
+        on_ray.append(ours(work / "corpus", tokenizer, work, None))
+        here.append(ours(work / "corpus", tokenizer, work, 0))
+        figures = ", ".join(f"{found[-1][0]:,.0f}" for found in (library, on_ray, here))
         print(f"repeat {repeat + 1}: bare, Ray, in process: {figures} tokens/s", flush=True)
-    rows = _speed_rows(library, on_ray, here)
+    rows = _speed_rows(library, on_ray, here) if repeats else []
+    rows.append(row("start of a Ray cluster, once", ray_s, "s"))
+    rows.append(row("first prepare on it, 1 MB or so", first_s, "s"))
     if growth > 1:
+        make_corpus(work / "x1", megabytes / 4)
         small = ours(work / "x1", tokenizer, work, None, memory=True)
-        make_corpus(work / "x10", megabytes * growth)
+        make_corpus(work / "x10", megabytes / 4 * growth)
         large = ours(work / "x10", tokenizer, work, None, memory=True)
         rows += _memory_rows(small[2], large, growth)
     ray.shutdown()

@@ -6,8 +6,9 @@ of order) timed in that process just before and just after; ratios are to the me
 Repeats are interleaved and every second one runs in reverse. `--peers` adds other loaders, each
 from an environment of their own (`.venv-peers`, made on first use).
 
-raymix runs with live weights: an adaptive mixer sets new ones every 100 batches from what was
-read, through the controller. What was delivered is checked from the tokens.
+raymix runs with live weights: its controller sets new ones every 100 batches, which the consumers
+learn with their leases; in one row they follow from statistics that the consumer pushes every 100
+batches. What was delivered is checked from the tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ PLAIN = ("numpy gather (reference)", "torch DataLoader", "raymix, without Ray")
 RAY = (
     "raymix, 1 consumer",
     "raymix, 2 consumers",
+    "raymix, 1 consumer, weights from its statistics",
     "raymix, cache of 120 MB",
     "bare Ray actor, blocks of 2048",
     "two bare Ray actors, blocks of 2048",
