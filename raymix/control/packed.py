@@ -1,14 +1,15 @@
 """Packed mode: turns a plan of rows into batches, many steps at a time.
 
-The rows of a chunk of steps are copied out of their slabs in one go, slab by slab: that costs a
-few calls per slab instead of several per row. A step's batch is then picked from this buffer,
-which is small enough to be in cache. Letters: S steps, B rows of the global batch, R of them this
-rank's, N = S B rows of the chunk, M = S R rows of this rank, L tokens per row, D domains.
+Where the rows of a chunk of steps lie is looked up for all of them at once. They are copied out of
+their slabs some steps at a time, slab by slab: that costs a few calls per slab instead of several
+per row. A step's batch is then picked from this buffer, which is small enough to be in cache.
+Letters: S steps, B rows of the global batch, R of them this rank's, N = S B rows of the chunk,
+M rows of this rank in the buffer, L tokens per row, D domains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,9 @@ from raymix.sampling import PackedPlanner, PlanChunk
 
 Floats = npt.NDArray[np.float64]
 
+# Bytes of rows copied together: half of a core's second-level cache, about.
+_BUFFER_BYTES = 1 << 20
+
 
 def rank_rows(rows: int, rank: int, world_size: int) -> slice:
     """Return which of a global batch's rows belong to a rank: equal parts, in order."""
@@ -31,7 +35,7 @@ def rank_rows(rows: int, rank: int, world_size: int) -> slice:
 
 
 class PackedChunk:
-    """Consecutive steps, gathered for one rank; see `raymix.control.feed.Chunk`."""
+    """Consecutive steps for one rank; see `raymix.control.feed.Chunk`."""
 
     def __init__(
         self,
@@ -39,17 +43,17 @@ class PackedChunk:
         slot_SB: Ints,
         columns: slice,
         found: Found,
-        shares_S: Sequence[Floats],
+        shares: Mapping[int, Floats],
         planner: PackedPlanner,
     ) -> None:
-        """Gather the rows.
+        """Copy nothing yet.
 
         Args:
             plan: What was planned.
             slot_SB: Number of each row among those found.
             columns: This rank's rows of a batch.
             found: Where the rows lie.
-            shares_S: Shares asked for in each step, shape (D,) each.
+            shares: Shares asked for, by version of the mixture log, shape (D,) each.
             planner: Works out states again; not the one that goes on planning.
         """
         self.first = plan.first_step
@@ -59,30 +63,43 @@ class PackedChunk:
         self._slot_SB = slot_SB
         self._columns = columns
         self._found = found
-        self._shares_S = shares_S
+        self._shares = shares
         self._versions: list[int] = plan.version_S.tolist()
         self._domain_SR = plan.domain_SB[:, columns]
-        mine_SR = slot_SB[:, columns]
-        if mine_SR.shape == slot_SB.shape:
-            self._pick_SR, self._rows_ML = mine_SR, found.gather(None)
-        else:
-            rows_M = np.unique(mine_SR)
-            place_N = np.zeros(found.size, dtype=np.int64)
-            place_N[rows_M] = np.arange(rows_M.size)
-            self._pick_SR, self._rows_ML = place_N[mine_SR], found.gather(rows_M)
+        self._mine_SR = slot_SB[:, columns]
+        step_bytes = max(1, self._mine_SR.shape[1] * found.row_bytes)
+        self._together = max(1, _BUFFER_BYTES // step_bytes)
+        self._gathered = range(0)
+        self._buffer_ML: Tokens | None = None
 
     def batch(self, step: int) -> StepBatch:
         """Return the batch of one of the steps."""
         at = step - self.first
+        if at not in self._gathered:
+            self._gather(at)
+        version = self._versions[at]
         return StepBatch(
             step,
-            self._versions[at],
-            self._rows_ML.take(self._pick_SR[at], axis=0),
+            version,
+            self._rows_ML.take(self._pick_SR[at - self._gathered.start], axis=0),
             self._domain_SR[at],
-            self._shares_S[at],
+            self._shares[version],
             self._plan.counts_SD[at],
             self,
         )
+
+    def _gather(self, at: int) -> None:
+        """Copy the rows of the steps from `at` on, as many as fit the buffer."""
+        self._gathered = range(at, min(at + self._together, len(self._mine_SR)))
+        slot_M = self._mine_SR[at : self._gathered.stop].ravel()
+        order_M = slot_M.argsort()
+        pick_M = np.empty_like(order_M)
+        pick_M[order_M] = np.arange(order_M.size)
+        self._pick_SR = pick_M.reshape(-1, self._mine_SR.shape[1])
+        if self._buffer_ML is None:
+            self._buffer_ML = self._found.buffer(slot_M.size)
+        self._rows_ML = self._buffer_ML[: slot_M.size]
+        self._found.gather(slot_M[order_M], self._rows_ML)
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the planner's state before `step`."""
@@ -111,7 +128,7 @@ class PackedChunk:
 
     def tokens_by_domain(self, step: int) -> Ints:
         """Return the tokens of each domain in the whole batch of a step."""
-        return self._plan.counts_SD[step - self.first] * self._rows_ML.shape[1]
+        return self._plan.counts_SD[step - self.first] * self._found.row_tokens
 
     @cached_property
     def _label_tokens_S(self) -> list[int]:
@@ -131,18 +148,21 @@ class Found:
         self._edges = edges
         self._row_N = row_N
         self.size = len(row_N)
+        like = slabs[0].rows_NL
+        self.row_tokens, self.row_bytes = like.shape[1], like.shape[1] * like.itemsize
 
-    def gather(self, rows_M: Ints | None) -> Tokens:
-        """Return rows as one matrix, shape (M, L): all, or those numbered by `rows_M`, sorted."""
-        edges, row_M = self._edges, self._row_N
-        if rows_M is not None:
-            edges, row_M = np.searchsorted(rows_M, edges).tolist(), row_M[rows_M]
-        like = self._slabs[0].rows_NL
-        out_ML = np.empty((len(row_M), like.shape[1]), dtype=like.dtype)
+    def buffer(self, rows: int) -> Tokens:
+        """Return room for that many rows, shape (rows, L)."""
+        return np.empty((rows, self.row_tokens), dtype=self._slabs[0].rows_NL.dtype)
+
+    def gather(self, rows_M: Ints, out_ML: Tokens) -> None:
+        """Copy the rows numbered by `rows_M`, sorted, to `out_ML`, shape (M, L)."""
+        edges = np.searchsorted(rows_M, self._edges).tolist()
+        row_M = self._row_N[rows_M]
         for slab, (first, end) in zip(self._slabs, pairwise(edges), strict=True):
-            # `clip` spares a buffer: the rows are known to be there.
-            slab.rows_NL.take(row_M[first:end], axis=0, out=out_ML[first:end], mode="clip")
-        return out_ML
+            if first < end:
+                # `clip` spares a buffer: the rows are known to be there.
+                slab.rows_NL.take(row_M[first:end], axis=0, out=out_ML[first:end], mode="clip")
 
     @cached_property
     def labels_N(self) -> Ints:

@@ -19,9 +19,8 @@ from raymix.recipe.training import PackedData
 from raymix.sampling import SHARE_BITS, CorpusOrder, MixtureLog, PackedPlanner
 from raymix.store import Corpus
 
-# More steps at once save little, and their rows would no longer fit a cache.
-_MOST_STEPS = 128
-_BUFFER_BYTES = 1 << 22
+# Rows planned at once, over all ranks: more save little.
+_MOST_ROWS = 1 << 14
 
 
 class PackedFeed:
@@ -66,9 +65,7 @@ class PackedFeed:
             block_bytes=corpus.manifest.block_tokens * corpus.dtype.itemsize,
             blocks_of=self._blocks_of,
         )
-        step_bytes = (self._columns.stop - self._columns.start) * self._row_tokens
-        step_bytes *= corpus.dtype.itemsize
-        self._most_steps = max(1, min(_MOST_STEPS, _BUFFER_BYTES // max(1, step_bytes)))
+        self._most_steps = max(1, _MOST_ROWS // self._rows)
         self._shares: tuple[int, Floats] = (-1, np.zeros(0))
 
     def load(self, state: Mapping[str, Any]) -> int:
@@ -90,7 +87,6 @@ class PackedFeed:
         rate_D = self._shares_of(planner.step) * self._rows
         owed_D = planner.carry_D / float(1 << SHARE_BITS)
         self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
-        first = planner.step
         plan = planner.plan(max(1, min(n_steps, self._most_steps, self._lookahead.reach)))
         found, slot_SB = find_rows(
             plan,
@@ -99,7 +95,9 @@ class PackedFeed:
             first_block_D=self._first_block_D,
             row_tokens=self._row_tokens,
         )
-        shares = [self._shares_of(step) for step in range(first, planner.step)]
+        at_S = np.unique(plan.version_S, return_index=True)[1]
+        steps = (plan.first_step + at_S).tolist()
+        shares = {self._log.at(step).version: self._shares_of(step) for step in steps}
         return PackedChunk(plan, slot_SB, self._columns, found, shares, self._again)
 
     def _shares_of(self, step: int) -> Floats:

@@ -4,7 +4,8 @@
 lease covers about `lease_s` seconds of reading: a training loop of more than that per step gets
 one step at a time, so a change of weights asked for during step t is in the batch of step t + 2
 at the latest; a faster reader does not pay a call per step. With a controller elsewhere, all this
-is done by a thread while the steps before are worked on: then `next` only copies rows.
+is done by a thread while the steps before are worked on: then `next` only copies rows. A reader
+that does nothing but read gains nothing by a thread, as both want the interpreter all the time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 
 _MOST_LEASED = 4096
+# Steps per lease from which on a reader is so fast that it prepares its batches itself.
+_FAST = 64
 
 
 class MixtureStream:
@@ -138,15 +141,16 @@ class MixtureStream:
         # A chunk that failed stays: whoever asks again hears the same.
         chunk = self._upcoming.result() if self._upcoming else self._prepare(self._step)
         self._ready_until = chunk.end
-        if self._background and (self._limit is None or chunk.end < self._limit):
+        self._upcoming = None
+        more = self._limit is None or chunk.end < self._limit
+        if self._background and more and self._want < _FAST:
             self._upcoming = self._background.submit(self._prepare, self._step + 1)
         return chunk
 
     def _prepare(self, step: int) -> Chunk:
         """Return the next steps, as far as leases reach, while `step` is the one read next."""
         self._pace(step)
-        if not self._asked and self._held_until - step <= self._want // 2:
-            self._ask(step)
+        self._ask_early(step)
         while self._held_until <= self._planned:
             if not self._asked:
                 self._ask(max(step, self._planned))
@@ -155,7 +159,10 @@ class MixtureStream:
             for entry in lease.entries:
                 self.log.append(entry)
             self._held_until = max(self._held_until, lease.until)
-        chunk = self._feed.plan(self._held_until - self._planned)
+        self._ask_early(step)
+        # Half a lease at a time: the next one is on its way while the other half is read.
+        most = max(1, self._want // 2)
+        chunk = self._feed.plan(min(most, self._held_until - self._planned))
         self._planned = chunk.end
         return chunk
 
@@ -170,6 +177,10 @@ class MixtureStream:
             # One quick step is no pace: grow step by step, shrink at once.
             paced = int(self._controller.lease_s / max(seconds, 1e-9))
             self._want = max(1, min(paced, 2 * self._want, _MOST_LEASED))
+
+    def _ask_early(self, step: int) -> None:
+        if not self._asked and self._held_until - step <= self._want // 2:
+            self._ask(step)
 
     def _ask(self, step: int) -> None:
         want = self._want
