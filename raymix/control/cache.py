@@ -70,18 +70,18 @@ class BlockCache(Generic[Ref]):
         else:
             self._asked.update(absent)
 
-    @property
-    def urgent(self) -> bool:
-        """Return whether somebody waits for a block."""
-        return bool(self._waiting)
-
     def refs(self, numbers: Iterable[int]) -> list[Ref]:
         """Return the bundles that hold those of the blocks that are here."""
         keys = {self._bundle_of[number]: None for number in numbers if number in self._bundle_of}
         return [self._bundles[key].ref for key in keys]
 
-    def plan(self, most_bytes: int, bundle_bytes: int) -> list[list[int]]:
+    def plan(
+        self, most_bytes: int, bundle_bytes: int, *, urgent_bytes: int | None = None
+    ) -> list[list[int]]:
         """Return bundles to load now, about `most_bytes` in all, the most urgent first.
+
+        Blocks that are waited for, and all while none is here yet, are in bundles of
+        `urgent_bytes`, in the order in which they are needed.
 
         They count as being loaded until `add` or `fail` is called for them. Room is made by
         dropping bundles that are needed later than what is loaded.
@@ -103,7 +103,10 @@ class BlockCache(Generic[Ref]):
             taken.append(number)
             size += block
         self._loading.update(taken)
-        return self._bundled(taken, bundle_bytes)
+        first = [n for n in taken if n in self._waiting] if self._bundles else taken
+        others = taken[len(first) :]
+        soon = self._in_order(first, bundle_bytes if urgent_bytes is None else urgent_bytes)
+        return soon + self._by_domain(others, bundle_bytes)
 
     def add(self, numbers: list[int], ref: Ref) -> None:
         """Hold a bundle that was loaded."""
@@ -173,22 +176,26 @@ class BlockCache(Generic[Ref]):
             if self._bundle_of.get(number) == key:
                 del self._bundle_of[number]
 
-    def _bundled(self, numbers: list[int], most_bytes: int) -> list[list[int]]:
+    def _in_order(self, numbers: list[int], most_bytes: int) -> list[list[int]]:
+        """Return `numbers` in bundles, one after the other."""
+        bundles: list[list[int]] = []
+        size = math.inf
+        for number in numbers:
+            block = self._size_of(number)
+            if size + block > most_bytes:
+                bundles.append([])
+                size = 0
+            bundles[-1].append(number)
+            size += block
+        return bundles
+
+    def _by_domain(self, numbers: list[int], most_bytes: int) -> list[list[int]]:
         """Return `numbers` in bundles, by domain where that gives bundles worth having."""
         groups: dict[int, list[int]] = {}
         for number in numbers:
             groups.setdefault(self._domain_of(number), []).append(number)
         mixed = [n for n in numbers if len(groups[self._domain_of(n)]) < _OWN_BUNDLE]
         whole = [group for group in groups.values() if len(group) >= _OWN_BUNDLE]
-        bundles: list[list[int]] = []
-        for group in [mixed, *whole]:
-            size = math.inf
-            for number in group:
-                block = self._size_of(number)
-                if size + block > most_bytes:
-                    bundles.append([])
-                    size = 0
-                bundles[-1].append(number)
-                size += block
+        bundles = [b for group in [mixed, *whole] for b in self._in_order(group, most_bytes)]
         rank = {number: place for place, number in enumerate(numbers)}
         return sorted(bundles, key=lambda bundle: rank[bundle[0]])

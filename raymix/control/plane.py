@@ -50,7 +50,7 @@ class BlockPlane:
         row_tokens: int,
         cache_bytes: int,
         split: Split = "train",
-        concurrency: int = 2,
+        concurrency: int = 1,
     ) -> None:
         self._corpus = Corpus.open(corpus)
         numbers = BlockNumbers(self._corpus, split)
@@ -67,6 +67,7 @@ class BlockPlane:
         # Where nothing is ever evicted, bundles may be large, so few and cheap.
         fits = self._total_bytes <= cache_bytes
         self._most_bytes = _LARGE if fits else min(_SOON, cache_bytes // 16)
+        self._soon_bytes = min(_SOON, self._most_bytes)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refill")
         self._thread.submit(self._warm_up)
         self._refilling: asyncio.Task[None] | None = None
@@ -128,9 +129,12 @@ class BlockPlane:
     async def _refill(self) -> None:
         failures = 0
         while True:
-            # While somebody waits, what comes first must come soon.
-            most = min(self._most_bytes, _SOON) if self._cache.urgent else self._most_bytes
-            bundles = self._cache.plan(_AT_ONCE * most, most)
+            empty = not len(self._cache)
+            bundles = self._cache.plan(
+                _AT_ONCE * (self._soon_bytes if empty else self._most_bytes),
+                self._most_bytes,
+                urgent_bytes=self._soon_bytes,
+            )
             if not bundles:
                 self._work.clear()
                 await self._work.wait()
@@ -232,5 +236,6 @@ def start_plane(
         row_tokens=row_tokens,
         cache_bytes=auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,
         split=split,
-        concurrency=max(2, nodes),
+        # One per node reads faster than any model does, and leaves the cores to the ranks.
+        concurrency=nodes,
     )

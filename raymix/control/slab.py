@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymix.store import Block
+from raymix.store.block import as_numpy
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.unsignedinteger]
@@ -104,9 +105,9 @@ def from_table(table: pa.Table, row_tokens: int) -> tuple[Slab, dict[int, str]]:
     good = [at for at, number in enumerate(numbers) if number not in errors]
     slab = Slab(
         numbers=[numbers[at] for at in good],
-        first_K=tokens.offsets.to_numpy()[:-1][good],
-        tokens=tokens.values.to_numpy(zero_copy_only=True),
-        starts=starts.values.to_numpy(zero_copy_only=True),
+        first_K=as_numpy(tokens.offsets)[:-1][good],
+        tokens=as_numpy(tokens.values),
+        starts=as_numpy(starts.values),
         row_tokens=row_tokens,
     )
     return slab, errors

@@ -29,6 +29,7 @@ from tests.benchmarks._stream_common import (
     Fill,
     Staging,
     consume,
+    cpu_seconds,
     fill_from,
     finished,
     first_keys,
@@ -61,7 +62,7 @@ from raymix.store import Corpus
 from tests.corpora import random_documents, write_corpus
 
 WINDOW = 100
-_MOST, _TOGETHER = 400_000, 80_000
+_MOST, _TOGETHER = 400_000, 200_000
 STORE_BYTES = 1_500_000_000
 NAMES = tuple(f"d{d}" for d in range(DOMAINS))
 
@@ -309,6 +310,15 @@ def plain_row(consumer: Any, method: str, *args: Any) -> dict[str, Any]:
     return finished(done, [before, after], done["first"])
 
 
+def settle() -> None:
+    """Wait for the processes that Ray starts in advance: only then the cluster is warm."""
+    for _ in range(60):
+        before = cpu_seconds()
+        time.sleep(0.5)
+        if cpu_seconds() - before < 0.1:
+            return
+
+
 def main(names: list[str]) -> None:
     """Measure the rows named, in order, on one cluster."""
     ray.init(
@@ -324,6 +334,7 @@ def main(names: list[str]) -> None:
     ray.get([consumer.ready.remote() for consumer in consumers])
     # The cluster is warm once Ray Data has run on it: later starts are what users see.
     ray.data.range(10).materialize()
+    settle()
     rows = {
         "raymix, 1 consumer": lambda: raymix_row(consumers[:1], 600_000_000),
         "raymix, 2 consumers": lambda: raymix_row(consumers, 600_000_000),

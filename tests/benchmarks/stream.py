@@ -118,7 +118,7 @@ def show(measured: Measured, skipped: dict[str, str]) -> None:
         first, *rest = zip(line, widths, strict=True)
         print(first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest), sep="  ")
     print(
-        "late: wall ratio in the second half of the 3.5 s. off asked: total variation between what "
+        "late: wall ratio in the second half of the 8 s. off asked: total variation between what "
         "was delivered and asked.\nspread: mean jump between samples of a domain, 1 = full shuffle."
         " CPU us: of all processes, per batch."
     )

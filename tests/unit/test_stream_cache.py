@@ -35,8 +35,13 @@ def test_what_is_waited_for_goes_first_then_what_is_needed_first() -> None:
     plane = cache(100)
     plane.want(0, 1, 0, [1, 2, 3, 4, 101, 201], [9, 8, 7, 6, 2, 1])
     plane.ask([301], waiting=True)
-    assert plane.plan(100, BUNDLE) == [[301, 201, 101], [4, 3, 2, 1]]
+    # Nothing is here yet: in the order of need, whatever the domain.
+    assert plane.plan(100, BUNDLE) == [[301, 201, 101, 4], [3, 2, 1]]
     assert plane.plan(100, BUNDLE) == []  # they are being loaded
+    load(plane, [[301, 201, 101, 4], [3, 2, 1]])
+    plane.want(0, 1, 1, [5, 102, 6, 202, 7, 8], [1, 2, 3, 4, 5, 6])
+    plane.ask([401, 302], waiting=True)
+    assert plane.plan(100, BUNDLE, urgent_bytes=1) == [[401], [302], [5, 6, 7, 8], [102, 202]]
 
 
 def test_a_bundle_is_found_by_each_of_its_blocks() -> None:
