@@ -132,7 +132,7 @@ def main(out: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, "-m", "tests.unit.test_train_ranks", str(out)]
+    command = [sys.executable, "-m", "tests.e2e.test_two_ranks", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
