@@ -1,0 +1,38 @@
+"""Gradient statistics of groups of sequences, nearly for free: one backward pass shows them all.
+
+    probe = GradientProbe(loss_module, n_groups=K)
+    with probe.recording(piece_B, scale=scale) as recording:   # a training batch
+        loss, _ = loss_module(tokens_BL, positions_BL, labels_BL)
+        (loss * scale).backward()
+    stats = statistics(recording.pieces)
+
+    stats = statistics(probe.measure(tokens_BL, positions_BL, labels_BL, piece_B))  # its own batch
+
+Over ranks: add `gradient_sums(pieces)`, then `statistics(sums)`.
+"""
+
+from raymix.signals.layout import assign_pieces, order_by_piece
+from raymix.signals.precondition import adam_preconditioner
+from raymix.signals.probe import GradientProbe, Mode, Preconditioner, Recording
+from raymix.signals.statistics import (
+    GradientStats,
+    GradientSums,
+    PieceGram,
+    gradient_sums,
+    statistics,
+)
+
+__all__ = [
+    "GradientProbe",
+    "GradientStats",
+    "GradientSums",
+    "Mode",
+    "PieceGram",
+    "Preconditioner",
+    "Recording",
+    "adam_preconditioner",
+    "assign_pieces",
+    "gradient_sums",
+    "order_by_piece",
+    "statistics",
+]

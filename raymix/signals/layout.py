@@ -1,0 +1,140 @@
+"""Which rows belong to which piece, and how rows are ordered so that pieces are runs.
+
+Letters: B rows, N vectors (tokens, or heads of tokens) in all rows, P pieces, S slots: the
+pieces that are present, in the order of their rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def assign_pieces(group_B: Tensor, *, n_groups: int, halves: int = 2) -> Tensor:
+    """Return the piece of each row, shape (B,): a group's rows take turns in its halves.
+
+    Args:
+        group_B: Group of each row, shape (B,); -1 for a row that is of none, which stays -1.
+        n_groups: Number of groups.
+        halves: Pieces per group.
+    """
+    turn_B = torch.zeros_like(group_B)
+    order_B = torch.argsort(group_B, stable=True)
+    sorted_B = group_B[order_B]
+    first_B = torch.searchsorted(sorted_B, sorted_B)
+    turn_B[order_B] = torch.arange(len(group_B), device=group_B.device) - first_B
+    return torch.where(group_B < 0, group_B, turn_B % halves * n_groups + group_B)
+
+
+def order_by_piece(piece_B: Tensor) -> Tensor:
+    """Return the order of rows, shape (B,), in which a recording costs least.
+
+    Each piece's rows come together, and pieces of equally many rows side by side: they become
+    one batched product.
+    """
+    piece_B = piece_B.cpu()
+    found, inverse_B, count = torch.unique(piece_B, return_inverse=True, return_counts=True)
+    key_B = count[inverse_B] * len(found) + inverse_B
+    return torch.argsort(key_B, stable=True)
+
+
+def split_passes(piece_B: Tensor, passes: int) -> list[Tensor]:
+    """Return the rows of each pass, ordered by piece; every pass holds its share of each piece."""
+    piece_B = piece_B.cpu()
+    order_B = torch.argsort(piece_B, stable=True)
+    sorted_B = piece_B[order_B]
+    turn_B = torch.arange(len(piece_B)) - torch.searchsorted(sorted_B, sorted_B)
+    count_B = torch.searchsorted(sorted_B, sorted_B, right=True) - torch.searchsorted(
+        sorted_B, sorted_B
+    )
+    pass_B = turn_B * passes // count_B
+    parts = [order_B[pass_B == number] for number in range(passes)]
+    return [part[order_by_piece(piece_B[part])] for part in parts]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive slots of equally many vectors each."""
+
+    first: int
+    """First vector."""
+    size: int
+    """Vectors per slot."""
+    slot: int
+    """First slot."""
+    slots: int
+
+    @property
+    def vectors(self) -> slice:
+        """Return where the run's vectors are."""
+        return slice(self.first, self.first + self.size * self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How N vectors fall into slots."""
+
+    order_N: Tensor | None
+    """The order in which slots are runs; None where they are already."""
+    slot_N: Tensor
+    """Slot of each vector, in the given order, shape (N,)."""
+    runs: tuple[Run, ...]
+
+    def ordered(self, vectors_NX: Tensor) -> Tensor:
+        """Return the vectors in the order of the runs."""
+        return vectors_NX if self.order_N is None else vectors_NX[self.order_N]
+
+
+class Layout:
+    """The pieces of the rows of one forward pass."""
+
+    def __init__(self, piece_B: Tensor, length: int) -> None:
+        """Number the slots.
+
+        Args:
+            piece_B: Piece of each row, -1 for rows of none, shape (B,).
+            length: Tokens per row.
+        """
+        self._device = piece_B.device
+        pieces = piece_B.cpu().tolist()
+        self.rows, self.length = len(pieces), length
+        self.tokens = self.rows * length
+        # In the order of `order_by_piece`, so that sorted rows are found to be sorted.
+        by_row = [pieces[row] for row in order_by_piece(piece_B).tolist()]
+        present = list(dict.fromkeys(by_row))
+        self.pieces = present
+        """The piece of each slot; -1 for the slot of rows that are of none."""
+        slot_of = {piece: slot for slot, piece in enumerate(present)}
+        self._slot_B = torch.tensor([slot_of[piece] for piece in pieces])
+        self._cache: dict[tuple[int, int, int], Split] = {}
+
+    def rows_split(self, per_row: int) -> Split:
+        """Return the split of `per_row` vectors from each row in turn."""
+        return self._split(0, self.rows * per_row, per_row)
+
+    def tokens_split(self, first: int, count: int) -> Split:
+        """Return the split of `count` tokens from token `first` on, row after row."""
+        return self._split(first, count, self.length)
+
+    def _split(self, first: int, count: int, per_row: int) -> Split:
+        key = (first, count, per_row)
+        if key not in self._cache:
+            slot_N = self._slot_B.repeat_interleave(per_row)[first : first + count]
+            self._cache[key] = self._runs(slot_N)
+        return self._cache[key]
+
+    def _runs(self, slot_N: Tensor) -> Split:
+        ordered = bool((slot_N[1:] >= slot_N[:-1]).all())
+        order_N = None if ordered else torch.argsort(slot_N, stable=True).to(self._device)
+        runs: list[Run] = []
+        first = 0
+        for slot, size in enumerate(torch.bincount(slot_N).tolist()):
+            last = runs[-1] if runs else None
+            if last and last.size == size and last.slot + last.slots == slot:
+                runs[-1] = Run(last.first, size, last.slot, last.slots + 1)
+            elif size:
+                runs.append(Run(first, size, slot, 1))
+            first += size
+        return Split(order_N, slot_N.to(self._device), tuple(runs))

@@ -1,0 +1,310 @@
+"""`GradientProbe`: gradient statistics of groups of sequences out of one backward pass.
+
+The weight gradient of a linear layer is a sum over tokens. Split by piece, the same products give
+every piece's gradient, whose sum is the gradient that training needs; only the small Gram matrix
+is kept. Letters: B rows, L tokens per row, K groups, P pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from raymix.signals.capture import Capture, ParameterNames, StandIns
+from raymix.signals.gram import PassGram, Workspace
+from raymix.signals.layout import Layout, split_passes
+from raymix.signals.statistics import PieceGram
+
+Mode = Literal["exact", "backward", "last_layer"]
+Preconditioner = Callable[[nn.Parameter], Tensor | None]
+
+
+class Recording:
+    """One forward and backward pass whose pieces are being recorded."""
+
+    def __init__(self, piece_B: Tensor, scale: float) -> None:
+        """Start with nothing recorded."""
+        self._piece_B, self._scale = piece_B, scale
+        self._n_groups = self._n_pieces = 0
+        self._gram: PassGram | None = None
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._pieces: PieceGram | None = None
+
+    @property
+    def pieces(self) -> PieceGram:
+        """Return what was recorded; waits for the device.
+
+        Raises:
+            RuntimeError: If no forward pass took place.
+        """
+        if self._pieces is None:
+            if self._gram is None or self._rows is None:
+                raise RuntimeError("no forward pass of the probe's model was recorded")
+            gram_PP = self._gram.gram(self._n_pieces) / self._scale**2
+            self._pieces = _piece_gram(self._n_groups, gram_PP, self._piece_B, self._rows)
+            self._gram = None
+        return self._pieces
+
+    def begin(self, gram: PassGram, n_groups: int, n_pieces: int) -> None:
+        """Note where the pieces go."""
+        self._gram, self._n_groups, self._n_pieces = gram, n_groups, n_pieces
+
+    def scored(self, labels_BL: Tensor, loss_BL: Tensor) -> None:
+        """Note what the rows lost."""
+        self._rows = row_sums(labels_BL, loss_BL)
+
+
+class GradientProbe:
+    """Measures the Gram matrix of per-piece gradients of a loss module.
+
+    Works on any model whose parameters are used in matrix products, look-ups, norms and biases
+    (others: `mode="backward"`), on one process, inside DDP, and sharded by FSDP2. Each rank
+    measures its own rows; add `gradient_sums` over ranks. Under FSDP2 all ranks make the same
+    calls with equally many passes, for their layers are gathered together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        n_groups: int,
+        halves: int = 2,
+        mode: Mode = "exact",
+        precondition: Preconditioner | None = None,
+    ) -> None:
+        """Look at `model` as it is placed: after sharding, before or after wrapping by DDP.
+
+        Args:
+            model: `model(tokens_BL, positions_BL, labels_BL)` returns the loss summed over labels
+                in nats, and the loss of each token, shape (B, L). Labels below 0 are none.
+            n_groups: K; targets are groups, too.
+            halves: Pieces per group, at least 2 for norms and noise.
+            mode: `exact`: all parameters. `last_layer`: the output head as a matrix product.
+                `backward`: all parameters by one backward pass per piece, with all pieces'
+                gradients in memory; the reference, and for models that `exact` refuses.
+            precondition: Returns 1 / (sqrt(v) + eps) of a parameter, in its shape and placement,
+                or None for 1. Products become <g, P g'>.
+
+        Raises:
+            ValueError: If a number or the mode is out of range, or nothing can be measured.
+        """
+        if n_groups < 1 or halves < 1:
+            raise ValueError(f"n_groups = {n_groups}, halves = {halves}: both must be 1 or more")
+        if mode not in ("exact", "backward", "last_layer"):
+            raise ValueError(f"mode = {mode!r}: must be exact, backward or last_layer")
+        self._model = model
+        self._n_groups, self._n_pieces = n_groups, n_groups * halves
+        self._mode = mode
+        self._precondition = precondition
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if mode == "last_layer":
+            head = _head(model)
+            trained = {name: p for name, p in trained.items() if any(p is own for own in head)}
+        if not trained:
+            raise ValueError(f"mode = {mode!r}: the model has no trainable parameter to measure")
+        self._trained = trained
+        self._names = ParameterNames(model, trained)
+        self._workspace = Workspace()
+        self._signature = inspect.signature(model.forward)
+
+    @contextlib.contextmanager
+    def recording(self, piece_B: Tensor, *, scale: float = 1.0) -> Iterator[Recording]:
+        """Record the one forward and backward pass that runs inside; gradients come as always.
+
+        Rows in the order of `order_by_piece` cost least. Activation checkpointing must not be
+        reentrant.
+
+        Args:
+            piece_B: Piece `half * K + group` of each row, shape (B,); -1 for a row of none, which
+                still counts for the gradient.
+            scale: What the summed loss is multiplied by before the backward pass.
+
+        Raises:
+            TrainingError: If a parameter is used in a way that cannot be split.
+            ValueError: If the mode is `backward`, or `piece_B` does not fit.
+        """
+        if self._mode == "backward":
+            raise ValueError("mode = 'backward': it makes passes of its own. Call measure()")
+        self._check(piece_B)
+        recording = Recording(piece_B, scale)
+        with self._captured(recording, piece_B, fixed=False):
+            yield recording
+
+    def measure(
+        self,
+        tokens_BL: Tensor,
+        positions_BL: Tensor,
+        labels_BL: Tensor,
+        piece_B: Tensor,
+        *,
+        passes: int = 1,
+    ) -> tuple[PieceGram, ...]:
+        """Return what rows of their own show, one entry per pass; `.grad` is never touched.
+
+        Call it inside the autocast context of training, if there is one.
+
+        Args:
+            tokens_BL: Token ids.
+            positions_BL: Positions.
+            labels_BL: Labels.
+            piece_B: Piece of each row, as in `recording`.
+            passes: Into how many passes the rows are cut, each with its share of every piece:
+                less memory, and products only of rows in the same pass.
+
+        Raises:
+            TrainingError: If a parameter is used in a way that cannot be split.
+            ValueError: If `piece_B` does not fit.
+        """
+        self._check(piece_B, len(tokens_BL))
+        if not 1 <= passes <= len(piece_B):
+            raise ValueError(f"passes = {passes}: must be 1 to {len(piece_B)}, the rows at hand")
+        found = []
+        for rows in split_passes(piece_B, passes):
+            at = rows.to(tokens_BL.device)
+            batch = tokens_BL[at], positions_BL[at], labels_BL[at]
+            own_B = piece_B[rows.to(piece_B.device)]
+            found.append(
+                self._one_by_one(batch, own_B)
+                if self._mode == "backward"
+                else self._at_once(batch, own_B)
+            )
+        return tuple(found)
+
+    def _check(self, piece_B: Tensor, rows: int | None = None) -> None:
+        if piece_B.ndim != 1 or (rows is not None and len(piece_B) != rows):
+            raise ValueError(f"piece_B of shape {tuple(piece_B.shape)} for {rows} rows")
+        if len(piece_B) and not -1 <= int(piece_B.min()) <= int(piece_B.max()) < self._n_pieces:
+            raise ValueError(f"piece_B must be from -1 to {self._n_pieces - 1}")
+
+    def _at_once(self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor) -> PieceGram:
+        recording = Recording(piece_B, 1.0)
+        with torch.enable_grad(), self._captured(recording, piece_B, fixed=True) as capture:
+            loss, _ = self._model(*batch)
+            with torch.autocast(loss.device.type, enabled=False):
+                if loss.requires_grad:
+                    torch.autograd.grad(loss, capture.anchor, allow_unused=True)
+        return recording.pieces
+
+    @contextlib.contextmanager
+    def _captured(self, recording: Recording, piece_B: Tensor, *, fixed: bool) -> Iterator[Capture]:
+        """Yield the capture of one pass, which begins when the loss module is called."""
+        capture = Capture(self._names, fixed=fixed, head_only=self._mode == "last_layer")
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tokens_BL = self._bound(args, kwargs)[0]
+            if capture.begun or len(tokens_BL) != len(piece_B):
+                wrong = "a second forward pass" if capture.begun else f"{len(tokens_BL)} rows"
+                raise ValueError(f"a recording of one pass of {len(piece_B)} rows: got {wrong}")
+            layout = Layout(piece_B.to(tokens_BL.device), tokens_BL.shape[1])
+            gram = PassGram(layout, self._workspace, self._root)
+            recording.begin(gram, self._n_groups, self._n_pieces)
+            capture.begin(gram)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, out: tuple[Tensor, Tensor]) -> None:
+            capture.close_forward()
+            recording.scored(self._bound(args, kwargs)[2], out[1].detach())
+
+        hooks = (
+            self._model.register_forward_pre_hook(before, with_kwargs=True),
+            self._model.register_forward_hook(after, with_kwargs=True),
+        )
+        try:
+            with _eager(self._model), capture:
+                yield capture
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _bound(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(self._signature.bind(*args, **kwargs).arguments.values())
+
+    def _root(self, name: str) -> Tensor | None:
+        if self._precondition is None:
+            return None
+        found = self._precondition(self._trained[name])
+        if found is None:
+            return None
+        whole = found.full_tensor() if isinstance(found, DTensor) else found
+        return whole.detach().sqrt()
+
+    def _one_by_one(self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor) -> PieceGram:
+        """Return the same from one forward and backward pass per piece."""
+        n_rows, length = batch[0].shape
+        loss_BL = torch.zeros(n_rows, length, dtype=torch.float64)
+        found: dict[int, list[Tensor]] = {}
+        for piece in sorted({*piece_B.tolist()} - {-1}):
+            own = torch.nonzero(piece_B == piece).flatten()
+            at = own.to(batch[0].device)
+            stand_ins = StandIns(self._names)
+            with torch.enable_grad(), _eager(self._model), stand_ins:
+                loss, own_BL = self._model(*(tensor[at] for tensor in batch))
+                with torch.autocast(loss.device.type, enabled=False):
+                    leaves = list(stand_ins.leaves.values())
+                    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            found[piece] = [
+                self._scaled(name, grad) for name, grad in zip(stand_ins.leaves, grads, strict=True)
+            ]
+            loss_BL[own.cpu()] = own_BL.detach().double().cpu()
+        gram_PP = torch.zeros(self._n_pieces, self._n_pieces, dtype=torch.float64)
+        for one, left in found.items():
+            for other, right in found.items():
+                gram_PP[one, other] = sum(
+                    float(a.flatten().double() @ b.flatten().double())
+                    for a, b in zip(left, right, strict=True)
+                )
+        sums = row_sums(batch[2].cpu(), loss_BL)
+        return _piece_gram(self._n_groups, gram_PP, piece_B, sums)
+
+    def _scaled(self, name: str, grad: Tensor) -> Tensor:
+        root = self._root(name)
+        return grad if root is None else grad * root
+
+
+def row_sums(labels_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the label tokens and the summed loss of each row, both float64 of shape (B,)."""
+    return (labels_BL >= 0).sum(1).double(), loss_BL.double().sum(1)
+
+
+def _piece_gram(
+    n_groups: int, gram_PP: Tensor, piece_B: Tensor, sums: tuple[Tensor, Tensor]
+) -> PieceGram:
+    at = piece_B.cpu().numpy()
+    counts = [np.ones(len(at)), *(tensor.cpu().numpy() for tensor in sums)]
+    rows_P, labels_P, nats_P = (
+        np.bincount(at[at >= 0], values[at >= 0], minlength=len(gram_PP)) for values in counts
+    )
+    return PieceGram(
+        n_groups=n_groups,
+        gram_PP=gram_PP.numpy(),
+        nats_P=nats_P,
+        labels_P=labels_P,
+        rows_P=rows_P,
+    )
+
+
+def _head(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the output head, else of the last linear module."""
+    linear: nn.Module | None = None
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            linear = module
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if getter is not None else None
+        if isinstance(head, nn.Module):
+            return list(head.parameters())
+    return list(linear.parameters()) if linear is not None else []
+
+
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which a compiled model runs as written, so that calls can be seen."""
+    # Private, yet the only trace that `Module.compile` leaves.
+    if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
