@@ -2,10 +2,40 @@
 
 `build_mixer(recipe.mixer, context)` finds the kind in a registry that other packages extend with
 `@mixer("kind")` and the entry-point group `raymix.mixers`. Mixers that need no statistics are
-`PlannedMixer`s: their shares are known for every step before the run.
+`PlannedMixer`s: their shares are known for every step before the run. The others are `Adaptive`:
+a rule between the guard rails of guard.py (floor, cap on change, warm-up, averages, and broken
+statistics keep the last weights), once per window of `train.probe_interval` steps.
+
+A gradient probe is one batch that holds every domain, read out of one ordinary backward; "free"
+means the losses and counts that training knows anyway. Domains named in `targets` are measured
+and never trained on, under every mixer.
+
+| kind | shares | needs | cost | when |
+|---|---|---|---|---|
+| static, schedule | as written | nothing | none | you know what you want |
+| uniform | the same for all | nothing | none | the baseline that is hard to beat |
+| proportional | as tokens | nothing | none | one pass over everything |
+| temperature | tokens ** (1/T) | nothing | none | many sizes, some repetition |
+| unimax | uniform up to a cap on epochs | nothing | none | many sizes, bounded repetition |
+| replay | those of an earlier run's log | nothing | none | to repeat an adaptive run exactly |
+| pike | gradient norm against noise | grad_norm2, grad_noise | probe | unlike noise, no target |
+| pike, tau > 0 | the same, of tilted losses | also loss | probe | the worst domain matters |
+| dga | alignment with a target set | alignment, grad_norm2 | probe | a small target set |
+| dga, bases | the same, of histograms | group_alignment, group_gram | probe | many clusters |
+| dga, grape | alignment with lagging targets | gram, loss | probe | several targets at once |
+| doge | alignment with all, or targets | gram | probe | domains that help each other |
+| rb | the same, normalised, memoryless | gram | probe | domains that are clusters |
+| doremi | loss above a reference | loss or valid_loss | free | an earlier run gives references |
+| odm | a bandit on the loss | loss | free | hard domains first, noise and all |
+| ado | slope of fitted power laws | loss | free | long runs; needs some windows to begin |
+| aioli | fall of loss per share | loss or valid_loss | free, part of the shares | few domains |
+
+Published comparisons find most of these close to an even mixture: run `uniform` beside them.
 """
 
+from raymix.mixers import ado, aioli, dga, doge, doremi, odm, pike, rb, replay
 from raymix.mixers.base import (
+    STATISTICS,
     DomainStats,
     Mixer,
     MixerContext,
@@ -16,20 +46,40 @@ from raymix.mixers.base import (
     known_mixers,
     mixer,
 )
-from raymix.mixers.planned import Planned, shares_by_name, tempered, unimax
+from raymix.mixers.guard import Adaptive
+from raymix.mixers.named import shares_by_name
+from raymix.mixers.planned import Planned, tempered, unimax
+from raymix.mixers.powerlaw import PowerLaws, fit_power_laws
+from raymix.mixers.replay import Replay
+from raymix.mixers.simplex import water_fill
 
 __all__ = [
+    "STATISTICS",
+    "Adaptive",
     "DomainStats",
     "Mixer",
     "MixerContext",
     "Planned",
     "PlannedMixer",
+    "PowerLaws",
+    "Replay",
     "Shares",
+    "ado",
+    "aioli",
     "build_mixer",
     "describe",
+    "dga",
+    "doge",
+    "doremi",
+    "fit_power_laws",
     "known_mixers",
     "mixer",
+    "odm",
+    "pike",
+    "rb",
+    "replay",
     "shares_by_name",
     "tempered",
     "unimax",
+    "water_fill",
 ]

@@ -7,19 +7,30 @@ domains, in the order of `MixerContext.domains`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.recipe.plugins import MIXERS
 
 Shares = NDArray[np.float64]
 """Shares of tokens, shape (D,), >= 0 and summing to 1."""
 
-ENTRY_POINTS = "raymix.mixers"
+STATISTICS = {
+    "tokens": "tokens_D",
+    "loss": "loss_D",
+    "valid_loss": "valid_loss_D",
+    "grad_norm2": "grad_norm2_D",
+    "grad_noise": "grad_noise_D",
+    "gram": "gram_DD",
+    "alignment": "alignment_D",
+    "group_alignment": "group_alignment_N",
+    "group_gram": "group_gram_NN",
+}
+"""What a mixer may need: the name in `Mixer.needs` and the field of `DomainStats`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +46,23 @@ class DomainStats:
     loss_D: NDArray[np.float64]
     """Mean training loss in nats per token, shape (D,); NaN where a domain had no tokens."""
     grad_norm2_D: NDArray[np.float64] | None = None
-    """Unbiased squared gradient norms, shape (D,); may be negative on noise."""
+    """Unbiased squared gradient norms, shape (D,); may be negative on noise, and NaN, as every
+    gradient statistic, where a domain was not measured."""
     grad_noise_D: NDArray[np.float64] | None = None
     """Trace of the per-sequence gradient covariance, shape (D,)."""
     gram_DD: NDArray[np.float64] | None = None
-    """Inner products of the domains' gradients, shape (D, D)."""
+    """Inner products of the domains' gradients, shape (D, D); unbiased on the diagonal."""
     alignment_D: NDArray[np.float64] | None = None
-    """Inner products with the target's gradient, shape (D,)."""
+    """Inner products with the mean of the targets' gradients, shape (D,)."""
+    valid_loss_D: NDArray[np.float64] | None = None
+    """Held-out loss in nats per token, shape (D,)."""
+    group_alignment_N: NDArray[np.float64] | None = None
+    """Inner products of the gradients of the mixer's N `probe_groups` with the mean of the
+    targets' gradients, shape (N,)."""
+    group_gram_NN: NDArray[np.float64] | None = None
+    """Inner products of the groups' gradients, shape (N, N); unbiased on the diagonal."""
+    probe_passes: float = 1.0
+    """Passes behind the gradient statistics: their weight in a mean over ranks; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +77,16 @@ class MixerContext:
     """Tokens of the whole run."""
     total_steps: int
     """Steps of the whole run."""
+    rows_per_step: int = 1
+    """Sequences in a global batch."""
+    targets: tuple[str, ...] = ()
+    """Domains that are measured and never trained on: their share is 0 under every mixer."""
+
+    @property
+    def mixed_D(self) -> NDArray[np.bool_]:
+        """Return which domains may have a share, those that are no targets, shape (D,)."""
+        targets = set(self.targets)
+        return np.array([name not in targets for name in self.domains], dtype=np.bool_)
 
 
 @runtime_checkable
@@ -64,10 +95,7 @@ class Mixer(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Return the statistics `update` reads.
-
-        Of loss, tokens, grad_norm2, grad_noise, alignment and gram.
-        """
+        """Return the statistics `update` reads, by the names of `STATISTICS`."""
         ...
 
     def update(self, stats: DomainStats) -> Shares:
@@ -98,17 +126,17 @@ class PlannedMixer(Mixer, Protocol):
 
 
 Factory = Callable[[Any, MixerContext], Mixer]
-_FACTORIES: dict[str, Factory] = {}
 
 
 def mixer(kind: str) -> Callable[[Factory], Factory]:
     """Return a decorator that registers a factory `(config, context) -> Mixer` under `kind`.
 
-    Packages outside raymix name the factory in the entry-point group `raymix.mixers`.
+    Packages outside raymix name the factory in the entry-point group `raymix.mixers`. Either way
+    a recipe can name the kind; the further keys of its `mixer` section are attributes of `config`.
     """
 
     def register(factory: Factory) -> Factory:
-        _FACTORIES[kind] = factory
+        MIXERS.factories[kind] = factory
         return factory
 
     return register
@@ -116,7 +144,7 @@ def mixer(kind: str) -> Callable[[Factory], Factory]:
 
 def known_mixers() -> tuple[str, ...]:
     """Return the kinds that `build_mixer` can build, sorted."""
-    return tuple(sorted({*_FACTORIES, *entry_points(group=ENTRY_POINTS).names}))
+    return MIXERS.kinds()
 
 
 def build_mixer(config: Any, context: MixerContext) -> Mixer:
@@ -126,9 +154,9 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
         RecipeError: If its kind is unknown, or its values do not fit the context.
     """
     kind: str = config.kind
-    if kind not in _FACTORIES:
+    if kind not in MIXERS.factories:
         _load_plugin(kind)
-    if kind not in _FACTORIES:
+    if kind not in MIXERS.factories:
         known = known_mixers()
         raise RecipeError(
             problem(
@@ -139,13 +167,28 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
                 did_you_mean(kind, known),
             )
         )
-    return _FACTORIES[kind](config, context)
+    return MIXERS.factories[kind](config, _with_targets(config, context))
+
+
+def _with_targets(config: Any, context: MixerContext) -> MixerContext:
+    """Return the context with the targets that the recipe's section names, checked."""
+    named = (*context.targets, *getattr(config, "targets", ()))
+    targets = tuple(dict.fromkeys(named))
+    known = set(context.domains)
+    for name in targets:
+        if name not in known:
+            near = did_you_mean(name, context.domains)
+            raise RecipeError(problem("mixer.targets", name, "no domain of the corpus", near))
+    if len(targets) == len(known):
+        advice = "Leave at least one domain to train on"
+        raise RecipeError(problem("mixer.targets", targets, "every domain is a target", advice))
+    return replace(context, targets=targets)
 
 
 def _load_plugin(kind: str) -> None:
-    for point in entry_points(group=ENTRY_POINTS, name=kind):
+    for point in MIXERS.entry_points(kind):
         try:
-            _FACTORIES.setdefault(kind, point.load())
+            MIXERS.factories.setdefault(kind, point.load())
         except (ImportError, AttributeError) as error:
             wrong = f"its entry point {point.value!r} cannot be loaded ({error})"
             raise RecipeError(problem("mixer.kind", kind, wrong)) from error

@@ -1,33 +1,28 @@
-"""Mixers whose shares are known before the run: fixed ones, schedules, and replays.
+"""Mixers whose shares are known before the run: fixed ones and schedules.
 
 Shapes: D domains, P pieces of a schedule.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, problem
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
+from raymix.mixers.named import SUM_TOLERANCE, shares_by_name
 from raymix.recipe.mixer import (
     ProportionalMixer,
-    ReplayMixer,
     ScheduleMixer,
     StaticMixer,
     TemperatureMixer,
     UniformMixer,
     UnimaxMixer,
 )
-
-SUM_TOLERANCE = 1e-6
 
 
 class Planned:
@@ -84,27 +79,30 @@ def _static(config: StaticMixer, context: MixerContext) -> Mixer:
 
 @mixer("uniform")
 def _uniform(config: UniformMixer, context: MixerContext) -> Mixer:
-    n_domains = len(context.domains)
-    shares_D = np.full(n_domains, 1 / n_domains)
-    return Planned(f"uniform: the same share for each of {n_domains} domains", [shares_D])
+    mixed_D = context.mixed_D
+    summary = f"uniform: the same share for each of {mixed_D.sum()} domains"
+    return Planned(summary, [mixed_D / mixed_D.sum()])
 
 
 @mixer("proportional")
 def _proportional(config: ProportionalMixer, context: MixerContext) -> Mixer:
-    return Planned("proportional: shares as the domains' tokens", [tempered(context.tokens_D, 1.0)])
+    shares_D = tempered(np.where(context.mixed_D, context.tokens_D, 0), 1.0)
+    return Planned("proportional: shares as the domains' tokens", [shares_D])
 
 
 @mixer("temperature")
 def _temperature(config: TemperatureMixer, context: MixerContext) -> Mixer:
-    shares_D = tempered(context.tokens_D, config.temperature)
+    held_D = np.where(context.mixed_D, context.tokens_D, 0)
+    shares_D = tempered(held_D, config.temperature)
     return Planned(f"temperature {config.temperature:g}: shares as tokens ** (1/T)", [shares_D])
 
 
 @mixer("unimax")
 def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
-    shares_D, capped_D = unimax(context.tokens_D, context.total_tokens, config.max_epochs)
+    held_D = np.where(context.mixed_D, context.tokens_D, 0)
+    shares_D, capped_D = unimax(held_D, context.total_tokens, config.max_epochs)
     if capped_D.all() and shares_D.sum() * (1 + SUM_TOLERANCE) < context.total_tokens:
-        held = int(context.tokens_D.sum())
+        held = int(held_D.sum())
         raise RecipeError(
             problem(
                 "mixer.max_epochs",
@@ -143,57 +141,6 @@ def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
     )
 
 
-@mixer("replay")
-def _replay(config: ReplayMixer, context: MixerContext) -> Mixer:
-    entries = _read_log(config.log)
-    shares_PD = [
-        shares_by_name(shares, context, path=f"{config.log}: entry {at}")
-        for at, (_, shares) in enumerate(entries)
-    ]
-    starts = [start for start, _ in entries]
-    return Planned(f"replay: {len(starts)} entries of {config.log}", shares_PD, boundaries=starts)
-
-
-def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path: str) -> Shares:
-    """Return weights by name as shares, shape (D,); a domain left out gets 0.
-
-    Raises:
-        RecipeError: If a name is no domain's, a weight is not a number >= 0, or the sum is
-            further than 1e-6 from 1.
-    """
-    problems = [
-        problem(
-            f"{path}.{name}",
-            weight,
-            "the corpus has no such domain",
-            f"It has {_some(context.domains)}",
-            did_you_mean(name, context.domains),
-        )
-        for name, weight in weights.items()
-        if name not in context.domains
-    ]
-    problems += [
-        problem(f"{path}.{name}", weight, "not a number >= 0")
-        for name, weight in weights.items()
-        if not 0 <= weight < math.inf
-    ]
-    if problems:
-        raise RecipeError(*problems)
-    total = math.fsum(weights.values())
-    if abs(total - 1) > SUM_TOLERANCE:
-        left_out = [name for name in context.domains if name not in weights]
-        raise RecipeError(
-            problem(
-                path,
-                dict(weights),
-                f"the weights sum to {total:.6g}, not to 1",
-                f"Left out, so 0: {_some(left_out)}" if left_out else "",
-                f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
-            )
-        )
-    return np.array([weights.get(name, 0.0) for name in context.domains]) / total
-
-
 def tempered(tokens_D: NDArray[np.int64], temperature: float) -> Shares:
     """Return shares in proportion to tokens ** (1 / temperature), shape (D,); none for none."""
     held_D = tokens_D > 0
@@ -221,37 +168,3 @@ def unimax(
         budget_D[domain] = min(cap, even)
         left -= budget_D[domain]
     return budget_D, capped_D
-
-
-def _read_log(path: str) -> list[tuple[int, dict[str, float]]]:
-    """Return (first step, shares by name) of each entry; a torn last line is left out."""
-    try:
-        lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        advice = "Give the mixture_log.jsonl of an earlier run"
-        wrong = f"cannot be read ({error.strerror or error})"
-        raise RecipeError(problem("mixer.log", path, wrong, advice)) from error
-    entries: list[tuple[int, dict[str, float]]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            raw = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise RecipeError(_bad_line(path, number)) from error
-        if not (isinstance(raw, dict) and {"first_step", "shares"} <= raw.keys()):
-            raise RecipeError(_bad_line(path, number))
-        entries.append((raw["first_step"], raw["shares"]))
-    starts = [start for start, _ in entries]
-    if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-        wrong = "no entries that start at step 0 and follow each other"
-        raise RecipeError(problem("mixer.log", path, wrong))
-    return entries
-
-
-def _bad_line(path: str, number: int) -> str:
-    return problem("mixer.log", path, f"line {number} is not an entry of a mixture log")
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -10,6 +10,7 @@ from raymix.errors import RecipeError, problem
 from raymix.recipe import _yaml
 from raymix.recipe._describe import Spot, tag_of
 from raymix.recipe._translate import brief
+from raymix.recipe.plugins import OpenTo, PluginMixer
 from raymix.recipe.recipe import Recipe
 
 
@@ -95,8 +96,14 @@ def _member(spot: Spot, node: Any) -> Spot:
 
 def _drop_fields(node: dict[str, Any], union: Spot, tag: object) -> None:
     """Drop the fields that the old kind has and the new one has not; others may be typos."""
-    old = _member(union, node).model
-    new = next((m.model for m in union.members() if tag_of(m, union) == tag), None)
-    if old is not None and new is not None:
-        for key in old.model_fields.keys() - new.model_fields.keys():
-            node.pop(key, None)
+    models = {tag_of(member, union): member.model for member in union.members()}
+    old, new = (models.get(str(kind)) for kind in (node.get(union.discriminator or ""), tag))
+    plugins = [m for m in union.metadata if isinstance(m, OpenTo)]
+    kept = {*PluginMixer.model_fields} if any(m.knows(tag) for m in plugins) else set()
+    kept |= {*new.model_fields} if new is not None else set()
+    if not kept:
+        return
+    # What another package's kind has is not known: all of it goes.
+    known = old.model_fields.keys() if old is not None else set(node)
+    for key in known - kept:
+        node.pop(key, None)

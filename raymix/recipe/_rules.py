@@ -13,7 +13,8 @@ from raymix.errors import did_you_mean
 from raymix.recipe._base import Fault
 from raymix.recipe._translate import known_names
 from raymix.recipe.corpus import CorpusConfig
-from raymix.recipe.mixer import MixerConfig, ScheduleMixer, StaticMixer
+from raymix.recipe.mixer import MixerConfig
+from raymix.recipe.shares import MixerModel
 from raymix.recipe.training import ClusterConfig, DataConfig, PackedData
 
 # Looking for a near name takes a while where there are thousands of domains.
@@ -31,11 +32,24 @@ def broken_rules(sections: Mapping[str, Any]) -> list[Fault]:
 
 
 def _weights_name_domains(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[Fault]:
-    if isinstance(mixer, StaticMixer):
-        yield from _unknown_domains(corpus, "mixer.weights", mixer.weights)
-    elif isinstance(mixer, ScheduleMixer):
-        for index, piece in enumerate(mixer.pieces):
-            yield from _unknown_domains(corpus, f"mixer.pieces.{index}.weights", piece.weights)
+    if isinstance(mixer, MixerModel):
+        for field, values in (mixer.shares() | mixer.values()).items():
+            yield from _unknown_domains(corpus, f"mixer.{field}", values)
+
+
+def _targets_are_held_out(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[Fault]:
+    names = [domain.name for domain in corpus.domains]
+    known, targets = set(names), set(mixer.targets)
+    for name in [name for name in mixer.targets if known and name not in known][:_MOST_SHOWN]:
+        advice = (did_you_mean(name, names), f"Known: {known_names(names)}")
+        yield Fault("mixer.targets", name, "no domain of the corpus has this name", advice)
+    if known and known <= targets:
+        advice = "Leave at least one domain to train on"
+        yield Fault("mixer.targets", mixer.targets, "every domain is a target", (advice,))
+    for field, shares in mixer.shares().items() if isinstance(mixer, MixerModel) else ():
+        for name in [name for name in shares if name in targets and shares[name] > 0]:
+            wrong, advice = "a target is measured and never trained on", "Its share must be 0"
+            yield Fault(f"mixer.{field}.{name}", shares[name], wrong, (advice,))
 
 
 def _caps_name_domains(corpus: CorpusConfig, data: DataConfig) -> Iterable[Fault]:
@@ -66,6 +80,7 @@ def _rows_for_every_worker(data: DataConfig, cluster: ClusterConfig) -> Iterable
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "mixer"), _weights_name_domains),
+    (("corpus", "mixer"), _targets_are_held_out),
     (("corpus", "data"), _caps_name_domains),
     (("data", "cluster"), _rows_for_every_worker),
 )

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 from raymix.errors import did_you_mean, problem
 from raymix.recipe._base import Fault, Faults
 from raymix.recipe._describe import Spot, describe, field_paths, tag_of
+from raymix.recipe.plugins import OpenTo
 
 _Path = tuple[str | int, ...]
 
@@ -218,6 +219,7 @@ def _unknown_kind(item: _Located, name: str) -> str:
     context = item.error.get("ctx", {})
     key = str(context.get("discriminator", "kind")).strip("'")
     known = [tag_of(member, item.spot) for member in item.spot.members()]
+    known += [kind for m in item.spot.metadata if isinstance(m, OpenTo) for kind in m.others()]
     name = f"{name}.{key}"
     if item.error["type"] == "union_tag_not_found":
         return problem(name, MISSING, "required", f"Known: {', '.join(known)}")

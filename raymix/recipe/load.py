@@ -26,7 +26,7 @@ from raymix.recipe._overrides import apply_overrides
 from raymix.recipe._rules import broken_rules
 from raymix.recipe._translate import fault_message, translate
 from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
-from raymix.recipe.mixer import MixerConfig, ReplayMixer
+from raymix.recipe.mixer import DgaMixer, MixerConfig, ReplayMixer
 from raymix.recipe.recipe import Recipe
 from raymix.recipe.training import ModelConfig, PretrainedModel
 
@@ -83,6 +83,8 @@ def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
     mixer: MixerConfig = recipe.mixer
     if isinstance(mixer, ReplayMixer):
         changes["mixer"] = mixer.model_copy(update={"log": absolute(mixer.log, here)})
+    elif isinstance(mixer, DgaMixer) and isinstance(mixer.bases, str):
+        changes["mixer"] = mixer.model_copy(update={"bases": absolute(mixer.bases, start)})
     return recipe.model_copy(update=changes)
 
 

@@ -1,28 +1,31 @@
-"""Recipe models of the mixers, one per `kind`; all weights are shares of tokens."""
+"""Recipe models of the mixers whose shares are known beforehand, and the union of all mixers.
+
+One model per `kind`; all weights are shares of tokens.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from raymix.recipe._base import Fault, Model, Real, Whole, raise_if
+from raymix.recipe.adaptive import (
+    AdoMixer,
+    AioliMixer,
+    DgaMixer,
+    DogeMixer,
+    DoremiMixer,
+    OdmMixer,
+    PikeMixer,
+    RbMixer,
+)
+from raymix.recipe.plugins import MIXERS, OpenTo, PluginMixer
+from raymix.recipe.shares import MixerModel, Weights, sum_fault
 
-Weights = dict[str, Annotated[Real, Field(ge=0)]]
-SUM_TOLERANCE = 1e-6
 
-
-def _sum_fault(field: str, weights: dict[str, float]) -> Fault | None:
-    total = math.fsum(weights.values())
-    if abs(total - 1) <= SUM_TOLERANCE:
-        return None
-    wrong = f"the shares sum to {total:.9g}, not 1"
-    advice = f"Divide each by {total:.9g}" if total > 0 else "Give at least one domain a share"
-    return Fault(field, weights, wrong, (f"A sum within {SUM_TOLERANCE:g} of 1 is allowed", advice))
-
-
-class StaticMixer(Model):
+class StaticMixer(MixerModel):
     """Fixed shares of tokens."""
 
     kind: Literal["static"]
@@ -32,25 +35,29 @@ class StaticMixer(Model):
 
     @model_validator(mode="after")
     def _rules(self) -> StaticMixer:
-        raise_if(_sum_fault("weights", self.weights))
+        raise_if(sum_fault("weights", self.weights))
         return self
 
+    def shares(self) -> dict[str, Mapping[str, float]]:
+        """Return the weights."""
+        return {"weights": self.weights}
 
-class UniformMixer(Model):
+
+class UniformMixer(MixerModel):
     """The same share for every domain."""
 
     kind: Literal["uniform"]
     """Selects this mixer."""
 
 
-class ProportionalMixer(Model):
+class ProportionalMixer(MixerModel):
     """Shares in proportion to the tokens each domain holds."""
 
     kind: Literal["proportional"] = "proportional"
     """Selects this mixer."""
 
 
-class TemperatureMixer(Model):
+class TemperatureMixer(MixerModel):
     """Shares in proportion to tokens ** (1 / temperature)."""
 
     kind: Literal["temperature"]
@@ -59,7 +66,7 @@ class TemperatureMixer(Model):
     """1 is proportional, the larger the more uniform; mT5 used 3.3."""
 
 
-class UnimaxMixer(Model):
+class UnimaxMixer(MixerModel):
     """As uniform as a cap on epochs per domain allows (UniMax, Chung et al. 2023)."""
 
     kind: Literal["unimax"]
@@ -78,11 +85,11 @@ class SchedulePiece(Model):
 
     @model_validator(mode="after")
     def _rules(self) -> SchedulePiece:
-        raise_if(_sum_fault("weights", self.weights))
+        raise_if(sum_fault("weights", self.weights))
         return self
 
 
-class ScheduleMixer(Model):
+class ScheduleMixer(MixerModel):
     """Shares that change at given steps."""
 
     kind: Literal["schedule"]
@@ -108,8 +115,12 @@ class ScheduleMixer(Model):
         raise_if(*faults)
         return self
 
+    def shares(self) -> dict[str, Mapping[str, float]]:
+        """Return the weights of each piece."""
+        return {f"pieces.{i}.weights": piece.weights for i, piece in enumerate(self.pieces)}
 
-class ReplayMixer(Model):
+
+class ReplayMixer(MixerModel):
     """The weights of an earlier run, read from its mixture log."""
 
     kind: Literal["replay"]
@@ -118,13 +129,27 @@ class ReplayMixer(Model):
     """Path of a `mixture_log.jsonl`, relative to the working directory."""
 
 
-MixerConfig = Annotated[
+_Own = (
     StaticMixer
     | UniformMixer
     | ProportionalMixer
     | TemperatureMixer
     | UnimaxMixer
     | ScheduleMixer
-    | ReplayMixer,
-    Field(discriminator="kind"),
+    | ReplayMixer
+    | PikeMixer
+    | DgaMixer
+    | DogeMixer
+    | DoremiMixer
+    | OdmMixer
+    | AdoMixer
+    | RbMixer
+    | AioliMixer
+)
+OWN_KINDS = frozenset(
+    {"static", "uniform", "proportional", "temperature", "unimax", "schedule", "replay"}
+    | {"pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}
+)
+MixerConfig = Annotated[
+    _Own, Field(discriminator="kind"), OpenTo(MIXERS, model=PluginMixer, own=OWN_KINDS)
 ]

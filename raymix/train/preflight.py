@@ -198,6 +198,8 @@ class _Mixture:
             tokens_D=np.array([domain.tokens for domain in supply], dtype=np.int64),
             total_tokens=shape.steps * shape.tokens,
             total_steps=shape.steps,
+            rows_per_step=shape.rows,
+            targets=recipe.mixer.targets,
         )
         mixer = build_mixer(recipe.mixer, context)
         asked = segments(mixer, context, recipe.train.probe_interval)

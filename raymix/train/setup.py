@@ -73,15 +73,18 @@ def recipe_hash(recipe: Recipe) -> str:
 def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
     """Return what the mixer may know about the run."""
     data = recipe.data
-    tokens = data.tokens_per_step if not isinstance(data, PackedData) else (
-        data.rows_per_step * data.sequence_length
-    )  # fmt: skip
+    if isinstance(data, PackedData):
+        rows, tokens = data.rows_per_step, data.rows_per_step * data.sequence_length
+    else:
+        rows, tokens = -(-data.tokens_per_step // data.sequence_length), data.tokens_per_step
     held = [corpus.split(name, "train").tokens for name in corpus.domain_names]
     return MixerContext(
         domains=corpus.domain_names,
         tokens_D=np.array(held, dtype=np.int64),
         total_tokens=steps * tokens,
         total_steps=steps,
+        rows_per_step=rows,
+        targets=recipe.mixer.targets,
     )
 
 

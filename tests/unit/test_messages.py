@@ -26,15 +26,59 @@ OVERRIDES = {
     "steps=3": f"steps = 3: unknown key. Did you mean 'train.steps'? Known: {SECTIONS}.",
     "mixer.kind=unimx": (
         "mixer.kind = 'unimx': not known. Did you mean 'unimax'? Known: static, uniform, "
-        "proportional, temperature, unimax, schedule, replay."
+        "proportional, temperature, unimax, schedule, replay, pike, dga, doge, doremi, odm, ado, "
+        "rb, aioli."
+    ),
+    "mixer.kind=pyke": (
+        "mixer.kind = 'pyke': not known. Did you mean 'pike'? Known: static, uniform, "
+        "proportional, temperature, unimax, schedule, replay, pike, dga, doge, doremi, odm, ado, "
+        "rb, aioli."
+    ),
+    "mixer={kind: pike, tau: -1}": ("mixer.tau = -1: too small. Allowed: a number of at least 0."),
+    "mixer={kind: pike, zeta_1: -0.1}": (
+        "mixer.zeta_1 = -0.1: too small. Allowed: a number of at least 0."
+    ),
+    "mixer={kind: pike, lr: 0.1}": (
+        "mixer.lr = 0.1: lr and smoothness go together. Give both, or neither and set zeta_2."
+    ),
+    "mixer={kind: pike, initial: {books: 0.5}}": (
+        "mixer.initial = {'books': 0.5}: the shares sum to 0.5, not 1. "
+        "A sum within 1e-06 of 1 is allowed. Divide each by 0.5."
+    ),
+    "mixer={kind: dga}": (
+        "mixer.targets = []: dga needs a target. Name a domain that is to be held out of the "
+        "mixture, e.g. targets: [medicine]."
+    ),
+    "mixer={kind: dga, targets: boks}": (
+        "mixer.targets = 'boks': no domain of the corpus has this name. Did you mean 'books'? "
+        "Known: books, code."
+    ),
+    "mixer={kind: dga, targets: [books, code]}": (
+        "mixer.targets = ('books', 'code'): every domain is a target. "
+        "Leave at least one domain to train on."
+    ),
+    "mixer={kind: dga, targets: books, initial: {books: 0.5, code: 0.5}}": (
+        "mixer.initial.books = 0.5: a target is measured and never trained on. Its share must be 0."
+    ),
+    "mixer.targets=[code]": (
+        "mixer.weights.code = 0.5: a target is measured and never trained on. Its share must be 0."
+    ),
+    "mixer={kind: dga, targets: code, bases: {a: {coed: 1}}}": (
+        "mixer.bases.a.coed = 1.0: no domain of the corpus has this name. Did you mean 'code'? "
+        "Known: books, code."
+    ),
+    "mixer={kind: doremi, reference: {boks: 3}}": (
+        "mixer.reference.boks = 3.0: no domain of the corpus has this name. Did you mean 'books'? "
+        "Known: books, code."
     ),
     "mixer={}": (
         "mixer.kind = (missing): required. Known: static, uniform, proportional, temperature, "
-        "unimax, schedule, replay."
+        "unimax, schedule, replay, pike, dga, doge, doremi, odm, ado, rb, aioli."
     ),
     "mixer=static": (
         "mixer = 'static': not a mapping. Allowed: a mapping whose kind is static, uniform, "
-        "proportional, temperature, unimax, schedule or replay."
+        "proportional, temperature, unimax, schedule, replay, pike, dga, doge, doremi, odm, ado, rb "
+        "or aioli."
     ),
     "train.steps=abc": (
         "train.steps = 'abc': not a whole number. "

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import raymix.mixers.base
+import raymix.recipe.plugins
 from raymix.errors import RecipeError
 from raymix.mixers import (
     DomainStats,
@@ -40,6 +40,7 @@ from raymix.recipe.mixer import (
     UniformMixer,
     UnimaxMixer,
 )
+from raymix.recipe.plugins import MIXERS
 from raymix.sampling import MixtureEntry, MixtureLog
 
 CONTEXT = MixerContext(("web", "books", "code"), np.array([10_000, 1_000, 100]), 6_000, 100)
@@ -263,7 +264,7 @@ def greedy(config: GreedyConfig, context: MixerContext) -> Mixer:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raymix.mixers.base, "_FACTORIES", dict(raymix.mixers.base._FACTORIES))
+    monkeypatch.setattr(MIXERS, "factories", dict(MIXERS.factories))
 
 
 @pytest.mark.usefixtures("registry")
@@ -279,7 +280,9 @@ def test_a_registered_mixer_is_built_like_our_own() -> None:
 def install(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     point = EntryPoint("greedy", value, "raymix.mixers")
     monkeypatch.setattr(
-        raymix.mixers.base, "entry_points", lambda **about: EntryPoints([point]).select(**about)
+        raymix.recipe.plugins,
+        "entry_points",
+        lambda **about: EntryPoints([point]).select(**about),
     )
 
 

@@ -71,6 +71,7 @@ def test_every_member_of_a_union_of_models_has_its_tag() -> None:
         "data": ["packed", "documents"],
         "mixer": [
             "static", "uniform", "proportional", "temperature", "unimax", "schedule", "replay",
+            "pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli",
         ],
         "model": ["config", "pretrained"],
     }  # fmt: skip

@@ -1,0 +1,100 @@
+"""Weights, losses and other numbers that a recipe gives by domain name, as arrays.
+
+Shapes: D domains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.mixers.base import MixerContext, Shares
+
+SUM_TOLERANCE = 1e-6
+# Looking for a near name takes a while where there are thousands of domains.
+_MOST_SHOWN = 5
+
+
+def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path: str) -> Shares:
+    """Return weights by name as shares, shape (D,); a domain left out gets 0.
+
+    Raises:
+        RecipeError: If a name is no domain's or a target's, a weight is not a number >= 0, or the
+            sum is further than 1e-6 from 1.
+    """
+    problems = [*_unknown(weights, context, path), *_negative(weights, path)]
+    problems += [
+        problem(
+            f"{path}.{name}",
+            weights[name],
+            "a target is measured and never trained on",
+            "Its share must be 0",
+        )
+        for name in context.targets
+        if weights.get(name, 0) > 0
+    ]
+    if problems:
+        raise RecipeError(*problems)
+    total = math.fsum(weights.values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        left_out = [name for name in context.domains if name not in weights]
+        raise RecipeError(
+            problem(
+                path,
+                dict(list(weights.items())[: 4 * _MOST_SHOWN]),
+                f"the weights sum to {total:.6g}, not to 1",
+                f"Left out, so 0: {some(left_out)}" if left_out else "",
+                f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
+            )
+        )
+    return np.array([weights.get(name, 0.0) for name in context.domains]) / total
+
+
+def values_by_name(
+    values: Mapping[str, float], context: MixerContext, *, path: str
+) -> NDArray[np.float64]:
+    """Return numbers by name, shape (D,), NaN for a target that is left out.
+
+    Raises:
+        RecipeError: If a name is no domain's, a value is not a number >= 0, or a domain that is
+            trained on is left out.
+    """
+    problems = [*_unknown(values, context, path), *_negative(values, path)]
+    targets = set(context.targets)
+    absent = [name for name in context.domains if name not in values and name not in targets]
+    if absent:
+        advice = f"Give every domain one; missing: {some(absent)}"
+        shown = dict(list(values.items())[:_MOST_SHOWN])
+        problems.append(problem(path, shown, f"{len(absent)} domains have no value", advice))
+    if problems:
+        raise RecipeError(*problems)
+    return np.array([values.get(name, math.nan) for name in context.domains])
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Return the names for a message, the first few when there are many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _unknown(values: Mapping[str, float], context: MixerContext, path: str) -> Iterable[str]:
+    known = set(context.domains)
+    unknown = [name for name in values if name not in known]
+    for name in unknown[:_MOST_SHOWN]:
+        near = did_you_mean(name, context.domains)
+        wrong, advice = "the corpus has no such domain", f"It has {some(context.domains)}"
+        yield problem(f"{path}.{name}", values[name], wrong, advice, near)
+    if len(unknown) > _MOST_SHOWN:
+        more = unknown[_MOST_SHOWN:]
+        yield problem(path, some(more, 3), f"{len(more)} more names are of no domain")
+
+
+def _negative(values: Mapping[str, float], path: str) -> Iterable[str]:
+    wrong = [name for name, value in values.items() if not 0 <= value < math.inf]
+    for name in wrong[:_MOST_SHOWN]:
+        yield problem(f"{path}.{name}", values[name], "not a number >= 0")
+    if len(wrong) > _MOST_SHOWN:
+        yield problem(path, some(wrong[_MOST_SHOWN:], 3), "these are not numbers >= 0 either")

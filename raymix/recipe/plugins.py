@@ -1,0 +1,103 @@
+"""Kinds of mixers that other packages bring, so that a recipe can name one.
+
+The union of our own kinds is closed, which is what makes its messages good. `OpenTo` opens it to
+the kinds of a registry, and to nothing else: a misspelt kind is still one clear error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoints, entry_points
+from typing import Any
+
+from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+from raymix.recipe._base import Model
+
+
+@dataclass(slots=True)
+class Registry:
+    """Factories by kind: ours, those that a program registered, and those of entry points."""
+
+    group: str
+    """The entry-point group."""
+    factories: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """What has been imported so far."""
+
+    def entry_points(self, kind: str | None = None) -> EntryPoints:
+        """Return the installed packages' entry points, of one kind or of all."""
+        found = entry_points(group=self.group)
+        return found if kind is None else found.select(name=kind)
+
+    def kinds(self) -> tuple[str, ...]:
+        """Return all kinds, sorted."""
+        return tuple(sorted({*self.factories, *self.entry_points().names}))
+
+
+MIXERS = Registry("raymix.mixers")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTo:
+    """Metadata of a union of models told apart by `kind`: a registry's kinds are welcome too."""
+
+    registry: Registry
+    model: type[Model]
+    own: frozenset[str]
+    """The union's own kinds."""
+
+    def others(self) -> tuple[str, ...]:
+        """Return the kinds of other packages, sorted."""
+        return tuple(kind for kind in self.registry.kinds() if kind not in self.own)
+
+    def knows(self, kind: object) -> bool:
+        """Return whether `kind` is of another package."""
+        return isinstance(kind, str) and kind not in self.own and kind in self.registry.kinds()
+
+    def _validate(self, value: Any, handler: Callable[[Any], Any]) -> Any:
+        if isinstance(value, self.model):
+            return value
+        if isinstance(value, dict) and self.knows(value.get("kind")):
+            return self.model.model_validate(value)
+        return handler(value)
+
+    def _serialize(
+        self, value: Any, handler: Callable[[Any], Any], info: core_schema.SerializationInfo
+    ) -> Any:
+        if isinstance(value, self.model):
+            return value.model_dump(mode=info.mode)
+        return handler(value)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        inner = handler(source)
+        return core_schema.no_info_wrap_validator_function(
+            self._validate,
+            inner,
+            serialization=core_schema.wrap_serializer_function_ser_schema(
+                self._serialize, info_arg=True, schema=inner
+            ),
+        )
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        own = handler(schema)
+        others = self.others()
+        if not others:
+            return own
+        kinds = {"type": "object", "properties": {"kind": {"enum": list(others)}}}
+        return {"anyOf": [own, {**kinds, "required": ["kind"]}]}
+
+
+class PluginMixer(Model):
+    """A mixer of another package: its keys are what that package says."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    """The name under which the package registered it."""
+    targets: tuple[str, ...] = ()
+    """Domains that are measured and never trained on."""
