@@ -3,10 +3,10 @@
 Ours is `raymix train` as a user runs it: Ray, controller, block plane, stream, metrics,
 TensorBoard, threads; only evaluation and checkpoints lie outside the steps that are timed. The
 bare loop has the same model, optimiser, batches (in memory, as tensors), precision and threads in
-a process without Ray, under plain DDP where there are two workers. The two take turns. The bare
-loop is also given our setting for how long threads spin while they wait; with the default it is
-slower wherever anything else runs. On a CPU
-the model is that of the quick start; on a GPU one of 180 M parameters in bf16.
+a process without Ray, under plain DDP where there are two workers. They take turns. On a CPU there
+is a second bare loop, with what ours sets for a process (how long threads that wait spin, and that
+freed memory is kept); the first has the defaults. On a CPU the model is that of the quick start;
+on a GPU one of 180 M parameters in bf16.
 
     python -m tests.benchmarks.loop [--workers 1 2] [--repeats 3] [--steps 60]
 """
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,25 @@ def ours(recipe: Path, directory: Path) -> tuple[float, float]:
     return sum(seconds) / len(seconds), sum(waits) / sum(seconds)
 
 
-def bare(recipe: Path, workers: int) -> float:
-    """Return seconds per step of the bare loop."""
-    return float(run(sys.executable, "-m", __spec__.name, "--bare", str(recipe), str(workers)))
+def bare(recipe: Path, workers: int, *, tuned: bool) -> float:
+    """Return seconds per step of the bare loop; `tuned` with the settings of our processes."""
+    command = (sys.executable, "-m", __spec__.name, "--bare", str(recipe), str(workers))
+    return float(run(*command, *["--tuned"] * tuned, env=thread_environment() if tuned else {}))
 
 
-def run(*command: str) -> str:
-    env = {**os.environ, **thread_environment()}
+def run(*command: str, env: Mapping[str, str] | None = None) -> str:
+    env = {**os.environ, **(env or {})}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
         raise SystemExit(f"{command}\n{done.stdout}\n{done.stderr}")
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-def bare_main(recipe: Path, workers: int) -> None:
+def bare_main(recipe: Path, workers: int, *, tuned: bool) -> None:
     """Print the seconds per step of a bare loop of `workers` processes."""
+    from raymix.train.device import use_threads
     from raymix.train.machine import cores
+    from raymix.train.parallel import World
 
     rank = 0
     with tempfile.NamedTemporaryFile() as store:
@@ -111,6 +114,8 @@ def bare_main(recipe: Path, workers: int) -> None:
                 "gloo", store=shared, rank=rank, world_size=workers
             )
         torch.set_num_threads(max(1, cores() // workers))
+        if tuned:
+            use_threads(None, World(neighbours=workers))
         seconds = bare_loop(recipe, rank, workers)
         if workers > 1:
             torch.distributed.barrier()
@@ -295,9 +300,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bare", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
-        bare_main(Path(options.bare[0]), int(options.bare[1]))
+        bare_main(Path(options.bare[0]), int(options.bare[1]), tuned=options.tuned)
         return
     CACHE.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -316,28 +322,33 @@ def main() -> None:
 def compare(recipe: Path, directory: Path, workers: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of one worker count."""
     left: list[float] = []
-    right: list[float] = []
+    right: dict[bool, list[float]] = {False: [], True: []}
     waits: list[float] = []
     for repeat in range(repeats):
-        right.append(bare(recipe, workers))
+        right[False].append(bare(recipe, workers, tuned=False))
         seconds, wait = ours(recipe, directory)
+        right[True].append(bare(recipe, workers, tuned=True))
         left.append(seconds)
         waits.append(wait)
         print(
-            f"repeat {repeat + 1}/{repeats}, {workers} workers: bare {right[-1]:.4f} s/step, "
-            f"raymix {seconds:.4f} s/step, {100 * wait:.2f}% of it waiting for data"
+            f"repeat {repeat + 1}/{repeats}, {workers} workers: bare {right[False][-1]:.4f} s/step, "
+            f"with our settings {right[True][-1]:.4f}, raymix {seconds:.4f}, "
+            f"{100 * wait:.2f}% of it waiting for data",
+            flush=True,
         )
-    name = f"bare loop, {workers} worker{'s' * (workers > 1)}"
-    ratio, spread = ratio_spread(left, right)
-    yield row(name, float(np.median(right)), "s/step")
-    yield row(
-        f"raymix train, {workers} worker{'s' * (workers > 1)}",
-        float(np.median(left)),
-        "s/step",
-        ratio=ratio,
-        spread=spread,
-        baseline=name,
-    )
+    plural = f"{workers} worker{'s' * (workers > 1)}"
+    for tuned, seconds_R in right.items():
+        name = f"bare loop{' with our settings' * tuned}, {plural}"
+        ratio, spread = ratio_spread(left, seconds_R)
+        yield row(name, float(np.median(seconds_R)), "s/step")
+        yield row(
+            f"raymix train, {plural}",
+            float(np.median(left)),
+            "s/step",
+            ratio=ratio,
+            spread=spread,
+            baseline=name,
+        )
     yield row("  of it waiting for data", 100 * float(np.median(waits)), "%")
 
 
