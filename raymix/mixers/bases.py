@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,6 +23,9 @@ _FORMS = (
     "row per histogram, an .npz file holds `histograms` (N, D) and perhaps `domains` (D)"
 )
 _PATH = "mixer.bases"
+_UNREADABLE = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, csv.Error,
+)  # fmt: skip
 
 
 def read_bases(
@@ -75,7 +79,7 @@ def _read(path: str, context: MixerContext) -> Floats:
         return reader(path, context)
     except RecipeError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         wrong = f"cannot be read ({error})"
         raise RecipeError(problem(_PATH, path, wrong, _FORMS)) from error
 

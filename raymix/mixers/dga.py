@@ -68,9 +68,7 @@ class Dga(Rule):
             # The gradient of log loss: no task counts for more by the size of its loss.
             align_AT = align_AT / np.maximum(means["target_loss"], 1e-6)
             helped_T = np.exp(log_A) @ align_AT
-            self._log_task_T = log_normalised(
-                self._log_task_T - self._config.task_step * self._config.eta * helped_T
-            )
+            self._log_task_T = log_normalised(self._log_task_T - self._config.task_step * helped_T)
         return log_A + self._config.eta * (align_AT @ task_T)
 
     def state_dict(self) -> dict[str, Any]:

@@ -146,6 +146,8 @@ class Adaptive:
         self._ema = ema
         share_A = self._rails.floored(_initial(config, context, self._arms, groups_ND))
         self._log_A = log_of(share_A)
+        # What begins without weight never gets one by a rule: only a floor gives it one.
+        rule.live_A = share_A > 0
         self._sampled_A = share_A
         self._loss_weight_A: Floats | None = None
         self._shares_D = self._spread(share_A)
@@ -162,7 +164,7 @@ class Adaptive:
             return self._shares_D
         means = {name: self._averages.add(name, value) for name, value in measured.items()}
         proposed_A = self._rule.propose(self._log_A, means, stats)
-        if np.isnan(proposed_A).any():
+        if np.isnan(proposed_A).any() or not np.isfinite(proposed_A[self._rule.live_A]).any():
             self._warn(stats, "the mixer's weights came out as no numbers")
             return self._shares_D
         if stats.step + stats.window > self._rails.warmup_steps:
@@ -208,8 +210,7 @@ class Adaptive:
         self._rule.load_state_dict(state["rule"])
 
     def _move(self, proposed_A: Floats) -> None:
-        # What has no weight never gets one by a rule: only a floor gives it one.
-        log_A = log_normalised(np.where(np.isneginf(self._log_A), -np.inf, proposed_A))
+        log_A = log_normalised(np.where(self._rule.live_A, proposed_A, -np.inf))
         if self._rails.floor or not np.isinf(self._rails.max_log_change):
             log_A = log_of(self._rails.held(np.exp(log_A), np.exp(self._log_A)))
         self._log_A = log_A

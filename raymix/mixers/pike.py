@@ -78,7 +78,9 @@ class Pike(Rule):
         gain_A = self._config.zeta_1 * norm2_A - self._zeta_2 / (2 * batch) * noise_A
         curve_A = self._zeta_2 * self._config.gamma * norm2_A
         if self._config.form == "exact_qp":
-            return log_of(water_fill(-gain_A, curve_A))
+            share_A = np.zeros(gain_A.size)
+            share_A[self.live_A] = water_fill(-gain_A[self.live_A], curve_A[self.live_A])
+            return log_of(share_A)
         if self._config.form == "full":
             gain_A = gain_A - curve_A * np.exp(log_A)
         return log_A + gain_A

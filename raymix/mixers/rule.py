@@ -52,10 +52,12 @@ class Rule(ABC):
     Attributes:
         needs: The statistics it reads.
         summary: One line for people: what it follows, what it needs and costs.
+        live_A: Arms that may have weight at all, shape (A,); set by whoever holds the weights.
     """
 
     needs: frozenset[str]
     summary: str
+    live_A: NDArray[np.bool_]
 
     @abstractmethod
     def measure(self, stats: DomainStats) -> dict[str, Floats]:

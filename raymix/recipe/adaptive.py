@@ -99,8 +99,8 @@ class DgaMixer(AdaptiveModel):
     averaged; 1 is no average."""
     several: Literal["mean", "grape"] = "mean"
     """Several targets: the mean of their gradients, or GRAPE's task weights over log losses."""
-    task_step: Real = Field(default=0.15, ge=0)
-    """GRAPE's step of the task weights; its paper has 0.15 of the domains' step."""
+    task_step: Real = Field(default=10.0, ge=0)
+    """GRAPE's step of the task weights, as eta: log weights fall by it x what the batch helps."""
     bases: str | dict[str, Weights] | None = None
     """Histograms over domains to mix in place of the domains: a .json, .npz or .csv file
     (relative to the recipe), or a mapping of names to shares by domain; each is scaled to 1."""

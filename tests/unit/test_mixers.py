@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from raymix.mixers import (
     Mixer,
     MixerContext,
     PlannedMixer,
+    Replay,
     Shares,
     build_mixer,
     describe,
@@ -29,6 +31,7 @@ from raymix.mixers import (
     tempered,
     unimax,
 )
+from raymix.recipe import PluginMixer, Recipe, load_recipe, recipe_schema, recipe_to_yaml
 from raymix.recipe.mixer import (
     MixerConfig,
     ProportionalMixer,
@@ -42,6 +45,7 @@ from raymix.recipe.mixer import (
 )
 from raymix.recipe.plugins import MIXERS
 from raymix.sampling import MixtureEntry, MixtureLog
+from tests.unit.recipes import document, write
 
 CONTEXT = MixerContext(("web", "books", "code"), np.array([10_000, 1_000, 100]), 6_000, 100)
 
@@ -166,9 +170,26 @@ def test_a_replay_follows_the_log_of_another_run(tmp_path: Path) -> None:
     assert built.planned(64).tolist() == [1.0, 0.0, 0.0]
 
 
+def test_a_replay_is_exact_to_the_last_bit_and_brings_loss_weights(tmp_path: Path) -> None:
+    weights = np.random.default_rng(1).random(3)
+    weights /= weights.sum() * (1 + 3e-16)
+    log = MixtureLog(CONTEXT.domains)
+    factors = dict(zip(CONTEXT.domains, [0.5, 1.5, 1.0], strict=True))
+    log.append(MixtureEntry(0, 0, tuple(weights.tolist()), "pike"))
+    log.append(MixtureEntry(1, 7, (0.0, 1.0, 0.0), "pike", {"loss_weights": factors}))
+    path = tmp_path / "mixture_log.jsonl"
+    path.write_text("\n".join(log.to_lines()))
+    built = planned(ReplayMixer(kind="replay", log=str(path)))
+    assert isinstance(built, Replay)
+    assert built.planned(6).tolist() == weights.tolist()
+    assert built.planned_loss_weights(6) is None
+    assert built.planned_loss_weights(7).tolist() == [0.5, 1.5, 1.0]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("lines", "wrong"),
     [
+        ('{"first_step": 0, "shares": {"web": 1}}', r"the log knows nothing of books, code"),
         (None, "cannot be read"),
         ("", "no entries"),
         ("nonsense\n" * 2, "line 1 is not an entry"),
@@ -197,6 +218,27 @@ def test_an_unknown_domain_is_named_with_the_nearest_one() -> None:
         "Did you mean 'books'?",
         "mixer.weights.x = 0.2: the corpus has no such domain. It has web, books, code.",
     )
+
+
+def test_thousands_of_unknown_domains_are_named_in_short() -> None:
+    names = tuple(f"cluster-{at:06d}" for at in range(2000))
+    context = MixerContext(names, np.ones(2000, np.int64), 10, 10)
+    wrong = {f"klaster-{at:06d}": 1 / 2000 for at in range(2000)}
+    with pytest.raises(RecipeError) as caught:
+        shares_by_name(wrong, context, path="ask")
+    assert len(caught.value.problems) == 6
+    assert "1995 more names are of no domain" in caught.value.problems[-1]
+
+
+def test_a_target_has_no_share_and_may_be_given_none() -> None:
+    context = MixerContext(("web", "books", "code"), CONTEXT.tokens_D, 100, 9, targets=("books",))
+    fixed: Any = build_mixer(StaticMixer(kind="static", weights={"web": 1.0, "books": 0}), context)
+    assert fixed.planned(0).tolist() == [1, 0, 0]
+    pieces = (SchedulePiece(step=0, weights={"web": 0.9, "books": 0.1}),)
+    with pytest.raises(RecipeError, match=r"pieces\.0\.weights\.books = 0\.1: a target is"):
+        build_mixer(ScheduleMixer(kind="schedule", pieces=pieces), context)
+    named: Any = build_mixer(UniformMixer(kind="uniform", targets=("web", "code")), CONTEXT)
+    assert named.planned(0).tolist() == [0, 1, 0]
 
 
 def test_all_pieces_of_a_schedule_are_checked_at_once() -> None:
@@ -300,6 +342,53 @@ def test_a_broken_entry_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "no_such_module:greedy")
     with pytest.raises(RecipeError, match=r"'no_such_module:greedy' cannot be loaded"):
         build_mixer(GreedyConfig(), CONTEXT)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_recipe_can_name_a_mixer_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, f"{__name__}:greedy")
+    data = document(mixer={"kind": "greedy", "targets": ["books"], "slope": {"a": [1, 2]}})
+    recipe = Recipe.model_validate(data)
+    assert isinstance(recipe.mixer, PluginMixer)
+    assert recipe.mixer.targets == ("books",)
+    assert getattr(recipe.mixer, "slope") == {"a": [1, 2]}  # noqa: B009
+    again = Recipe.model_validate(yaml.safe_load(recipe_to_yaml(recipe)))
+    assert again == recipe
+    assert isinstance(build_mixer(recipe.mixer, CONTEXT), Greedy)
+    schema = recipe_schema()
+    jsonschema_kinds = json.dumps(schema["properties"]["mixer"])
+    assert '"greedy"' in jsonschema_kinds
+
+
+@pytest.mark.usefixtures("registry")
+def test_overrides_to_and_from_a_kind_of_another_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, f"{__name__}:greedy")
+    ours = write(tmp_path / "ours.yaml", document())
+    found = load_recipe(ours, ["mixer.kind=greedy", "mixer.slope=2"]).mixer
+    assert found.model_dump() == {"kind": "greedy", "targets": (), "slope": 2}
+    theirs = write(tmp_path / "theirs.yaml", document(mixer={"kind": "greedy", "slope": 1}))
+    assert load_recipe(theirs, ["mixer.kind=uniform"]).mixer == UniformMixer(kind="uniform")
+    with pytest.raises(
+        RecipeError, match=r"mixer\.kind = 'greeedy': not known\. Did you mean 'greedy'"
+    ):
+        load_recipe(ours, ["mixer.kind=greeedy"])
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_mixer_registered_by_a_program_can_be_named_too() -> None:
+    with pytest.raises(ValueError, match="registered_here"):
+        Recipe.model_validate(document(mixer={"kind": "registered_here"}))
+    mixer("registered_here")(greedy)
+    recipe = Recipe.model_validate(document(mixer={"kind": "registered_here"}))
+    assert isinstance(build_mixer(recipe.mixer, CONTEXT), Greedy)
+
+
+def test_without_other_packages_the_schema_is_that_of_our_kinds() -> None:
+    mixer_schema = recipe_schema()["properties"]["mixer"]
+    assert "anyOf" not in mixer_schema
+    assert {"pike", "dga", "static"} <= set(mixer_schema["discriminator"]["mapping"])
 
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
