@@ -62,6 +62,7 @@ COMMANDS = {
         "prepare": "Turn text into a corpus of token blocks.",
         "train": "Prepare if needed, then train, checkpoint and report.",
         "eval": "Score a run's checkpoint on the held-out text of every domain.",
+        "compare": "Train under several mixers and seeds, and compare.",
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",

@@ -76,6 +76,11 @@ def render(
         f'<p class="quiet">raymix {escape(version("raymix"))}. The data of every table and picture '
         f"is in {escape(twin)}, beside this page.</p>",
     ]
+    return whole_page(title, parts)
+
+
+def whole_page(title: str, parts: Sequence[str]) -> str:
+    """Return the HTML document of a page whose body is `parts`, in the house's looks."""
     style = _CSS.replace("LIGHT", css_variables(0)).replace("DARK", css_variables(1))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

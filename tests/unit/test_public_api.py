@@ -39,6 +39,7 @@ OPTIONS = {
     "prepare": {"--set", "--json", "--parallelism", "--if-exists"},
     "train": {"--set", "--json", "--if-exists", "--report"},
     "eval": {"--recipe", "--rows", "--json"},
+    "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "export": {"--json"},
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},

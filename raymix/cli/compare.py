@@ -1,0 +1,141 @@
+"""`raymix compare`: one recipe under several mixers, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_MOST_DOMAINS = 40
+
+
+def command(
+    recipe: RecipeSource,
+    overrides: Overrides = None,
+    set_overrides: SetOverrides = None,
+    mixers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Separated by commas: kinds (pike), presets (pike-balanced), kinds with fields "
+            "(pike(tau=1)), or files with a mixer section.",
+        ),
+    ] = "uniform,proportional",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per mixer, each of its own seed.")] = 3,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the runs go; else runs/NAME-compare."),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at once; else one per core or GPU, as memory allows."),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The mixer that differences are to; else the first."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train the same model on the same tokens and seeds under several mixers, and compare.
+
+    Says, with spread over seeds, which mixer ends with the lower held-out loss per domain, in the
+    mean, in the worst domain and on targets, and what measuring for it cost. Running it again
+    goes on: finished runs are not repeated. Ctrl-C stops with checkpoints.
+    """
+
+    def work() -> dict[str, Any]:
+        import os
+
+        from rich.console import Console
+
+        from raymix.train.cluster import thread_environment
+
+        os.environ |= thread_environment()
+        from raymix.tune import compare
+
+        document = compare(
+            load(recipe, overrides, set_overrides),
+            mixers=mixers,
+            seeds=seeds,
+            out=out,
+            parallel=parallel,
+            baseline=baseline,
+        )
+        draw(document, Console(highlight=False))
+        return document
+
+    run_command(work, json=json, failed=lambda document: bool(document.get("failed")))
+
+
+def draw(document: Mapping[str, Any], console: Console) -> None:
+    """Print the comparison for people: mixers, domains, failed runs, files."""
+    if not console.is_terminal:
+        console.width = 160
+    seeds = ", ".join(str(seed) for seed in document["seeds"])
+    console.print(
+        f"\nheld-out loss after {document['tokens']:,} tokens, nats per token: mean and standard "
+        f"deviation over seeds {seeds}; difference to {document['baseline']} with 95 % interval",
+        soft_wrap=True,
+    )
+    console.print(_mixers(document, fancy=console.is_terminal))
+    console.print()
+    console.print(_domains(document, fancy=console.is_terminal))
+    for run in document["runs"]:
+        if run["state"] != "done":
+            told = f"{run['mixer']}, seed {run['seed']}: {run['problem']}"
+            console.print(told, markup=False, soft_wrap=True)
+    console.print("files: " + ", ".join(document["files"]), soft_wrap=True)
+
+
+def _table(*columns: str, fancy: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _mixers(document: Mapping[str, Any], *, fancy: bool) -> Table:
+    from raymix.report.comparison import difference_text, percent, with_spread
+
+    rows = document["mixers"]
+    measures = [m for m in ("mean", "worst", "target") if any(m in row for row in rows.values())]
+    heads = [head for measure in measures for head in (measure, "difference")]
+    table = _table("mixer", "runs", *heads, "worst is", "extra compute", fancy=fancy)
+    for name, row in rows.items():
+        cells: list[str] = []
+        for measure in measures:
+            other = name != document["baseline"]
+            cells += [
+                with_spread(row[measure]),
+                difference_text(row[measure]["difference"]) if other else "",
+            ]
+        runs = f"{row['runs']}/{row['planned']}"
+        cost = percent(row["extra"]["flops_share"]["mean"])
+        table.add_row(name, runs, *cells, row["worst_domain"] or "", cost)
+    return table
+
+
+def _domains(document: Mapping[str, Any], *, fancy: bool) -> Table:
+    from raymix.report.comparison import with_spread
+
+    rows = document["mixers"]
+    table = _table("domain", *rows, fancy=fancy)
+    names = [*document["domains"], *document["targets"]]
+    for name in names[:_MOST_DOMAINS]:
+        held = " (target)" if name in document["targets"] else ""
+        table.add_row(
+            f"{name}{held}", *(with_spread(row["domains"][name]) for row in rows.values())
+        )
+    if len(names) > _MOST_DOMAINS:
+        table.add_row(f"... {len(names) - _MOST_DOMAINS} more in the files")
+    return table

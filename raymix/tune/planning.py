@@ -1,0 +1,198 @@
+"""What a comparison would do: how many runs at once, and a refusal of what cannot work.
+
+Every mixer is planned before anything starts, and every fault names the mixer it is of.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from raymix.errors import RaymixError, RecipeError, problem
+from raymix.recipe import Recipe
+from raymix.store import Corpus
+from raymix.train.checkpoint import newest_checkpoint
+from raymix.train.machine import Resources
+from raymix.train.preflight import preflight
+from raymix.train.rundir import RunDirectory, differences, identity
+from raymix.train.runplan import RunPlan
+from raymix.tune.variants import Variant
+
+ERROR_LOG = "error.log"
+"""Where a failed run's traceback is, in its directory."""
+
+# Not part of what a run is, but losses on other held-out rows cannot be compared.
+_SCORED_ON = "eval.rows_per_domain"
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """How the machine is shared between runs."""
+
+    parallel: int
+    """Runs at once."""
+    cpus: float
+    """CPUs of each."""
+    gpus: int
+    """GPUs of each, 0 or 1."""
+
+    @property
+    def threads(self) -> int:
+        """Return the threads of a run."""
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonPlan:
+    """What every run would do, and on what."""
+
+    seats: Seats
+    plans: Mapping[str, RunPlan]
+    """By mixer."""
+
+
+def plan_comparison(
+    variants: Sequence[Variant], corpus: Corpus | None, has: Resources, *, parallel: int | None
+) -> ComparisonPlan:
+    """Return the plan of all runs; runs of one thread side by side, as many as fit.
+
+    A small model gains little from a second thread, so by default every core gets a run of its
+    own, fewer where that is more than memory holds; a GPU gets one run.
+
+    Args:
+        variants: The runs.
+        corpus: The prepared corpus, None where there is none yet.
+        has: The machine or cluster.
+        parallel: Runs at once; left out, as many as fit.
+
+    Raises:
+        RecipeError: If a run cannot work, with one message per mixer and reason.
+    """
+    firsts = {variant.mixer: variant for variant in reversed(variants)}
+    most = len(variants) if parallel is None else min(parallel, len(variants))
+    gpu = variants[0].recipe.cluster.gpus_per_worker != 0 and has.gpus >= 1
+    seats = share_out(has, most, gpu=gpu, crowded=parallel is not None)
+    while parallel is None and seats.parallel > 1 and not _fits(variants[0], corpus, has, seats):
+        seats = share_out(has, seats.parallel // 2, gpu=gpu)
+    plans: dict[str, RunPlan] = {}
+    problems: list[str] = []
+    for label in dict.fromkeys(variant.mixer for variant in variants):
+        try:
+            plans[label] = preflight(firsts[label].recipe, corpus, part(has, seats))
+        except RaymixError as error:
+            problems += [f"{label}: {message}" for message in error.problems]
+    if problems:
+        raise RecipeError(*_said_once(problems, list(firsts)))
+    return ComparisonPlan(seats, plans)
+
+
+def share_out(has: Resources, runs: int, *, gpu: bool, crowded: bool = False) -> Seats:
+    """Return how `runs` runs, or as many as there is room for, share the machine.
+
+    Args:
+        has: The machine or cluster.
+        runs: Runs wanted at once.
+        gpu: They train on GPUs, one each.
+        crowded: Without GPUs, more runs than cores are allowed: they share cores.
+    """
+    room = int(has.gpus) if gpu else (runs if crowded else int(has.cpus))
+    parallel = max(1, min(runs, room))
+    each = has.cpus / parallel
+    node = max(1.0, has.cpus // has.nodes)
+    # Ray hands out CPUs in ten-thousandths.
+    cpus = min(float(int(each)), node) if each >= 1 else max(0.01, int(each * 1e4) / 1e4)
+    return Seats(parallel, cpus, int(gpu))
+
+
+def part(has: Resources, seats: Seats) -> Resources:
+    """Return what one run has of the machine."""
+    return replace(
+        has,
+        cpus=seats.cpus,
+        gpus=seats.gpus,
+        memory_bytes=has.memory_bytes // seats.parallel,
+        nodes=1,
+    )
+
+
+def _fits(variant: Variant, corpus: Corpus | None, has: Resources, seats: Seats) -> bool:
+    try:
+        preflight(variant.recipe, corpus, part(has, seats))
+    except RaymixError:
+        return False
+    return True
+
+
+def _said_once(problems: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Return the messages, those that every mixer has in common once and without its name."""
+    bare = [text.partition(": ")[2] for text in problems]
+    common = {text for text in bare if len(labels) > 1 and bare.count(text) == len(labels)}
+    kept = (text if said not in common else said for text, said in zip(problems, bare, strict=True))
+    return list(dict.fromkeys(kept))
+
+
+Found = Literal["new", "begun", "done"]
+
+
+def find_runs(
+    variants: Sequence[Variant], corpus: Corpus, plans: Mapping[str, RunPlan]
+) -> dict[str, Found]:
+    """Return how far each run has come, by its name.
+
+    Raises:
+        RecipeError: If a directory holds a run that does not belong to this comparison.
+    """
+    found: dict[str, Found] = {}
+    problems: list[str] = []
+    for variant in variants:
+        try:
+            steps = plans[variant.mixer].steps
+            found[variant.name] = _found(variant, corpus, steps)
+        except RaymixError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(*problems)
+    return found
+
+
+def _found(variant: Variant, corpus: Corpus, steps: int) -> Found:
+    run = RunDirectory(Path(variant.recipe.run_dir))
+    inside = os.listdir(run.path) if run.path.exists() else []
+    # A run that failed before it began leaves no more than this.
+    if all(name.startswith(".") or name == ERROR_LOG for name in inside):
+        return "new"
+    where, advice = str(run.path), "Give another --out, or remove the directory"
+    if not run.resolved.is_file():
+        wrong = "the directory holds files but no run"
+        raise RecipeError(problem(variant.name, where, wrong, advice))
+    differing = differences(_identity(run.recipe()), _identity(variant.recipe))
+    if differing:
+        wrong = f"a run of another recipe is here; it differs in {'; '.join(differing)}"
+        raise RecipeError(problem(variant.name, where, wrong, advice))
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        return "begun"
+    if newest[1].corpus_fingerprint != corpus.fingerprint:
+        wrong = f"its corpus is not what {corpus.path} holds now"
+        raise RecipeError(problem(variant.name, where, wrong, advice))
+    return "done" if newest[1].step >= steps else "begun"
+
+
+def _identity(recipe: Recipe) -> dict[str, object]:
+    return {**identity(recipe.model_dump(mode="json")), _SCORED_ON: recipe.eval.rows_per_domain}
+
+
+def disk_problem(plan: RunPlan, runs: int) -> str | None:
+    """Return why the disk cannot hold the checkpoints of so many runs, if so."""
+    # While a checkpoint is written the one before it is still there.
+    needed = (runs + 1) * plan.checkpoint_bytes
+    if plan.disk_free is None or needed <= plan.disk_free:
+        return None
+    wrong = (
+        f"{runs} runs leave about {needed / 1e9:.3g} GB of checkpoints, "
+        f"{plan.disk_free / 1e9:.3g} GB are free"
+    )
+    return problem("--out", str(Path(plan.run_dir).parent), wrong, "Free space, or give another")

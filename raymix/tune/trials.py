@@ -1,0 +1,234 @@
+"""Runs side by side through Ray Tune: one trial is one run, the loop without Ray inside.
+
+Tune seats the runs on the machine or cluster, keeps to the number at once, and starts a run again
+whose process died. It keeps no state of ours: a run's directory says how far it has come, so a
+comparison is resumed by its own command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raymix.errors import RaymixError
+from raymix.recipe import ClusterConfig
+from raymix.store import atomic_write_text
+from raymix.train.cluster import joined, ray_notices_to
+from raymix.train.environment import environment
+from raymix.train.local import run_here
+from raymix.train.setup import Job
+from raymix.train.watch import ctrl_c
+from raymix.tune.planning import ERROR_LOG, Seats
+from raymix.tune.progress import TrialsProgress
+
+_POLL_S = 0.25
+# Tune's own records of trials, which are no use to anybody here, are removed at the end.
+_SCRATCH = ".tune"
+# Tune would write its results in three formats; ours are in each run's metrics.
+_ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A run to be made or brought to its end."""
+
+    name: str
+    job: Job
+    parameters: int
+    """Of the model, for the record."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How the runs ended, by name; a run that never started is in neither."""
+
+    states: dict[str, str] = field(default_factory=dict)
+    """`running`, `done`, `failed` or `stopped`."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """What went wrong with the failed ones."""
+
+
+def run_trials(
+    trials: Sequence[Trial], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
+) -> Outcome:
+    """Return how the runs ended, having shown their progress.
+
+    Args:
+        trials: The runs, in the order to start them.
+        out: Directory of the comparison, on a file system that all nodes see.
+        seats: How many at once, and what each gets.
+        cluster: Where to run.
+        done: Runs that were finished before, for the progress.
+
+    Raises:
+        ClusterError: If no cluster answers at the address.
+        KeyboardInterrupt: After Ctrl-C; runs that were going on have written checkpoints.
+    """
+    stop = out / ".stop"
+    stop.unlink(missing_ok=True)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    watched = {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
+    board = _Board([trial.name for trial in trials])
+    try:
+        with (
+            ray_notices_to(out / "ray.log"),
+            TrialsProgress(watched, done=done) as progress,
+            joined(cluster),
+        ):
+            tuner = _tuner(trials, out, seats, cluster, board, stop)
+            _watch(tuner.fit, board, progress, stop)
+    finally:
+        stop.unlink(missing_ok=True)
+        shutil.rmtree(out / _SCRATCH, ignore_errors=True)
+    return board.outcome
+
+
+def _tuner(
+    trials: Sequence[Trial],
+    out: Path,
+    seats: Seats,
+    cluster: ClusterConfig,
+    board: _Board,
+    stop: Path,
+) -> tune.Tuner:
+    resources = {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
+    work = tune.with_parameters(_trial, trials=tuple(trials), stop=str(stop))
+    return tune.Tuner(
+        tune.with_resources(work, resources),
+        param_space={"at": tune.grid_search(list(range(len(trials))))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=seats.parallel, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=_SCRATCH,
+            storage_path=str(out),
+            callbacks=[board],
+            failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
+            verbose=0,
+        ),
+    )
+
+
+def _watch(fit: Callable[[], object], board: _Board, progress: TrialsProgress, stop: Path) -> None:
+    """Show progress until `fit` has ended; Ctrl-C ends the running runs with a checkpoint."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            fit()
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="raymix-tune", daemon=True)
+    with ctrl_c() as pressed:
+        thread.start()
+        waited_for: set[str] | None = None
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            progress.update(board.outcome.states.copy(), board.outcome.problems)
+            if pressed() and waited_for is None:
+                waited_for = board.running()
+                stop.touch()
+                progress.say("Stopping with checkpoints; Ctrl-C again stops at once.")
+            # What Tune starts from now on ends at once by itself and need not be waited for.
+            if pressed() > 1 or (waited_for is not None and not waited_for & board.running()):
+                raise KeyboardInterrupt
+        progress.update(board.outcome.states.copy(), board.outcome.problems)
+        if pressed():
+            raise KeyboardInterrupt
+    if errors:
+        raise errors[0]
+
+
+class _Board(tune.Callback):
+    """Notes what Tune says of its trials."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.outcome = Outcome()
+        self._names = names
+
+    def running(self) -> set[str]:
+        """Return the runs that are going on."""
+        return {name for name, state in self.outcome.states.copy().items() if state == "running"}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a run has started."""
+        self.outcome.states[self._name(trial)] = "running"
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note how a run ended, by its own account."""
+        told: Mapping[str, Any] = trial.last_result or {}
+        self._end(trial, told.get("state", "failed"), told.get("problem") or "it said nothing")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a run's process died for good."""
+        said = str(trial.get_error() or "").strip().splitlines() or [""]
+        self._end(trial, "failed", f"its process died: {said[0][:300]}")
+
+    def _end(self, trial: Any, state: str, problem: str) -> None:
+        name = self._name(trial)
+        if state == "failed":
+            self.outcome.problems[name] = problem
+        self.outcome.states[name] = state
+
+    def _name(self, trial: Any) -> str:
+        return self._names[trial.config["at"]]
+
+
+def _trial(config: Mapping[str, Any], *, trials: Sequence[Trial], stop: str) -> None:
+    """Make one run; the last thing reported says how it ended."""
+    trial, stop_file = trials[config["at"]], Path(stop)
+    tune.report(attempt(trial, stop_asked=stop_file.exists))
+
+
+def attempt(trial: Trial, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    """Return how a run ended, having trained it in this process: its `state` and its `problem`.
+
+    Whatever goes wrong is told, not raised: the other runs go on.
+    """
+    if stop_asked():
+        return {"state": "stopped"}
+    run = trial.job.run
+    try:
+        with run.locked():
+            stopped = _train(trial, stop_asked)
+    except RaymixError as error:
+        return {"state": "failed", "problem": str(error)}
+    except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
+        run.path.mkdir(parents=True, exist_ok=True)
+        where = run.path / ERROR_LOG
+        where.write_text(traceback.format_exc(), encoding="utf-8")
+        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        return {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
+    return {"state": "stopped" if stopped else "done"}
+
+
+def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:
+    """Return whether the run was stopped before its end."""
+    job = trial.job
+    job.run.write_recipe(job.recipe)
+    about = environment(steps=job.steps, parameters=trial.parameters, workers=0)
+    atomic_write_text(str(job.run.path / "environment.json"), json.dumps(about, indent=1))
+    return run_here(job, stop_asked=_now_and_then(stop_asked)).stopped
+
+
+def _now_and_then(stop_asked: Callable[[], bool], every_s: float = 0.2) -> Callable[[], bool]:
+    """Return `stop_asked`, looked at a few times a second: the file may be on a shared disk."""
+    due, last = 0.0, False
+
+    def asked() -> bool:
+        nonlocal due, last
+        if time.monotonic() >= due:
+            due, last = time.monotonic() + every_s, stop_asked()
+        return last
+
+    return asked
