@@ -6,11 +6,13 @@ used in a way whose pieces we cannot make is noticed and named rather than left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +20,8 @@ from raymix.errors import TrainingError, problem
 from raymix.signals.functions import Lookup, Product, Scale, Shift, Use
 from raymix.signals.gram import PassGram
 from raymix.signals.layout import Split
+
+_MANY = (list, tuple)
 
 
 class ParameterNames:
@@ -31,19 +35,26 @@ class ParameterNames:
 
     def name(self, parameter: nn.Parameter) -> str | None:
         """Return the name, or None where the parameter does not count."""
-        if id(parameter) not in self._known:
-            self._learn(parameter)
+        if id(parameter) not in self._known and not self._learn(parameter):
+            return None  # FSDP2 is just making it
         return self._known[id(parameter)][1]
 
-    def _learn(self, parameter: nn.Parameter) -> None:
-        names = set(self._first.values())
-        found = self._first.get(id(parameter))
-        if found is None:
-            for name, other in self._model.named_parameters(remove_duplicate=False):
-                if other is parameter and name in names:
-                    found = name
-                    break
-        self._known[id(parameter)] = parameter, found
+    def _learn(self, parameter: nn.Parameter) -> bool:
+        """Remember a parameter of the model; return whether it is one."""
+        if id(parameter) in self._first:
+            self._known[id(parameter)] = parameter, self._first[id(parameter)]
+            return True
+        counted = set(self._first.values())
+        # Under the name that counts, where it has several.
+        names = [
+            name
+            for name, other in self._model.named_parameters(remove_duplicate=False)
+            if other is parameter
+        ]
+        if names:
+            name = next((name for name in names if name in counted), None)
+            self._known[id(parameter)] = parameter, name
+        return bool(names)
 
 
 class StandIns(TorchFunctionMode):
@@ -61,15 +72,15 @@ class StandIns(TorchFunctionMode):
     ) -> Any:
         """Return what the operation gives on the stand-ins."""
         kwargs = kwargs or {}
-        if not _parameters(args, kwargs):
+        if not torch.is_grad_enabled() or not _parameters(args, kwargs):
             return func(*args, **kwargs)
         args = tuple(self._swapped(value) for value in args)
         return func(*args, **{key: self._swapped(value) for key, value in kwargs.items()})
 
     def _swapped(self, value: Any) -> Any:
-        if isinstance(value, list | tuple):
+        if isinstance(value, _MANY):
             return type(value)(self._swapped(item) for item in value)
-        if not isinstance(value, nn.Parameter):
+        if not _is_parameter(value):
             return value
         name = self._names.name(value)
         if name is None:
@@ -136,8 +147,12 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         """Return what the operation gives."""
         kwargs = kwargs or {}
-        used = _parameters(args, kwargs) if self._gram is not None else []
-        if not used or not torch.is_grad_enabled():
+        if func in (Tensor.backward, torch.autograd.backward):
+            return self._backward(*args, **kwargs)
+        if self._gram is None or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        used = _parameters(args, kwargs)
+        if not used:
             return func(*args, **kwargs)
         names = [name for name in map(self._names.name, used) if name is not None]
         handler = _HANDLERS.get(func) if names else None
@@ -149,6 +164,37 @@ class Capture(TorchFunctionMode):
         if isinstance(out, Tensor) and out.requires_grad and not isinstance(out, nn.Parameter):
             self.refuse(names[0], f"it is used in {getattr(func, '__name__', func)}")
         return out
+
+    def _backward(
+        self,
+        losses: Tensor | Sequence[Tensor],
+        gradient: Tensor | Sequence[Tensor | None] | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+        **named: Any,
+    ) -> None:
+        """Run a backward pass with this mode on, for what checkpointing makes again there.
+
+        `backward` of torch would call us again and again: it hands over to the mode first.
+        """
+        gradient = named.get("grad_tensors", gradient)
+        losses = (losses,) if isinstance(losses, Tensor) else tuple(losses)
+        given = gradient if isinstance(gradient, _MANY) else [gradient] * len(losses)
+        grads = tuple(
+            torch.ones_like(loss) if grad is None else grad
+            for loss, grad in zip(losses, given, strict=True)
+        )
+        with self:
+            _engine_run_backward(
+                losses,
+                grads,
+                bool(retain_graph or create_graph),
+                create_graph,
+                tuple(inputs or ()),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
     def refuse(self, name: str, wrong: str) -> NoReturn:
         """Say which parameter cannot be treated, and why.
@@ -303,9 +349,16 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+def _is_parameter(value: Any) -> TypeGuard[nn.Parameter]:
+    """Return whether a model could compute with `value`; FSDP2's shards are its own business."""
+    return isinstance(value, nn.Parameter) and not isinstance(value, DTensor)
+
+
 def _parameters(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[nn.Parameter]:
-    found = [value for value in args if isinstance(value, nn.Parameter)]
+    found: list[nn.Parameter] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, list | tuple):
-            found += [item for item in value if isinstance(item, nn.Parameter)]
-    return found + [value for value in kwargs.values() if isinstance(value, nn.Parameter)]
+        if isinstance(value, _MANY):
+            found += [item for item in value if _is_parameter(item)]
+        elif _is_parameter(value):
+            found.append(value)
+    return found

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from raymix.signals.gram import PassGram, Shared
@@ -44,15 +43,13 @@ class Product(torch.autograd.Function):
     """`x @ weight.T + bias`, or `x @ weight + bias` where the weight is (in, out)."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        uses: tuple[Use | None, Use | None, bool],
-    ) -> Tensor:
-        """Return the product; `uses` are those of weight and bias, and whether it is (in, out)."""
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        """Return the product.
+
+        Arguments: x, weight, bias or None, anchor, and what `uses` holds: the uses of weight and
+        bias, and whether the weight is (in, out).
+        """
+        ctx, x, weight, bias, _, uses = args
         ctx.uses = uses
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
@@ -64,9 +61,9 @@ class Product(torch.autograd.Function):
         return functional.linear(x, weight.t() if uses[2] else weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
+        (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         weight_use, bias_use, transposed = ctx.uses
         with torch.autocast(grad.device.type, enabled=False):
@@ -86,18 +83,20 @@ class Lookup(torch.autograd.Function):
     """`table[rows]`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, table: Tensor, padding: int, anchor: Tensor, use: Use
-    ) -> Tensor:
-        """Return the rows looked up; the row `padding` gets no gradient, -1 stands for none."""
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        """Return the rows looked up.
+
+        Arguments: rows, table, the row that gets no gradient (-1: none), anchor, and the use.
+        """
+        ctx, rows, table, padding, _, use = args
         ctx.use, ctx.padding, ctx.table_rows = use, padding, table.shape[0]
         ctx.save_for_backward(rows)
         return functional.embedding(rows, table)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
+        (grad,) = grad_outputs
         (rows,) = ctx.saved_tensors
         grad_table = None
         if ctx.needs_input_grad[1]:
@@ -116,18 +115,21 @@ class Scale(torch.autograd.Function):
     """`x * weight` for a weight along the last axis."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, per_split: int, use: Use
-    ) -> Tensor:
-        """Return the product; `per_split` leading entries of `x` are the vectors of the split."""
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        """Return the product.
+
+        Arguments: x, weight, anchor, how many leading entries of x are vectors of the split, and
+        the use.
+        """
+        ctx, x, weight, _, per_split, use = args
         ctx.use, ctx.per_split = use, per_split
         ctx.save_for_backward(x, weight)
         return x * weight
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
+        (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         grad_x = grad * weight if ctx.needs_input_grad[0] else None
         values_NA = _summed(grad * x, ctx.per_split)
@@ -138,17 +140,16 @@ class Shift(torch.autograd.Function):
     """`x + bias` for a bias along the last axis."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor, anchor: Tensor, per_split: int, use: Use
-    ) -> Tensor:
-        """Return the sum; `per_split` leading entries of `x` are the vectors of the split."""
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        """Return the sum; arguments as for `Scale`."""
+        ctx, x, bias, _, per_split, use = args
         ctx.use, ctx.per_split = use, per_split
         return x + bias
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients."""
+        (grad,) = grad_outputs
         values_NA = _summed(grad, ctx.per_split)
         return grad, ctx.use.vector(values_NA, wanted=ctx.needs_input_grad[1]), None, None, None
 

@@ -102,8 +102,11 @@ class PassGram:
         """Return the Gram matrix of all pieces on the CPU, float64, shape (P, P).
 
         Raises:
+            RuntimeError: If no parameter was used at all.
             TrainingError: If the backward pass did not reach every use of a parameter.
         """
+        if not self._shared:
+            raise RuntimeError("the forward pass used no parameter that was to be measured")
         for shared in self._shared.values():
             if not shared.done:
                 wrong = f"the backward pass reached only some uses of {shared.name!r}"
@@ -236,7 +239,9 @@ class PassGram:
                 kept_SUH = shared.kept_SUH[:, first:last].to(pieces_SUH.dtype)
                 self._add(kept_SUH, pieces_SUH)
                 self._add(pieces_SUH, kept_SUH)
-        shared.lookups, shared.kept_SUH, shared.rows, shared.root = [], None, [], None
+        shared.lookups.clear()
+        shared.rows.clear()
+        shared.kept_SUH = shared.root = None
 
     def _add(self, left_SX: Tensor, right_SX: Tensor) -> None:
         left_SX, right_XS = left_SX.flatten(1), right_SX.flatten(1).t()

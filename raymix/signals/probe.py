@@ -189,7 +189,7 @@ class GradientProbe:
             loss, _ = self._model(*batch)
             with torch.autocast(loss.device.type, enabled=False):
                 if loss.requires_grad:
-                    torch.autograd.grad(loss, capture.anchor, allow_unused=True)
+                    torch.autograd.backward(loss, inputs=[capture.anchor])
         return recording.pieces
 
     @contextlib.contextmanager
@@ -198,11 +198,11 @@ class GradientProbe:
         capture = Capture(self._names, fixed=fixed, head_only=self._mode == "last_layer")
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tokens_BL = self._bound(args, kwargs)[0]
-            if capture.begun or len(tokens_BL) != len(piece_B):
-                wrong = "a second forward pass" if capture.begun else f"{len(tokens_BL)} rows"
+            labels_BL = self._bound(args, kwargs)[2]
+            if capture.begun or len(labels_BL) != len(piece_B):
+                wrong = "a second forward pass" if capture.begun else f"{len(labels_BL)} rows"
                 raise ValueError(f"a recording of one pass of {len(piece_B)} rows: got {wrong}")
-            layout = Layout(piece_B.to(tokens_BL.device), tokens_BL.shape[1])
+            layout = Layout(piece_B.to(labels_BL.device), labels_BL.shape[1])
             gram = PassGram(layout, self._workspace, self._root)
             recording.begin(gram, self._n_groups, self._n_pieces)
             capture.begin(gram)
@@ -236,28 +236,27 @@ class GradientProbe:
 
     def _one_by_one(self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor) -> PieceGram:
         """Return the same from one forward and backward pass per piece."""
-        n_rows, length = batch[0].shape
-        loss_BL = torch.zeros(n_rows, length, dtype=torch.float64)
-        found: dict[int, list[Tensor]] = {}
+        loss_BL = torch.zeros(batch[2].shape, dtype=torch.float64)
+        found: dict[int, dict[str, Tensor]] = {}
         for piece in sorted({*piece_B.tolist()} - {-1}):
             own = torch.nonzero(piece_B == piece).flatten()
             at = own.to(batch[0].device)
             stand_ins = StandIns(self._names)
             with torch.enable_grad(), _eager(self._model), stand_ins:
                 loss, own_BL = self._model(*(tensor[at] for tensor in batch))
+                names, leaves = zip(*stand_ins.leaves.items(), strict=True)
                 with torch.autocast(loss.device.type, enabled=False):
-                    leaves = list(stand_ins.leaves.values())
                     grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            found[piece] = [
-                self._scaled(name, grad) for name, grad in zip(stand_ins.leaves, grads, strict=True)
-            ]
+            found[piece] = {
+                name: self._scaled(name, grad) for name, grad in zip(names, grads, strict=True)
+            }
             loss_BL[own.cpu()] = own_BL.detach().double().cpu()
         gram_PP = torch.zeros(self._n_pieces, self._n_pieces, dtype=torch.float64)
         for one, left in found.items():
             for other, right in found.items():
                 gram_PP[one, other] = sum(
-                    float(a.flatten().double() @ b.flatten().double())
-                    for a, b in zip(left, right, strict=True)
+                    float(grad.flatten().double() @ right[name].flatten().double())
+                    for name, grad in left.items()
                 )
         sums = row_sums(batch[2].cpu(), loss_BL)
         return _piece_gram(self._n_groups, gram_PP, piece_B, sums)
@@ -278,7 +277,8 @@ def _piece_gram(
     at = piece_B.cpu().numpy()
     counts = [np.ones(len(at)), *(tensor.cpu().numpy() for tensor in sums)]
     rows_P, labels_P, nats_P = (
-        np.bincount(at[at >= 0], values[at >= 0], minlength=len(gram_PP)) for values in counts
+        np.bincount(at[at >= 0], values[at >= 0], len(gram_PP)).astype(np.float64)
+        for values in counts
     )
     return PieceGram(
         n_groups=n_groups,

@@ -75,7 +75,8 @@ class GradientSums:
     @classmethod
     def from_vector(cls, vector: Floats, n_groups: int) -> GradientSums:
         """Return the sums that `vector()` wrote down."""
-        values, at = {}, 0
+        values: dict[str, Floats] = {}
+        at = 0
         for field in fields(cls):
             shape = (n_groups,) * (2 if field.name.endswith("_KK") else 1)
             size = n_groups ** len(shape)

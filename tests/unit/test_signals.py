@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from raymix.signals import (
 )
 from raymix.train.loss import IGNORED, PackedLoss
 
-K, LENGTH, VOCAB = 8, 12, 64
-WIDTHS: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+K, LENGTH, VOCAB = 3, 12, 64
+WIDTHS: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
         **WIDTHS,
@@ -56,7 +57,7 @@ def batch(group_B: torch.Tensor, *, seed: int = 0) -> Batch:
     """Return rows of two documents each, whose tokens tell the groups apart."""
     torch.manual_seed(seed)
     rows = len(group_B)
-    tokens = (torch.randint(0, VOCAB // 2, (rows, LENGTH)) + 4 * group_B[:, None]) % VOCAB
+    tokens = (torch.randint(0, 5, (rows, LENGTH)) + 4 * group_B[:, None]) % VOCAB
     positions = (torch.arange(LENGTH) % 7).repeat(rows, 1)
     labels = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
     labels[:, 6] = IGNORED
@@ -71,7 +72,7 @@ def even(rows_per_piece: int = 1) -> torch.Tensor:
 def uneven() -> torch.Tensor:
     """Return pieces of one to three rows in no order, some rows of none."""
     generator = torch.Generator().manual_seed(3)
-    pieces = torch.cat([torch.arange(2 * K), torch.arange(0, 2 * K, 3), torch.tensor([-1, 6, -1])])
+    pieces = torch.cat([torch.arange(2 * K), torch.arange(0, 2 * K, 3), torch.tensor([-1, 4, -1])])
     return pieces[torch.randperm(len(pieces), generator=generator)]
 
 
@@ -99,6 +100,12 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return named
+
+
+def checkpoint_activations(model: PackedLoss) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers is renaming it
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def assert_same(found: PieceGram, expected: PieceGram, *, rel: float = 1e-5) -> None:
@@ -141,7 +148,7 @@ def test_every_way_to_run_gives_the_same(how: str, llama: PackedLoss) -> None:
     rows = rows_of(pieces)
     (expected,) = measured(model, rows, pieces, mode="backward")
     if how == "checkpointing":
-        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if how == "chunked head":
         model = PackedLoss(model.model, linear_head=True, logit_bytes=0)  # 64 tokens at a time
     model(*rows)[0].backward()
@@ -152,3 +159,223 @@ def test_every_way_to_run_gives_the_same(how: str, llama: PackedLoss) -> None:
     assert_same(found, expected)
     for name, gradient in plain.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_passes_add_up_to_unbiased_averages(llama: PackedLoss) -> None:
+    pieces = even(3)
+    rows = rows_of(pieces)
+    found = measured(llama, rows, pieces, passes=3)
+    assert [each.rows_P.tolist() for each in found] == 3 * [2 * K * [1.0]]
+    for number, each in enumerate(found):
+        own = torch.arange(number * 2 * K, (number + 1) * 2 * K)
+        alone = measured(llama, tuple(part[own] for part in rows), pieces[own])
+        assert_same(each, alone[0])
+    whole, parts = statistics(measured(llama, rows, pieces)), statistics(found)
+    np.testing.assert_allclose(parts.loss_K, whole.loss_K, rtol=1e-5)
+    np.testing.assert_array_equal(parts.tokens_K, whole.tokens_K)
+
+
+def test_a_missing_half_or_group_is_nan_and_nothing_else(llama: PackedLoss) -> None:
+    pieces = even(2)
+    pieces = pieces[(pieces % K != 2) & (pieces != 1)]  # group 2, and the first half of group 1
+    (found,) = measured(llama, rows_of(pieces), pieces)
+    (expected,) = measured(llama, rows_of(pieces), pieces, mode="backward")
+    assert_nan = np.testing.assert_array_equal
+    stats, theirs = statistics(found), statistics(expected)
+    assert_nan(np.flatnonzero(np.isnan(stats.loss_K)), [2])
+    assert_nan(np.flatnonzero(np.isnan(stats.norm2_K)), [1, 2])
+    assert_nan(np.flatnonzero(np.isnan(stats.noise_K)), [1, 2])
+    missing = np.zeros((K, K), dtype=bool)
+    missing[2], missing[:, 2], missing[1, 1] = True, True, True
+    assert_nan(np.isnan(stats.gram_KK), missing)
+    np.testing.assert_allclose(stats.gram_KK, theirs.gram_KK, rtol=1e-4)
+
+
+def test_alignment_is_the_explicit_dot_product(llama: PackedLoss) -> None:
+    pieces = assign_pieces(torch.arange(K).repeat(4), n_groups=K)
+    rows = batch(torch.arange(K).repeat(4))
+    (found,) = measured(llama, rows, pieces)
+    flat = []
+    for group in (1, 2):
+        own = pieces % K == group
+        loss, _ = llama(*(part[own] for part in rows))
+        (loss / (rows[2][own] >= 0).sum()).backward()
+        flat.append(torch.cat([grad.flatten() for grad in gradients(llama).values()]))
+    alignment = statistics(found).gram_KK[:, 2]
+    assert alignment[1] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_preconditioned_products_are_explicit(tied: bool) -> None:
+    model = language_model(tie_word_embeddings=tied)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    pieces = uneven()
+    rows = rows_of(pieces)
+    metric = adam_preconditioner(optimizer)
+    assert all(metric(parameter) is None for parameter in model.parameters())
+    model(*rows)[0].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    flat = []
+    for piece in (1, 3):
+        own = pieces == piece
+        model(*(part[own] for part in rows))[0].backward()
+        moments = {name: optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters()}
+        flat.append(
+            torch.cat(
+                [
+                    (grad / ((moments[name] / (1 - 0.999)).sqrt() + 1e-8).sqrt()).flatten()
+                    for name, grad in gradients(model).items()
+                ]
+            )
+        )
+    expected = torch.stack(flat) @ torch.stack(flat).T
+    for found in (
+        *measured(model, rows, pieces, precondition=metric),
+        *measured(model, rows, pieces, mode="backward", precondition=metric),
+        recorded(model, rows, pieces, precondition=metric)[0],
+    ):
+        ours = torch.from_numpy(found.gram_PP[np.ix_([1, 3], [1, 3])])
+        torch.testing.assert_close(
+            ours.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.max())
+        )
+
+
+def test_the_last_layer_is_the_head_alone(llama: PackedLoss) -> None:
+    model = language_model(tie_word_embeddings=False)
+    pieces = uneven()
+    rows = rows_of(pieces)
+    head = model.model.get_output_embeddings().weight
+    flat = []
+    for piece in (0, 4):
+        own = pieces == piece
+        model(*(part[own] for part in rows))[0].backward()
+        flat.append(head.grad.flatten().clone())
+        model.zero_grad()
+    (found,) = measured(model, rows, pieces, mode="last_layer")
+    assert found.gram_PP[0, 4] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
+    model(*rows)[0].backward()
+    plain = gradients(model)
+    found, ours = recorded(model, rows, pieces, mode="last_layer")
+    assert found.gram_PP[0, 4] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_parameters_do_not_count() -> None:
+    model = language_model("gpt2")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("attn" not in name and "ln_f" not in name)
+    pieces = even()
+    rows = rows_of(pieces)
+    (expected,) = measured(model, rows, pieces, mode="backward")
+    assert_same(measured(model, rows, pieces)[0], expected)
+    assert_same(recorded(model, rows, pieces)[0], expected)
+
+
+def test_bf16_is_nearly_the_same(llama: PackedLoss) -> None:
+    pieces = even(2)
+    rows = rows_of(pieces)
+    (expected,) = measured(llama, rows, pieces)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = measured(llama, rows, pieces)
+        probe = GradientProbe(llama, n_groups=K)
+        with probe.recording(pieces) as recording:
+            loss, _ = llama(*rows)
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+    assert {grad.dtype for grad in gradients(llama).values()} == {torch.float32}
+    for each in (found, recording.pieces):
+        assert each.gram_PP.dtype == np.float64
+        np.testing.assert_allclose(
+            np.diagonal(each.gram_PP), np.diagonal(expected.gram_PP), rtol=0.05
+        )
+    np.testing.assert_allclose(found.gram_PP, recording.pieces.gram_PP, rtol=1e-2, atol=1e-2)
+
+
+class Odd(nn.Module):
+    """A loss module that uses a parameter as asked."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.table = nn.Embedding(VOCAB, 8)
+        self.mix = nn.Parameter(torch.randn(8, 8))
+        self.head = nn.Linear(8, VOCAB)
+
+    def forward(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_BL: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.table(tokens_BL)
+        if self.how == "einsum":
+            x = torch.einsum("blh,hk->blk", x, self.mix)
+        elif self.how == "some tokens":
+            x = torch.cat([functional.linear(x.flatten(0, 1)[3:], self.mix), x.flatten(0, 1)[:3]])
+            x = x.view(*tokens_BL.shape, 8)
+        elif self.how == "twice":
+            x = functional.linear(torch.tanh(functional.linear(x, self.mix)), self.mix)
+        loss_N = functional.cross_entropy(
+            self.head(x).flatten(0, 1), labels_BL.flatten(), reduction="none", ignore_index=IGNORED
+        )
+        return loss_N.sum(), loss_N.detach().view(labels_BL.shape)
+
+
+@pytest.mark.parametrize("how", ["einsum", "some tokens"])
+def test_what_cannot_be_split_is_named(how: str) -> None:
+    model, pieces = Odd(how), even()
+    rows = rows_of(pieces)
+    with pytest.raises(TrainingError, match=r"'mix'.*mode 'backward'"):
+        measured(model, rows, pieces)
+    with pytest.raises(TrainingError, match="'mix'"):
+        recorded(model, rows, pieces)
+    assert np.isfinite(statistics(measured(model, rows, pieces, mode="backward")).norm2_K).all()
+    model(*rows)[0].backward()  # and nothing is left behind
+    assert gradients(model)
+
+
+def test_a_parameter_used_twice_counts_once() -> None:
+    model, pieces = Odd("twice"), uneven()
+    rows = rows_of(pieces)
+    (expected,) = measured(model, rows, pieces, mode="backward")
+    assert_same(measured(model, rows, pieces)[0], expected)
+    model(*rows)[0].backward()
+    plain = gradients(model)
+    found, ours = recorded(model, rows, pieces)
+    assert_same(found, expected)
+    torch.testing.assert_close(ours["mix"], plain["mix"])
+
+
+def test_wrong_use_says_so(llama: PackedLoss) -> None:
+    rows = rows_of(even())
+    probe = GradientProbe(llama, n_groups=K)
+    for wrong in (torch.tensor([2 * K]), torch.tensor([-2]), torch.zeros(2, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="piece_B"), probe.recording(wrong):
+            pass
+    with pytest.raises(ValueError, match="passes"):
+        probe.measure(*rows, even(), passes=0)
+    with pytest.raises(ValueError, match="6 rows"), probe.recording(even()[:3]):
+        llama(*rows)
+    with probe.recording(even()):
+        llama(*rows)
+        with pytest.raises(ValueError, match="second forward"):
+            llama(*rows)
+    with probe.recording(even()) as recording:
+        pass
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        _ = recording.pieces
+    with pytest.raises(ValueError, match="measure"):
+        recorded(llama, rows, even(), mode="backward")
+    for options in ({"n_groups": 0}, {"n_groups": 2, "halves": 0}, {"n_groups": 2, "mode": "x"}):
+        with pytest.raises(ValueError, match="must be"):
+            GradientProbe(llama, **options)
+    with pytest.raises(ValueError, match="trainable"):
+        GradientProbe(nn.Identity(), n_groups=1)
+
+
+def test_rows_take_turns_and_are_put_in_order() -> None:
+    groups = torch.tensor([1, 0, -1, 1, 1, 0, 2])
+    pieces = assign_pieces(groups, n_groups=3)
+    assert pieces.tolist() == [1, 0, -1, 4, 1, 3, 2]
+    order = order_by_piece(pieces)
+    assert sorted(order.tolist()) == list(range(7))
+    assert pieces[order].tolist() == [-1, 0, 2, 3, 4, 1, 1]  # equal counts side by side
