@@ -58,7 +58,7 @@ def command(
         from raymix.train.cluster import thread_environment
 
         os.environ |= thread_environment()
-        from raymix.tune import compare
+        from raymix.tune.compare import compare
 
         document = compare(
             load(recipe, overrides, set_overrides),

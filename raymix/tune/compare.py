@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import json
 import os
 import uuid
@@ -21,7 +19,7 @@ from raymix.store.manifest import MANIFEST
 from raymix.train.machine import Resources, resources
 from raymix.train.rundir import RunDirectory
 from raymix.train.setup import Job
-from raymix.tune.comparison import compare_runs
+from raymix.tune.comparison import compare_runs, to_csv
 from raymix.tune.planning import ComparisonPlan, disk_problem, find_runs, plan_comparison
 from raymix.tune.results import RunResult, State, read_result
 from raymix.tune.trials import Outcome, Trial, run_trials
@@ -226,19 +224,3 @@ def _write(document: Mapping[str, Any], out: Path) -> list[str]:
         atomic_write_text(str(out / "compare.html"), comparison_page(document))
         written.append(str(out / "compare.html"))
     return written
-
-
-def to_csv(document: Mapping[str, Any]) -> str:
-    """Return the finished runs as a mixture table: `run`, `step`, `share.*`, `loss.*` and more."""
-    runs = [run for run in document["runs"] if run["state"] == "done"]
-    names = [*document["domains"], *document["targets"]]
-    shares = list(dict.fromkeys(name for run in runs for name in run["shares"]))
-    head = ["run", "mixer", "seed", "step", "tokens", "seconds", "extra_seconds"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, *(f"share.{n}" for n in shares), *(f"loss.{n}" for n in names)])
-    for run in runs:
-        figures = [run["shares"].get(n, 0.0) for n in shares] + [run["losses"][n] for n in names]
-        own = [Path(run["run"]).name, *(run[key] for key in head[1:])]
-        writer.writerow([*own, *figures])
-    return text.getvalue()

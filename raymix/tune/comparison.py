@@ -9,8 +9,11 @@ expected to exclude 0 by chance.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,3 +210,19 @@ def _run(result: RunResult) -> dict[str, Any]:
         "shares": dict(result.shares),
         "losses": dict(result.losses),
     }
+
+
+def to_csv(document: Mapping[str, Any]) -> str:
+    """Return the finished runs as a mixture table: `run`, `step`, `share.*`, `loss.*` and more."""
+    runs = [run for run in document["runs"] if run["state"] == "done"]
+    names = [*document["domains"], *document["targets"]]
+    shares = list(dict.fromkeys(name for run in runs for name in run["shares"]))
+    head = ["run", "mixer", "seed", "step", "tokens", "seconds", "extra_seconds"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*head, *(f"share.{n}" for n in shares), *(f"loss.{n}" for n in names)])
+    for run in runs:
+        figures = [run["shares"].get(n, 0.0) for n in shares] + [run["losses"][n] for n in names]
+        own = [Path(run["run"]).name, *(run[key] for key in head[1:])]
+        writer.writerow([*own, *figures])
+    return text.getvalue()

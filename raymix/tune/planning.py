@@ -119,11 +119,13 @@ def part(has: Resources, seats: Seats) -> Resources:
 
 
 def _fits(variant: Variant, corpus: Corpus | None, has: Resources, seats: Seats) -> bool:
+    share = part(has, seats)
     try:
-        preflight(variant.recipe, corpus, part(has, seats))
+        plan = preflight(variant.recipe, corpus, share)
     except RaymixError:
         return False
-    return True
+    # On a GPU, memory is that of the GPU, which runs do not share.
+    return plan.on_gpu or plan.memory_bytes <= share.memory_bytes
 
 
 def _said_once(problems: Sequence[str], labels: Sequence[str]) -> list[str]:
