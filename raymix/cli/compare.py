@@ -19,6 +19,7 @@ _MOST_DOMAINS = 40
 def command(
     recipe: RecipeSource,
     overrides: Overrides = None,
+    *,
     set_overrides: SetOverrides = None,
     mixers: Annotated[
         str,

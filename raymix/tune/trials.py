@@ -88,8 +88,9 @@ def run_trials(
         ):
             tuner = _tuner(trials, out, seats, cluster, board, stop)
             _watch(tuner.fit, board, progress, stop)
-    finally:
+        # After an interrupt it stays: what Tune still starts on a Ray that goes on ends by it.
         stop.unlink(missing_ok=True)
+    finally:
         shutil.rmtree(out / _SCRATCH, ignore_errors=True)
     return board.outcome
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from typer.testing import CliRunner
 
 from raymix.cli.main import app
 from raymix.store import Corpus
+from tests.e2e.conftest import wait_for
 from tests.training import train_corpus
 
 STEPS = 12
@@ -140,6 +145,39 @@ def test_finished_runs_are_not_repeated_and_begun_ones_go_on(
     assert document["mixers"]["static"]["mean"] == first[0]["mixers"]["static"]["mean"]
     kept = {path: old for path, old in before.items() if path.parent.name != "static-seed6"}
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_path: Path) -> None:
+    import ray
+
+    out, changes = tmp_path / "out", ["train.steps=2000", "eval.every=1000"]
+    options = ["--mixers", "uniform,static", "--seeds", "2", "--parallel", "2", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raymix", "compare", str(recipe), *options, *changes],
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    metrics = out / "uniform-seed5" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(lines(metrics)) > 20, seconds=120, what="steps")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Stopping with checkpoints" in said
+    assert "Traceback" not in said
+    (checkpoint,) = (out / "uniform-seed5" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 0 < step < 2000
+    assert not (out / "static-seed6").exists()
+
+    begun = metrics.read_text().splitlines()
+    code, document, said = run(recipe, out, *changes, "--seeds", "1", mixers="uniform")
+    assert code == 0, said
+    assert document["mixers"]["uniform"]["curve"]["step"] == [0, 1000, 2000]
+    # The steps up to the checkpoint are those made before, to the byte.
+    kept = [line for line in begun if json.loads(line)["step"] <= step]
+    assert metrics.read_text().splitlines()[: len(kept)] == kept
 
 
 def test_a_run_that_fails_is_told_and_the_others_end(

@@ -110,7 +110,7 @@ def test_help_loads_next_to_nothing() -> None:
 def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
-        ["prepare", "train", "eval"],
+        ["prepare", "train", "eval", "compare"],
         ["export", "report"],
     ]
 

@@ -96,7 +96,7 @@ def test_fewer_runs_at_once_where_memory_is_short(corpus: Corpus, tmp_path: Path
 def test_a_mixer_that_cannot_work_names_itself(corpus: Corpus, tmp_path: Path) -> None:
     runs = variants(corpus, tmp_path, "uniform,static(weights={x: 1})")
     with pytest.raises(RecipeError) as caught:
-        plan_comparison(runs, corpus, machine(), parallel=None)
+        plan_comparison(runs, corpus, machine(), parallel=1)
     assert all(text.startswith("static(weights={x:1}): ") for text in caught.value.problems)
 
 
@@ -104,7 +104,7 @@ def test_what_no_mixer_can_do_is_said_once(corpus: Corpus, tmp_path: Path) -> No
     runs = variants(corpus, tmp_path, "uniform,proportional")
     tiny = machine(gigabytes=1e-6)
     with pytest.raises(RecipeError) as caught:
-        plan_comparison(runs, corpus, tiny, parallel=None)
+        plan_comparison(runs, corpus, tiny, parallel=2)
     assert len(caught.value.problems) == len(set(caught.value.problems)) == 1
     assert not caught.value.problems[0].startswith("uniform")
 
