@@ -150,7 +150,7 @@ def test_finished_runs_are_not_repeated_and_begun_ones_go_on(
 def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_path: Path) -> None:
     import ray
 
-    out, changes = tmp_path / "out", ["train.steps=2000", "eval.every=1000"]
+    out, changes = tmp_path / "out", ["train.steps=800", "eval.every=400"]
     options = ["--mixers", "uniform,static", "--seeds", "2", "--parallel", "2", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "raymix", "compare", str(recipe), *options, *changes],
@@ -168,13 +168,13 @@ def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_
     assert "Traceback" not in said
     (checkpoint,) = (out / "uniform-seed5" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
-    assert 0 < step < 2000
+    assert 0 < step < 800
     assert not (out / "static-seed6").exists()
 
     begun = metrics.read_text().splitlines()
     code, document, said = run(recipe, out, *changes, "--seeds", "1", mixers="uniform")
     assert code == 0, said
-    assert document["mixers"]["uniform"]["curve"]["step"] == [0, 1000, 2000]
+    assert document["mixers"]["uniform"]["curve"]["step"] == [0, 400, 800]
     # The steps up to the checkpoint are those made before, to the byte.
     kept = [line for line in begun if json.loads(line)["step"] <= step]
     assert metrics.read_text().splitlines()[: len(kept)] == kept
