@@ -76,23 +76,28 @@ def command(
 
 
 def draw(document: Mapping[str, Any], console: Console) -> None:
-    """Print the comparison for people: mixers, domains, failed runs, files."""
+    """Print the comparison for people: mixers, differences, domains, failed runs, files."""
     if not console.is_terminal:
-        console.width = 160
+        console.width = max(120, 40 + 20 * len(document["mixers"]))
     seeds = ", ".join(str(seed) for seed in document["seeds"])
     console.print(
         f"\nheld-out loss after {document['tokens']:,} tokens, nats per token: mean and standard "
-        f"deviation over seeds {seeds}; difference to {document['baseline']} with 95 % interval",
+        f"deviation over seeds {seeds}",
         soft_wrap=True,
     )
-    console.print(_mixers(document, fancy=console.is_terminal))
+    fancy = console.is_terminal
+    console.print(_mixers(document, fancy=fancy))
+    if len(document["mixers"]) > 1:
+        about = f"\ndifference to {document['baseline']}, each seed to itself, with 95 % interval"
+        console.print(about, soft_wrap=True)
+        console.print(_differences(document, fancy=fancy))
     console.print()
-    console.print(_domains(document, fancy=console.is_terminal))
+    console.print(_domains(document, width=console.width, fancy=fancy))
     for run in document["runs"]:
         if run["state"] != "done":
             told = f"{run['mixer']}, seed {run['seed']}: {run['problem']}"
             console.print(told, markup=False, soft_wrap=True)
-    console.print("files: " + ", ".join(document["files"]), soft_wrap=True)
+    console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
 
 
 def _table(*columns: str, fancy: bool) -> Table:
@@ -105,38 +110,51 @@ def _table(*columns: str, fancy: bool) -> Table:
     return table
 
 
-def _mixers(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text, percent, with_spread
+def _measures(document: Mapping[str, Any]) -> list[str]:
+    rows = document["mixers"].values()
+    return [name for name in ("mean", "worst", "target") if any(name in row for row in rows)]
 
-    rows = document["mixers"]
-    measures = [m for m in ("mean", "worst", "target") if any(m in row for row in rows.values())]
-    heads = [head for measure in measures for head in (measure, "difference")]
-    table = _table("mixer", "runs", *heads, "worst is", "extra compute", fancy=fancy)
-    for name, row in rows.items():
-        cells: list[str] = []
-        for measure in measures:
-            other = name != document["baseline"]
-            cells += [
-                with_spread(row[measure]),
-                difference_text(row[measure]["difference"]) if other else "",
-            ]
+
+def _mixers(document: Mapping[str, Any], *, fancy: bool) -> Table:
+    from raymix.report.comparison import percent, with_spread
+
+    measures = _measures(document)
+    table = _table("mixer", "runs", *measures, "worst is", "extra compute", fancy=fancy)
+    for name, row in document["mixers"].items():
         runs = f"{row['runs']}/{row['planned']}"
+        losses = [with_spread(row[measure]) for measure in measures]
         cost = percent(row["extra"]["flops_share"]["mean"])
-        table.add_row(name, runs, *cells, row["worst_domain"] or "", cost)
+        table.add_row(name, runs, *losses, row["worst_domain"] or "", cost)
     return table
 
 
-def _domains(document: Mapping[str, Any], *, fancy: bool) -> Table:
+def _differences(document: Mapping[str, Any], *, fancy: bool) -> Table:
+    from raymix.report.comparison import difference_text
+
+    measures = _measures(document)
+    table = _table("mixer", *measures, fancy=fancy)
+    for name, row in document["mixers"].items():
+        if name != document["baseline"]:
+            found = [difference_text(row[measure]["difference"]) for measure in measures]
+            table.add_row(name, *found)
+    return table
+
+
+def _domains(document: Mapping[str, Any], *, width: int, fancy: bool) -> Table:
+    """Return the losses per domain, without their spread where there is no room for it."""
     from raymix.report.comparison import with_spread
 
     rows = document["mixers"]
-    table = _table("domain", *rows, fancy=fancy)
     names = [*document["domains"], *document["targets"]]
+    needed = max([0, *map(len, names)]) + 9 + sum(max(17, len(name) + 2) for name in rows)
+    table = _table("domain", *rows, fancy=fancy)
     for name in names[:_MOST_DOMAINS]:
         held = " (target)" if name in document["targets"] else ""
-        table.add_row(
-            f"{name}{held}", *(with_spread(row["domains"][name]) for row in rows.values())
-        )
+        found = [row["domains"][name] for row in rows.values()]
+        cells = [with_spread(item) for item in found]
+        if needed > width:
+            cells = [cell.partition(" ")[0] for cell in cells]
+        table.add_row(f"{name}{held}", *cells)
     if len(names) > _MOST_DOMAINS:
         table.add_row(f"... {len(names) - _MOST_DOMAINS} more in the files")
     return table

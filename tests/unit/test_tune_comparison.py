@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from scipy.stats import ttest_rel
 
+from raymix.cli.compare import draw
 from raymix.recipe import Recipe
 from raymix.report.comparison import comparison_page
 from raymix.tune.comparison import compare_runs, paired, spread, to_csv
@@ -167,6 +169,21 @@ def test_nothing_finished_is_a_page_too() -> None:
     runs = [result("uniform", 0, [1, 1, 1], state="failed")]
     assert "the loss is nan" in comparison_page(whole(runs))
     assert to_csv(whole(runs)).count("\n") == 1
+
+
+@pytest.mark.parametrize("width", [110, 200])
+def test_the_tables_on_a_terminal_are_not_cut(width: int) -> None:
+    names = ["uniform", "pike", "pike-balanced", "dga", "doge", "odm", "ado"]
+    runs = [result(name, seed, [1 + seed, 2, 3]) for name in names for seed in range(3)]
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, highlight=False)
+    with console.capture() as shown:
+        draw({**whole([*runs, *failing()[-1:]], targets="c"), "files": ["x"]}, console)
+    said = shown.get()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    assert "c (target)" in said
+    by_domain = said[said.index("domain") :]
+    assert ("\N{PLUS-MINUS SIGN}" in by_domain) == (width == 200)
+    assert "odd<mixer>, seed 0: the loss is nan" in said
 
 
 def test_the_csv_is_a_mixture_table() -> None:
