@@ -17,16 +17,20 @@ from torch import Tensor
 from raymix.errors import TrainingError, problem
 from raymix.signals.layout import Layout, Split
 
-TILE_BYTES = 128 * 1024**2
+CPU_TILE_BYTES, GPU_TILE_BYTES = 128 * 1024**2, 1024**3
 """Most bytes of pieces alive at once, where a parameter is used once."""
 
 
 class Workspace:
     """One buffer for the pieces of one layer after the other: fresh memory costs page faults."""
 
-    def __init__(self, tile_bytes: int = TILE_BYTES) -> None:
-        """Start empty."""
-        self.tile_bytes = tile_bytes
+    def __init__(self, tile_bytes: int | None = None) -> None:
+        """Start empty.
+
+        Args:
+            tile_bytes: Most bytes to hold; None for what suits the device.
+        """
+        self._tile_bytes = tile_bytes
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -36,9 +40,11 @@ class Workspace:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
         return self._buffer[:size].view(like.dtype).view(shape)
 
-    def step(self, bytes_each: int) -> int:
-        """Return how many things of `bytes_each` fit."""
-        return max(1, self.tile_bytes // max(1, bytes_each))
+    def step(self, shape: tuple[int, ...], like: Tensor) -> int:
+        """Return how many tensors of a shape fit, at least one."""
+        suits = GPU_TILE_BYTES if like.is_cuda else CPU_TILE_BYTES
+        tile_bytes = self._tile_bytes or suits
+        return max(1, tile_bytes // max(1, torch.Size(shape).numel() * like.element_size()))
 
 
 @dataclass(slots=True)
@@ -146,7 +152,7 @@ class PassGram:
             return self._used_again(shared, wanted=wanted)
         A, B = shared.shape
         grad_AB = left_NA.new_empty(A, B, dtype=_wide(left_NA)) if wanted else None
-        step = self._workspace.step(self._slots * B * left_NA.element_size())
+        step = self._workspace.step((self._slots, B), left_NA)
         for first in range(0, A, step):
             last = min(A, first + step)
             pieces_SAB = self._workspace.take((self._slots, last - first, B), left_NA)
@@ -222,7 +228,7 @@ class PassGram:
         grad_NH = grad_NH.to(_wide(grad_NH))
         slot_N = torch.cat([part.slot_N for part in shared.lookups])
         H = shared.shape[1]
-        step = self._workspace.step(self._slots * H * grad_NH.element_size())
+        step = self._workspace.step((self._slots, H), grad_NH)
         for first in range(0, len(rows_U), step):
             last = min(len(rows_U), first + step)
             pieces_SUH = self._workspace.take((self._slots, last - first, H), grad_NH).zero_()
@@ -237,13 +243,13 @@ class PassGram:
             if shared.kept_SUH is not None:
                 # (a + e)(a + e) = aa + ae + ea + ee, of which aa is there already.
                 kept_SUH = shared.kept_SUH[:, first:last].to(pieces_SUH.dtype)
-                self._add(kept_SUH, pieces_SUH)
-                self._add(pieces_SUH, kept_SUH)
+                self._add(kept_SUH, pieces_SUH, both=True)
         shared.lookups.clear()
         shared.rows.clear()
         shared.kept_SUH = shared.root = None
 
-    def _add(self, left_SX: Tensor, right_SX: Tensor) -> None:
+    def _add(self, left_SX: Tensor, right_SX: Tensor, *, both: bool = False) -> None:
+        """Add the products of all slots, and with `both` the other way round as well."""
         left_SX, right_XS = left_SX.flatten(1), right_SX.flatten(1).t()
         if left_SX.dtype in (torch.float32, torch.float64):
             found_SS = torch.mm(left_SX, right_XS)
@@ -253,7 +259,7 @@ class PassGram:
             found_SS = torch.mm(left_SX.float(), right_XS.float())
         if self._gram_SS is None:
             self._gram_SS = torch.zeros_like(found_SS, dtype=torch.float64)
-        self._gram_SS += found_SS
+        self._gram_SS += found_SS + found_SS.t() if both else found_SS
 
 
 def _factors(

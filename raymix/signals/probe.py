@@ -78,6 +78,7 @@ class GradientProbe:
         halves: int = 2,
         mode: Mode = "exact",
         precondition: Preconditioner | None = None,
+        tile_bytes: int | None = None,
     ) -> None:
         """Look at `model` as it is placed: after sharding, before or after wrapping by DDP.
 
@@ -91,6 +92,8 @@ class GradientProbe:
                 gradients in memory; the reference, and for models that `exact` refuses.
             precondition: Returns 1 / (sqrt(v) + eps) of a parameter, in its shape and placement,
                 or None for 1. Products become <g, P g'>.
+            tile_bytes: Most bytes of pieces of one parameter made at once; None for what suits
+                the device.
 
         Raises:
             ValueError: If a number or the mode is out of range, or nothing can be measured.
@@ -111,7 +114,7 @@ class GradientProbe:
             raise ValueError(f"mode = {mode!r}: the model has no trainable parameter to measure")
         self._trained = trained
         self._names = ParameterNames(model, trained)
-        self._workspace = Workspace()
+        self._workspace = Workspace(tile_bytes)
         self._signature = inspect.signature(model.forward)
 
     @contextlib.contextmanager

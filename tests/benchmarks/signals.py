@@ -1,8 +1,9 @@
 """What gradient statistics cost: a recorded step against a plain one and against K + 1 passes.
 
-`python -m tests.benchmarks.signals [--device cuda] [--groups 8 32 128] [--repeats 7]`. Tokens are
-drawn at random: what they say does not change what the products cost. Every row of a table is
-timed in turn, repeat by repeat; peak memory is that of one call beyond what the plain step needs.
+`python -m tests.benchmarks.signals [--device cuda] [--groups 8 32 128] [--repeats 3] [--uneven]`.
+Tokens are drawn at random: what they say does not change what the products cost. Every row of a
+table is timed in turn, repeat by repeat; peak memory is what one call holds beyond what a plain
+step holds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "tie_word_embeddings": True,
         },
         "vocab": 8192,
-        "length": 512,
+        "length": 256,
         "rows_per_piece": 1,
     },
     "cuda": {
@@ -80,6 +81,7 @@ class Bench:
         labels = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
         positions = torch.arange(length).repeat(len(piece_B), 1)
         self.batch = tuple(part.to(device) for part in (tokens, positions, labels))
+        self.tokens = tokens.numel()
         self.scale = 1.0 / int((labels >= 0).sum())
         self.probe = GradientProbe(self.loss, n_groups=groups)
         self.last = GradientProbe(self.loss, n_groups=groups, mode="last_layer")
@@ -199,20 +201,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--groups", type=int, nargs="+", default=None)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--uneven", action="store_true", help="a quarter of the rows in one group")
     args = parser.parse_args()
     groups = args.groups or ([8] if args.device == "cpu" else [8, 32, 128])
     each = SIZES[args.device]["rows_per_piece"]
     rows = []
     for number in groups:
-        for even in (True, False) if number == groups[0] else (True,):
-            bench = Bench(args.device, number, rows_per_piece=each, even=even)
-            if even and number == groups[0]:
-                rows.append(row("parameters", bench.parameters / 1e6, "M"))
-                rows.append(row("tokens per step", bench.batch[0].numel(), "tokens"))
-            label = f"K = {number}" + ("" if even else ", uneven rows")
-            rows += table(bench, label, args.repeats, all_ways=even)
-            del bench
+        bench = Bench(args.device, number, rows_per_piece=each, even=not args.uneven)
+        if not rows:
+            rows.append(row("parameters", bench.parameters / 1e6, "M"))
+            rows.append(row("tokens per group and step", bench.tokens / number, "tokens"))
+        label = f"K = {number}" + (", uneven rows" if args.uneven else "")
+        rows += table(bench, label, args.repeats, all_ways=not args.uneven)
+        del bench
     print_table(rows)
     write_results("signals", rows)
 

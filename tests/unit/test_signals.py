@@ -141,10 +141,12 @@ def test_one_pass_equals_one_pass_per_piece(kind: str, pieces: torch.Tensor) -> 
         torch.testing.assert_close(8 * ours[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["checkpointing", "chunked head", "untied", "two halves of one"])
+@pytest.mark.parametrize(
+    "how", ["checkpointing", "chunked head", "untied", "tiles", "two rows each"]
+)
 def test_every_way_to_run_gives_the_same(how: str, llama: PackedLoss) -> None:
     model = language_model(tie_word_embeddings=False) if how == "untied" else copy.deepcopy(llama)
-    pieces = even(2) if how == "two halves of one" else uneven()
+    pieces = even(2) if how == "two rows each" else uneven()
     rows = rows_of(pieces)
     (expected,) = measured(model, rows, pieces, mode="backward")
     if how == "checkpointing":
@@ -153,9 +155,10 @@ def test_every_way_to_run_gives_the_same(how: str, llama: PackedLoss) -> None:
         model = PackedLoss(model.model, linear_head=True, logit_bytes=0)  # 64 tokens at a time
     model(*rows)[0].backward()
     plain = gradients(model)
-    (found,) = measured(model, rows, pieces)
+    options = {"tile_bytes": 3000} if how == "tiles" else {}
+    (found,) = measured(model, rows, pieces, **options)
     assert_same(found, expected)
-    found, ours = recorded(model, rows, pieces)
+    found, ours = recorded(model, rows, pieces, **options)
     assert_same(found, expected)
     for name, gradient in plain.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
