@@ -22,7 +22,7 @@ from typing import Any
 
 from raymix.control.journal import Journal, plain
 from raymix.control.leases import Lease, Leases
-from raymix.control.windows import Windows
+from raymix.control.windows import LOSS_WEIGHTS, NOTE, Windows, by_domain
 from raymix.errors import CorpusError, RecipeError, TrainingError, problem
 from raymix.mixers import (
     DomainStats,
@@ -69,7 +69,7 @@ class MixtureState:
         self.kind = kind
         self.interval = interval
         self.log = MixtureLog(context.domains)
-        self.windows = Windows(mixer, interval) if mixer.needs else None
+        self.windows = Windows(mixer, interval, context.domains) if mixer.needs else None
         self._mixer = mixer
         self._journal = journal
         self._session = session
@@ -240,10 +240,13 @@ class MixtureState:
         if own:
             shares, stats = self._mixer_shares(step)
             newest = tuple(shares.tolist())
-        changed = newest is not None and newest != self._issued()
+        # Why nothing changed is to be read in the log, too.
+        noted = bool(stats and NOTE in stats)
+        changed = newest is not None and (noted or (newest, _factors(stats)) != self._issued())
         if step in self._asks:
             # What the mixer said is kept, so that saying it again later is no change.
-            self._append(step, self._asks.pop(step), ASKED, {"mixer": newest} if changed else None)
+            kept = {"mixer": newest, **_kept_factors(stats)} if changed else None
+            self._append(step, self._asks.pop(step), ASKED, kept)
         elif newest is not None and changed:
             self._append(step, newest, self.kind, stats)
 
@@ -255,20 +258,24 @@ class MixtureState:
         if self._journal:
             self._journal.append(self.log.to_line(self.log.entries[-1]))
 
-    def _issued(self) -> tuple[float, ...] | None:
-        """Return the shares the mixer last decided on."""
+    def _issued(self) -> tuple[tuple[float, ...], dict[str, float] | None] | None:
+        """Return the shares and loss factors the mixer last decided on."""
         for entry in reversed(self.log.entries):
             if entry.mixer != ASKED:
-                return entry.weights
+                return entry.weights, _factors(entry.stats)
             if entry.stats:
-                return tuple(entry.stats["mixer"])
+                return tuple(entry.stats["mixer"]), _factors(entry.stats)
         return None
 
     def _mixer_shares(self, step: int) -> tuple[Shares, dict[str, Any] | None]:
+        """Return the mixer's shares at `step`, and what the log is to say of them."""
         if self.windows:
             return self.windows.weights(step // self.interval)
         assert isinstance(self._mixer, PlannedMixer)
-        return self._mixer.planned(step), None
+        planned = getattr(self._mixer, "planned_loss_weights", None)
+        factors_D = planned(step) if planned else None
+        stats = None if factors_D is None else by_domain(self.context.domains, factors_D)
+        return self._mixer.planned(step), stats
 
     # -- what survives -----------------------------------------------------------------------
 
@@ -348,6 +355,15 @@ class MixtureState:
                 **self._state(),
             }
         )
+
+
+def _factors(stats: Mapping[str, Any] | None) -> dict[str, float] | None:
+    return stats.get(LOSS_WEIGHTS) if stats else None
+
+
+def _kept_factors(stats: Mapping[str, Any] | None) -> dict[str, Any]:
+    factors = _factors(stats)
+    return {} if factors is None else {LOSS_WEIGHTS: factors}
 
 
 def _asks(raw: Mapping[Any, Iterable[float]]) -> dict[int, tuple[float, ...]]:

@@ -22,6 +22,7 @@ from raymix.control.documents import DocumentFeed
 from raymix.control.feed import Chunk, Feed, Place
 from raymix.control.rows import PackedFeed
 from raymix.control.source import BlockSource
+from raymix.control.windows import LOSS_WEIGHTS, NOTE
 from raymix.errors import CorpusError, RecipeError, problem
 from raymix.recipe.training import DocumentData, PackedData
 from raymix.sampling import MixtureLog
@@ -124,6 +125,18 @@ class MixtureStream:
         self._step += 1
         self.waited_s = time.perf_counter() - begun
         return batch
+
+    def loss_weights(self, step: int) -> list[float] | None:
+        """Return the factor of each domain's loss at a step already handed out; None: all 1."""
+        stats = self.log.at(step).stats
+        factors = stats.get(LOSS_WEIGHTS) if stats else None
+        return None if factors is None else [factors[name] for name in self.log.domains]
+
+    def note(self, step: int) -> str | None:
+        """Return what the mixer had to say about the shares that begin at `step`, if anything."""
+        entry = self.log.at(step)
+        found: str | None = entry.stats.get(NOTE) if entry.stats else None
+        return found if entry.first_step == step else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return, in JSON types, what it takes to continue after the batch last handed out.

@@ -6,14 +6,26 @@ rank ever waits for the slowest unless that one is a whole window behind. Letter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from raymix.mixers import DomainStats, Mixer, Shares
+from raymix.mixers import STATISTICS, DomainStats, Mixer, Shares
+
+LOSS_WEIGHTS = "loss_weights"
+"""Where a log entry's `stats` hold the factors of the domains' losses."""
+
+NOTE = "note"
+"""Where they say why statistics could not be used."""
 
 _AHEAD = 2
+# What a mean over ranks is taken of.
+_MEASURED = tuple(STATISTICS[name] for name in sorted(STATISTICS.keys() - {"tokens", "loss"}))
+
+Array = NDArray[np.float64]
 
 
 @runtime_checkable
@@ -33,12 +45,13 @@ class Windows:
         done: Windows whose statistics the mixer has seen: 0 .. done - 1.
     """
 
-    def __init__(self, mixer: Mixer, interval: int) -> None:
+    def __init__(self, mixer: Mixer, interval: int, domains: Sequence[str]) -> None:
         if not isinstance(mixer, AdaptiveMixer):
             raise TypeError(f"{type(mixer).__name__} needs statistics but has no `initial` shares")
         self.done = 0
         self._mixer = mixer
         self._interval = interval
+        self._domains = domains
         self._weights: dict[int, Shares] = dict.fromkeys(range(_AHEAD), mixer.initial)
         self._stats: dict[int, dict[str, Any]] = {}
         self._pushes: dict[int, dict[int, DomainStats]] = {}
@@ -96,20 +109,43 @@ class Windows:
         # In the order of ranks, whatever order they came in: sums of floats depend on it.
         stats = combined([pushes[rank] for rank in sorted(pushes)])
         window = self.done + _AHEAD
+        warnings = getattr(self._mixer, "warnings", 0)
         self._weights[window] = np.asarray(self._mixer.update(stats), dtype=np.float64)
-        self._stats[window] = {
-            "window": self.done,
-            "tokens": stats.tokens_D.tolist(),
-            "loss": [None if np.isnan(loss) else loss for loss in stats.loss_D.tolist()],
-        }
+        shown = {"window": self.done, **_shown(stats), **self._loss_weights()}
+        if getattr(self._mixer, "warnings", 0) > warnings:
+            shown[NOTE] = self._mixer.notes[-1]  # type: ignore[attr-defined]
+        self._stats[window] = shown
         self.done += 1
+
+    def _loss_weights(self) -> dict[str, Any]:
+        """Return the factors of the domains' losses that go with the newest shares, if any."""
+        weights = getattr(self._mixer, "loss_weights", None)
+        factors = weights() if weights else None
+        return {} if factors is None else by_domain(self._domains, factors)
+
+
+def by_domain(domains: Sequence[str], factor_D: Shares) -> dict[str, Any]:
+    """Return factors of the domains' losses as a log entry's `stats` hold them."""
+    return {LOSS_WEIGHTS: dict(zip(domains, factor_D.tolist(), strict=True))}
+
+
+def _shown(stats: DomainStats) -> dict[str, Any]:
+    """Return what the log says of the statistics that weights follow from."""
+    shown: dict[str, Any] = {"tokens": stats.tokens_D.tolist()}
+    for name in ("loss_D", "grad_norm2_D", "grad_noise_D", "alignment_D"):
+        values = getattr(stats, name)
+        if values is not None:
+            plain = [value if math.isfinite(value) else None for value in values.tolist()]
+            shown[name.removesuffix("_D")] = plain
+    return shown
 
 
 def combined(parts: Sequence[DomainStats]) -> DomainStats:
     """Return the statistics of all ranks together.
 
-    Tokens add up; the loss is the mean per token; gradient statistics are means over ranks, as
-    each rank's are unbiased already.
+    Tokens add up; the loss is the mean per token. Gradient statistics are means over the passes
+    of all ranks, as those of each pass are unbiased already; where a rank has a NaN, over the
+    others.
     """
     tokens_RD = np.stack([part.tokens_D for part in parts])
     loss_RD = np.stack([part.loss_D for part in parts])
@@ -117,18 +153,33 @@ def combined(parts: Sequence[DomainStats]) -> DomainStats:
     nats_D = np.where(tokens_RD > 0, loss_RD * tokens_RD, 0.0).sum(axis=0)
     loss_D = np.full(tokens_D.shape, np.nan)
     np.divide(nats_D, tokens_D, out=loss_D, where=tokens_D > 0)
+    measured = {name: _mean(parts, name) for name in _MEASURED}
     return DomainStats(
         step=parts[0].step,
         window=parts[0].window,
         tokens_D=tokens_D,
         loss_D=loss_D,
-        grad_norm2_D=_mean([part.grad_norm2_D for part in parts]),
-        grad_noise_D=_mean([part.grad_noise_D for part in parts]),
-        gram_DD=_mean([part.gram_DD for part in parts]),
-        alignment_D=_mean([part.alignment_D for part in parts]),
+        probe_passes=sum(part.probe_passes for part in parts),
+        **measured,
     )
 
 
-def _mean(parts: Sequence[np.ndarray[Any, np.dtype[np.float64]] | None]) -> Shares | None:
-    given = [part for part in parts if part is not None]
-    return np.mean(np.stack(given), axis=0) if len(given) == len(parts) else None
+def _mean(parts: Sequence[DomainStats], name: str) -> Array | None:
+    """Return the mean of a gradient statistic, weighted by passes; None where nobody has it.
+
+    One rank after the other, so that hundreds of Gram matrices need the memory of two.
+    """
+    total: Array | None = None
+    weight: Array | None = None
+    for part in parts:
+        value = getattr(part, name)
+        if value is None or not part.probe_passes:
+            continue
+        counts = part.probe_passes * np.isfinite(value)
+        value = np.where(counts > 0, value, 0.0) * part.probe_passes
+        total = value if total is None else total + value
+        weight = counts if weight is None else weight + counts
+    if total is None or weight is None:
+        return None
+    mean = np.full(total.shape, np.nan)
+    return np.divide(total, weight, out=mean, where=weight > 0)

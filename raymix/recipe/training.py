@@ -100,6 +100,17 @@ ModelConfig = Annotated[
 ]
 
 
+class ProbeConfig(Model):
+    """How gradient statistics are measured, for mixers that need them."""
+
+    mode: Literal["exact", "backward", "last_layer"] = "exact"
+    """`exact`: out of one backward; `backward`: one per group; `last_layer`: of the head alone."""
+    rows: Whole = Field(default=4, ge=2, multiple_of=2)
+    """Rows of each domain (and target) per window, over all workers, two to a pass."""
+    precondition: Literal["none", "adam"] = "none"
+    """`adam`: in the metric of AdamW's second moment, as its updates are."""
+
+
 class TrainConfig(Model):
     """The optimiser loop."""
 
@@ -143,6 +154,8 @@ class TrainConfig(Model):
     """Newest checkpoints to keep."""
     probe_interval: Whole = Field(default=50, ge=1)
     """Steps per window: how often an adaptive mixer may change the weights."""
+    probe: ProbeConfig = ProbeConfig()
+    """Gradient statistics; measured only for mixers that need them."""
 
     @model_validator(mode="after")
     def _rules(self) -> TrainConfig:

@@ -5,7 +5,7 @@ Letters: B rows, L tokens per row, S document starts in all rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,3 +125,21 @@ def _stand_in(length: int, part: slice, device: torch.device) -> MicroBatch:
     tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
     positions = torch.arange(length, device=device)[None]
     return MicroBatch(tokens, positions, torch.full_like(tokens, IGNORED), part)
+
+
+def token_factors(
+    micro: MicroBatch, domains: npt.NDArray[np.integer], factor_D: Sequence[float]
+) -> torch.Tensor:
+    """Return the factor of each token's loss, float32 of shape (B, L).
+
+    Args:
+        micro: The micro-batch; its `rows` pick from `domains`.
+        domains: Domain of each of the rank's rows, or of each token; -1 where there is none.
+        factor_D: Factor of each domain, shape (D,).
+    """
+    own = domains[micro.rows]
+    if not len(own):  # a stand-in
+        return torch.ones(micro.labels_BL.shape, device=micro.labels_BL.device)
+    factors = np.asarray(factor_D, dtype=np.float32)[np.maximum(own, 0)]
+    whole = factors[:, None] if factors.ndim == 1 else factors
+    return torch.from_numpy(whole).to(micro.labels_BL.device).expand(micro.labels_BL.shape)

@@ -55,7 +55,7 @@ class TrainingState:
     """Seed of the run: random numbers of a step follow from seed, step and rank."""
     tokens: dict[str, int]
     """Tokens trained on, by domain."""
-    window: dict[str, list[float]]
+    window: dict[str, list[float | None]]
     """Losses (`nats`) and label counts (`labels`) by domain since the window began."""
 
 

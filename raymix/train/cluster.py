@@ -46,6 +46,23 @@ def thread_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in _SPIN.items()}
 
 
+# glibc gives large pieces of freed memory back to the system, to take, map and zero them again in
+# the next step: a tenth and more of a step on a CPU. Only its main arena can do otherwise, and the
+# loop runs in a thread that is not the main one, so there must be no other arena.
+_HEAP = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+}
+
+
+def worker_environment(*, on_gpu: bool) -> dict[str, str]:
+    """Return variables that training workers start with, less those the user set."""
+    if on_gpu:
+        return thread_environment()
+    return thread_environment() | {k: os.environ.get(k, v) for k, v in _HEAP.items()}
+
+
 @contextmanager
 def joined(config: ClusterConfig) -> Iterator[None]:
     """Be joined to the recipe's Ray cluster, or to a private one that ends with the context.

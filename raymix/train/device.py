@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 
+import numpy as np
 import torch
 
 from raymix.train.machine import cores
@@ -66,6 +67,14 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _MOST_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
+
+
+def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Seed what dropout draws from, so that a step is the same whether the run was resumed."""
+    mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+    torch.default_generator.manual_seed(mixed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(mixed)
 
 
 def asked_threads() -> int | None:

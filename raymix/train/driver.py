@@ -23,7 +23,7 @@ from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint
-from raymix.train.cluster import no_room, thread_environment
+from raymix.train.cluster import no_room, worker_environment
 from raymix.train.progress import Progress
 from raymix.train.setup import Job, mixer_context
 from raymix.train.watch import watch
@@ -88,7 +88,7 @@ def _trainer(job: Job) -> Any:
                 max_failures=cluster.max_failures, controller_failure_limit=_START_TRIES
             ),
             callbacks=[StopWhereHopeless(job.run.metrics)],
-            worker_runtime_env={"env_vars": thread_environment()},
+            worker_runtime_env={"env_vars": worker_environment(on_gpu=job.on_gpu)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -50,12 +50,14 @@ class Forecast:
 def segments(mixer: Mixer, context: MixerContext, window: int) -> list[Segment]:
     """Return the mixtures that `mixer` will ask for, covering all steps.
 
-    A mixer that decides during the run is forecast as proportional. One that moves all the time
-    (a linear schedule) is sampled once per `window` steps, in at most 2,000 places.
+    A mixer that decides during the run is forecast at its initial shares. One that moves all the
+    time (a linear schedule) is sampled once per `window` steps, in at most 2,000 places.
     """
     steps = context.total_steps
     if not isinstance(mixer, PlannedMixer):
-        return [Segment(0, steps, tempered(context.tokens_D, 1.0))]
+        initial = getattr(mixer, "initial", None)
+        first_D = tempered(context.tokens_D, 1.0) if initial is None else np.asarray(initial)
+        return [Segment(0, steps, first_D)]
     bounds = sorted({0, *(b for b in mixer.boundaries if 0 < b < steps), steps})
     found: list[Segment] = []
     for start, stop in itertools.pairwise(bounds):

@@ -25,11 +25,13 @@ from raymix.errors import TrainingError, problem
 from raymix.mixers import DomainStats
 from raymix.recipe import Recipe
 from raymix.train.account import PendingStep, StepAccount, StepSums
-from raymix.train.batches import count_micro_batches, micro_batches, token_domains
+from raymix.train.batches import count_micro_batches, micro_batches, token_domains, token_factors
 from raymix.train.checkpoint import TrainingState, save_checkpoint
+from raymix.train.device import seed_everything
 from raymix.train.evaluate import Evaluator, Table
 from raymix.train.optim import clip_gradients, learning_rate, set_learning_rate
-from raymix.train.parallel import HostCopy, Replica
+from raymix.train.parallel import HostCopy, Replica, training_precision
+from raymix.train.probing import Prober
 from raymix.train.recorder import Recorder, rounded
 
 
@@ -67,6 +69,8 @@ class Parts:
     """Whether somebody asked for a clean stop; read on rank 0 only."""
     push: Callable[[int, DomainStats], None] | None = None
     """Hands a window's statistics to an adaptive mixer."""
+    prober: Prober | None = None
+    """Measures gradients for a mixer that needs them."""
 
 
 @dataclass(slots=True)
@@ -82,10 +86,12 @@ class _Flying:
 
 @dataclass(slots=True)
 class _Window:
-    """What the domains' losses add up to since the window began."""
+    """What the domains' losses add up to since the window began, and what held-out ones are."""
 
     nats_D: npt.NDArray[np.float64]
     labels_D: npt.NDArray[np.float64]
+    valid_D: npt.NDArray[np.float64]
+    """The newest held-out loss, NaN where there is none."""
 
 
 @dataclass(slots=True)
@@ -112,9 +118,10 @@ class TrainingLoop:
         zeros = np.zeros(len(parts.domains))
         tokens = state.tokens if state else {}
         self._tokens_D = np.array([tokens.get(name, 0) for name in parts.domains], np.int64)
-        self._window = _Window(zeros.copy(), zeros.copy())
+        self._window = _Window(zeros.copy(), zeros.copy(), np.full(zeros.shape, np.nan))
         if state and state.window:
-            self._window = _Window(*(np.array(state.window[key]) for key in ("nats", "labels")))
+            kept = (state.window[key] for key in ("nats", "labels", "valid"))
+            self._window = _Window(*(np.array(values, dtype=np.float64) for values in kept))
         self._flying: _Flying | None = None
         # On a CPU nothing runs ahead, so waiting a step would gain nothing.
         self._lag = self._world.device.type == "cuda"
@@ -122,7 +129,8 @@ class TrainingLoop:
         self._checkpointed = time.monotonic()
         self._clock = time.perf_counter()
         self._shares: tuple[int, dict[str, float]] = (-1, {})
-        self.seconds = {"data": 0.0, "step": 0.0, "metrics": 0.0, "eval": 0.0, "checkpoint": 0.0}
+        self.seconds = {"data": 0.0, "step": 0.0, "metrics": 0.0, "probe": 0.0}
+        self.seconds |= {"eval": 0.0, "checkpoint": 0.0}
 
     def run(self) -> LoopEnd:
         """Return how it ended; all ranks end at the same step.
@@ -169,18 +177,20 @@ class TrainingLoop:
         parts, replica = self._parts, self._parts.replica
         rate = learning_rate(batch.step, steps=parts.steps, config=parts.recipe.train)
         set_learning_rate(parts.optimizer, rate)
-        _seed(parts.recipe.seed, batch.step, self._world.rank, self._world.device)
+        seed_everything(parts.recipe.seed, batch.step, self._world.rank, self._world.device)
         account = StepAccount(len(parts.domains), self._world)
         most = parts.most_rows or len(batch.tokens)
         count = count_micro_batches(most, parts.micro_batch_rows)
         domains = _domains(batch)
+        factor_D = parts.stream.loss_weights(batch.step)
         scale = replica.gradient_scale / max(1, batch.label_tokens)
         for index, micro in enumerate(micro_batches(batch, count, self._world.device)):
             with replica.accumulating(last=index == count - 1):
+                tensors = [micro.tokens_BL, micro.positions_BL, micro.labels_BL]
+                if factor_D is not None:
+                    tensors.append(token_factors(micro, domains, factor_D))
                 with self._precision():
-                    loss, loss_BL = replica.module(
-                        micro.tokens_BL, micro.positions_BL, micro.labels_BL
-                    )
+                    loss, loss_BL = replica.module(*tensors)
                 (loss * scale).backward()
             account.add(micro, domains, loss_BL)
         pending = account.start(checkpoint=self._time_for_checkpoint(), stop=self._stop_asked())
@@ -236,6 +246,8 @@ class TrainingLoop:
             "counts": {names[d]: int(tokens_D[d]) for d in read},
             "domain_loss": {names[d]: rounded(sums.nats_D[d] / sums.labels_D[d]) for d in scored},
         }
+        if (note := parts.stream.note(batch.step)) is not None:
+            line["note"] = note
         if parts.peak_flops:
             work = parts.flops_per_token * tokens / seconds
             line["mfu"] = rounded(work / (self._world.size * parts.peak_flops), 4)
@@ -251,20 +263,38 @@ class TrainingLoop:
         if parts.push is None or self._step % interval:
             return
         self._settle()
-        window, self._window = self._window, _Window(*np.zeros((2, len(parts.domains))))
+        window = self._window
+        zeros = np.zeros(len(parts.domains))
+        self._window = _Window(zeros.copy(), zeros.copy(), window.valid_D)
         labels_D = window.labels_D if self._world.is_writer else np.zeros_like(window.labels_D)
         loss_D = np.full(labels_D.shape, np.nan)
         np.divide(window.nats_D, labels_D, out=loss_D, where=labels_D > 0)
         first = self._step - interval
-        stats = DomainStats(
-            step=first, window=interval, tokens_D=labels_D.astype(np.int64), loss_D=loss_D
+        parts.push(
+            first // interval,
+            DomainStats(
+                step=first,
+                window=interval,
+                tokens_D=labels_D.astype(np.int64),
+                loss_D=loss_D,
+                valid_loss_D=window.valid_D,
+                **self._probed(first // interval),
+            ),
         )
-        parts.push(first // interval, stats)
+
+    def _probed(self, window: int) -> dict[str, Any]:
+        """Return what the gradients of a window's last weights say; nothing without a prober."""
+        prober, started = self._parts.prober, time.perf_counter()
+        if prober is None:
+            return {}
+        found = prober.measure(window)
+        self._pause("probe", started)
+        if self._parts.recorder is not None:
+            self._parts.recorder.probe(self._step, time.perf_counter() - started)
+        return found
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if not self._parts.bf16:
-            return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, torch.bfloat16)
+        return training_precision(self._world.device.type, bf16=self._parts.bf16)
 
     def _evaluate(self) -> None:
         self._settle()
@@ -272,6 +302,8 @@ class TrainingLoop:
         table: Table = self._parts.evaluator.evaluate(self._parts.replica, self._precision())
         if self._parts.recorder is not None:
             self._parts.recorder.evaluation(self._step, table)
+        losses = [table[name]["loss"] if name in table else None for name in self._parts.domains]
+        self._window.valid_D = np.array(losses, dtype=np.float64)
         self._pause("eval", started)
 
     def _checkpoint(self) -> None:
@@ -291,6 +323,7 @@ class TrainingLoop:
             window={
                 "nats": self._window.nats_D.tolist(),
                 "labels": self._window.labels_D.tolist(),
+                "valid": [None if np.isnan(v) else v for v in self._window.valid_D.tolist()],
             },
         )
         path = save_checkpoint(
@@ -333,11 +366,3 @@ def _domains(batch: StepBatch) -> npt.NDArray[np.integer]:
 
 def _due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
-
-
-def _seed(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Seed what dropout draws from, so that a step is the same whether the run was resumed."""
-    mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(mixed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(mixed)

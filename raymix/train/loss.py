@@ -42,7 +42,11 @@ class PackedLoss(nn.Module):
         self._chunk_tokens = max(64, logit_bytes // (4 * model.config.vocab_size))
 
     def forward(
-        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_BL: torch.Tensor
+        self,
+        tokens_BL: torch.Tensor,
+        positions_BL: torch.Tensor,
+        labels_BL: torch.Tensor,
+        factor_BL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss summed over all labels (nats) and, without gradient, per token (B, L).
 
@@ -50,9 +54,11 @@ class PackedLoss(nn.Module):
             tokens_BL: Token ids, int64.
             positions_BL: Position of each token in its document, int64, starting at 0.
             labels_BL: The next token of the same document, or `IGNORED`, int64.
+            factor_BL: What each token's loss counts in the sum; the losses per token are without.
         """
         loss_N = self._token_losses(tokens_BL, positions_BL, labels_BL.reshape(-1))
-        return loss_N.sum(), loss_N.detach().view(labels_BL.shape)
+        counted_N = loss_N if factor_BL is None else loss_N * factor_BL.reshape(-1)
+        return counted_N.sum(), loss_N.detach().view(labels_BL.shape)
 
     def _token_losses(
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_N: torch.Tensor

@@ -142,6 +142,13 @@ class FsdpReplica:
         yield
 
 
+def training_precision(
+    device_type: str, *, bf16: bool
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context that forward passes run in."""
+    return torch.autocast(device_type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]

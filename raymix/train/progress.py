@@ -126,6 +126,8 @@ class Progress:
                 self._step(line)
 
     def _step(self, line: dict[str, Any]) -> None:
+        if "note" in line:
+            self.say(f"step {line['step']}: {line['note']}")
         if not self._recent:
             self._first_step = line["step"]
         self._recent.append(line)

@@ -65,6 +65,16 @@ class Recorder:
             for name, row in table.items():
                 self._board.add_scalar(f"eval/{name}", row["loss"], step)
 
+    def probe(self, step: int, seconds: float) -> None:
+        """Write what measuring gradients after `step` steps took.
+
+        Raises:
+            RecipeError: If the disk is full.
+        """
+        self._write({"step": step, "probe": {"seconds": rounded(seconds)}})
+        if self._board is not None:
+            self._board.add_scalar("train/probe_seconds", seconds, step)
+
     def close(self) -> None:
         """Flush and close the files."""
         self._file.close()

@@ -7,18 +7,21 @@ import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.optim import Optimizer
 
 from raymix.control.client import LocalController, RemoteController
 from raymix.control.controller import MixtureController
 from raymix.control.source import BlockSource, LocalSource
 from raymix.control.stream import MixtureStream, row_tokens
 from raymix.errors import RecipeError, problem
-from raymix.mixers import MixerContext, build_mixer
+from raymix.mixers import STATISTICS, Mixer, MixerContext, build_mixer
 from raymix.recipe import PackedData, PretrainedModel, Recipe
+from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
 from raymix.train.batches import most_rows_of_a_rank
 from raymix.train.checkpoint import TrainingState, load_optimizer, newest_checkpoint
@@ -28,11 +31,12 @@ from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
 from raymix.train.model import CorpusFacts, build_model, measure_model, probe_model
 from raymix.train.optim import build_optimizer
-from raymix.train.parallel import Replica, World, place_model
+from raymix.train.parallel import Replica, World, place_model, training_precision
+from raymix.train.probing import Prober, ProbeReader
 from raymix.train.recorder import Recorder
 from raymix.train.rundir import RunDirectory, cut_metrics, identity
 
-_MEASURED = frozenset({"loss", "tokens"})
+_GRADIENTS = frozenset(STATISTICS) - {"loss", "tokens", "valid_loss"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ def build_parts(
     if start.checkpoint is not None:
         load_optimizer(start.checkpoint, replica, optimizer)
     control = _control(job, world, start, corpus)
+    mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps))
     return Parts(
         recipe=recipe,
         steps=job.steps,
@@ -168,7 +173,8 @@ def build_parts(
         snapshot=control.snapshot,
         on_checkpoint=on_checkpoint,
         stop_asked=stop_asked,
-        push=control.push if _learns(recipe, corpus, job) else None,
+        push=control.push if mixer.needs else None,
+        prober=_prober(recipe, corpus, mixer, replica, optimizer, start.micro_batch_rows),
     )
 
 
@@ -227,13 +233,28 @@ def _control(
     return LocalController(controller)
 
 
-def _learns(recipe: Recipe, corpus: Corpus, job: Job) -> bool:
-    """Return whether the mixer wants statistics, and refuse one that wants what nobody measures."""
-    needs = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps)).needs
-    if needs - _MEASURED:
-        wrong = f"it needs {', '.join(sorted(needs - _MEASURED))}, which training does not measure"
-        raise RecipeError(problem("mixer.kind", recipe.mixer.kind, wrong))
-    return bool(needs)
+def _prober(
+    recipe: Recipe, corpus: Corpus, mixer: Mixer, replica: Replica, optimizer: Optimizer, rows: int
+) -> Prober | None:
+    """Return what measures the gradients that the mixer needs; None where it needs none."""
+    if not _GRADIENTS & mixer.needs:
+        return None
+    length = recipe.data.sequence_length
+    targets = [corpus.domain_names.index(name) for name in recipe.mixer.targets]
+    config = recipe.train.probe
+    device = replica.world.device.type
+    return Prober(
+        ProbeReader(corpus, sequence_length=length, seed=recipe.seed),
+        replica,
+        config,
+        needs=mixer.needs,
+        n_domains=len(corpus.domain_names),
+        targets=targets,
+        group_ND=getattr(mixer, "probe_groups", None),
+        rows_at_once=rows,
+        precision=partial(training_precision, device, bf16=_bf16(recipe, replica.world)),
+        metric=adam_preconditioner(optimizer) if config.precondition == "adam" else None,
+    )
 
 
 def _most_rows(recipe: Recipe, world: World) -> int | None:

@@ -75,18 +75,19 @@ def write(document: dict[str, Any], path: Path) -> Path:
 
 
 def ours(recipe: Path, directory: Path) -> tuple[float, float]:
-    """Return seconds per step of `raymix train`, and the share of them spent waiting for data."""
+    """Return the median seconds per step of `raymix train`, and their share of waiting for data."""
     shutil.rmtree(directory, ignore_errors=True)
     run(sys.executable, "-m", "raymix", "train", str(recipe), "--no-report")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     timed = [line for line in lines if "loss" in line][WARM_UP:]
     seconds = [line["seconds"] for line in timed]
     waits = [line["seconds"] * line["data_wait"] for line in timed]
-    return sum(seconds) / len(seconds), sum(waits) / sum(seconds)
+    # The median: on a shared machine a neighbour's burst makes some steps twice as long.
+    return float(np.median(seconds)), sum(waits) / sum(seconds)
 
 
 def bare(recipe: Path, workers: int, *, tuned: bool) -> float:
-    """Return seconds per step of the bare loop; `tuned` with the settings of our processes."""
+    """Return the median seconds per step of the bare loop; `tuned` with our processes' settings."""
     command = (sys.executable, "-m", __spec__.name, "--bare", str(recipe), str(workers))
     return float(run(*command, *["--tuned"] * tuned, env=thread_environment() if tuned else {}))
 
@@ -143,11 +144,11 @@ def bare_loop(path: Path, rank: int, workers: int) -> float:
     mixed: Callable[[], Any] = contextlib.nullcontext
     if device.type == "cuda":
         mixed = lambda: torch.autocast("cuda", torch.bfloat16)  # noqa: E731
-    began = 0.0
+    seconds: list[float] = []
+    # On a GPU the host runs ahead of the device, and is to be left to.
+    sync = 4 if device.type == "cuda" else 1
+    began = time.perf_counter()
     for step, (tokens, positions, labels, count) in enumerate(batches):
-        if step == WARM_UP:
-            _wait(device)
-            began = time.perf_counter()
         with mixed():
             out = called(input_ids=tokens, position_ids=positions, use_cache=False)
             loss = functional.cross_entropy(
@@ -157,8 +158,12 @@ def bare_loop(path: Path, rank: int, workers: int) -> float:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    _wait(device)
-    return (time.perf_counter() - began) / (len(batches) - WARM_UP)
+        if step % sync == sync - 1:
+            _wait(device)
+            now = time.perf_counter()
+            seconds.append((now - began) / sync)
+            began = now
+    return float(np.median(seconds[WARM_UP // sync :]))
 
 
 def _wait(device: torch.device) -> None:
@@ -331,8 +336,8 @@ def compare(recipe: Path, directory: Path, workers: int, repeats: int) -> Iterat
         left.append(seconds)
         waits.append(wait)
         print(
-            f"repeat {repeat + 1}/{repeats}, {workers} workers: bare {right[False][-1]:.4f} s/step, "
-            f"with our settings {right[True][-1]:.4f}, raymix {seconds:.4f}, "
+            f"repeat {repeat + 1}/{repeats}, {workers} workers: bare {right[False][-1]:.4f}, "
+            f"with our settings {right[True][-1]:.4f}, raymix {seconds:.4f} s/step, "
             f"{100 * wait:.2f}% of it waiting for data",
             flush=True,
         )

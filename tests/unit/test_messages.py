@@ -14,7 +14,7 @@ from tests.unit.recipes import document, write
 TRAIN_KEYS = (
     "steps, tokens, lr, min_lr_ratio, schedule, warmup_ratio, decay_ratio, weight_decay, betas, "
     "eps, clip_norm, micro_batch_rows, precision, parallel, compile, activation_checkpointing, "
-    "checkpoint_every, checkpoint_minutes, keep_checkpoints, probe_interval"
+    "checkpoint_every, checkpoint_minutes, keep_checkpoints, probe_interval, probe"
 )
 SECTIONS = "name, seed, corpus, data, mixer, model, train, eval, cluster, run"
 NAME = "text of letters, digits, '_', '.' and '-' that begins with a letter or digit"
