@@ -77,8 +77,8 @@ OVERRIDES = {
     ),
     "mixer=static": (
         "mixer = 'static': not a mapping. Allowed: a mapping whose kind is static, uniform, "
-        "proportional, temperature, unimax, schedule, replay, pike, dga, doge, doremi, odm, ado, rb "
-        "or aioli."
+        "proportional, temperature, unimax, schedule, replay, pike, dga, doge, doremi, odm, ado, "
+        "rb or aioli."
     ),
     "train.steps=abc": (
         "train.steps = 'abc': not a whole number. "
