@@ -6,10 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from raymix.mixers import Adaptive, MixerContext, build_mixer
 from raymix.recipe import load_recipe
+from raymix.train.machine import Resources
+from raymix.train.preflight import preflight
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 QUICKSTART = PIPELINES / "quickstart"
@@ -45,6 +49,38 @@ def test_the_demo_is_the_one_the_issue_asks_for() -> None:
     assert len(recipe.corpus.domains) >= 8
     assert {domain.name for domain in recipe.corpus.domains} == set(parquet("train"))
     assert recipe.cluster.workers == 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_works_on_two_cores_before_its_corpus_is_prepared(path: Path) -> None:
+    has = Resources(where="here", cpus=2, gpus=0, memory_bytes=8 << 30, object_store_bytes=1 << 30)
+    plan = preflight(load_recipe(path), None, has)
+    assert plan.estimated
+    assert sum(domain.share for domain in plan.domains) == pytest.approx(1)
+    assert {plan.corpus_path} == {load_recipe(recipe).corpus.path for recipe in RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("name", "tau", "targets"), [("pike", 0, ()), ("balanced", 3, ()), ("dga", None, ("techdoc",))]
+)
+def test_recipes_that_learn_read_all_domains_but_the_target(
+    name: str, tau: float | None, targets: tuple[str, ...]
+) -> None:
+    recipe = load_recipe(PIPELINES / f"{name}.yaml")
+    assert getattr(recipe.mixer, "tau", None) == tau
+    assert recipe.mixer.targets == targets
+    context = MixerContext(
+        domains=tuple(domain.name for domain in recipe.corpus.domains),
+        tokens_D=np.full(len(recipe.corpus.domains), 10**6),
+        total_tokens=10**6,
+        total_steps=recipe.train.steps or 0,
+    )
+    mixer = build_mixer(recipe.mixer, context)
+    assert isinstance(mixer, Adaptive)
+    read = {n for n, share in zip(context.domains, mixer.initial, strict=True) if share > 0}
+    assert read == set(parquet("train")) - set(targets)
+    # The first window's statistics tell from the third on: most windows must lie behind that.
+    assert (recipe.train.steps or 0) >= 10 * recipe.train.probe_interval
 
 
 def test_the_corpus_is_small() -> None:
