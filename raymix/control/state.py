@@ -245,7 +245,7 @@ class MixtureState:
         changed = newest is not None and (noted or (newest, _factors(stats)) != self._issued())
         if step in self._asks:
             # What the mixer said is kept, so that saying it again later is no change.
-            kept = {"mixer": newest, **_kept_factors(stats)} if changed else None
+            kept = {"mixer": newest, **_kept(stats)} if changed else None
             self._append(step, self._asks.pop(step), ASKED, kept)
         elif newest is not None and changed:
             self._append(step, newest, self.kind, stats)
@@ -361,9 +361,9 @@ def _factors(stats: Mapping[str, Any] | None) -> dict[str, float] | None:
     return stats.get(LOSS_WEIGHTS) if stats else None
 
 
-def _kept_factors(stats: Mapping[str, Any] | None) -> dict[str, Any]:
-    factors = _factors(stats)
-    return {} if factors is None else {LOSS_WEIGHTS: factors}
+def _kept(stats: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what of `stats` outlives an ask in the place of the mixer's shares."""
+    return {key: stats[key] for key in (LOSS_WEIGHTS, NOTE) if stats and key in stats}
 
 
 def _asks(raw: Mapping[Any, Iterable[float]]) -> dict[int, tuple[float, ...]]:
