@@ -42,7 +42,7 @@ class MixtureController:
         context: MixerContext,
         run_dir: str | None = None,
         snapshot: Mapping[str, Any] | None = None,
-        probe_interval: int = 50,
+        probe_interval: int = 100,
         lease_s: float = 0.05,
         session: str | None = None,
     ) -> None:

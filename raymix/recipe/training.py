@@ -152,7 +152,7 @@ class TrainConfig(Model):
     """Minutes between checkpoints."""
     keep_checkpoints: Whole = Field(default=2, ge=1)
     """Newest checkpoints to keep."""
-    probe_interval: Whole = Field(default=50, ge=1)
+    probe_interval: Whole = Field(default=100, ge=1)
     """Steps per window: how often an adaptive mixer may change the weights."""
     probe: ProbeConfig = ProbeConfig()
     """Gradient statistics; measured only for mixers that need them."""

@@ -208,9 +208,7 @@ class TrainingLoop:
         batch = flying.batch
         loss = sums.loss / max(1, batch.label_tokens)
         if not math.isfinite(loss):
-            wrong = f"the loss is {loss} at step {batch.step + 1}"
-            advice = "Lower train.lr, warm up longer, or clip harder"
-            raise TrainingError(problem("train.lr", self._parts.recipe.train.lr, wrong, advice))
+            raise self._blown_up(f"the loss is {loss} at step {batch.step + 1}")
         self._wants = sums
         self._tokens_D += batch.tokens_D
         if self._parts.push is not None:
@@ -220,6 +218,10 @@ class TrainingLoop:
         seconds, self._clock = now - self._clock, now
         if self._parts.recorder is not None:
             self._parts.recorder.step(self._line(flying, sums, loss, seconds))
+
+    def _blown_up(self, wrong: str) -> TrainingError:
+        advice = "Lower train.lr, warm up longer, or clip harder"
+        return TrainingError(problem("train.lr", self._parts.recipe.train.lr, wrong, advice))
 
     def _line(
         self, flying: _Flying, sums: StepSums, loss: float, seconds: float
@@ -300,6 +302,10 @@ class TrainingLoop:
         self._settle()
         started = time.perf_counter()
         table: Table = self._parts.evaluator.evaluate(self._parts.replica, self._precision())
+        for name, row in table.items():
+            if not math.isfinite(row["loss"] or 0.0):
+                wrong = f"the held-out loss of {name} is {row['loss']} after step {self._step}"
+                raise self._blown_up(wrong)
         if self._parts.recorder is not None:
             self._parts.recorder.evaluation(self._step, table)
         losses = [table[name]["loss"] if name in table else None for name in self._parts.domains]

@@ -16,6 +16,7 @@ from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint, read_state
+from raymix.train.evaluate import Evaluator
 from raymix.train.export import export
 from raymix.train.local import run_here
 from raymix.train.loop import LoopEnd
@@ -392,3 +393,18 @@ def test_a_model_that_mixes_documents_is_refused(corpus: Corpus, tmp_path: Path)
     }
     with pytest.raises(RecipeError, match="would see each other"):
         train(recipe(corpus, tmp_path, model={"type": "opt", "config": sizes}))
+
+
+def test_a_held_out_loss_that_is_no_number_is_one_clear_error(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_all = Evaluator.evaluate
+
+    def broken(self: Evaluator, *args: Any) -> Any:
+        table = score_all(self, *args)
+        table["b"]["loss"] = float("nan")
+        return table
+
+    monkeypatch.setattr(Evaluator, "evaluate", broken)
+    with pytest.raises(TrainingError, match=r"train\.lr = 0\.01: the held-out loss of b is nan"):
+        train(recipe(corpus, tmp_path))
