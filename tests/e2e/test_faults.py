@@ -30,9 +30,9 @@ def progress(run: Path) -> int:
         return -1
 
 
-def start_until(shell: Shell, name: str) -> Any:
+def start_until(shell: Shell, name: str, recipe: str = "tiny.yaml") -> Any:
     """Start a run whose steps are slow enough to be hit, and wait until it is under way."""
-    process = shell.start("train", "tiny.yaml", f"name={name}")
+    process = shell.start("train", recipe, f"name={name}")
     run = shell.cwd / "runs" / name
     wait_for(
         lambda: progress(run) >= KILL_AFTER or process.poll() is not None,
