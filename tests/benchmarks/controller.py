@@ -1,11 +1,11 @@
 """What one update of the mixture costs the controller (`make bench-controller`).
 
 512 simulated workers push gradient norms, noise, losses and tokens of 1,000 domains for a window;
-the last push makes the new weights under PiKE. First straight into `MixtureState`, in this process
-and in JSON size; then through the real actor, all pushes from one client: there the last push until
-a rank holds a lease under the new weights is the update, and a push by itself is mostly Ray's, spread
-over a window in a run. `--state` leaves Ray out. The target is an update in under 100 ms and a state
-under 1 MB.
+the last push makes the new weights under PiKE. First straight into `MixtureState`, in this process,
+with the size of its state as JSON; then through the real actor, all pushes from one client. There
+the update is what lies between the last push and a lease under the new weights; a push by itself is
+mostly Ray's, and in a run they come spread over a window. `--state` leaves Ray out. The target is
+an update in under 100 ms and a state under 1 MB.
 """
 
 from __future__ import annotations
