@@ -56,9 +56,10 @@ def command(
 
         from rich.console import Console
 
-        from raymix.train.cluster import thread_environment
+        from raymix.train.cluster import worker_environment
 
-        os.environ |= thread_environment()
+        # Here it serves the processes that Ray starts: each trial is one.
+        os.environ |= worker_environment(on_gpu=False)
         from raymix.tune.compare import compare
 
         document = compare(

@@ -15,7 +15,7 @@ from raymix.errors import CorpusError, problem
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.train.checkpoint import newest_checkpoint
-from raymix.train.cluster import joined, ray_notices_to
+from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
 from raymix.train.machine import Resources, resources
@@ -133,6 +133,8 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
         else:
             from raymix.train.local import run_here
 
+            if not job.on_gpu:
+                keep_freed_memory()
             work = partial(run_here, job, stop_asked=run.stop_request.exists)
             watch(work, run, progress, starting="the model")
     found = newest_checkpoint(run.checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -48,11 +49,13 @@ def thread_environment() -> dict[str, str]:
 
 # glibc gives large pieces of freed memory back to the system, to take, map and zero them again in
 # the next step: a tenth and more of a step on a CPU. Only its main arena can do otherwise, and the
-# loop runs in a thread that is not the main one, so there must be no other arena.
+# loop runs in a thread that is not the main one, so there must be no other arena. With the names of
+# the same settings in malloc.h, for a process that runs already.
+_MOST = (1 << 31) - 1
 _HEAP = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_ARENA_MAX": (-8, 1),
+    "MALLOC_MMAP_THRESHOLD_": (-3, _MOST),
+    "MALLOC_TRIM_THRESHOLD_": (-1, _MOST),
 }
 
 
@@ -60,7 +63,22 @@ def worker_environment(*, on_gpu: bool) -> dict[str, str]:
     """Return variables that training workers start with, less those the user set."""
     if on_gpu:
         return thread_environment()
-    return thread_environment() | {k: os.environ.get(k, v) for k, v in _HEAP.items()}
+    heap = {name: os.environ.get(name, str(value)) for name, (_, value) in _HEAP.items()}
+    return thread_environment() | heap
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, as `worker_environment` has workers do.
+
+    Only threads that start later are served. What the user set stays; elsewhere than in glibc
+    nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or "LD_PRELOAD" in os.environ:  # another allocator takes its place
+        return
+    for name, (parameter, value) in _HEAP.items():
+        if name not in os.environ:
+            mallopt(parameter, value)
 
 
 @contextmanager

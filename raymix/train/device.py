@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import sys
 import warnings
 
 import numpy as np
@@ -33,10 +31,6 @@ _PEAK_BF16 = {
     "T4": 65e12,
 }
 
-# glibc's names in malloc.h; the largest int.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _MOST_BYTES = -1, -3, (1 << 31) - 1
-_MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD", "GLIBC_TUNABLES")
-
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the most bf16 operations per second of a GPU; None if it is no known one."""
@@ -50,23 +44,6 @@ def use_threads(threads: int | None, world: World) -> None:
     """Give this process `threads` threads, or its share of the machine's cores."""
     share = max(1, cores() // max(1, world.neighbours))
     torch.set_num_threads(threads or share)
-    if world.device.type == "cpu":
-        _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Have the C library reuse freed memory instead of returning it to the system.
-
-    A step on a CPU frees all it took, hundreds of megabytes, and takes them again in the next:
-    with glibc's defaults each page is then unmapped, mapped and zeroed anew, a tenth and more of
-    the step. What the user set in the environment stays.
-    """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _MALLOC):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _MOST_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _MOST_BYTES)
 
 
 def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> None:

@@ -31,7 +31,7 @@ import torch
 import yaml
 from torch.nn import functional
 
-from raymix.train.cluster import thread_environment
+from raymix.train.cluster import keep_freed_memory, thread_environment
 from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
 
 QUICKSTART = ROOT / "pipelines" / "quickstart.yaml"
@@ -102,9 +102,7 @@ def run(*command: str, env: Mapping[str, str] | None = None) -> str:
 
 def bare_main(recipe: Path, workers: int, *, tuned: bool) -> None:
     """Print the seconds per step of a bare loop of `workers` processes."""
-    from raymix.train.device import use_threads
     from raymix.train.machine import cores
-    from raymix.train.parallel import World
 
     rank = 0
     with tempfile.NamedTemporaryFile() as store:
@@ -116,7 +114,7 @@ def bare_main(recipe: Path, workers: int, *, tuned: bool) -> None:
             )
         torch.set_num_threads(max(1, cores() // workers))
         if tuned:
-            use_threads(None, World(neighbours=workers))
+            keep_freed_memory()
         seconds = bare_loop(recipe, rank, workers)
         if workers > 1:
             torch.distributed.barrier()
