@@ -113,7 +113,7 @@ class Windows:
         self._weights[window] = np.asarray(self._mixer.update(stats), dtype=np.float64)
         shown = {"window": self.done, **_shown(stats), **self._loss_weights()}
         if getattr(self._mixer, "warnings", 0) > warnings:
-            shown[NOTE] = self._mixer.notes[-1]  # type: ignore[attr-defined]
+            shown[NOTE] = getattr(self._mixer, "notes", ("",))[-1]
         self._stats[window] = shown
         self.done += 1
 

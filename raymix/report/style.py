@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from raymix.errors import RecipeError, problem
@@ -73,17 +74,9 @@ def css_colour(stand_in: str) -> str:
 
 def require_matplotlib() -> None:
     """Raise RecipeError that names the extra if matplotlib is not installed."""
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError as error:
-        raise RecipeError(
-            problem(
-                "report",
-                "matplotlib",
-                "drawing needs this package and it is not installed",
-                "Run `pip install raymix[plots]`",
-            )
-        ) from error
+    if find_spec("matplotlib") is None:
+        wrong = "drawing needs this package and it is not installed"
+        raise RecipeError(problem("report", "matplotlib", wrong, "Run `pip install raymix[plots]`"))
 
 
 @contextmanager

@@ -285,24 +285,22 @@ def _embedding(
     return Lookup.apply(rows, capture.plain(table), padding, capture.anchor, use)
 
 
-def _scale(capture: Capture, x: Tensor, weight: Tensor) -> Tensor:
-    if not isinstance(weight, nn.Parameter):
-        x, weight = weight, x
-    split, leading = _elementwise(capture, x, weight)
-    use = capture.use(weight, split)
-    if use is None:
-        return x * capture.plain(weight)
-    return Scale.apply(x, capture.plain(weight), capture.anchor, leading, use)
+def _by_vector(recorded: type[Scale | Shift], plain: Callable[..., Tensor]) -> Any:
+    """Return the handler of a product or sum of activations and a vector of parameters."""
+
+    def handle(capture: Capture, x: Tensor, vector: Tensor) -> Tensor:
+        if not isinstance(vector, nn.Parameter):
+            x, vector = vector, x
+        split, leading = _elementwise(capture, x, vector)
+        use = capture.use(vector, split)
+        if use is None:
+            return plain(x, capture.plain(vector))
+        return recorded.apply(x, capture.plain(vector), capture.anchor, leading, use)
+
+    return handle
 
 
-def _shift(capture: Capture, x: Tensor, bias: Tensor) -> Tensor:
-    if not isinstance(bias, nn.Parameter):
-        x, bias = bias, x
-    split, leading = _elementwise(capture, x, bias)
-    use = capture.use(bias, split)
-    if use is None:
-        return x + capture.plain(bias)
-    return Shift.apply(x, capture.plain(bias), capture.anchor, leading, use)
+_scale, _shift = _by_vector(Scale, torch.mul), _by_vector(Shift, torch.add)
 
 
 def _elementwise(capture: Capture, x: Tensor, parameter: Tensor) -> tuple[Split, int]:

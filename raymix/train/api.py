@@ -18,7 +18,7 @@ from raymix.train.checkpoint import newest_checkpoint
 from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
-from raymix.train.machine import Resources, resources
+from raymix.train.machine import resources
 from raymix.train.preflight import preflight
 from raymix.train.progress import Progress
 from raymix.train.rundir import IfExists, RunDirectory, open_run
@@ -49,10 +49,15 @@ def train(
         RaymixError: If the run cannot work, or the work failed.
         KeyboardInterrupt: After Ctrl-C; the run directory can be resumed.
     """
+    from raymix.corpus.opening import open_or_prepare
+
     loaded = load_recipe(recipe)
     run = open_run(loaded, if_exists)
-    corpus = _corpus(loaded)
-    plan = preflight(loaded, corpus, _resources(loaded))
+    cluster = loaded.cluster
+    # Without workers no cluster is used, wherever RAY_ADDRESS points.
+    has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
+    corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, has))
+    plan = preflight(loaded, corpus, has)
     with run.locked():
         if not _finished(run, plan.steps, corpus, loaded):
             _write_run(run, loaded, plan)
@@ -60,29 +65,6 @@ def train(
     document = summary(run)
     _show(run, document, report=report)
     return document
-
-
-def _resources(recipe: Recipe) -> Resources:
-    cluster = recipe.cluster
-    # Without workers no cluster is used, wherever RAY_ADDRESS points.
-    return resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
-
-
-def _corpus(recipe: Recipe) -> Corpus:
-    """Return the prepared corpus, preparing it first where there are sources and none is there."""
-    from raymix.corpus import prepare
-    from raymix.corpus.console import print_manifest, watching
-    from raymix.store import files
-    from raymix.store.manifest import MANIFEST
-
-    if not recipe.corpus.domains or files.exists(files.join(recipe.corpus.path, MANIFEST)):
-        prepare(recipe.corpus)  # refuses a corpus of another configuration; reads no source
-        return Corpus.open(recipe.corpus.path)
-    preflight(recipe, None, _resources(recipe))
-    with watching() as listener:
-        manifest = prepare(recipe.corpus, progress=listener)
-    print_manifest(recipe.corpus.path, manifest)
-    return Corpus.open(recipe.corpus.path)
 
 
 def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> bool:

@@ -66,24 +66,13 @@ def _common(left: list[int], right: list[int]) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
-class Progress:
-    """Shows a run: a live line on a terminal, else a line now and then.
+class LiveConsole:
+    """Lines that stay and, on a terminal, one below them that changes; a context manager."""
 
-    Used as a context manager; `poll` is called a few times a second.
-    """
-
-    def __init__(self, metrics: Path, *, steps: int, stream: TextIO | None = None) -> None:
-        """Watch the metrics file at `metrics` of a run of `steps` steps."""
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Print to `stream`, standard output by default."""
         self.console = Console(file=stream or sys.stdout, highlight=False)
-        self._tail = MetricsTail(metrics)
-        self._steps = steps
         self._live: Status | None = None
-        self._recent: deque[dict[str, Any]] = deque(maxlen=_PACE_STEPS)
-        self._printed = 0
-        self._due = 0.0
-        self._shown_step = self._first_step = -1
-        self.last_step: int | None = None
-        """The newest step seen, None before the first."""
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -97,21 +86,56 @@ class Progress:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.poll()
         if self._live is not None:
             self._live.stop()
-        newest = self._recent[-1] if self._recent else None
-        if newest is not None and newest["step"] != self._shown_step:
-            self._print(newest)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def show(self, text: str) -> bool:
+        """Put `text`, cut to one line, in the live line; return whether there is one."""
+        if self._live is None:
+            return False
+        room = self.console.width - 4
+        self._live.update(text if len(text) <= room else f"{text[: room - 1]}…")
+        return True
+
+
+class Progress(LiveConsole):
+    """Shows a run: a live line on a terminal, else a line now and then.
+
+    `poll` is called a few times a second.
+    """
+
+    def __init__(self, metrics: Path, *, steps: int, stream: TextIO | None = None) -> None:
+        """Watch the metrics file at `metrics` of a run of `steps` steps."""
+        super().__init__(stream)
+        self._tail = MetricsTail(metrics)
+        self._steps = steps
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_PACE_STEPS)
+        self._printed = 0
+        self._due = 0.0
+        self._shown_step = self._first_step = -1
+        self.last_step: int | None = None
+        """The newest step seen, None before the first."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.poll()
+        super().__exit__(kind, value, trace)
+        newest = self._recent[-1] if self._recent else None
+        if newest is not None and newest["step"] != self._shown_step:
+            self._print(newest)
+
     def waiting(self, text: str) -> None:
         """Show what is being waited for, where there is a live line."""
-        if self._live is not None and self.last_step is None:
-            self._show(text)
+        if self.last_step is None:
+            self.show(text)
 
     def poll(self) -> None:
         """Show what is new."""
@@ -132,19 +156,12 @@ class Progress:
             self._first_step = line["step"]
         self._recent.append(line)
         self.last_step = line["step"]
-        if self._live is not None:
-            self._show(self._text(line))
+        if self.show(self._text(line)):
             return
         now = time.monotonic()
         if self._printed < _FIRST_LINES or now >= self._due:
             self._print(line)
             self._due = now + _LINE_EVERY_S
-
-    def _show(self, text: str) -> None:
-        """Put `text` in the live line, cut so that it stays one line."""
-        room = self.console.width - 4
-        if self._live is not None:
-            self._live.update(text if len(text) <= room else f"{text[: room - 1]}…")
 
     def _print(self, line: dict[str, Any]) -> None:
         self._printed += 1

@@ -14,8 +14,7 @@ from typing import Any
 
 from raymix.errors import RecipeError, did_you_mean, problem
 from raymix.recipe import Recipe, load_recipe
-from raymix.store import Corpus, atomic_write_text, files
-from raymix.store.manifest import MANIFEST
+from raymix.store import Corpus, atomic_write_text
 from raymix.train.machine import Resources, resources
 from raymix.train.rundir import RunDirectory
 from raymix.train.setup import Job
@@ -109,20 +108,13 @@ def _setting(
 
 def _prepared(setting: _Setting) -> tuple[Corpus, ComparisonPlan]:
     """Return the corpus, prepared, and the plan; refuse what cannot work before preparing it."""
-    from raymix.corpus import prepare
-    from raymix.corpus.console import print_manifest, watching
+    from raymix.corpus.opening import open_or_prepare
 
-    config = setting.recipe.corpus
-    if config.domains and not files.exists(files.join(config.path, MANIFEST)):
-        plan_comparison(setting.variants, None, setting.has, parallel=setting.parallel)
-        with watching() as listener:
-            manifest = prepare(config, progress=listener)
-        print_manifest(config.path, manifest)
-    else:
-        prepare(config)  # refuses a corpus of another configuration; reads no source
-    corpus = Corpus.open(config.path)
-    plan = plan_comparison(setting.variants, corpus, setting.has, parallel=setting.parallel)
-    return corpus, plan
+    def planned(corpus: Corpus | None) -> ComparisonPlan:
+        return plan_comparison(setting.variants, corpus, setting.has, parallel=setting.parallel)
+
+    corpus = open_or_prepare(setting.recipe.corpus, lambda: planned(None))
+    return corpus, planned(corpus)
 
 
 def _lock(out: Path, held: ExitStack) -> None:

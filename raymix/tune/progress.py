@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TextIO
-
-from rich.console import Console
-from rich.status import Status
+from typing import TextIO
 
 from raymix.corpus.console import clock
-from raymix.train.progress import MetricsTail, evaluation_line
+from raymix.train.progress import LiveConsole, MetricsTail, evaluation_line
 
 _LINE_EVERY_S = 30.0
 _MOST_NAMED = 4
@@ -35,40 +30,20 @@ class _Watched:
     state: str = "waiting"
 
 
-class TrialsProgress:
+class TrialsProgress(LiveConsole):
     """Shows a set of runs: a live line on a terminal, else a line now and then."""
 
     def __init__(
         self, runs: Mapping[str, tuple[Path, int]], *, done: int, stream: TextIO | None = None
     ) -> None:
         """Watch runs by name: path of their metrics, and steps; `done` more are done already."""
-        self.console = Console(file=stream or sys.stdout, highlight=False)
+        super().__init__(stream)
         self._runs = {
             name: _Watched(MetricsTail(metrics), steps) for name, (metrics, steps) in runs.items()
         }
         self._before = done
-        self._live: Status | None = None
         self._began = time.monotonic()
         self._due = self._began + _LINE_EVERY_S
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live = self.console.status("", spinner="dots")
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        self.console.print(text, markup=False, soft_wrap=True)
 
     def update(self, states: Mapping[str, str], problems: Mapping[str, str]) -> None:
         """Show what is new.
@@ -83,9 +58,7 @@ class TrialsProgress:
             if state != run.state:
                 run.state = state
                 self._changed(name, run, problems.get(name, ""))
-        if self._live is not None:
-            self._live.update(self._line()[: self.console.width - 4])
-        elif time.monotonic() >= self._due:
+        if not self.show(self._line()) and time.monotonic() >= self._due:
             self.say(self._line())
             self._due = time.monotonic() + _LINE_EVERY_S
 

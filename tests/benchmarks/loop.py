@@ -8,6 +8,9 @@ is a second bare loop, with what ours sets for a process (how long threads that 
 freed memory is kept); the first has the defaults. On a CPU the model is that of the quick start;
 on a GPU one of 180 M parameters in bf16.
 
+What the loop itself costs, on a CPU, is measured apart: without Ray, in one process, where a step
+of the bare loop follows each of ours. The rest is what Ray's processes take of the same cores.
+
     python -m tests.benchmarks.loop [--workers 1 2] [--repeats 3] [--steps 60]
 """
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -123,45 +128,105 @@ def bare_main(recipe: Path, workers: int, *, tuned: bool) -> None:
         print(seconds)
 
 
-def bare_loop(path: Path, rank: int, workers: int) -> float:
-    from raymix.recipe import load_recipe
-    from raymix.store import Corpus
-    from raymix.train.model import CorpusFacts, build_model
+class Bare:
+    """A bare loop over batches in memory, the very ones that ours reads."""
 
-    recipe = load_recipe(path)
-    corpus = Corpus.open(recipe.corpus.path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    info = corpus.manifest.tokenizer
-    facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
-    model: Any = build_model(recipe.model, facts, seed=recipe.seed).to(device)
-    batches = list(in_memory(recipe, corpus, rank, workers, device))
-    called = torch.nn.parallel.DistributedDataParallel(model) if workers > 1 else model
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
-    mixed: Callable[[], Any] = contextlib.nullcontext
-    if device.type == "cuda":
-        mixed = lambda: torch.autocast("cuda", torch.bfloat16)  # noqa: E731
-    seconds: list[float] = []
-    # On a GPU the host runs ahead of the device, and is to be left to.
-    sync = 4 if device.type == "cuda" else 1
-    began = time.perf_counter()
-    for step, (tokens, positions, labels, count) in enumerate(batches):
-        with mixed():
-            out = called(input_ids=tokens, position_ids=positions, use_cache=False)
+    def __init__(self, recipe: Any, rank: int = 0, workers: int = 1) -> None:
+        from raymix.store import Corpus
+        from raymix.train.model import CorpusFacts, build_model
+
+        corpus = Corpus.open(recipe.corpus.path)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        info = corpus.manifest.tokenizer
+        facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
+        self._model: Any = build_model(recipe.model, facts, seed=recipe.seed).to(self.device)
+        self.batches = list(in_memory(recipe, corpus, rank, workers, self.device))
+        self._called = self._model
+        if workers > 1:
+            self._called = torch.nn.parallel.DistributedDataParallel(self._model)
+        self._workers = workers
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        self._mixed: Callable[[], Any] = contextlib.nullcontext
+        if self.device.type == "cuda":
+            self._mixed = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]) -> None:
+        tokens, positions, labels, count = batch
+        with self._mixed():
+            out = self._called(input_ids=tokens, position_ids=positions, use_cache=False)
             loss = functional.cross_entropy(
                 out.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"
             )
-        (loss * (workers / count)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        (loss * (self._workers / count)).backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def bare_loop(path: Path, rank: int, workers: int) -> float:
+    from raymix.recipe import load_recipe
+
+    bare = Bare(load_recipe(path), rank, workers)
+    seconds: list[float] = []
+    # On a GPU the host runs ahead of the device, and is to be left to.
+    sync = 4 if bare.device.type == "cuda" else 1
+    began = time.perf_counter()
+    for step, batch in enumerate(bare.batches):
+        bare.step(batch)
         if step % sync == sync - 1:
-            _wait(device)
+            _wait(bare.device)
             now = time.perf_counter()
             seconds.append((now - began) / sync)
             began = now
     return float(np.median(seconds[WARM_UP // sync :]))
+
+
+class TakingTurns:
+    """A stream that has a bare loop make a step before each of ours, and times both."""
+
+    def __init__(self, stream: Any, bare: Bare) -> None:
+        self._stream, self._bare = stream, bare
+        self._left = iter(bare.batches)
+        self.marks: list[float] = []
+        """When a step of ours ended, when a bare one ended, and so on."""
+
+    def next(self) -> Any:
+        self.marks.append(time.perf_counter())
+        self._bare.step(next(self._left))
+        self.marks.append(time.perf_counter())
+        return self._stream.next()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def turns_main(path: Path) -> None:
+    """Print the seconds per step of our loop and of the bare one, in one process without Ray."""
+    from raymix.recipe import load_recipe
+    from raymix.train.loop import TrainingLoop
+    from raymix.train.parallel import World
+    from raymix.train.rundir import RunDirectory
+    from raymix.train.setup import Job, begin, build_parts, local_source
+
+    recipe, world = load_recipe(path), World()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as directory:
+        run, steps = RunDirectory(Path(directory)), recipe.train.steps
+        job = Job(recipe, run, steps, recipe.data.rows_per_step, False, None, "bench")
+        parts = build_parts(
+            job,
+            world,
+            begin(job, world),
+            source=local_source(recipe),
+            on_checkpoint=lambda path, step: None,
+            stop_asked=lambda: False,
+        )
+        turns = TakingTurns(parts.stream, Bare(recipe))
+        TrainingLoop(dataclasses.replace(parts, stream=turns)).run()  # type: ignore[arg-type] # acts as one
+    took = np.diff(turns.marks)[2 * WARM_UP :]
+    print(json.dumps([took[1::2].tolist(), took[0:-1:2].tolist()]))
 
 
 def _wait(device: torch.device) -> None:
@@ -303,10 +368,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bare", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--turns", metavar="RECIPE", help=argparse.SUPPRESS)
     parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
         bare_main(Path(options.bare[0]), int(options.bare[1]), tuned=options.tuned)
+        return
+    if options.turns:
+        turns_main(Path(options.turns))
         return
     CACHE.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -317,6 +386,8 @@ def main() -> None:
             recipe = write(document, place / f"loop{workers}.yaml")
             run(sys.executable, "-m", "raymix", "prepare", str(recipe))
             rows += compare(recipe, place / "run", workers, options.repeats)
+        if not torch.cuda.is_available():
+            rows += taking_turns(recipe)
         rows += parts(recipe)
     print_table(rows)
     write_results("loop", rows)
@@ -353,6 +424,18 @@ def compare(recipe: Path, directory: Path, workers: int, repeats: int) -> Iterat
             baseline=name,
         )
     yield row("  of it waiting for data", 100 * float(np.median(waits)), "%")
+
+
+def taking_turns(recipe: Path) -> Iterator[dict[str, Any]]:
+    """Yield what our loop itself costs: no Ray, and a machine that is the same for both sides."""
+    command = (sys.executable, "-m", __spec__.name, "--turns", str(recipe))
+    left, right = json.loads(run(*command, env=thread_environment()))
+    pieces = [[float(np.median(p)) for p in np.array_split(side, 6)] for side in (left, right)]
+    ratio, spread = ratio_spread(*pieces)
+    name = "bare loop, step by step in turn with ours, one process"
+    yield row(name, float(np.median(right)), "s/step")
+    value = float(np.median(left))
+    yield row("our loop there, no Ray", value, "s/step", ratio=ratio, spread=spread, baseline=name)
 
 
 if __name__ == "__main__":

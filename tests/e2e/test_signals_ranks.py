@@ -1,14 +1,7 @@
-"""Gradient statistics on one process and on two ranks over gloo (DDP, FSDP2), without Ray.
-
-The ranks live in a process of their own, forked before torch has started threads there.
-"""
+"""Gradient statistics on one process and on two ranks over gloo (DDP, FSDP2), without Ray."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +23,7 @@ from raymix.train.loss import IGNORED, PackedLoss
 from raymix.train.model import CorpusFacts, build_model
 from raymix.train.optim import build_optimizer
 from raymix.train.parallel import Replica, World, gathered, place_model
+from tests.ranks import found_by_two_ranks, on_two_ranks
 
 K, LENGTH, VOCAB = 8, 24, 128
 MODEL = ConfigModel(
@@ -124,38 +118,20 @@ def added(sums: GradientSums) -> GradientSums:
     return GradientSums.from_vector(vector.numpy(), K)
 
 
-def main(out: Path) -> None:
-    """Fork into two ranks; rank 0 writes what it found to `out`."""
-    for module in ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.llama"):
-        importlib.import_module(module)  # once, for both
-    child = os.fork()
-    rank = 0 if child else 1
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(out.with_suffix(".store")), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    world = World(rank=rank, size=2, neighbours=2)
+def on_each_rank(world: World, directory: Path) -> dict[str, Any]:
     found = {}
     for case in CASES:
-        found[case] = one_case(world, case, rank)
+        found[case] = one_case(world, case, world.rank)
         found[case]["added"] = {
             mode: statistics(added(gradient_sums(found[case][mode])))
             for mode in ("recorded", "backward")
         }
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    if rank:
-        os._exit(0)
-    torch.save(found, out)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, "-m", "tests.e2e.test_signals_ranks", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(out, weights_only=False)
+    two = found_by_two_ranks("tests.e2e.test_signals_ranks", tmp_path_factory.mktemp("ranks"))
     return {**two, "one": one_case(World(), "ddp", 0)}
 
 
@@ -201,4 +177,4 @@ def test_gradients_come_out_as_always(case: str, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_two_ranks(on_each_rank)

@@ -1,14 +1,7 @@
-"""Two ranks over gloo, without Ray: any split of a batch gives the same gradient and update.
-
-The ranks live in a process of their own, forked before torch has started threads there.
-"""
+"""Two ranks over gloo, without Ray: any split of a batch gives the same gradient and update."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +18,7 @@ from raymix.train.loss import PackedLoss
 from raymix.train.model import CorpusFacts, build_model
 from raymix.train.optim import build_optimizer, clip_gradients
 from raymix.train.parallel import World, gathered, place_model
+from tests.ranks import found_by_two_ranks, on_two_ranks
 
 ROWS, LENGTH = 5, 32
 FACTS = CorpusFacts(61, 60, LENGTH)
@@ -107,35 +101,17 @@ def state(world: World) -> TrainingState:
     )
 
 
-def main(out: Path) -> None:
-    """Fork into two ranks; rank 0 writes what it found to `out`."""
-    for module in ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.llama"):
-        importlib.import_module(module)  # once, for both
-    child = os.fork()
-    rank = 0 if child else 1
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(out.with_suffix(".store")), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    world = World(rank=rank, size=2, neighbours=2)
-    found = {}
-    for parallel, rows in CASES:
-        found[parallel, rows] = one_step(world, parallel, rows, out.parent / f"{parallel}{rows}")
-    found["agreed"] = world.agree({"rank": rank})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    if rank:
-        os._exit(0)
-    torch.save(found, out)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
+    found: dict[Any, Any] = {
+        (parallel, rows): one_step(world, parallel, rows, directory / f"{parallel}{rows}")
+        for parallel, rows in CASES
+    }
+    return {**found, "agreed": world.agree({"rank": world.rank})}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, "-m", "tests.e2e.test_two_ranks", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=False)
+    return found_by_two_ranks("tests.e2e.test_two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -177,4 +153,4 @@ def test_rank_0_speaks_for_all(two_ranks: dict[Any, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_two_ranks(on_each_rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,9 +24,9 @@ def context(*tokens: int, steps: int = 100) -> MixerContext:
     return MixerContext(names, np.array(tokens), total_tokens=steps * 10, total_steps=steps)
 
 
-def schedule(interpolate: str, *pieces: tuple[int, float]) -> ScheduleMixer:
+def schedule(interpolate: Literal["linear", "hold"], *pieces: tuple[int, float]) -> ScheduleMixer:
     made = [SchedulePiece(step=step, weights={"d0": w, "d1": 1 - w}) for step, w in pieces]
-    return ScheduleMixer(kind="schedule", pieces=tuple(made), interpolate=interpolate)  # type: ignore[arg-type]
+    return ScheduleMixer(kind="schedule", pieces=tuple(made), interpolate=interpolate)
 
 
 def test_fixed_shares_are_one_segment() -> None:

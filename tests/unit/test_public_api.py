@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_the_room_of_training_can_be_called() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
-        _ = raymix.nope  # type: ignore[attr-defined]
+        _ = raymix.nope  # type: ignore[attr-defined] # is what is shown
 
 
 def test_importing_raymix_is_cheap() -> None:
@@ -121,7 +122,8 @@ def test_options(command: str) -> None:
 
     from raymix.cli.main import app
 
-    found = get_command(app).get_command(None, command)  # type: ignore[attr-defined]
+    group: Any = get_command(app)
+    found = group.get_command(None, command)
     options = {name for parameter in found.params for name in parameter.opts if name[:2] == "--"}
     assert options == OPTIONS[command]
 

@@ -245,7 +245,7 @@ def test_a_recipe_object_is_a_source_too() -> None:
 
 def test_recipes_are_frozen(file: str) -> None:
     with pytest.raises(ValidationError):
-        load_recipe(file).name = "other"  # type: ignore[misc]
+        load_recipe(file).name = "other"  # type: ignore[misc] # refused is what is shown
 
 
 def test_all_faults_are_reported_at_once(file: str) -> None:
