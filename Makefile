@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start a hundred processes; each would compile all of raymix again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test test-unit test-gpu test-slow lint lock clean \
         bench-stream bench-prepare bench-loop
@@ -29,7 +31,8 @@ demo: install  ## Prepare, plan, train and report on a small real corpus (about 
 
 test: install  ## All tests but gpu and slow
 	@$(BIN)/python -m pytest -q -n 2 tests/unit
-	@$(BIN)/python -m pytest -q -m "not slow" tests/ray tests/e2e
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/e2e/without_ray
+	@$(BIN)/python -m pytest -q -m "not slow" tests/ray tests/e2e --ignore tests/e2e/without_ray
 	@$(MAKE) --no-print-directory lint
 
 test-unit: install  ## Tests without Ray, under a minute
@@ -38,8 +41,9 @@ test-unit: install  ## Tests without Ray, under a minute
 test-gpu: install  ## Tests that need a CUDA device (skipped without one)
 	@$(BIN)/python -m pytest -q tests/gpu
 
-test-slow: install  ## Tests that take minutes
+test-slow: install  ## Tests that take minutes, and laws by a thousand examples each
 	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -n 2 --hypothesis-profile thorough tests/unit
 
 lint: install  ## Style, types, and the import rules of the house
 	@$(BIN)/ruff check .

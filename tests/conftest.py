@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Ray reads these when it is imported, so they must stand before any test module is.
+# Read when Ray, torch and numpy are imported, so they must stand before any test module is.
 os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_USAGE_STATS_ENABLED="0",
@@ -20,10 +20,14 @@ os.environ.update(
     RAY_AIR_NEW_OUTPUT="0",
     TOKENIZERS_PARALLELISM="true",
     HF_HUB_OFFLINE="1",
+    # Threads that wait by spinning take the cores of the other test process.
+    GOMP_SPINCOUNT="1000",
+    OPENBLAS_NUM_THREADS="1",
 )
 
 # How long an example takes is the machine's affair; timing is never asserted in unit tests.
-settings.register_profile("raymix", deadline=None)
+settings.register_profile("raymix", deadline=None, max_examples=40)
+settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("raymix")
 
 TESTS = Path(__file__).parent

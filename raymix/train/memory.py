@@ -19,7 +19,7 @@ from raymix.train.loss import LOGIT_BYTES
 from raymix.train.model import CorpusFacts, resolve_config, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _FP32 = 4
 # Logits, their gradient, and the softmax in between.
@@ -113,20 +113,34 @@ def _measure(
 ) -> tuple[int, int]:
     """Return the parameters and the bytes that autograd keeps for one backward pass."""
     config = resolve_config(model, facts)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = skeleton(config).train()
-        parameters = sum(parameter.numel() for parameter in fake.parameters())
-        layers, width = config.num_hidden_layers, config.hidden_size
-        try:
-            kept = _saved_bytes(fake, batch)
-        except Exception:  # noqa: BLE001 - whatever a model does that fake tensors cannot
-            inner = getattr(config, "intermediate_size", None) or 4 * width
-            # Roughly what a Llama layer keeps: norms, attention, gated MLP.
-            kept = layers * batch.rows * batch.length * (16 * width + 4 * inner) * _FP32
+    layers, width = config.num_hidden_layers, config.hidden_size
+    # A comparison plans a run for each mixer, all of one model.
+    key = config.to_json_string(use_diff=False), batch
+    if key not in _counted:
+        _counted[key] = _count(config, batch)
+    parameters, kept = _counted[key]
     if train.activation_checkpointing:
         # Each layer's input stays, and one layer at a time is computed again.
         kept = kept // layers + layers * batch.rows * batch.length * width * _FP32
     return parameters, kept
+
+
+_counted: dict[tuple[str, Batch], tuple[int, int]] = {}
+
+
+def _count(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
+    """Return the parameters and the bytes kept for backward, all activations among them."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = skeleton(config).train()
+        parameters = sum(parameter.numel() for parameter in fake.parameters())
+        try:
+            return parameters, _saved_bytes(fake, batch)
+        except Exception:  # noqa: BLE001 - whatever a model does that fake tensors cannot
+            layers, width = config.num_hidden_layers, config.hidden_size
+            inner = getattr(config, "intermediate_size", None) or 4 * width
+            # Roughly what a Llama layer keeps: norms, attention, gated MLP.
+            kept = layers * batch.rows * batch.length * (16 * width + 4 * inner) * _FP32
+            return parameters, kept
 
 
 def _saved_bytes(model: PreTrainedModel, batch: Batch) -> int:

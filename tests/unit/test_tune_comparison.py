@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from scipy.stats import ttest_rel
 
 from raymix.cli.compare import draw
 from raymix.recipe import Recipe
@@ -67,6 +66,8 @@ def test_mean_and_spread_over_seeds() -> None:
 @settings(max_examples=30)
 @given(st.lists(st.tuples(LOSSES, LOSSES), min_size=3, max_size=8))
 def test_paired_intervals_are_scipys(pairs: list[tuple[float, float]]) -> None:
+    from scipy.stats import ttest_rel  # takes seconds
+
     own, base = (dict(enumerate(values)) for values in zip(*pairs, strict=True))
     if np.ptp([a - b for a, b in pairs]) < 1e-9:
         return

@@ -111,7 +111,9 @@ def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    return found_by_two_ranks("tests.e2e.test_two_ranks", tmp_path_factory.mktemp("ranks"))
+    return found_by_two_ranks(
+        "tests.e2e.without_ray.test_two_ranks", tmp_path_factory.mktemp("ranks")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from raymix.train.cluster import worker_environment
 
-# A "step" in a thread, as the loop runs in one: takes 64 MB, writes to it, frees it.
+# A "step" in a thread, as the loop runs in one: takes 32 MB, writes to it, frees it.
 STEPS = """
 import resource, sys, threading
 import numpy as np
@@ -19,18 +19,18 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 faults = []
 def steps():
-    for step in range(20):
-        np.empty(1 << 26, np.uint8).fill(1)
+    for step in range(12):
+        np.empty(1 << 25, np.uint8).fill(1)
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 thread = threading.Thread(target=steps)
 thread.start()
 thread.join()
-print(faults[-1] - faults[4])
+print(faults[-1] - faults[3])
 """
 
 
 def page_faults(mode: str, **environment: str) -> int:
-    """Return the page faults of the last 15 of 20 steps."""
+    """Return the page faults of the last 8 of 12 steps."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD"))}
     # Huge pages would make few faults of many.
     inherited["NUMPY_MADVISE_HUGEPAGE"] = "0"
@@ -40,7 +40,7 @@ def page_faults(mode: str, **environment: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is about glibc's malloc")
 def test_memory_that_a_step_frees_is_there_for_the_next_one() -> None:
-    pages = 15 * (1 << 26) // os.sysconf("SC_PAGE_SIZE")
+    pages = 8 * (1 << 25) // os.sysconf("SC_PAGE_SIZE")
     assert page_faults("left") > pages / 2
     assert page_faults("kept") < pages / 100
     assert page_faults("left", **worker_environment(on_gpu=False)) < pages / 100

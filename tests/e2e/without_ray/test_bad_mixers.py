@@ -16,9 +16,9 @@ import yaml
 from raymix.store import Corpus
 from raymix.train.probing import Prober
 from raymix.train.progress import Progress
+from tests.e2e.without_ray.test_train_run import at, numbers, recipe, train
 from tests.training import train_corpus
 from tests.unit.test_cli import call
-from tests.unit.test_train_run import at, numbers, recipe, train
 
 # What is asked for, and the words that the error must have.
 REFUSED: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -131,7 +131,9 @@ def on_each_rank(world: World, directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    two = found_by_two_ranks("tests.e2e.test_signals_ranks", tmp_path_factory.mktemp("ranks"))
+    two = found_by_two_ranks(
+        "tests.e2e.without_ray.test_signals_ranks", tmp_path_factory.mktemp("ranks")
+    )
     return {**two, "one": one_case(World(), "ddp", 0)}
 
 

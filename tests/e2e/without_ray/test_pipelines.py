@@ -15,7 +15,7 @@ from raymix.recipe import load_recipe
 from raymix.train.machine import Resources
 from raymix.train.preflight import preflight
 
-PIPELINES = Path(__file__).parents[2] / "pipelines"
+PIPELINES = Path(__file__).parents[3] / "pipelines"
 QUICKSTART = PIPELINES / "quickstart"
 RECIPES = sorted(PIPELINES.glob("*.yaml"))
 EMAIL = re.compile(r"[\w.+-]+@[\w-]+(\.[\w-]+)+")

@@ -19,8 +19,8 @@ from raymix.train.model import CorpusFacts, build_model
 from raymix.train.parallel import SingleReplica, World
 from raymix.train.probing import Prober, ProbeReader
 from raymix.train.rundir import RunDirectory
+from tests.e2e.without_ray.test_train_run import after, at, numbers, recipe, train
 from tests.training import train_corpus
-from tests.unit.test_train_run import after, at, numbers, recipe, train
 
 LENGTH = 32
 NEEDS = frozenset({"grad_norm2", "grad_noise", "gram", "alignment"})
