@@ -17,6 +17,7 @@ and never trained on, under every mixer.
 | proportional | as tokens | nothing | none | one pass over everything |
 | temperature | tokens ** (1/T) | nothing | none | many sizes, some repetition |
 | unimax | uniform up to a cap on epochs | nothing | none | many sizes, bounded repetition |
+| importance | as near as the target is | nothing | none | a target set, to begin with |
 | replay | those of an earlier run's log | nothing | none | to repeat an adaptive run exactly |
 | pike | gradient norm against noise | grad_norm2, grad_noise | probe | unlike noise, no target |
 | pike, tau > 0 | the same, of tilted losses | also loss | probe | the worst domain matters |
@@ -35,6 +36,7 @@ Published comparisons find most of these close to an even mixture: run `uniform`
 
 from raymix.mixers import ado, aioli, dga, doge, doremi, odm, pike, rb, replay
 from raymix.mixers.base import (
+    GRADIENT_STATISTICS,
     STATISTICS,
     DomainStats,
     Mixer,
@@ -54,6 +56,7 @@ from raymix.mixers.replay import Replay
 from raymix.mixers.simplex import water_fill
 
 __all__ = [
+    "GRADIENT_STATISTICS",
     "STATISTICS",
     "Adaptive",
     "DomainStats",

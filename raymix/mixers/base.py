@@ -32,6 +32,9 @@ STATISTICS = {
 }
 """What a mixer may need: the name in `Mixer.needs` and the field of `DomainStats`."""
 
+GRADIENT_STATISTICS = frozenset(STATISTICS) - {"loss", "tokens", "valid_loss"}
+"""Those that take a probe of gradients; the others training knows anyway."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainStats:
@@ -81,6 +84,8 @@ class MixerContext:
     """Sequences in a global batch."""
     targets: tuple[str, ...] = ()
     """Domains that are measured and never trained on: their share is 0 under every mixer."""
+    nearest_D: NDArray[np.int64] | None = None
+    """Documents of the targets that each domain is nearest to, shape (D,), for who asks."""
 
     @property
     def mixed_D(self) -> NDArray[np.bool_]:

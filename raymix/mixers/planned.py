@@ -16,6 +16,7 @@ from raymix.errors import RecipeError, problem
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
 from raymix.mixers.named import SUM_TOLERANCE, shares_by_name
 from raymix.recipe.mixer import (
+    ImportanceMixer,
     ProportionalMixer,
     ScheduleMixer,
     StaticMixer,
@@ -118,6 +119,19 @@ def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
         f"unimax: uniform up to {config.max_epochs:g} epochs, {capped}",
         [shares_D / shares_D.sum()],
     )
+
+
+@mixer("importance")
+def _importance(config: ImportanceMixer, context: MixerContext) -> Mixer:
+    """Build the mixer of CRISP (Grangier et al. 2024), with domains in the place of clusters."""
+    even_D = context.mixed_D / context.mixed_D.sum()
+    nearest_D = context.nearest_D
+    if nearest_D is None or not nearest_D.any():
+        unknown = "importance: shares are known once the corpus is prepared; even ones until then"
+        return Planned(unknown, [even_D])
+    shares_D = (1 - config.floor) * nearest_D / nearest_D.sum() + config.floor * even_D
+    documents = f"{int(nearest_D.sum()):,} documents of {', '.join(context.targets)}"
+    return Planned(f"importance: shares as {documents} are nearest to domains", [shares_D])
 
 
 @mixer("schedule")

@@ -75,6 +75,22 @@ class UnimaxMixer(MixerModel):
     """No domain is planned to be read more often than this over the whole run."""
 
 
+class ImportanceMixer(MixerModel):
+    """Shares as the target's documents are spread over the domains (importance sampling)."""
+
+    kind: Literal["importance"]
+    """Selects this mixer."""
+    floor: Real = Field(default=0.0, ge=0, lt=1)
+    """Part c of (1 - c) w + c / K: what the domains get that no document of the target is near."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> ImportanceMixer:
+        advice = "Name a domain that is to be held out of the mixture, e.g. targets: [medicine]"
+        no_target = Fault("targets", list(self.targets), "importance needs a target", (advice,))
+        raise_if(None if self.targets else no_target)
+        return self
+
+
 class SchedulePiece(Model):
     """Weights from one step on."""
 
@@ -135,6 +151,7 @@ _Own = (
     | ProportionalMixer
     | TemperatureMixer
     | UnimaxMixer
+    | ImportanceMixer
     | ScheduleMixer
     | ReplayMixer
     | PikeMixer
@@ -147,8 +164,8 @@ _Own = (
     | AioliMixer
 )
 OWN_KINDS = frozenset(
-    {"static", "uniform", "proportional", "temperature", "unimax", "schedule", "replay"}
-    | {"pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}
+    {"static", "uniform", "proportional", "temperature", "unimax", "importance", "schedule"}
+    | {"replay", "pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}
 )
 MixerConfig = Annotated[
     _Own, Field(discriminator="kind"), OpenTo(MIXERS, model=PluginMixer, own=OWN_KINDS)

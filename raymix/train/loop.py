@@ -208,7 +208,8 @@ class TrainingLoop:
         batch = flying.batch
         loss = sums.loss / max(1, batch.label_tokens)
         if not math.isfinite(loss):
-            raise self._blown_up(f"the loss is {loss} at step {batch.step + 1}")
+            where = _whose(sums.nats_D, self._parts.domains)
+            raise self._blown_up(f"the loss{where} is {loss} at step {batch.step + 1}")
         self._wants = sums
         self._tokens_D += batch.tokens_D
         if self._parts.push is not None:
@@ -368,6 +369,12 @@ def _domains(batch: StepBatch) -> npt.NDArray[np.integer]:
         return batch.domain_rows
     rows, length = batch.tokens.shape
     return token_domains((rows, length), batch.row_starts, batch.start_domains)
+
+
+def _whose(nats_D: npt.NDArray[np.float64], names: tuple[str, ...]) -> str:
+    """Return which domains' losses are no numbers, in words; nothing where all are."""
+    lost = [names[d] for d in np.flatnonzero(~np.isfinite(nats_D))]
+    return f" of {', '.join(lost)}" if 0 < len(lost) < len(names) else ""
 
 
 def _due(done: int, every: int | None) -> bool:

@@ -35,6 +35,7 @@ from raymix.train.memory import (
     worker_memory,
 )
 from raymix.train.model import CorpusFacts, model_size
+from raymix.train.nearest import nearest_documents
 from raymix.train.refusals import (
     cap_problems,
     caps_per_domain,
@@ -42,6 +43,7 @@ from raymix.train.refusals import (
     corpus_problems,
     disk_problems,
     empty_domains,
+    probe_problems,
     room_problems,
 )
 from raymix.train.runplan import DomainPlan, RunPlan
@@ -97,7 +99,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         weight = _Weight.of(recipe, corpus, shape, has)
         found.problems += room_problems(recipe, weight.parts, has, on_gpu=shape.on_gpu)
     with found.guard():
-        mixture = _Mixture.of(recipe, supply, shape) if supply and not empty else None
+        mixture = _Mixture.of(recipe, corpus, supply, shape) if supply and not empty else None
     if mixture is not None:
         found.problems += cap_problems(
             recipe, supply, mixture.forecast, steps=shape.steps, tokens=shape.tokens
@@ -192,7 +194,9 @@ class _Mixture:
     forecast: Forecast
 
     @classmethod
-    def of(cls, recipe: Recipe, supply: Sequence[Supply], shape: _Shape) -> _Mixture:
+    def of(
+        cls, recipe: Recipe, corpus: Corpus | None, supply: Sequence[Supply], shape: _Shape
+    ) -> _Mixture:
         context = MixerContext(
             domains=tuple(domain.name for domain in supply),
             tokens_D=np.array([domain.tokens for domain in supply], dtype=np.int64),
@@ -200,8 +204,12 @@ class _Mixture:
             total_steps=shape.steps,
             rows_per_step=shape.rows,
             targets=recipe.mixer.targets,
+            nearest_D=nearest_documents(recipe, corpus) if corpus is not None else None,
         )
         mixer = build_mixer(recipe.mixer, context)
+        few = probe_problems(recipe, supply, mixer)
+        if few:
+            raise RecipeError(*few)
         asked = segments(mixer, context, recipe.train.probe_interval)
         caps = [np.inf if cap is None else cap for cap in caps_per_domain(recipe, supply)]
         cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, supply, strict=True)])

@@ -59,8 +59,17 @@ class ProbeReader:
         self._length = sequence_length
         self.seed = seed ^ _ORDER
         geometries = row_geometry(corpus, sequence_length)
-        self._units = [geometry.units for geometry in geometries]
+        self._units_D = np.array([geometry.units for geometry in geometries], dtype=np.int64)
         self._order = CorpusOrder(geometries, seed=self.seed, window=1)
+
+    def numbers(self, domain_B: Ints, number: int, half_B: Ints) -> Ints:
+        """Return the numbers of the rows of pass `number`, shape (B,).
+
+        The halves of a domain are two rows of the same epoch, so never the same row.
+        """
+        units_B = self._units_D[domain_B]
+        epoch_B, pair_B = np.divmod(number, np.maximum(1, units_B // _HALVES))
+        return epoch_B * units_B + _HALVES * pair_B + half_B
 
     def rows(self, domain_B: Ints, number_B: Ints) -> ProbeRows:
         """Return the rows with the numbers `number_B` of the domains `domain_B`, shapes (B,)."""
@@ -165,12 +174,13 @@ class Prober:
         members = [*chunk, *self._targets]
         half_B = np.repeat(np.arange(_HALVES), len(members))
         member_B = np.tile(np.arange(len(members)), _HALVES)
-        number_B = number * _HALVES + half_B
         domain_B = np.array(members, dtype=np.int64)[member_B]
         if self._group_ND is not None:
             drawn = member_B < len(chunk)
-            domain_B[drawn] = self._reader.draw(self._group_ND, domain_B[drawn], number_B[drawn])
-        rows = self._reader.rows(domain_B, number_B)
+            domain_B[drawn] = self._reader.draw(
+                self._group_ND, domain_B[drawn], number * _HALVES + half_B[drawn]
+            )
+        rows = self._reader.rows(domain_B, self._reader.numbers(domain_B, number, half_B))
         (batch,) = micro_batches(rows, 1, self._replica.world.device)
         piece_B = torch.from_numpy(half_B * self._n_groups + member_B)
         # Dropout draws the same whoever makes the pass.

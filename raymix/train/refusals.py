@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from raymix.errors import problem
+from raymix.mixers import GRADIENT_STATISTICS, Mixer
 from raymix.recipe import PackedData, Recipe
 from raymix.store import Corpus
 from raymix.train.forecast import Forecast
@@ -80,6 +81,20 @@ def empty_domains(supply: Sequence[Supply], recipe: Recipe) -> list[str]:
             continue
         found.append(problem(path, domain.name, wrong, advice))
     return found
+
+
+def probe_problems(recipe: Recipe, supply: Sequence[Supply], mixer: Mixer) -> list[str]:
+    """Return the domains whose gradients the mixer needs and that do not have two rows."""
+    if not GRADIENT_STATISTICS & mixer.needs:
+        return []
+    length = recipe.data.sequence_length
+    wrong = f"has one row of {length:,} tokens; {recipe.mixer.kind} measures gradients on two"
+    advice = "Shorten data.sequence_length, give it more text, or leave it out"
+    return [
+        problem(f"corpus.domains.{number}.name", domain.name, wrong, advice)
+        for number, domain in enumerate(supply)
+        if length <= domain.tokens < 2 * length
+    ]
 
 
 def caps_per_domain(recipe: Recipe, supply: Sequence[Supply]) -> list[float | None]:

@@ -19,7 +19,7 @@ from raymix.control.controller import MixtureController
 from raymix.control.source import BlockSource, LocalSource
 from raymix.control.stream import MixtureStream, row_tokens
 from raymix.errors import RecipeError, problem
-from raymix.mixers import STATISTICS, Mixer, MixerContext, build_mixer
+from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
 from raymix.recipe import PackedData, PretrainedModel, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
@@ -30,13 +30,12 @@ from raymix.train.evaluate import Evaluator, held_out_rows
 from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
 from raymix.train.model import CorpusFacts, build_model, measure_model, probe_model
+from raymix.train.nearest import nearest_documents
 from raymix.train.optim import build_optimizer
 from raymix.train.parallel import Replica, World, place_model, training_precision
 from raymix.train.probing import Prober, ProbeReader
 from raymix.train.recorder import Recorder
 from raymix.train.rundir import RunDirectory, cut_metrics, identity
-
-_GRADIENTS = frozenset(STATISTICS) - {"loss", "tokens", "valid_loss"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,7 @@ def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext
         total_steps=steps,
         rows_per_step=rows,
         targets=recipe.mixer.targets,
+        nearest_D=nearest_documents(recipe, corpus),
     )
 
 
@@ -237,7 +237,7 @@ def _prober(
     recipe: Recipe, corpus: Corpus, mixer: Mixer, replica: Replica, optimizer: Optimizer, rows: int
 ) -> Prober | None:
     """Return what measures the gradients that the mixer needs; None where it needs none."""
-    if not _GRADIENTS & mixer.needs:
+    if not GRADIENT_STATISTICS & mixer.needs:
         return None
     length = recipe.data.sequence_length
     targets = [corpus.domain_names.index(name) for name in recipe.mixer.targets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import raymix.recipe.plugins
 from raymix.errors import RecipeError
@@ -33,6 +35,7 @@ from raymix.mixers import (
 )
 from raymix.recipe import PluginMixer, Recipe, load_recipe, recipe_schema, recipe_to_yaml
 from raymix.recipe.mixer import (
+    ImportanceMixer,
     MixerConfig,
     ProportionalMixer,
     ReplayMixer,
@@ -89,6 +92,19 @@ def test_fixed_shares_are_those_computed_by_hand(
         assert built.planned(step) == pytest.approx(expected_D, abs=1e-8)
     assert built.update(stats(0, 10)).tolist() == built.planned(0).tolist()
     assert describe(built).startswith(config.kind)
+
+
+def test_importance_goes_by_the_nearest_documents_and_leaves_targets_out() -> None:
+    config = ImportanceMixer(kind="importance", targets=("books",), floor=0.1)
+    unknown = build_mixer(config, CONTEXT)
+    assert isinstance(unknown, PlannedMixer)
+    assert unknown.planned(0).tolist() == [0.5, 0.0, 0.5]
+    built = build_mixer(config, replace(CONTEXT, nearest_D=np.array([30, 0, 10])))
+    assert isinstance(built, PlannedMixer)
+    assert built.planned(0) == pytest.approx([0.9 * 0.75 + 0.05, 0.0, 0.9 * 0.25 + 0.05])
+    assert "40 documents of books" in describe(built)
+    with pytest.raises(ValidationError, match="importance needs a target"):
+        ImportanceMixer(kind="importance")
 
 
 @given(

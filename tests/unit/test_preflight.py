@@ -219,6 +219,15 @@ def test_rows_longer_than_a_block_or_a_domain(recipe: Recipe, corpus: Corpus) ->
     ]
 
 
+def test_gradients_take_two_rows_of_every_domain(tmp_path: Path, recipe: Recipe) -> None:
+    domains = {"books": labelled_domain(0, 4000), "scraps": labelled_domain(1, 200)}
+    corpus = write_corpus(tmp_path / "c", domains, block_tokens=1024, vocab_size=16_384)
+    even = load_recipe(recipe, [f"corpus.path={corpus.path}", "mixer={kind: uniform}"])
+    assert plan(even, corpus).steps == 20
+    (message,) = refusals(even, corpus, "mixer.kind=pike")
+    assert message.startswith("corpus.domains.1.name = 'scraps': has one row of 128 tokens; pike")
+
+
 def test_a_model_with_too_small_a_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
     (message,) = refusals(recipe, corpus, "model.config.vocab_size=100")
     assert "vocab_size = 100: smaller than the tokenizer's vocabulary of 16384" in message

@@ -58,6 +58,23 @@ def fields(stats: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     return {name: value for name, value in stats.items() if name != "probe_passes"}
 
 
+def test_the_halves_of_a_pass_are_never_one_row(corpus: Corpus) -> None:
+    reader = ProbeReader(corpus, sequence_length=LENGTH, seed=5)
+    rows = [corpus.split(name, "train").tokens // LENGTH for name in corpus.domain_names]
+    domain_B, half_B = np.repeat(np.arange(3), 2), np.tile(np.arange(2), 3)
+    seen: dict[int, list[bytes]] = {domain: [] for domain in range(3)}
+    for number in range(max(rows)):
+        found = reader.rows(domain_B, reader.numbers(domain_B, number, half_B))
+        for domain in range(3):
+            first, second = (found.tokens[2 * domain + half].tobytes() for half in range(2))
+            assert first != second
+            seen[domain] += [first, second]
+    # One after the other, all rows but the last of an odd number.
+    for domain, own in seen.items():
+        pairs = rows[domain] // 2
+        assert len(set(own[: 2 * pairs])) == 2 * pairs
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_it_is_the_same_on_any_number_of_ranks(
     world_size: int, corpus: Corpus, model: PackedLoss

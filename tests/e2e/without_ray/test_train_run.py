@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
+from raymix.train.account import PendingStep, StepSums
 from raymix.train.checkpoint import newest_checkpoint, read_state
 from raymix.train.evaluate import Evaluator
 from raymix.train.export import export
@@ -381,6 +383,20 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
 def test_a_loss_that_is_no_number_ends_the_run(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="the loss is"):
         train(recipe(corpus, tmp_path, train__lr=1e30, train__warmup_ratio=0.0))
+
+
+def test_a_loss_that_is_no_number_names_its_domain(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = PendingStep.result
+
+    def broken(self: PendingStep) -> StepSums:
+        sums = result(self)
+        return replace(sums, loss=float("nan"), nats_D=sums.nats_D * [1.0, float("nan"), 1.0])
+
+    monkeypatch.setattr(PendingStep, "result", broken)
+    with pytest.raises(TrainingError, match="the loss of b is nan at step 1"):
+        train(recipe(corpus, tmp_path))
 
 
 def test_a_model_that_mixes_documents_is_refused(corpus: Corpus, tmp_path: Path) -> None:
