@@ -32,8 +32,16 @@ _ENVIRONMENT = {
 
 
 # For a cluster of our own on this machine: training is not to yield the cores to everything else,
-# and nobody takes the machine away.
-_PRIVATE = {"RAY_worker_niceness": "0", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+# nobody takes the machine away, and nobody reads what Ray's processes would report of themselves.
+_PRIVATE = {
+    "RAY_worker_niceness": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_metrics_report_interval_ms": "600000",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+}
 
 # GNU OpenMP's threads wait for each other by spinning for milliseconds, which slows training
 # down ten times and more where other processes want the cores too, as Ray's own do.

@@ -1,26 +1,29 @@
-"""Kill -9 each part of a run in turn: the batches and losses are those of the unkilled run."""
+"""Kill -9 each part of a run in turn: batches, losses and mixture log are as if it had not been.
+
+The run that is killed is under PiKE, so that what must survive is more than a place in a corpus:
+the mixer's state, half a window's losses, and the shares that are to come.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Shell, kill, pids_titled, steps_of, wait_for
+from tests.e2e.conftest import Shell, kill, pids_titled, steps_of, wait_for, write_recipe
 
 # Starting Ray's workers takes minutes on a machine that is busy with other work.
 pytestmark = pytest.mark.timeout(900)
 
-STEPS = 120
-KILL_AFTER = 20
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(shell: Shell) -> list[dict[str, Any]]:
-    shell.ok("train", "tiny.yaml", "name=uninterrupted")
-    return steps_of(shell.cwd / "runs" / "uninterrupted")
+STEPS, PIKE_STEPS = 60, 110
+KILL_AFTER, KILL_EVERY = 20, 20
+ACTORS = ("BlockPlane", "MixtureController", "RayTrainWorker")
+INTERVAL = 5
+# Four rows of a domain are few: with larger gains the shares move although each window is rough.
+PIKE = {"kind": "pike", "form": "full", "zeta_1": 0.5, "zeta_2": 0.25}
 
 
 def progress(run: Path) -> int:
@@ -30,84 +33,150 @@ def progress(run: Path) -> int:
         return -1
 
 
-def start_until(shell: Shell, name: str, recipe: str = "tiny.yaml") -> Any:
-    """Start a run whose steps are slow enough to be hit, and wait until it is under way."""
-    process = shell.start("train", recipe, f"name={name}")
-    run = shell.cwd / "runs" / name
-    wait_for(
-        lambda: progress(run) >= KILL_AFTER or process.poll() is not None,
-        seconds=300,
-        what=f"step {KILL_AFTER} of {name}",
-    )
-    return process
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "mixture_log.jsonl").read_text().splitlines()]
 
 
-def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    assert [line["step"] for line in actual] == [line["step"] for line in expected]
-    assert [line["batch_hash"] for line in actual] == [line["batch_hash"] for line in expected]
+def assert_same(actual: list[dict[str, Any]], expected: list[dict[str, Any]], *keys: str) -> None:
+    for key in ("step", "batch_hash", *keys):
+        assert [line[key] for line in actual] == [line[key] for line in expected], key
 
 
-def test_the_run_is_complete(uninterrupted: list[dict[str, Any]]) -> None:
-    assert len(uninterrupted) == STEPS
-    assert len({line["batch_hash"] for line in uninterrupted}) == STEPS
+def gone_on(shell: Shell, run: Path, name: str, *overrides: str) -> Path:
+    """Return a copy of a run, brought to its end by its own command."""
+    copy = run.with_name(name)
+    shutil.copytree(run, copy)
+    shell.ok("train", f"{run.name.partition('-')[0]}.yaml", f"name={name}", *overrides)
+    return copy
 
 
-def test_driver_killed_then_same_command(shell: Shell, uninterrupted: list[dict[str, Any]]) -> None:
-    process = start_until(shell, "driver")
-    kill(process.pid)
-    process.wait()
-    shell.ok("train", "tiny.yaml", "name=driver")
-    lines = steps_of(shell.cwd / "runs" / "driver")
-    assert_same(lines, uninterrupted)
-    assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
+@pytest.fixture(scope="module")
+def calm(shell: Shell) -> Path:
+    """Return a run under fixed shares, with all its checkpoints."""
+    train = {"steps": STEPS, "lr": 3e-3, "checkpoint_every": 12, "keep_checkpoints": 9}
+    write_recipe(shell.cwd / "fixed.yaml", train=train)
+    shell.ok("train", "fixed.yaml", "name=fixed")
+    return shell.cwd / "runs" / "fixed"
 
 
-def test_actors_killed_in_turn_and_the_run_goes_on(
-    shell: Shell, uninterrupted: list[dict[str, Any]]
-) -> None:
-    process = start_until(shell, "actors")
-    run = shell.cwd / "runs" / "actors"
-    titles = ("BlockPlane", "MixtureController", "RayTrainWorker")
-    for number, title in enumerate(titles):
-        at = KILL_AFTER + 30 * number
-        wait_for(lambda at=at: progress(run) >= at, seconds=120, what=f"step {at}")
+@pytest.fixture(scope="module")
+def pike(shell: Shell) -> Path:
+    """Return a run under PiKE that nothing happened to."""
+    train = {"steps": PIKE_STEPS, "lr": 3e-3, "checkpoint_every": 12, "probe_interval": INTERVAL}
+    write_recipe(shell.cwd / "pike.yaml", mixer=PIKE, train=train)
+    shell.ok("train", "pike.yaml", "name=pike")
+    return shell.cwd / "runs" / "pike"
+
+
+@pytest.fixture(scope="module")
+def killed(shell: Shell, pike: Path) -> Path:
+    """Return a run that lost plane, controller and a worker, went on, and lost its driver."""
+    process = shell.start("train", "pike.yaml", "name=pike-killed")
+    run = pike.with_name("pike-killed")
+    for number, title in enumerate(ACTORS):
+        at = KILL_AFTER + KILL_EVERY * number
+        wait_for(
+            lambda at=at: progress(run) >= at or process.poll() is not None,
+            seconds=300,
+            what=f"step {at}",
+        )
         pids = pids_titled(f"ray::{title}")
         assert pids, f"no process titled {title} at step {progress(run)}"
         kill(pids[0])
-    assert process.wait(timeout=200) == 0, (shell.cwd / "background.log").read_text()[-3000:]
-    lines = steps_of(run)
-    assert_same(lines, uninterrupted)
-    assert [line["loss"] for line in lines] == [line["loss"] for line in uninterrupted]
-
-
-def test_resumed_on_one_worker_reads_the_same(
-    shell: Shell, uninterrupted: list[dict[str, Any]]
-) -> None:
-    process = start_until(shell, "elastic")
+    # Past what the worker's death has undone.
+    at = KILL_AFTER + KILL_EVERY * len(ACTORS)
+    wait_for(lambda: progress(run) >= at, seconds=200, what=f"step {at} after a worker's death")
     kill(process.pid)
     process.wait()
-    shell.ok("train", "tiny.yaml", "name=elastic", "cluster.workers=1")
-    lines = steps_of(shell.cwd / "runs" / "elastic")
-    assert_same(lines, uninterrupted)
+    assert progress(run) < PIKE_STEPS, (shell.cwd / "background.log").read_text()[-3000:]
+    return run
+
+
+def test_the_run_is_complete(calm: Path) -> None:
+    lines = steps_of(calm)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert len({line["batch_hash"] for line in lines}) == STEPS
+
+
+def test_resumed_on_one_worker_reads_the_same(shell: Shell, calm: Path) -> None:
+    early = calm.with_name("fixed-early")
+    shutil.copytree(calm, early)
+    for checkpoint in (early / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.partition("-")[2]) > STEPS // 2:
+            shutil.rmtree(checkpoint)
+    lines = steps_of(gone_on(shell, early, "fixed-elastic", "cluster.workers=1"))
+    assert_same(lines, steps_of(calm))
     assert [line["loss"] for line in lines] == pytest.approx(
-        [line["loss"] for line in uninterrupted], abs=1e-5
+        [line["loss"] for line in steps_of(calm)], abs=1e-5
     )
 
 
-def test_a_finished_run_is_left_alone(shell: Shell, uninterrupted: list[dict[str, Any]]) -> None:
-    before = (shell.cwd / "runs" / "uninterrupted" / "metrics.jsonl").read_bytes()
-    shell.ok("train", "tiny.yaml", "name=uninterrupted")
-    assert (shell.cwd / "runs" / "uninterrupted" / "metrics.jsonl").read_bytes() == before
+def test_a_finished_run_is_left_alone(shell: Shell, calm: Path) -> None:
+    before = (calm / "metrics.jsonl").read_bytes()
+    shell.ok("train", "fixed.yaml", "name=fixed")
+    assert (calm / "metrics.jsonl").read_bytes() == before
 
 
-def test_changed_corpus_is_refused(shell: Shell, uninterrupted: list[dict[str, Any]]) -> None:
-    runs = shell.cwd / "runs"
-    shutil.copytree(runs / "uninterrupted", runs / "moved")
+def test_changed_corpus_is_refused(shell: Shell, calm: Path) -> None:
+    shutil.copytree(calm, calm.with_name("moved"))
     shutil.copytree(shell.cwd / "corpus", shell.cwd / "corpus-changed")
     manifest = shell.cwd / "corpus-changed" / "manifest.json"
     text = manifest.read_text()
     fingerprint = text.split('"fingerprint": "', 1)[1].split('"', 1)[0]
     manifest.write_text(text.replace(fingerprint, "0" * len(fingerprint)))
-    done = shell.run("train", "tiny.yaml", "name=moved", "corpus.path=corpus-changed")
+    done = shell.run("train", "fixed.yaml", "name=moved", "corpus.path=corpus-changed")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_corrupt_shard_names_file_and_block(shell: Shell) -> None:
+    corpus = shell.cwd / "corpus-corrupt"
+    shutil.copytree(shell.cwd / "corpus", corpus)
+    shard = next((corpus / "books" / "train").glob("shard-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[200 : len(data) // 2] = b"\xff" * (len(data) // 2 - 200)
+    shard.write_bytes(data)
+    done = shell.run(
+        "train", "tiny.yaml", "name=corrupt", "corpus.path=corpus-corrupt", "cluster.workers=1"
+    )
+    assert done.returncode == 2, done.stderr
+    assert "shard-00000.arrow" in done.stderr
+    assert "block" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_shares_move_once_a_window_from_the_third_on(pike: Path) -> None:
+    log = log_of(pike)
+    assert [entry["version"] for entry in log] == list(range(len(log)))
+    first = [entry["first_step"] for entry in log]
+    assert first[0] == 0
+    assert set(first) <= {0, *range(2 * INTERVAL, PIKE_STEPS, INTERVAL)}
+    assert len(first) > 6
+    assert all(sum(entry["shares"].values()) == pytest.approx(1) for entry in log)
+    lines = steps_of(pike)
+    assert len(lines) == PIKE_STEPS
+    # Each step was read under the shares that the log has for it.
+    for line in lines:
+        holding = [entry for entry in log if entry["first_step"] < line["step"]][-1]
+        assert line["mixture_version"] == holding["version"]
+        assert line["shares"] == holding["shares"]
+
+
+def test_killed_and_run_again_it_is_the_run_that_was_not(
+    shell: Shell, pike: Path, killed: Path
+) -> None:
+    run = gone_on(shell, killed, "pike-again")
+    assert log_of(run) == log_of(pike)
+    assert_same(steps_of(run), steps_of(pike), "loss", "shares", "mixture_version")
+
+
+def test_resumed_on_one_worker_the_shares_are_the_same(
+    shell: Shell, pike: Path, killed: Path
+) -> None:
+    run = gone_on(shell, killed, "pike-elastic", "cluster.workers=1")
+    log, expected = log_of(run), log_of(pike)
+    assert len(steps_of(run)) == PIKE_STEPS
+    for key in ("version", "first_step", "mixer"):
+        assert [entry[key] for entry in log] == [entry[key] for entry in expected]
+    for entry, other in zip(log, expected, strict=True):
+        assert entry["shares"] == pytest.approx(other["shares"], abs=1e-4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -54,7 +53,7 @@ def test_wrong_column_lists_those_found(shell: Shell) -> None:
         (("data.max_epochs=0.01",), ("max_epochs",)),
         (("data.sequence_length=4096", "model.config.max_position_embeddings=128"), ("128",)),
         (("corpus.tokenizer={train: bpe, vocab_size: 600}",), ("tokenizer",)),
-        (("cluster.workers=64", "data.rows_per_step=64"), ("64", "4")),
+        (("cluster.workers=64", "data.rows_per_step=64"), ("64", "CPUs")),
     ],
 )
 def test_plan_and_train_refuse(
@@ -80,22 +79,6 @@ def test_run_directory_of_another_recipe(shell: Shell) -> None:
     few = ("cluster.workers=0", "train.steps=3", "name=taken")
     shell.ok("train", "tiny.yaml", *few)
     refused(shell, "train", "tiny.yaml", *few, "train.lr=0.5", says=("train.lr", "--if-exists"))
-
-
-def test_corrupt_shard_names_file_and_block(shell: Shell) -> None:
-    corpus = shell.cwd / "corpus-corrupt"
-    shutil.copytree(shell.cwd / "corpus", corpus)
-    shard = next((corpus / "books" / "train").glob("shard-*.arrow"))
-    data = bytearray(shard.read_bytes())
-    data[200 : len(data) // 2] = b"\xff" * (len(data) // 2 - 200)
-    shard.write_bytes(data)
-    done = shell.run(
-        "train", "tiny.yaml", "name=corrupt", "corpus.path=corpus-corrupt", "cluster.workers=1"
-    )
-    assert done.returncode == 2, done.stderr
-    assert "shard-00000.arrow" in done.stderr
-    assert "block" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_disk_full_while_preparing(shell: Shell, tmp_path: Path) -> None:
