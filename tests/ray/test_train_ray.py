@@ -1,11 +1,8 @@
-"""Training under Ray Train: two workers are one, and a killed worker leaves no trace."""
+"""Training under Ray Train: two workers are one, also where one goes on with a run of two."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,9 @@ from raymix.store import Corpus
 from raymix.train.api import train
 from raymix.train.rundir import RunDirectory, read_metrics
 from raymix.train.worker import StopWhereHopeless
-from tests.e2e.conftest import pids_titled
 from tests.training import train_corpus
 
 STEPS = 60
-KILL_AFTER = 25
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def recipe(corpus: Corpus, directory: Path, name: str, workers: int) -> Recipe:
                     "num_key_value_heads": 2,
                 }
             },
-            "train": {"steps": STEPS, "lr": 0.003, "checkpoint_every": 10},
+            "train": {"steps": STEPS, "lr": 0.003, "checkpoint_every": 10, "keep_checkpoints": 6},
             "eval": {"every": 30, "rows_per_domain": 3},
             "cluster": {"workers": workers, "gpus_per_worker": 0, "cpus_per_worker": 1},
             "run": {"dir": str(directory / "{name}"), "tensorboard": False},
@@ -86,32 +81,21 @@ def test_two_workers_are_one(two: list[dict[str, Any]], corpus: Corpus, director
         assert row["share_realised"] == pytest.approx(row["share_asked"], abs=3 / (9 * STEPS))
 
 
-def test_a_killed_worker_leaves_no_trace(
-    two: list[dict[str, Any]], corpus: Corpus, directory: Path, capfd: pytest.CaptureFixture[str]
+def test_resumed_on_one_worker_it_reads_the_same(
+    two: list[dict[str, Any]], corpus: Corpus, directory: Path
 ) -> None:
-    metrics = RunDirectory(directory / "killed").metrics
-    killed = threading.Event()
-
-    def kill_one() -> None:
-        deadline = time.monotonic() + 120
-        while len(read_metrics(metrics)) < KILL_AFTER and time.monotonic() < deadline:
-            time.sleep(0.005)
-        for pid in pids_titled("ray::RayTrainWorker")[-1:]:
-            os.kill(pid, signal.SIGKILL)
-            killed.set()
-
-    thread = threading.Thread(target=kill_one)
-    thread.start()
-    train(recipe(corpus, directory, "killed", 2), report=False)
-    thread.join()
-    assert killed.is_set()
-    found = steps(directory, "killed")
-    for key in ("step", "batch_hash", "loss", "grad_norm"):
+    run = directory / "elastic"
+    shutil.copytree(directory / "two", run)
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.partition("-")[2]) > STEPS // 3:
+            shutil.rmtree(checkpoint)
+    train(recipe(corpus, directory, "elastic", 1), report=False)
+    found = steps(directory, "elastic")
+    for key in ("step", "batch_hash", "mixture_version"):
         assert [line[key] for line in found] == [line[key] for line in two], key
-    said = capfd.readouterr()
-    assert "started again" in said.out
-    assert "Traceback" not in said.out + said.err
-    assert "(raylet)" not in said.out
+    assert [line["loss"] for line in found] == pytest.approx(
+        [line["loss"] for line in two], abs=1e-5
+    )
 
 
 def test_what_starting_again_cannot_mend_ends_a_run(tmp_path: Path) -> None:

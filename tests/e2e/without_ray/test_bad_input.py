@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import QUICKSTART, Shell, write_recipe
+from tests.unit.test_cli import call
+
+Refused = Callable[..., None]
 
 
-def refused(shell: Shell, *args: str, says: tuple[str, ...]) -> None:
-    done = shell.run(*args, timeout=120)
-    assert done.returncode == 2, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stdout + done.stderr
-    for words in says:
-        assert words in done.stderr, f"{words!r} not in {done.stderr!r}"
+@pytest.fixture
+def refused(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Return a call of the command line, in this process, that must end as bad input does."""
+    monkeypatch.chdir(shell.cwd)
+
+    def check(*args: str, says: tuple[str, ...]) -> None:
+        code, (out, err) = call(*args), capsys.readouterr()
+        assert code == 2, f"{args}: {code}\n{out}\n{err}"
+        assert "Traceback" not in out + err
+        for words in says:
+            assert words in err, f"{words!r} not in {err!r}"
+
+    return check
 
 
 @pytest.mark.parametrize(
@@ -30,14 +46,15 @@ def refused(shell: Shell, *args: str, says: tuple[str, ...]) -> None:
         ("train.lr=-1", ("train.lr", "-1")),
     ],
 )
-def test_validate_or_prepare_refuses(override: str, says: tuple[str, ...], shell: Shell) -> None:
-    refused(shell, "prepare", "tiny.yaml", "corpus.path=bad", override, says=says)
+def test_validate_or_prepare_refuses(
+    override: str, says: tuple[str, ...], shell: Shell, refused: Refused
+) -> None:
+    refused("prepare", "tiny.yaml", "corpus.path=bad", override, says=says)
     assert not (shell.cwd / "bad" / "manifest.json").exists()
 
 
-def test_wrong_column_lists_those_found(shell: Shell) -> None:
+def test_wrong_column_lists_those_found(shell: Shell, refused: Refused) -> None:
     refused(
-        shell,
         "prepare",
         "tiny.yaml",
         "corpus.path=bad-column",
@@ -57,16 +74,15 @@ def test_wrong_column_lists_those_found(shell: Shell) -> None:
     ],
 )
 def test_plan_and_train_refuse(
-    command: str, overrides: tuple[str, ...], says: tuple[str, ...], shell: Shell
+    command: str, overrides: tuple[str, ...], says: tuple[str, ...], shell: Shell, refused: Refused
 ) -> None:
-    refused(shell, command, "tiny.yaml", "name=refused", *overrides, says=says)
+    refused(command, "tiny.yaml", "name=refused", *overrides, says=says)
     assert not (shell.cwd / "runs" / "refused" / "metrics.jsonl").exists()
 
 
-def test_empty_domain(shell: Shell) -> None:
+def test_empty_domain(shell: Shell, refused: Refused) -> None:
     (shell.cwd / "empty.jsonl").write_text("")
     refused(
-        shell,
         "prepare",
         "tiny.yaml",
         "corpus.path=bad-empty",
@@ -75,10 +91,27 @@ def test_empty_domain(shell: Shell) -> None:
     )
 
 
-def test_run_directory_of_another_recipe(shell: Shell) -> None:
+def test_run_directory_of_another_recipe(shell: Shell, refused: Refused) -> None:
     few = ("cluster.workers=0", "train.steps=3", "name=taken")
     shell.ok("train", "tiny.yaml", *few)
-    refused(shell, "train", "tiny.yaml", *few, "train.lr=0.5", says=("train.lr", "--if-exists"))
+    refused("train", "tiny.yaml", *few, "train.lr=0.5", says=("train.lr", "--if-exists"))
+
+
+def test_corrupt_shard_names_file_and_block(shell: Shell, refused: Refused) -> None:
+    corpus = shell.cwd / "corpus-corrupt"
+    shutil.copytree(shell.cwd / "corpus", corpus)
+    shard = next((corpus / "books" / "train").glob("shard-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[200 : len(data) // 2] = b"\xff" * (len(data) // 2 - 200)
+    shard.write_bytes(data)
+    refused(
+        "train",
+        "tiny.yaml",
+        "name=corrupt",
+        "corpus.path=corpus-corrupt",
+        "cluster.workers=0",
+        says=("shard-00000.arrow", "block"),
+    )
 
 
 def test_disk_full_while_preparing(shell: Shell, tmp_path: Path) -> None:
@@ -89,9 +122,6 @@ def test_disk_full_while_preparing(shell: Shell, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "from raymix.cli.main import main; main()"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", code, "prepare", str(recipe), "--parallelism", "0"],
         cwd=tmp_path,
@@ -106,9 +136,8 @@ def test_disk_full_while_preparing(shell: Shell, tmp_path: Path) -> None:
     assert not (tmp_path / "corpus" / "manifest.json").exists()
 
 
-def test_glob_without_match_says_what_is_there(shell: Shell) -> None:
+def test_glob_without_match_says_what_is_there(shell: Shell, refused: Refused) -> None:
     refused(
-        shell,
         "prepare",
         "tiny.yaml",
         "corpus.path=bad-glob",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import DOMAINS, Shell, write_recipe
 
+TRAINED = ("name=commands", "cluster.workers=0", "train.steps=30")
+
 
 @pytest.fixture(scope="module")
 def trained(shell: Shell) -> dict[str, object]:
-    return shell.json("train", "tiny.yaml", "name=commands", "cluster.workers=0", "train.steps=30")
+    return shell.json("train", "tiny.yaml", *TRAINED)
 
 
 def test_train_reports_every_domain(trained: dict[str, object]) -> None:
@@ -59,6 +62,26 @@ def test_export_loads_in_transformers(shell: Shell, trained: dict[str, object]) 
     assert (out / "README.md").read_text().startswith("---")
     again = shell.run("export", str(trained["run"]), "exported")
     assert again.returncode == 2
+
+
+def test_a_finished_run_is_left_alone(shell: Shell, trained: dict[str, object]) -> None:
+    metrics = shell.cwd / str(trained["run"]) / "metrics.jsonl"
+    before = metrics.read_bytes()
+    shell.ok("train", "tiny.yaml", *TRAINED)
+    assert metrics.read_bytes() == before
+
+
+def test_changed_corpus_is_refused(shell: Shell, trained: dict[str, object]) -> None:
+    shutil.copytree(shell.cwd / str(trained["run"]), shell.cwd / "runs" / "moved")
+    shutil.copytree(shell.cwd / "corpus", shell.cwd / "corpus-changed")
+    manifest = shell.cwd / "corpus-changed" / "manifest.json"
+    text = manifest.read_text()
+    fingerprint = text.split('"fingerprint": "', 1)[1].split('"', 1)[0]
+    manifest.write_text(text.replace(fingerprint, "0" * len(fingerprint)))
+    moved = ("name=moved", "corpus.path=corpus-changed")
+    done = shell.run("train", "tiny.yaml", *TRAINED, *moved)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_plan_says_what_train_did(shell: Shell, trained: dict[str, object]) -> None:
