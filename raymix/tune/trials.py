@@ -74,8 +74,9 @@ def run_trials(
         ClusterError: If no cluster answers at the address.
         KeyboardInterrupt: After Ctrl-C; runs that were going on have written checkpoints.
     """
-    stop = out / ".stop"
-    stop.unlink(missing_ok=True)
+    stop, end = out / ".stop", out / ".end"
+    for request in (stop, end):
+        request.unlink(missing_ok=True)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     watched = {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
@@ -86,11 +87,12 @@ def run_trials(
             TrialsProgress(watched, done=done) as progress,
             joined(cluster),
         ):
-            tuner = _tuner(trials, out, seats, cluster, board, stop)
-            _watch(tuner.fit, board, progress, stop)
+            tuner = _tuner(trials, out, seats, cluster, board, (stop, end))
+            _watch(tuner.fit, board, progress, (stop, end))
         # After an interrupt it stays: what Tune still starts on a Ray that goes on ends by it.
         stop.unlink(missing_ok=True)
     finally:
+        end.unlink(missing_ok=True)
         shutil.rmtree(out / _SCRATCH, ignore_errors=True)
     return board.outcome
 
@@ -101,8 +103,9 @@ def _tuner(
     seats: Seats,
     cluster: ClusterConfig,
     board: _Board,
-    stop: Path,
+    requests: tuple[Path, Path],
 ) -> tune.Tuner:
+    stop, end = requests
     resources = {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
     work = tune.with_parameters(_trial, trials=tuple(trials), stop=str(stop))
     return tune.Tuner(
@@ -113,14 +116,43 @@ def _tuner(
             name=_SCRATCH,
             storage_path=str(out),
             callbacks=[board],
+            stop=_EndOfAll(str(end)),
             failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
             verbose=0,
         ),
     )
 
 
-def _watch(fit: Callable[[], object], board: _Board, progress: TrialsProgress, stop: Path) -> None:
-    """Show progress until `fit` has ended; Ctrl-C ends the running runs with a checkpoint."""
+class _EndOfAll(tune.Stopper):
+    """Ends Tune when a file appears: left to itself, it would begin every run that is waiting."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Return that no single run is to be stopped."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether all are."""
+        return self._path.exists()
+
+
+def _watch(
+    fit: Callable[[], object],
+    board: _Board,
+    progress: TrialsProgress,
+    requests: tuple[Path, Path],
+) -> None:
+    """Show progress until `fit` has ended; Ctrl-C ends the running runs with a checkpoint.
+
+    Args:
+        fit: Makes the runs.
+        board: Knows how they are.
+        progress: Shows it.
+        requests: The files that ask runs to stop, and then Tune to end.
+    """
+    stop, end = requests
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -140,11 +172,13 @@ def _watch(fit: Callable[[], object], board: _Board, progress: TrialsProgress, s
                 waited_for = board.running()
                 stop.touch()
                 progress.say("Stopping with checkpoints; Ctrl-C again stops at once.")
-            # What Tune starts from now on ends at once by itself and need not be waited for.
-            if pressed() > 1 or (waited_for is not None and not waited_for & board.running()):
+            if waited_for is not None and not waited_for & board.running():
+                end.touch()  # a Tune that outlived our Ray would start another
+            if pressed() > 1:
                 raise KeyboardInterrupt
         progress.update(board.outcome.states.copy(), board.outcome.problems)
         if pressed():
+            progress.say("Stopped; the same command goes on from there.")
             raise KeyboardInterrupt
     if errors:
         raise errors[0]

@@ -165,7 +165,9 @@ def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "Stopping with checkpoints" in said
+    assert "the same command goes on" in said
     assert "Traceback" not in said
+    assert "worker.py" not in said  # no Ray of Tune's own after ours
     (checkpoint,) = (out / "uniform-seed5" / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step-"))
     assert 0 < step < 800
