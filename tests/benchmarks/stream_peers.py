@@ -7,6 +7,7 @@ others would pull another one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -127,7 +128,9 @@ def litdata_combined() -> Fill:
         loader = TokensLoader(block_size=LENGTH)
         sets.append(StreamingDataset(str(target), item_loader=loader, shuffle=True, seed=domain))
     mixed = CombinedStreamingDataset(sets, weights=WEIGHTS.tolist(), seed=1, iterate_over_all=False)
-    return fill_from(batch.numpy() for batch in StreamingDataLoader(mixed, batch_size=BATCH))
+    loader = StreamingDataLoader(mixed, batch_size=BATCH, drop_last=True)
+    epochs = (batch for _ in itertools.count() for batch in loader)
+    return fill_from(batch.numpy() for batch in epochs if len(batch) == BATCH)
 
 
 def _write_litdata(domain: int, target: Path) -> None:
