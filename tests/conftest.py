@@ -26,7 +26,7 @@ os.environ.update(
 )
 
 # How long an example takes is the machine's affair; timing is never asserted in unit tests.
-settings.register_profile("raymix", deadline=None, max_examples=40)
+settings.register_profile("raymix", deadline=None)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("raymix")
 

@@ -1,6 +1,6 @@
 """Which domain each document of a target set is nearest to: what importance sampling goes by.
 
-Shapes: D domains, V tokens of the vocabulary.
+Shapes: D domains, N documents of the targets, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -33,17 +33,23 @@ def nearest_documents(recipe: Recipe, corpus: Corpus) -> NDArray[np.int64] | Non
         return None
     names = corpus.domain_names
     most = min(_MOST_PER_DOMAIN, _MOST_TOKENS // len(names))
-    count_DV = np.stack([_frequencies(corpus, name, most) for name in names])
-    prior_V = (count_DV.sum(axis=0) + 1.0) / (count_DV.sum() + count_DV.shape[1])
-    smooth_DV = count_DV + PRIOR_TOKENS * prior_V
-    log_DV = np.log(smooth_DV) - np.log(smooth_DV.sum(axis=1, keepdims=True))
-    mixed_D = np.array([name not in targets for name in names])
-    nearest_D = np.zeros(len(names), dtype=np.int64)
-    for target in sorted(targets):
-        for tokens in _documents(corpus, target, most):
-            likely_D = np.where(mixed_D, log_DV[:, tokens].sum(axis=1), -np.inf)
-            nearest_D[np.argmax(likely_D)] += 1
-    return nearest_D
+    # The counts of all domains at once would fill the memory where there are thousands.
+    total_V = np.zeros(corpus.manifest.tokenizer.vocab_size)
+    for name in names:
+        total_V += _frequencies(corpus, name, most)
+    prior_V = PRIOR_TOKENS * (total_V + 1.0) / (total_V.sum() + total_V.size)
+    documents = [part for target in sorted(targets) for part in _documents(corpus, target, most)]
+    tokens = np.concatenate(documents)
+    first_N = np.cumsum([0, *(len(part) for part in documents[:-1])])
+    nearest_N, likeliest_N = np.zeros(len(documents), np.int64), np.full(len(documents), -np.inf)
+    for domain, name in enumerate(names):
+        if name in targets:
+            continue
+        smooth_V = _frequencies(corpus, name, most) + prior_V
+        likely_N = np.add.reduceat(np.log(smooth_V / smooth_V.sum())[tokens], first_N)
+        nearer_N = likely_N > likeliest_N
+        nearest_N[nearer_N], likeliest_N[nearer_N] = domain, likely_N[nearer_N]
+    return np.bincount(nearest_N, minlength=len(names)).astype(np.int64)
 
 
 def _blocks(corpus: Corpus, domain: str, most: int) -> list[int]:

@@ -92,7 +92,8 @@ def test_the_shares_move_once_a_window_from_the_third_on(pike: Path) -> None:
     assert len(first) > 6
     assert all(sum(entry["shares"].values()) == pytest.approx(1) for entry in log)
     lines = steps_of(pike)
-    assert len(lines) == STEPS
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert len({line["batch_hash"] for line in lines}) == STEPS
     # Each step was read under the shares that the log has for it.
     for line in lines:
         holding = [entry for entry in log if entry["first_step"] < line["step"]][-1]
@@ -122,3 +123,19 @@ def test_resumed_on_one_worker_the_shares_are_the_same(
         assert [entry[key] for entry in log] == [entry[key] for entry in expected]
     for entry, other in zip(log, expected, strict=True):
         assert entry["shares"] == pytest.approx(other["shares"], abs=1e-4)
+
+
+def test_corrupt_shard_names_file_and_block(shell: Shell) -> None:
+    corpus = shell.cwd / "corpus-corrupt"
+    shutil.copytree(shell.cwd / "corpus", corpus)
+    shard = next((corpus / "books" / "train").glob("shard-*.arrow"))
+    data = bytearray(shard.read_bytes())
+    data[200 : len(data) // 2] = b"\xff" * (len(data) // 2 - 200)
+    shard.write_bytes(data)
+    done = shell.run(
+        "train", "tiny.yaml", "name=corrupt", "corpus.path=corpus-corrupt", "cluster.workers=1"
+    )
+    assert done.returncode == 2, done.stderr
+    assert "shard-00000.arrow" in done.stderr
+    assert "block" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.control.controller import MixtureController
@@ -225,6 +225,7 @@ def test_weights_of_a_window_wait_for_all_ranks_of_the_last_but_one() -> None:
     asyncio.run(main())
 
 
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_weights_do_not_depend_on_order_repeats_or_stragglers(data: st.DataObject) -> None:
     world_size = data.draw(st.integers(1, 3))

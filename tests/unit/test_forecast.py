@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -114,6 +114,7 @@ def simulate(
     return allocator.count_D, done
 
 
+@settings(max_examples=80)
 @given(
     weights=st.lists(
         st.lists(st.integers(0, 20), min_size=4, max_size=4).filter(any), min_size=1, max_size=3

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -297,6 +297,7 @@ WEIGHTS = st.dictionaries(
 ).filter(lambda found: sum(found.values()) > 0 and len({n.lower() for n in found}) == len(found))
 
 
+@settings(max_examples=60)
 @given(
     weights=WEIGHTS,
     steps=st.integers(1, 10**12),

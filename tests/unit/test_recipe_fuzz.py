@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.errors import RecipeError
@@ -86,12 +86,14 @@ def file() -> Path:
     return Path(tempfile.mkdtemp()) / "fuzz.yaml"
 
 
+@settings(max_examples=120)
 @given(document=mutated())
 def test_changed_documents(file: Path, document: dict[str, Any]) -> None:
     file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
     check(file)
 
 
+@settings(max_examples=120)
 @given(
     at=st.integers(0, len(TEXT)),
     remove=st.integers(0, 12),
@@ -104,12 +106,14 @@ def test_changed_text(file: Path, at: int, remove: int, insert: str) -> None:
     check(file)
 
 
+@settings(max_examples=100)
 @given(raw=st.binary(max_size=60))
 def test_any_bytes(file: Path, raw: bytes) -> None:
     file.write_bytes(raw)
     check(file)
 
 
+@settings(max_examples=120)
 @given(
     path=st.lists(
         st.sampled_from(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.errors import CorpusError, RaymixError, RecipeError
@@ -58,6 +58,7 @@ def test_one_domain_gets_everything_and_carries_nothing() -> None:
     assert allocator.carry_D.tolist() == [0]
 
 
+@settings(max_examples=50)
 @given(runs(zeros=True))
 def test_it_is_the_one_by_one_rule(run: tuple[int, list[tuple[list[float], int]]]) -> None:
     n_domains, steps = run
@@ -69,6 +70,7 @@ def test_it_is_the_one_by_one_rule(run: tuple[int, list[tuple[list[float], int]]
         assert allocator.carry_D.tolist() == carry_D.tolist()
 
 
+@settings(max_examples=50)
 @given(runs(zeros=False))
 def test_every_prefix_is_within_the_bound_of_what_was_asked(
     run: tuple[int, list[tuple[list[float], int]]],
@@ -89,6 +91,7 @@ def test_every_prefix_is_within_the_bound_of_what_was_asked(
         assert min(trailing) >= -(1 - 1 / n_domains)
 
 
+@settings(max_examples=50)
 @given(runs(zeros=True))
 def test_domains_may_leave_and_return_within_the_wider_bound(
     run: tuple[int, list[tuple[list[float], int]]],
@@ -193,6 +196,7 @@ def test_ten_thousand_domains_agree_with_the_one_by_one_rule() -> None:
         assert (allocator.allocate(q_D, 200) == count_D).all()
 
 
+@settings(max_examples=50)
 @given(runs(zeros=True), st.data())
 def test_limits_are_never_passed_and_the_rest_is_shared(
     run: tuple[int, list[tuple[list[float], int]]], data: st.DataObject

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.sampling import Allocator, fixed_point
@@ -17,6 +17,7 @@ def one_by_one(allocator: Allocator, q_D: np.ndarray, budget: int, steps: int) -
     return np.stack([allocator.allocate(q_D, budget) for _ in range(steps)])
 
 
+@settings(max_examples=150)
 @given(pieces=st.lists(weights, min_size=1, max_size=4), budget=st.integers(1, 40))
 def test_many_steps_at_once_are_the_steps_one_by_one(
     pieces: list[list[float]], budget: int

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.errors import CorpusError
@@ -54,6 +54,7 @@ def logs(draw: st.DrawFn) -> MixtureLog:
     return log_of(*((step, tuple(w)) for step, w in zip(steps, weights, strict=True)))
 
 
+@settings(max_examples=50)
 @given(logs(), st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 20))
 def test_in_chunks_one_by_one_or_resumed_the_plan_is_the_same(
     log: MixtureLog, sizes: list[int], rows: int
@@ -75,6 +76,7 @@ def test_in_chunks_one_by_one_or_resumed_the_plan_is_the_same(
         assert in_chunks.step == first + size
 
 
+@settings(max_examples=50)
 @given(logs(), st.integers(1, 20))
 def test_every_step_holds_the_next_samples_of_each_domain_and_nothing_else(
     log: MixtureLog, rows: int
@@ -91,6 +93,7 @@ def test_every_step_holds_the_next_samples_of_each_domain_and_nothing_else(
         seen_D += chunk.counts_SD[at]
 
 
+@settings(max_examples=50)
 @given(logs(), st.integers(1, 20))
 def test_realised_shares_follow_the_asked_ones_at_every_step(log: MixtureLog, rows: int) -> None:
     chunk = planner(log, rows).plan(40)
