@@ -27,7 +27,7 @@ from raymix.train.supply import packed_rows
 from tests.corpora import labelled_domain, write_corpus
 from tests.unit.recipes import write
 
-QUICKSTART = Path(__file__).parents[2] / "pipelines" / "quickstart"
+QUICKSTART = Path(__file__).parents[3] / "pipelines" / "quickstart"
 TOKENS = {"books": 40_000, "code": 8_000, "math": 2_050}
 HERE = Resources(where="this machine", cpus=2, gpus=0, memory_bytes=8 * 10**9,
                  object_store_bytes=10**9)  # fmt: skip
