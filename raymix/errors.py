@@ -49,6 +49,10 @@ class CorpusError(RaymixError, ValueError):
     """Input data or a prepared corpus that cannot be used as it is."""
 
 
+class LawError(RaymixError, ValueError):
+    """A mixture table, a law or an objective that cannot be used as it is."""
+
+
 class ClusterError(RaymixError, RuntimeError):
     """The Ray cluster at hand lacks what the recipe asks for."""
 
