@@ -32,6 +32,7 @@ from raymix.laws.base import (
     law_to_dict,
     mean_score,
 )
+from raymix.laws.files import fit_law, load_law, save_law
 from raymix.laws.fitted import FittedLaw
 from raymix.laws.judge import scores
 from raymix.laws.objective import Objective, Optimum
@@ -48,13 +49,16 @@ __all__ = [
     "Score",
     "build_law",
     "concatenate",
+    "fit_law",
     "known_laws",
     "law",
     "law_from_dict",
     "law_to_dict",
+    "load_law",
     "make_table",
     "mean_score",
     "read_table",
+    "save_law",
     "scores",
 ]
 
