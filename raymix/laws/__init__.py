@@ -11,7 +11,12 @@ from raymix.laws.base import (
     law_to_dict,
     mean_score,
 )
+from raymix.laws.entropy import entropy_shares, shares_of_entropy, von_neumann_entropy
+from raymix.laws.feasible import Problem, Region, feasible
+from raymix.laws.minimise import minimise, optimum_at
 from raymix.laws.objective import Objective, Optimum
+from raymix.laws.seen import Seen
+from raymix.laws.separable import SeparableOptimum, separable_optimum
 from raymix.laws.table import MixtureTable, concatenate, make_table, read_table
 
 __all__ = [
@@ -20,14 +25,25 @@ __all__ = [
     "MixtureTable",
     "Objective",
     "Optimum",
+    "Problem",
+    "Region",
     "Score",
+    "Seen",
+    "SeparableOptimum",
     "build_law",
     "concatenate",
+    "entropy_shares",
+    "feasible",
     "known_laws",
     "law",
     "law_from_dict",
     "law_to_dict",
     "make_table",
     "mean_score",
+    "minimise",
+    "optimum_at",
     "read_table",
+    "separable_optimum",
+    "shares_of_entropy",
+    "von_neumann_entropy",
 ]
