@@ -1,5 +1,26 @@
-"""Mixing laws: predict a run's losses from its shares and length, after a few small runs."""
+"""Mixing laws: predict a run's losses from its shares and length, after a few small runs.
 
+`build_law(kind).fit(table)` learns from a mixture table and says how far it can be trusted;
+`predict` answers for shares nobody has run, `minimise` finds the best ones. Packages outside add
+kinds with `@law("kind")`.
+
+| kind | log loss | runs needed | optimum | when |
+|---|---|---|---|---|
+| bimix | own share and steps, as published | 3 or 4 | closed form | domains that do not interact |
+| exponential | exp of a linear form (Data Mixing Laws) | 2 D | convex | the published baseline |
+| additive | inverse of a sum of powers | 1 to 2 D | convex where all g <= 1 | few runs; smooth |
+| joint | the same, and steps that depend on shares | 1 to 2 D | as additive | several checkpoints |
+| gp | additive or joint, and a process around it | 1 to 2 D | restarts | accuracy, spread |
+| regression | ridge on shares and their logs | 2 D | restarts | a check that assumes little |
+| lightgbm | boosted trees (RegMix) | 250 and more | search | hundreds of runs; the baseline |
+| auto | whichever predicts runs left out best | as that | as that | the default |
+
+Every fit is judged on runs left out, on later steps from earlier ones, and against models that
+know less; `FitReport.verdict` says it in words.
+"""
+
+from raymix.laws import auto, gp, parametric, regression
+from raymix.laws.auto import AutoLaw
 from raymix.laws.base import (
     FitReport,
     Law,
@@ -13,6 +34,8 @@ from raymix.laws.base import (
 )
 from raymix.laws.entropy import entropy_shares, shares_of_entropy, von_neumann_entropy
 from raymix.laws.feasible import Problem, Region, feasible
+from raymix.laws.fitted import FittedLaw
+from raymix.laws.judge import scores
 from raymix.laws.minimise import minimise, optimum_at
 from raymix.laws.objective import Objective, Optimum
 from raymix.laws.seen import Seen
@@ -20,7 +43,9 @@ from raymix.laws.separable import SeparableOptimum, separable_optimum
 from raymix.laws.table import MixtureTable, concatenate, make_table, read_table
 
 __all__ = [
+    "AutoLaw",
     "FitReport",
+    "FittedLaw",
     "Law",
     "MixtureTable",
     "Objective",
@@ -43,7 +68,11 @@ __all__ = [
     "minimise",
     "optimum_at",
     "read_table",
+    "scores",
     "separable_optimum",
     "shares_of_entropy",
     "von_neumann_entropy",
 ]
+
+# Imported for the kinds they register.
+_KINDS = (auto, gp, parametric, regression)

@@ -127,6 +127,11 @@ class Law(Protocol):
         """Return whether every predicted loss is a convex function of the shares."""
         ...
 
+    @property
+    def most_D(self) -> Floats:
+        """Return the largest share each domain had in any run of the table, shape (D,)."""
+        ...
+
     def fit(self, table: MixtureTable) -> FitReport:
         """Learn from a table, and return how well rows left out are predicted.
 
@@ -140,6 +145,10 @@ class Law(Protocol):
 
         Without steps it is the last one of the table.
         """
+        ...
+
+    def deviation(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:
+        """Return standard deviations of those predictions, in nats, shape (R, V)."""
         ...
 
     def share_gradient(self, share_D: Floats, step: float | None = None) -> tuple[Floats, Floats]:

@@ -64,7 +64,7 @@ class MixtureTable:
         return MixtureTable(
             domains=self.domains,
             targets=self.targets,
-            runs=tuple(self.runs[i] for i in at),
+            runs=tuple(self.runs[int(i)] for i in at),
             share_RD=self.share_RD[at],
             loss_RV=self.loss_RV[at],
             step_R=None if self.step_R is None else self.step_R[at],
@@ -253,7 +253,7 @@ def _check_losses(loss_RV: Floats, targets: Sequence[str], faults: _Faults) -> N
         value = float(loss_RV[row, at])
         faults.add(int(row), f"loss.{targets[at]}", value, "no loss", "Allowed: above 0")
     for at in np.flatnonzero(np.isnan(loss_RV).all(axis=0)):
-        faults.add(0, f"loss.{targets[at]}", None, "measured in no row")
+        faults.add(0, f"loss.{targets[int(at)]}", None, "measured in no row")
 
 
 def _check_rows(
