@@ -38,8 +38,7 @@ from raymix.laws.fitted import FittedLaw
 from raymix.laws.judge import scores
 from raymix.laws.minimise import minimise, optimum_at
 from raymix.laws.objective import Objective, Optimum
-from raymix.laws.seen import Seen
-from raymix.laws.separable import SeparableOptimum, separable_optimum
+from raymix.laws.separable import Powers, SeparableOptimum, separable_optimum
 from raymix.laws.table import MixtureTable, concatenate, make_table, read_table
 
 __all__ = [
@@ -50,10 +49,10 @@ __all__ = [
     "MixtureTable",
     "Objective",
     "Optimum",
+    "Powers",
     "Problem",
     "Region",
     "Score",
-    "Seen",
     "SeparableOptimum",
     "build_law",
     "concatenate",

@@ -14,7 +14,7 @@ from raymix.laws.base import Law
 from raymix.laws.descent import Descender, Descent
 from raymix.laws.feasible import Problem, Region, feasible
 from raymix.laws.objective import Objective, Optimum
-from raymix.laws.seen import Seen
+from raymix.laws.separable import HasPowers, SeparableOptimum, separable_optimum
 from raymix.laws.table import Floats
 
 STARTS = 16
@@ -26,14 +26,16 @@ _STEPS_PER_START = 300
 _DRAWS = 512
 _MOST_CORNERS = 256
 _TRACE = 1e-9
+# A share this much beyond the largest of any run is said to be beyond: relative, and in shares.
+_BEYOND = 0.05
+_BEYOND_LEAST = 1e-3
 
 
-def minimise(
-    law: Law, objective: Objective, *, seen: Seen | None = None, starts: int = STARTS
-) -> Optimum:
+def minimise(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum:
     """Return the best shares under a law, and what proves or supports that there are none better.
 
-    For a convex law the gap bounds how much better any allowed shares could be (see
+    A law that is one power of each target's own share (`HasPowers`) is solved exactly. For any
+    other convex one the gap bounds how much better any allowed shares could be (see
     `raymix.laws.descent`); it is sought at 1e-9 of the value, 1e-7 for minimax, and reported as
     reached. For any other law the best of `starts` descents is returned, without a gap. The same
     law and objective give the same shares.
@@ -41,7 +43,6 @@ def minimise(
     Args:
         law: A fitted law.
         objective: What to minimise, within which limits.
-        seen: What the runs of its table had; without it nothing is said of extrapolation.
         starts: Descents for a law that is not convex, >= 1.
 
     Raises:
@@ -51,18 +52,20 @@ def minimise(
     if starts < 1:
         raise LawError(problem("starts", starts, "no number of descents", "Allowed: 1 or more"))
     task = _Task(law, feasible(objective, law.domains, law.targets))
+    exact = _closed_form(law, task.problem)
+    if exact is not None:
+        share_D, gap = exact.share_D, exact.gap
+        return optimum_at(law, task.problem, share_D, method="closed form", gap=gap)
     found = task.descend(task.first(), convex=law.convex)
     if law.convex and found.bound <= found.value + _AGREEING * abs(found.value):
         share_D, value = task.tidy(found)
         gap = max(value - found.bound, 0.0)
-        return optimum_at(law, task.problem, share_D, method="convex", gap=gap, seen=seen)
+        return optimum_at(law, task.problem, share_D, method="convex", gap=gap)
     descents = [found if not law.convex else task.descend(task.first(), convex=False)]
     descents += [task.descend(start_A, convex=False) for start_A in task.starts(starts - 1)]
     best = min(descents, key=lambda descent: descent.value)
     near = best.value + _AGREEING * abs(best.value)
-    optimum = optimum_at(
-        law, task.problem, task.tidy(best)[0], method="restarts", gap=None, seen=seen
-    )
+    optimum = optimum_at(law, task.problem, task.tidy(best)[0], method="restarts", gap=None)
     agreeing = sum(descent.value <= near for descent in descents)
     return replace(optimum, restarts=len(descents), agreeing=agreeing)
 
@@ -74,14 +77,13 @@ def optimum_at(
     *,
     method: str,
     gap: float | None,
-    seen: Seen | None,
 ) -> Optimum:
     """Return an optimum at shares, shape (D,), with the law's losses there and its warnings."""
     step_R = None if asked.horizon is None else np.array([asked.horizon])
     with np.errstate(all="ignore"):
         loss_V = law.predict(share_D[None], step_R)[0]
     _check_finite(loss_V, share_D, asked)
-    warnings = () if seen is None else seen.warnings(share_D, asked.domains, asked.horizon)
+    warnings = _beyond(law, share_D)
     for which_V, what in (
         (loss_V <= 0, "losses of 0 or less"),
         (~np.isfinite(loss_V), "no finite losses"),
@@ -97,6 +99,34 @@ def optimum_at(
         method=method,
         warnings=warnings,
     )
+
+
+def _closed_form(law: Law, asked: Problem) -> SeparableOptimum | None:
+    """Return the exact optimum where the objective is one power of each domain's share."""
+    powers = law.powers(asked.horizon) if isinstance(law, HasPowers) else None
+    if powers is None or asked.minimax or asked.kl:
+        return None
+    own_K = powers.own_V[asked.counted_V]
+    if np.unique(own_K).size < own_K.size or not (asked.region.high_A + powers.offset > 0).all():
+        return None
+    scale_D, exponent_D = np.zeros(len(asked.domains)), np.zeros(len(asked.domains))
+    scale_D[own_K] = (asked.weight_V * powers.scale_V)[asked.counted_V]
+    exponent_D[own_K] = powers.exponent_V[asked.counted_V]
+    offset_D = np.full(scale_D.size, powers.offset)
+    return separable_optimum(scale_D, exponent_D, asked.region, offset_D=offset_D)
+
+
+def _beyond(law: Law, share_D: Floats) -> tuple[str, ...]:
+    """Return a sentence on the shares that are beyond what any run of the law's table had."""
+    over_D = share_D - law.most_D * (1 + _BEYOND) - _BEYOND_LEAST
+    far = [at for at in np.argsort(-over_D).tolist() if over_D[at] > 0]
+    if not far:
+        return ()
+    named = ", ".join(
+        f"{law.domains[at]} ({share_D[at]:.3g}, at most {law.most_D[at]:.3g})" for at in far[:5]
+    )
+    more = f" and {len(far) - 5} more" if len(far) > 5 else ""
+    return (f"shares beyond what any run had: {named}{more}; cap them, or add runs there",)
 
 
 def _check_finite(loss_V: Floats, share_D: Floats, asked: Problem) -> None:

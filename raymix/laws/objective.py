@@ -63,7 +63,7 @@ class Optimum:
     agreeing: int = 0
     """How many of them came to the same value, to 1e-6 relative."""
     warnings: tuple[str, ...] = ()
-    """Why not to trust it: shares or lengths beyond what any run had, losses that cannot be."""
+    """Why not to trust it: shares beyond what any run had, losses that cannot be."""
 
     def document(self) -> dict[str, Any]:
         """Return JSON types."""

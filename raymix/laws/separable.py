@@ -8,20 +8,44 @@ its optimum every domain between its bounds has the same slope l:
 The left side falls in l, so one root in log l is all there is to find. The same l makes the
 Lagrangian dual, which bounds the optimum from below: the gap is proved, not assumed.
 
-Shapes: D domains.
+Shapes: D domains, V targets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from raymix.errors import LawError, problem
 from raymix.laws.feasible import Region
 from raymix.laws.table import Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Powers:
+    """Losses scale (r_own + offset)^-exponent, one for each of V targets."""
+
+    scale_V: Floats
+    """In units of the loss, shape (V,)."""
+    exponent_V: Floats
+    """Shape (V,)."""
+    own_V: NDArray[np.int64]
+    """Index of the domain whose share counts, shape (V,)."""
+    offset: float
+    """Added to shares."""
+
+
+@runtime_checkable
+class HasPowers(Protocol):
+    """A law that may be powers of single shares."""
+
+    def powers(self, step: float | None = None) -> Powers | None:
+        """Return them at a step (left out: the table's last), or None if it is none."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,7 +78,7 @@ def separable_optimum(
         LawError: If a number is negative or not finite, or a domain whose loss would be infinite
             without a share is capped at 0.
     """
-    powers = _Powers(scale_D, exponent_D, np.zeros(scale_D.size) if offset_D is None else offset_D)
+    powers = _Terms(scale_D, exponent_D, np.zeros(scale_D.size) if offset_D is None else offset_D)
     powers.check(region)
     felt_D, low_D, high_D = powers.felt_D, region.low_A, region.high_A
     capped_D = np.where(felt_D, high_D, low_D)
@@ -73,7 +97,7 @@ def separable_optimum(
     return SeparableOptimum(share_D=share_D, value=value, gap=max(float(moved_D.sum()), 0.0))
 
 
-class _Powers:
+class _Terms:
     """The terms K (r + e)^-a."""
 
     def __init__(self, scale_D: Floats, exponent_D: Floats, offset_D: Floats) -> None:
@@ -115,7 +139,7 @@ class _Powers:
         return self._log_D - (1 + self.exponent_D) * np.log(base_D)
 
 
-def _root(powers: _Powers, region: Region) -> float:
+def _root(powers: _Terms, region: Region) -> float:
     """Return log l at which the shares sum to 1."""
 
     def excess(log_slope: float) -> float:
@@ -134,7 +158,7 @@ def _root(powers: _Powers, region: Region) -> float:
     return float(root)
 
 
-def _summing_to_one(share_D: Floats, powers: _Powers, region: Region) -> Floats:
+def _summing_to_one(share_D: Floats, powers: _Terms, region: Region) -> Floats:
     """Return shares with the last rounding of the root spread as a step of the root would."""
     free_D = powers.felt_D & (share_D > region.low_A) & (share_D < region.high_A)
     if free_D.any():

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.laws import FitReport, MixtureTable, Objective, Optimum, Seen, law, minimise
+from raymix.laws import FitReport, MixtureTable, Objective, Optimum, law, minimise
 from raymix.laws.table import Floats
 
 
@@ -21,7 +21,7 @@ class Form:
 
     numbers: dict[str, Floats]
     horizon: float = 1000.0
-    seen: Seen | None = None
+    most: float = 1.0
     kind = "form"
     convex = True
     calls: int = field(default=0, init=False)
@@ -38,6 +38,13 @@ class Form:
     def size(self) -> tuple[int, int]:
         """V and D."""
         return self.numbers["c"].shape  # type: ignore[return-value] # a matrix
+
+    @property
+    def most_D(self) -> Floats:
+        return np.full(self.size[1], self.most)
+
+    def deviation(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:
+        return np.zeros((len(share_RD), self.size[0]))
 
     def losses_at(self, share_D: Floats, step: float) -> tuple[Floats, Floats]:
         raise NotImplementedError
@@ -56,15 +63,14 @@ class Form:
             return np.stack([self.losses_at(*pair)[0] for pair in pairs])
 
     def minimise(self, objective: Objective) -> Optimum:
-        return minimise(self, objective, seen=self.seen)
+        return minimise(self, objective)
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {name: array.tolist() for name, array in self.numbers.items()}
-        return {"numbers": numbers, "seen": self.seen and self.seen.document()}
+        return {"numbers": numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.numbers = {name: np.array(array, float) for name, array in state["numbers"].items()}
-        self.seen = state["seen"] and Seen.from_document(state["seen"])
 
 
 class Inverse(Form):

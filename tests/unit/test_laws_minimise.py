@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 
 from raymix.errors import LawError
-from raymix.laws import Objective, Optimum, Region, Seen, feasible, minimise, separable_optimum
+from raymix.laws import Objective, Optimum, Region, feasible, minimise, separable_optimum
 from raymix.laws.table import Floats
 from tests.unit.forms import Form, Wells, exponential, inverse, own
 
@@ -252,16 +252,13 @@ def test_predictions_that_are_not_finite_are_refused() -> None:
 
 def test_what_no_run_had_is_said() -> None:
     law = exponential(1, 3)
-    seen = Seen(low_D=np.full(3, 0.1), high_D=np.full(3, 0.6), last_step=1000.0)
-    found = minimise(law, Objective(horizon=4000), seen=seen)
+    law.most = 0.6
+    found = minimise(law, Objective())
     corner = max(found.shares, key=lambda name: found.shares[name])
-    first, second = found.warnings
-    assert first.startswith(f"shares beyond what any run had: {corner} (1, at most 0.6), ")
-    assert "(0, at least 0.1)" in first
-    assert second == "a horizon 4 times the last step that was measured"
-    limits = Objective(caps=dict.fromkeys(law.domains, 0.6), floors=dict.fromkeys(law.domains, 0.1))
-    assert minimise(law, limits, seen=seen).warnings == ()
-    assert found.document()["warnings"] == [first, second]
+    said = f"shares beyond what any run had: {corner} (1, at most 0.6); cap them, or add runs there"
+    assert found.warnings == (said,)
+    assert found.document()["warnings"] == [said]
+    assert minimise(law, Objective(caps=dict.fromkeys(law.domains, 0.6))).warnings == ()
 
 
 def test_losses_that_cannot_be_are_said() -> None:
@@ -273,13 +270,6 @@ def test_losses_that_cannot_be_are_said() -> None:
 
     law.losses_at = below  # type: ignore[method-assign] # one law, one test
     assert minimise(law, Objective()).warnings == ("losses of 0 or less are predicted for t0",)
-
-
-def test_seen_survives_json() -> None:
-    seen = Seen(low_D=np.array([0.0, 0.2]), high_D=np.array([0.8, 1.0]), last_step=None)
-    again = Seen.from_document(seen.document())
-    np.testing.assert_array_equal(again.high_D, seen.high_D)
-    assert again.last_step is None
 
 
 def test_region_is_public() -> None:
