@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.stats import rankdata
@@ -24,6 +24,7 @@ from raymix.laws.threads import one_thread
 
 if TYPE_CHECKING:
     from raymix.laws.objective import Objective, Optimum
+    from raymix.laws.separable import Powers
 
 LEAST_RUNS = 3
 """Runs without which nothing can be left out."""
@@ -89,6 +90,15 @@ class Solver(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was learned before."""
+        ...
+
+
+@runtime_checkable
+class SolvesPowers(Protocol):
+    """A solver whose losses may be powers of single shares, which have an exact optimum."""
+
+    def powers(self, inputs: Inputs) -> Powers | None:
+        """Return them at one row, or None if they are not."""
         ...
 
 
@@ -247,6 +257,13 @@ class FittedLaw:
         """Return losses, shape (V,), and their derivatives by the shares, shape (V, D)."""
         step_R = None if step is None else np.array([step])
         return self.solver.share_gradient(self._at(share_D[None], step_R))
+
+    def powers(self, step: float | None = None) -> Powers | None:
+        """Return what the losses are at a step, if each is a power of one share."""
+        if not isinstance(self.solver, SolvesPowers):
+            return None
+        even_RD = np.full((1, len(self.domains)), 1 / len(self.domains))
+        return self.solver.powers(self._at(even_RD, None if step is None else np.array([step])))
 
     def minimise(self, objective: Objective) -> Optimum:
         """Return the best shares, and what proves or supports that there are none better."""
