@@ -34,6 +34,7 @@ from raymix.laws.base import (
 )
 from raymix.laws.entropy import entropy_shares, shares_of_entropy, von_neumann_entropy
 from raymix.laws.feasible import Problem, Region, feasible
+from raymix.laws.files import fit_law, load_law, save_law
 from raymix.laws.fitted import FittedLaw
 from raymix.laws.judge import scores
 from raymix.laws.minimise import minimise, optimum_at
@@ -58,15 +59,18 @@ __all__ = [
     "concatenate",
     "entropy_shares",
     "feasible",
+    "fit_law",
     "known_laws",
     "law",
     "law_from_dict",
     "law_to_dict",
+    "load_law",
     "make_table",
     "mean_score",
     "minimise",
     "optimum_at",
     "read_table",
+    "save_law",
     "scores",
     "separable_optimum",
     "shares_of_entropy",

@@ -20,6 +20,7 @@ from raymix.laws.curves import BiMixCurve
 from raymix.laws.fitting import Inputs, fit_curves
 from raymix.laws.judge import early, folds, left_out, scores, verdict
 from raymix.laws.table import Floats, MixtureTable
+from raymix.laws.threads import one_thread
 
 if TYPE_CHECKING:
     from raymix.laws.objective import Objective, Optimum
@@ -185,10 +186,11 @@ class FittedLaw:
             LawError: If the law cannot be fitted to this table; it is then as it was before.
         """
         began = time.process_time()
-        data = training(table, least_runs=self._least_runs)
-        self.solver.learn(data)
-        self.settle(data)
-        return self.judged(data, began)
+        with one_thread():
+            data = training(table, least_runs=self._least_runs)
+            self.solver.learn(data)
+            self.settle(data)
+            return self.judged(data, began)
 
     def settle(self, data: Training) -> None:
         """Take names, steps and range from the table its solver has learned from."""
@@ -282,7 +284,8 @@ class FittedLaw:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become a law that was fitted before."""
-        self.solver.load_state_dict(state["solver"])
+        with one_thread():
+            self.solver.load_state_dict(state["solver"])
         self.domains, self.targets = tuple(state["domains"]), tuple(state["targets"])
         self._unit, self._last = float(state["unit"]), state["last"]
         self._most_D = np.array(state["most"], np.float64)
