@@ -21,59 +21,63 @@ _MANY = 100
 Numbers = list[str] | None
 
 
+Horizon = Annotated[
+    float | None,
+    typer.Option(metavar="STEPS", help="Steps to be best at; else the last of the table."),
+]
+Weight = Annotated[
+    Numbers,
+    typer.Option(
+        metavar="TARGET=NUMBER",
+        help="Weight of a target's loss; those not named count nothing. Else all alike.",
+    ),
+]
+Minimax = Annotated[
+    bool, typer.Option("--minimax", help="Minimise the worst weighted loss, not the sum.")
+]
+Floor = Annotated[Numbers, typer.Option(metavar="DOMAIN=SHARE", help="Least share of a domain.")]
+Cap = Annotated[Numbers, typer.Option(metavar="DOMAIN=SHARE", help="Largest share of a domain.")]
+MaxEpochs = Annotated[
+    float | None, typer.Option(metavar="NUMBER", help="Read no domain more often than this.")
+]
+TotalTokens = Annotated[
+    float | None,
+    typer.Option(metavar="TOKENS", help="Tokens of the planned run, for --max-epochs."),
+]
+Available = Annotated[
+    Numbers,
+    typer.Option(metavar="DOMAIN=TOKENS", help="Tokens a domain holds, for --max-epochs."),
+]
+Prior = Annotated[
+    str | None,
+    typer.Option(metavar="SHARES", help="Shares to stay near to: uniform, or a=0.5,b=0.3,c=0.2."),
+]
+Kl = Annotated[
+    float,
+    typer.Option(
+        metavar="NUMBER", help="Weight of KL(shares || prior) beside the loss, e.g. 0.05."
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write the shares here as a mixer section, YAML or .json."),
+]
+
+
 def command(
     law: Annotated[str, typer.Argument(metavar="LAW", help="A law that `raymix fit` wrote.")],
     *,
-    horizon: Annotated[
-        float | None,
-        typer.Option(metavar="STEPS", help="Steps to be best at; else the last of the table."),
-    ] = None,
-    weight: Annotated[
-        Numbers,
-        typer.Option(
-            metavar="TARGET=NUMBER",
-            help="Weight of a target's loss; those not named count nothing. Else all alike.",
-        ),
-    ] = None,
-    minimax: Annotated[
-        bool, typer.Option("--minimax", help="Minimise the worst weighted loss, not the sum.")
-    ] = False,
-    floor: Annotated[
-        Numbers, typer.Option(metavar="DOMAIN=SHARE", help="Least share of a domain.")
-    ] = None,
-    cap: Annotated[
-        Numbers, typer.Option(metavar="DOMAIN=SHARE", help="Largest share of a domain.")
-    ] = None,
-    max_epochs: Annotated[
-        float | None,
-        typer.Option(metavar="NUMBER", help="Read no domain more often than this."),
-    ] = None,
-    total_tokens: Annotated[
-        float | None,
-        typer.Option(metavar="TOKENS", help="Tokens of the planned run, for --max-epochs."),
-    ] = None,
-    available: Annotated[
-        Numbers,
-        typer.Option(metavar="DOMAIN=TOKENS", help="Tokens a domain holds, for --max-epochs."),
-    ] = None,
-    prior: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARES", help="Shares to stay near to: uniform, or a=0.5,b=0.3,c=0.2."
-        ),
-    ] = None,
-    kl: Annotated[
-        float,
-        typer.Option(
-            metavar="NUMBER", help="Weight of KL(shares || prior) beside the loss, e.g. 0.05."
-        ),
-    ] = 0.0,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Write the shares here as a mixer section, YAML or .json."
-        ),
-    ] = None,
+    horizon: Horizon = None,
+    weight: Weight = None,
+    minimax: Minimax = False,
+    floor: Floor = None,
+    cap: Cap = None,
+    max_epochs: MaxEpochs = None,
+    total_tokens: TotalTokens = None,
+    available: Available = None,
+    prior: Prior = None,
+    kl: Kl = 0.0,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Find the shares with the least predicted loss, within limits.
@@ -86,9 +90,9 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from raymix.laws import Objective
+        from raymix.laws import Objective, load_law
 
-        fitted = read_law(law)
+        fitted = load_law(law)
         objective = Objective(
             weights=_numbers("--weight", weight) or None,
             horizon=horizon,
@@ -111,29 +115,6 @@ def command(
     run_command(work, json=json)
 
 
-def read_law(path: str) -> Law:
-    """Return the law in a file that `raymix fit` wrote.
-
-    Raises:
-        LawError: If it cannot be read, or is none.
-    """
-    import json as json_module
-    from pathlib import Path
-
-    from raymix.errors import LawError, problem
-    from raymix.laws import law_from_dict
-
-    advice = "Give a file that `raymix fit TABLE --out FILE` wrote"
-    try:
-        document = json_module.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        wrong = error.strerror if isinstance(error, OSError) else "not a JSON file"
-        raise LawError(problem("law", path, f"cannot be read: {wrong}", advice)) from error
-    if not isinstance(document, dict) or "law" not in document:
-        raise LawError(problem("law", path, "holds no law", advice))
-    return law_from_dict(document)
-
-
 def _numbers(option: str, given: Sequence[str] | None) -> dict[str, float]:
     """Return names and numbers of an option given many times.
 
@@ -145,16 +126,13 @@ def _numbers(option: str, given: Sequence[str] | None) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in given or ():
         name, _, text = part.rpartition("=")
-        try:
-            number = float(text)
-        except ValueError:
-            name = ""
-        if not name:
-            wrong, advice = "not NAME=NUMBER", f"Write e.g. {option} web=0.3"
-            raise LawError(problem(option, part, wrong, advice))
         if name in found:
             raise LawError(problem(option, part, f"{name!r} was given before", "Give it once"))
-        found[name] = number
+        try:
+            found[name or part] = float(text if name else "")
+        except ValueError:
+            wrong, advice = "not NAME=NUMBER", f"Write e.g. {option} web=0.3"
+            raise LawError(problem(option, part, wrong, advice)) from None
     return found
 
 
