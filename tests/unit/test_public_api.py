@@ -42,6 +42,20 @@ OPTIONS = {
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "export": {"--json"},
+    "optimize": {
+        "--horizon",
+        "--weight",
+        "--minimax",
+        "--floor",
+        "--cap",
+        "--max-epochs",
+        "--total-tokens",
+        "--available",
+        "--prior",
+        "--kl",
+        "--out",
+        "--json",
+    },
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
@@ -112,7 +126,7 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare"],
-        ["export", "report"],
+        ["export", "optimize", "report"],
     ]
 
 
