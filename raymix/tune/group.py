@@ -31,6 +31,8 @@ class Group:
     out: Path
     has: Resources
     parallel: int | None
+    runs: int | None = None
+    """Runs in all, where more will follow."""
 
     def plan(self, corpus: Corpus | None) -> ComparisonPlan:
         """Return what every run would do.
@@ -38,7 +40,9 @@ class Group:
         Raises:
             RecipeError: If a run cannot work.
         """
-        return plan_comparison(self.variants, corpus, self.has, parallel=self.parallel)
+        return plan_comparison(
+            self.variants, corpus, self.has, parallel=self.parallel, runs=self.runs
+        )
 
 
 def output_directory(out: str | os.PathLike[str] | None, default: str) -> Path:

@@ -83,7 +83,7 @@ def run_trials(
     trials: Sequence[Trial], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
 ) -> Outcome:
     """Return how runs that are known beforehand ended; the arguments are those of `run_course`."""
-    course = Course(watched_of(trials), partial(_listed, trials=tuple(trials)))
+    course = Course(watched_of(trials), partial(listed, trials=tuple(trials)))
     return run_course(course, out=out, seats=seats, cluster=cluster, done=done)
 
 
@@ -92,7 +92,8 @@ def watched_of(trials: Sequence[Trial]) -> dict[str, tuple[Path, int]]:
     return {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
 
 
-def _listed(config: Mapping[str, Any], *, trials: Sequence[Trial]) -> Trial:
+def listed(config: Mapping[str, Any], *, trials: Sequence[Trial]) -> Trial:
+    """Return the run at a place of a list."""
     return trials[config["at"]]
 
 
