@@ -63,7 +63,7 @@ COMMANDS = {
         "train": "Prepare if needed, then train, checkpoint and report.",
         "eval": "Score a run's checkpoint on the held-out text of every domain.",
         "compare": "Train under several mixers and seeds, and compare.",
-        "tune": "Find the best shares: small runs, a mixing law, its optimum, tried.",
+        "tune": "Find the best shares by small runs and a mixing law.",
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",

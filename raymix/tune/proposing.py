@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ray import tune
 from ray.tune.search import Searcher
 
-from raymix.errors import RaymixError, RecipeError, problem
+from raymix.errors import LawError, RecipeError, problem
 from raymix.laws import Law, MixtureTable, build_law, make_table
 from raymix.laws.design import dirichlet_design, within_limits
 from raymix.recipe import Recipe
@@ -171,15 +171,15 @@ class LawProposer:
 
     def next(self, number: int, running: Sequence[Mixture]) -> tuple[Floats, str] | None:
         """Return the shares of run `number`, and where they come from; None: wait for a run."""
-        if len(self._runs) < _FEWEST:
+        if len(self._runs) < _FEWEST and running:
             return None
         share_CD = self._candidates(number)
         try:
             law = build_law(self._kind)
             report = law.fit(self._table())
             optimum = law.minimise(self._objective)
-        except RaymixError:
-            # Too little to learn from yet, such as equal losses: look where nothing is known.
+        except LawError:
+            # Too little to learn from yet: look anywhere.
             return share_CD[0], "a draw: no law fits the runs so far"
         share_CD = np.vstack([share_CD, self._space.array(optimum.shares)])
         value_C, deviation_C = self._predicted(law, share_CD, report.mean.mre)
@@ -197,14 +197,16 @@ class LawProposer:
         space, size = self._space, len(self._space.domains)
         limits: Any = {"floor_D": space.floor_D, "cap_D": space.cap_D}
         seed = 1_000 * (self._seed + 1) + number
-        best = min(self._runs, key=lambda run: run.value)
-        best_D = self._space.array(best.mixture.shares)
+        best = min(self._runs, key=lambda run: run.value, default=None)
+        best_D = space.prior_D if best is None else space.array(best.mixture.shares)
         wide = dirichlet_design(_CANDIDATES, np.ones(size), concentration=1.0, seed=seed, **limits)
         around = np.random.default_rng(seed).dirichlet(_AROUND * best_D + 0.05, _CANDIDATES)
         return np.vstack([wide, within_limits(around, space.floor_D, space.cap_D)])
 
     def _table(self) -> MixtureTable:
         runs, space = self._runs, self._space
+        if len(runs) < _FEWEST:
+            raise LawError(problem("tune.initial", len(runs), "too few runs have ended well"))
         names = [n for n in runs[0].losses if all(n in run.losses for run in runs)]
         columns: dict[str, Sequence[Any]] = {
             "run": [run.mixture.name for run in runs],

@@ -41,6 +41,7 @@ OPTIONS = {
     "train": {"--set", "--json", "--if-exists", "--report"},
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
+    "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
     "export": {"--json"},
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
@@ -111,7 +112,7 @@ def test_help_loads_next_to_nothing() -> None:
 def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
-        ["prepare", "train", "eval", "compare"],
+        ["prepare", "train", "eval", "compare", "tune"],
         ["export", "report"],
     ]
 
