@@ -90,6 +90,8 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
         markup=False,
     )
     console.print(_verified(document, fancy=fancy))
+    for warning in document["optimum"].get("warnings", ()):
+        console.print(f"optimum: {warning}", markup=False, soft_wrap=True)
     console.print("\nshares")
     console.print(_shares(document, fancy=fancy))
     for name, problem in document["problems"].items():

@@ -57,6 +57,8 @@ class TuneConfig(Model):
     max_epochs: Real | None = Field(default=None, gt=0)
     """No share may need more passes over a domain in the recipe's own run, not the small ones; left
     out, as data.max_epochs says."""
+    extrapolate: bool = False
+    """Let the optimum give a domain more than any small run did: laws are often wrong there."""
     kl: Real = Field(default=0.0, ge=0)
     """Weight of KL(shares || prior), in nats, in what is minimised."""
     verify: Whole = Field(default=3, ge=0, le=100)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,9 @@ CLAIMS = {"unseen_r2": 0.97, "ahead_mre": 0.002, "paper": "BiMix, arXiv 2405.149
 """Above and below which the paper says its law is: R2 on unseen mixtures, and the mean relative
 error of later steps predicted from earlier ones."""
 
-# Of an error with a normal distribution: 95 % are within so many mean absolute ones.
-_WITHIN = 1.96 * math.sqrt(math.pi / 2)
+# Of a normal error: 95 % are within so many standard deviations, which are so many mean errors.
+_WITHIN = 1.96
+_SD_OF_MEAN_ERROR = math.sqrt(math.pi / 2)
 _SLICE_POINTS = 15
 _HORIZONS = 7
 _FEWEST_RUNS = 3
@@ -103,6 +104,10 @@ def learn(table: MixtureTable, recipe: Recipe, space: Space) -> Learned:
             wrong = "no loss of this name was measured in every small run"
             known = f"Measured: {', '.join(law.targets)}"
             raise LawError(problem("tune.weights", name, wrong, known))
+    if not recipe.tune.extrapolate:
+        most = dict(zip(law.domains, map(float, law.most_D), strict=True))
+        caps = {name: min(cap, most[name]) for name, cap in objective.caps.items()}
+        objective = replace(objective, caps=caps)
     return Learned(law=law, report=report, objective=objective, optimum=law.minimise(objective))
 
 
@@ -149,18 +154,21 @@ def value_of(objective: Objective, losses: Mapping[str, float]) -> float:
 def predicted(learned: Learned, shares: Mapping[str, float], *, step: float) -> dict[str, Any]:
     """Return the losses and the value predicted for a mixture, with 95 % intervals.
 
-    An interval is as wide as the cross-validated errors say, were they normal; that of the value
-    allows for errors that all go the same way.
+    An interval holds two errors, as if they were normal: the usual one of runs left out of the fit,
+    and how unsure the law is at this mixture. That of the value allows for errors that all go the
+    same way.
     """
     law, weights = learned.law, learned.objective.weights or {}
-    share_RD = np.array([[shares.get(name, 0.0) for name in law.domains]])
-    loss_V = law.predict(share_RD, np.array([step]))[0]
+    share_RD, step_R = np.array([[shares.get(name, 0.0) for name in law.domains]]), np.array([step])
+    loss_V = law.predict(share_RD, step_R)[0]
+    deviation_V = np.nan_to_num(law.deviation(share_RD, step_R)[0])
     losses = dict(zip(law.targets, map(float, loss_V), strict=True))
-    width = {
-        name: _WITHIN * learned.report.targets[name].mre * loss
-        for name, loss in losses.items()
-        if name in learned.report.targets and np.isfinite(learned.report.targets[name].mre)
-    }
+    width: dict[str, float] = {}
+    for name, deviation in zip(law.targets, map(float, deviation_V), strict=True):
+        score = learned.report.targets.get(name)
+        if score is not None and np.isfinite(score.mre):
+            usual = _SD_OF_MEAN_ERROR * score.mre * losses[name]
+            width[name] = _WITHIN * math.hypot(usual, deviation)
     value = value_of(learned.objective, losses)
     parts = [weight * width[name] for name, weight in weights.items() if name in width]
     half = max(parts) if parts and learned.objective.minimax else math.fsum(parts)
@@ -173,9 +181,7 @@ def predicted(learned: Learned, shares: Mapping[str, float], *, step: float) -> 
     }
 
 
-def path_of_optima(
-    learned: Learned, recipe: Recipe, space: Space, table: MixtureTable
-) -> list[dict[str, Any]]:
+def path_of_optima(learned: Learned, recipe: Recipe, table: MixtureTable) -> list[dict[str, Any]]:
     """Return the optimum at growing horizons, up to the recipe's own run or four small ones."""
     if table.step_R is None or not table.has_steps:
         return []
@@ -184,7 +190,7 @@ def path_of_optima(
     steps = sorted({*map(round, np.geomspace(max(first, last / 4), far, _HORIZONS)), round(last)})
     found: list[dict[str, Any]] = []
     for step in steps:
-        optimum = learned.law.minimise(objective_of(recipe, space, horizon=float(step)))
+        optimum = learned.law.minimise(replace(learned.objective, horizon=float(step)))
         found.append(
             {
                 "step": step,

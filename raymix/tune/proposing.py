@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,21 +142,11 @@ def final_losses(run: Path, steps: int) -> dict[str, float] | None:
     return {name: float(row["loss"]) for name, row in lines[-1]["eval"].items()}
 
 
-@runtime_checkable
-class Unsure(Protocol):
-    """A law that knows how sure it is."""
-
-    def deviation(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:
-        """Return standard deviations of the predictions, in nats, shape (R, V)."""
-        ...
-
-
 class LawProposer:
     """The mixture of the largest expected improvement under a law of the runs so far.
 
-    Expected improvement (Jones, Schonlau and Welch 1998) of the value over the best one measured.
-    A law that does not know how sure it is at a mixture is as unsure everywhere as its
-    cross-validated errors say. A candidate near to what runs now counts for less.
+    Expected improvement (Jones, Schonlau and Welch 1998) of the value over the best one measured,
+    by the law's own standard deviations. A candidate near to what runs now counts for less.
     """
 
     def __init__(self, recipe: Recipe, space: Space, steps: int) -> None:
@@ -182,7 +172,7 @@ class LawProposer:
             # Too little to learn from yet: look anywhere.
             return share_CD[0], "a draw: no law fits the runs so far"
         share_CD = np.vstack([share_CD, self._space.array(optimum.shares)])
-        value_C, deviation_C = self._predicted(law, share_CD, report.mean.mre)
+        value_C, deviation_C = self._predicted(law, share_CD)
         gain_C = expected_improvement(value_C, deviation_C, min(run.value for run in self._runs))
         for mixture in running:
             apart_CD = np.sqrt(share_CD) - np.sqrt(self._space.array(mixture.shares))
@@ -215,15 +205,13 @@ class LawProposer:
         }
         return make_table(columns)
 
-    def _predicted(self, law: Law, share_CD: Floats, mre: float) -> tuple[Floats, Floats]:
+    def _predicted(self, law: Law, share_CD: Floats) -> tuple[Floats, Floats]:
         """Return values and their standard deviations, shape (C,) each."""
         weights = self._objective.weights or {}
         at = [law.targets.index(name) for name in weights]
         weight_V = np.array(list(weights.values()))
         loss_CV = law.predict(share_CD)[:, at]
-        unsure = isinstance(law, Unsure)
-        deviation_CV = law.deviation(share_CD)[:, at] if unsure else np.nan_to_num(mre) * loss_CV
-        deviation_CV = np.maximum(np.nan_to_num(deviation_CV), 1e-9)
+        deviation_CV = np.maximum(np.nan_to_num(law.deviation(share_CD)[:, at]), 1e-9)
         if self._objective.minimax:
             worst_C = (weight_V * loss_CV).argmax(axis=1)
             rows = np.arange(len(share_CD))

@@ -172,7 +172,7 @@ def _learned_part(
         "report": learned.report.document(),
         "judged": judged(learned, table),
         "optimum": learned.optimum.document(),
-        "path": path_of_optima(learned, recipe, space, table),
+        "path": path_of_optima(learned, recipe, table),
         "slices": slices(learned, space, step=float(steps)),
     }
 
@@ -194,7 +194,7 @@ def _verified_part(
         group = search.group(list({m.name: m for m in roles.values()}.values()), seeds)
         plan = group.plan(corpus)
         results = read_results(group, plan, corpus, make_runs(group, plan, corpus))
-    table = verified(roles, results, learned, step=steps)
+    table = verified(roles, results, learned, space=space, step=steps)
     tried = [
         {**run, "predicted": predicted(learned, run["shares"], step=run["step"] or steps)["value"]}
         for run in runs

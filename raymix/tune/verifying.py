@@ -10,7 +10,7 @@ import numpy as np
 from raymix.laws import Objective
 from raymix.tune.comparison import paired, spread
 from raymix.tune.learning import Learned, predicted, value_of
-from raymix.tune.mixtures import Mixture
+from raymix.tune.mixtures import Mixture, Space
 from raymix.tune.results import RunResult
 
 Roles = Mapping[str, Mixture]
@@ -18,6 +18,8 @@ Roles = Mapping[str, Mixture]
 
 OPTIMUM, BEST, SECOND = "optimum", "best observed", "runner-up"
 BASELINES = ("uniform", "proportional")
+# Shares are rounded to six digits.
+_SLACK = 1e-5
 
 
 def observed(
@@ -65,7 +67,7 @@ def roles_of(
 
 
 def verified(
-    roles: Roles, results: Sequence[RunResult], learned: Learned, *, step: float
+    roles: Roles, results: Sequence[RunResult], learned: Learned, *, space: Space, step: float
 ) -> dict[str, dict[str, Any]]:
     """Return by role what was predicted of a mixture and what it came to over new seeds.
 
@@ -79,7 +81,7 @@ def verified(
         found[role] = {
             "mixture": mixture.name,
             "shares": dict(mixture.shares),
-            "allowed": _allowed(mixture, learned.objective),
+            "allowed": _allowed(mixture, space),
             "predicted": told,
             "measured": measured,
             "losses": _losses(mixture, results),
@@ -108,13 +110,11 @@ def _losses(mixture: Mixture, results: Sequence[RunResult]) -> dict[str, Any]:
     return {name: spread({run.seed: run.losses[name] for run in runs}) for name in names}
 
 
-def _allowed(mixture: Mixture, objective: Objective) -> bool:
+def _allowed(mixture: Mixture, space: Space) -> bool:
     """Return whether a mixture is within the limits; a reference need not be."""
-    slack = 1e-5
-    return all(
-        objective.floors.get(name, 0.0) - slack <= share <= objective.caps.get(name, 1.0) + slack
-        for name, share in mixture.shares.items()
-    )
+    share_D = space.array(mixture.shares)
+    within_D = (share_D >= space.floor_D - _SLACK) & (share_D <= space.cap_D + _SLACK)
+    return bool(within_D.all())
 
 
 def _inside(told: Mapping[str, Any], mean: float | None) -> bool | None:
