@@ -7,9 +7,10 @@ loads neither torch nor ray:
     raymix.plan(recipe).document()     # what would happen
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
+    raymix.fit_law("mixtures.csv")     # a law that predicts losses from shares, and its report
 
-Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.corpus`,
-`raymix.control`, `raymix.train`, `raymix.report`.
+Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.laws`,
+`raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from raymix.errors import (
         ClusterError,
         CorpusError,
+        LawError,
         RaymixError,
         RecipeError,
         TrainingError,
     )
+    from raymix.laws import MixtureTable, fit_law
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
     from raymix.sampling import MixtureLog
@@ -40,14 +43,17 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "DomainStats",
+    "LawError",
     "Mixer",
     "MixerContext",
     "MixtureLog",
+    "MixtureTable",
     "RaymixError",
     "Recipe",
     "RecipeError",
     "TrainingError",
     "build_mixer",
+    "fit_law",
     "load_recipe",
     "mixer",
     "plan",
@@ -58,14 +64,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("ClusterError", "CorpusError", "RaymixError", "RecipeError", "TrainingError"),
+    "errors": (
+        "ClusterError",
+        "CorpusError",
+        "LawError",
+        "RaymixError",
+        "RecipeError",
+        "TrainingError",
+    ),
+    "laws": ("MixtureTable", "fit_law"),
     "mixers": ("DomainStats", "Mixer", "MixerContext", "build_mixer", "mixer"),
     "recipe": ("Recipe", "load_recipe", "recipe_schema", "recipe_to_yaml"),
     "sampling": ("MixtureLog",),
     "store": ("Corpus",),
     "corpus": ("prepare",),
 }
-_ROOMS = ("recipe", "store", "sampling", "mixers", "corpus", "control", "train", "report")
+_ROOMS = ("recipe", "store", "sampling", "mixers", "laws", "corpus", "control", "train", "report")
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,7 @@ COMMANDS = {
         "train": "Prepare if needed, then train, checkpoint and report.",
         "eval": "Score a run's checkpoint on the held-out text of every domain.",
         "compare": "Train under several mixers and seeds, and compare.",
+        "fit": "Fit a law that predicts losses from shares to a table of runs.",
         "tune": "Find the best shares by small runs and a mixing law.",
     },
     "Use the result": {

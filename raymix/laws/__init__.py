@@ -32,9 +32,14 @@ from raymix.laws.base import (
     law_to_dict,
     mean_score,
 )
+from raymix.laws.entropy import entropy_shares, shares_of_entropy, von_neumann_entropy
+from raymix.laws.feasible import Problem, Region, feasible
+from raymix.laws.files import fit_law, load_law, save_law
 from raymix.laws.fitted import FittedLaw
 from raymix.laws.judge import scores
+from raymix.laws.minimise import minimise, optimum_at
 from raymix.laws.objective import Objective, Optimum
+from raymix.laws.separable import Powers, SeparableOptimum, separable_optimum
 from raymix.laws.table import MixtureTable, concatenate, make_table, read_table
 
 __all__ = [
@@ -45,17 +50,31 @@ __all__ = [
     "MixtureTable",
     "Objective",
     "Optimum",
+    "Powers",
+    "Problem",
+    "Region",
     "Score",
+    "SeparableOptimum",
     "build_law",
     "concatenate",
+    "entropy_shares",
+    "feasible",
+    "fit_law",
     "known_laws",
     "law",
     "law_from_dict",
     "law_to_dict",
+    "load_law",
     "make_table",
     "mean_score",
+    "minimise",
+    "optimum_at",
     "read_table",
+    "save_law",
     "scores",
+    "separable_optimum",
+    "shares_of_entropy",
+    "von_neumann_entropy",
 ]
 
 # Imported for the kinds they register.

@@ -16,6 +16,7 @@ from raymix.errors import LawError, problem
 from raymix.laws.base import FitReport, Score, build_law, law, mean_score
 from raymix.laws.fitted import FittedLaw, questions, training
 from raymix.laws.table import Floats, MixtureTable
+from raymix.laws.threads import one_thread
 
 if TYPE_CHECKING:
     from raymix.laws.objective import Objective, Optimum
@@ -70,6 +71,10 @@ class AutoLaw:
         Raises:
             LawError: If none can be fitted.
         """
+        with one_thread():
+            return self._fit(table)
+
+    def _fit(self, table: MixtureTable) -> FitReport:
         began = time.process_time()
         data = training(table)
         fitted: dict[str, FittedLaw] = {}

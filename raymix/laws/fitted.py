@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from scipy.stats import rankdata
@@ -20,9 +20,11 @@ from raymix.laws.curves import BiMixCurve
 from raymix.laws.fitting import Inputs, fit_curves
 from raymix.laws.judge import early, folds, left_out, scores, verdict
 from raymix.laws.table import Floats, MixtureTable
+from raymix.laws.threads import one_thread
 
 if TYPE_CHECKING:
     from raymix.laws.objective import Objective, Optimum
+    from raymix.laws.separable import Powers
 
 LEAST_RUNS = 3
 """Runs without which nothing can be left out."""
@@ -88,6 +90,15 @@ class Solver(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was learned before."""
+        ...
+
+
+@runtime_checkable
+class SolvesPowers(Protocol):
+    """A solver whose losses may be powers of single shares, which have an exact optimum."""
+
+    def powers(self, inputs: Inputs) -> Powers | None:
+        """Return them at one row, or None if they are not."""
         ...
 
 
@@ -175,10 +186,11 @@ class FittedLaw:
             LawError: If the law cannot be fitted to this table; it is then as it was before.
         """
         began = time.process_time()
-        data = training(table, least_runs=self._least_runs)
-        self.solver.learn(data)
-        self.settle(data)
-        return self.judged(data, began)
+        with one_thread():
+            data = training(table, least_runs=self._least_runs)
+            self.solver.learn(data)
+            self.settle(data)
+            return self.judged(data, began)
 
     def settle(self, data: Training) -> None:
         """Take names, steps and range from the table its solver has learned from."""
@@ -246,6 +258,13 @@ class FittedLaw:
         step_R = None if step is None else np.array([step])
         return self.solver.share_gradient(self._at(share_D[None], step_R))
 
+    def powers(self, step: float | None = None) -> Powers | None:
+        """Return what the losses are at a step, if each is a power of one share."""
+        if not isinstance(self.solver, SolvesPowers):
+            return None
+        even_RD = np.full((1, len(self.domains)), 1 / len(self.domains))
+        return self.solver.powers(self._at(even_RD, None if step is None else np.array([step])))
+
     def minimise(self, objective: Objective) -> Optimum:
         """Return the best shares, and what proves or supports that there are none better."""
         from raymix.laws.minimise import minimise
@@ -265,7 +284,8 @@ class FittedLaw:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become a law that was fitted before."""
-        self.solver.load_state_dict(state["solver"])
+        with one_thread():
+            self.solver.load_state_dict(state["solver"])
         self.domains, self.targets = tuple(state["domains"]), tuple(state["targets"])
         self._unit, self._last = float(state["unit"]), state["last"]
         self._most_D = np.array(state["most"], np.float64)

@@ -22,7 +22,8 @@ class Objective:
     """
 
     weights: Mapping[str, float] | None = None
-    """Weight of each target's loss, >= 0; left out: all targets alike, weights summing to 1."""
+    """Weight of each target's loss, >= 0; targets not named count nothing. Left out: all alike,
+    summing to 1; for minimax 1 each."""
     horizon: float | None = None
     """Steps (in the unit of the table) to be best at; left out: the table's last."""
     minimax: bool = False
@@ -56,11 +57,13 @@ class Optimum:
     gap: float | None
     """No shares within the limits have a value more than this below `value`; None: not proved."""
     method: str
-    """`closed form`, `convex`, or `restarts`."""
+    """`closed form` or `convex`, both with a gap that proves them; or `restarts`."""
     restarts: int = 0
     """Starts that were tried, where nothing is proved."""
     agreeing: int = 0
     """How many of them came to the same value, to 1e-6 relative."""
+    warnings: tuple[str, ...] = ()
+    """Why not to trust it: shares beyond what any run had, losses that cannot be."""
 
     def document(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -72,6 +75,7 @@ class Optimum:
             "method": self.method,
             "restarts": self.restarts,
             "agreeing": self.agreeing,
+            "warnings": list(self.warnings),
         }
 
 

@@ -15,6 +15,7 @@ from raymix.laws.base import law
 from raymix.laws.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
 from raymix.laws.fitted import FittedLaw, Training, absent, own_domains
 from raymix.laws.fitting import Fitted, Inputs, bootstrap, fit_curves
+from raymix.laws.separable import Powers
 from raymix.laws.table import Floats, MixtureTable
 
 DRAWS = 100
@@ -106,6 +107,15 @@ class CurveSolver:
         """Return losses (V,) and derivatives (V, D) at one row."""
         loss_VN, gradient_VND = self.curve.share_gradient(self.fitted.theta_BP, inputs)
         return loss_VN[:, 0], gradient_VND[:, 0]
+
+    def powers(self, inputs: Inputs) -> Powers | None:
+        """Return what the losses are at one row, if each is a power of one share."""
+        if not isinstance(self.curve, BiMixCurve):
+            return None
+        exponent_V = np.exp(self.fitted.theta_BP[:, 0])
+        own_V, eps = self.curve.own_V, self.curve.eps
+        scale_V = self.losses(inputs)[0] * (inputs.share_ND[0, own_V] + eps) ** exponent_V
+        return Powers(scale_V=scale_V, exponent_V=exponent_V, own_V=own_V, offset=eps)
 
     def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return values and 90 % intervals of a bootstrap over runs, by target and name.

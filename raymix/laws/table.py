@@ -118,8 +118,14 @@ class MixtureTable:
         scratch.replace(target)
 
 
-def read_table(path: str | os.PathLike[str]) -> MixtureTable:
+def read_table(
+    path: str | os.PathLike[str], *, where: Mapping[str, str] | None = None
+) -> MixtureTable:
     """Return the mixture table in a CSV or Parquet file, or a file-system URL of one.
+
+    Args:
+        path: The file.
+        where: Keep only rows with these values, as text, in these columns.
 
     Raises:
         LawError: If the file cannot be read or a row cannot be used; up to twenty faults at once,
@@ -130,14 +136,33 @@ def read_table(path: str | os.PathLike[str]) -> MixtureTable:
         head, columns = _columns(name)
     except (OSError, ValueError, UnicodeDecodeError, csv.Error) as error:
         raise LawError(problem("table", name, f"cannot be read: {error}")) from error
-    return make_table(dict(zip(head, columns, strict=True)), name=name)
+    table = dict(zip(head, columns, strict=True))
+    kept = list(range(len(columns[0]))) if columns else []
+    for column, value in (where or {}).items():
+        if column not in table:
+            near = did_you_mean(column, head)
+            raise LawError(problem("where", column, f"no column of {name}", near))
+        kept = [row for row in kept if str(table[column][row]) == value]
+        if not kept:
+            some = ", ".join(dict.fromkeys(map(str, table[column])))[:200]
+            wrong = f"no row of {name} has it in column {column}"
+            raise LawError(problem("where", value, wrong, f"There is: {some}"))
+    chosen = {column: [cells[row] for row in kept] for column, cells in table.items()}
+    return make_table(chosen, name=name, lines=[row + 2 for row in kept])
 
 
-def make_table(columns: Mapping[str, Sequence[Any]], *, name: str = "table") -> MixtureTable:
+def make_table(
+    columns: Mapping[str, Sequence[Any]], *, name: str = "table", lines: Sequence[int] | None = None
+) -> MixtureTable:
     """Return the checked table of columns by name; empty text and None are missing values.
 
+    Args:
+        columns: Cells by column, all of one length.
+        name: What messages call the table.
+        lines: What messages call its rows; left out, they count from 2, after a header.
+
     Raises:
-        LawError: As `read_table` does; `name` is what messages call the table.
+        LawError: As `read_table` does.
     """
     domains = tuple(column[6:] for column in columns if column.startswith("share."))
     targets = tuple(column[5:] for column in columns if column.startswith("loss."))
@@ -146,7 +171,7 @@ def make_table(columns: Mapping[str, Sequence[Any]], *, name: str = "table") -> 
         seen = ", ".join(list(columns)[:8]) or "no columns"
         need = "Needed are share.<domain> and loss.<target> columns"
         raise LawError(problem(name, seen, f"no {kind} column", need))
-    faults = _Faults(name)
+    faults = _Faults(name, lines)
     share_RD = np.stack([_numbers(columns, f"share.{d}", faults) for d in domains], axis=1)
     loss_RV = np.stack(
         [_numbers(columns, f"loss.{t}", faults, missing=True) for t in targets], axis=1
@@ -172,10 +197,15 @@ def make_table(columns: Mapping[str, Sequence[Any]], *, name: str = "table") -> 
 class _Faults:
     """Collects what is wrong with a table; rows are counted from the header's 1."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, lines: Sequence[int] | None) -> None:
         self.name = name
+        self._lines = lines
         self._found: list[str] = []
         self._more = 0
+
+    def line(self, row: int) -> int:
+        """Return what a row of data, counted from 0, is called."""
+        return row + 2 if self._lines is None else self._lines[row]
 
     def add(self, row: int, column: str, value: object, wrong: str, *advice: str) -> None:
         """Note a fault in a row of data, counted from 0."""
@@ -183,7 +213,7 @@ class _Faults:
             self._more += 1
             return
         self._found.append(
-            problem(f"{self.name}: row {row + 2}, column {column}", value, wrong, *advice)
+            problem(f"{self.name}: row {self.line(row)}, column {column}", value, wrong, *advice)
         )
 
     def stop(self) -> None:
@@ -268,12 +298,12 @@ def _check_rows(
             faults.add(row, "step", step, "no step", "Allowed: above 0")
         before = seen.setdefault((run, step), row)
         if before != row:
-            where = f"the same run and step as row {before + 2}"
+            where = f"the same run and step as row {faults.line(before)}"
             faults.add(row, "run", run, where, "Keep one of them, or name the runs apart")
             continue
         start = first.setdefault(run, row)
         if np.abs(share_RD[row] - share_RD[start]).max() > SUM_TOLERANCE:
-            wrong = f"other shares than in row {start + 2} of the same run"
+            wrong = f"other shares than in row {faults.line(start)} of the same run"
             faults.add(row, "share.*", run, wrong, "Laws are for shares that stay as they are")
 
 

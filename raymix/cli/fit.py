@@ -1,0 +1,154 @@
+"""`raymix fit`: a law from a mixture table, and how far to trust it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raymix.cli._run import Json, run_command
+
+if TYPE_CHECKING:
+    from raymix.laws import FitReport, Score
+
+
+def command(
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE",
+            help="CSV or Parquet: run, step (optional), share.<domain> and loss.<target> columns.",
+        ),
+    ],
+    *,
+    law: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="bimix, exponential, additive, joint, gp, regression, lightgbm, or auto: the one "
+            "that predicts runs left out best.",
+        ),
+    ] = "auto",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAMES", help="Losses to predict, separated by commas; else all."),
+    ] = None,
+    holdout: Annotated[
+        str | None,
+        typer.Option(metavar="TABLE", help="A table of other runs to be judged on."),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=VALUE", help="Only rows with this value, e.g. size=70M."),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where the fitted law goes, for `raymix optimize`."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fit a mixing law to a table of runs, and say how far it can be trusted.
+
+    Scores are of runs left out, or of the holdout where one is given: rank correlation, R2 and
+    mean relative error, beside models that know less. With several steps per run, also of later
+    steps predicted from the earlier ones.
+    """
+
+    def work() -> dict[str, Any]:
+        from raymix.laws import fit_law, read_table, save_law
+
+        kept = _where(where or [])
+        names = [name for part in target or [] for name in part.split(",") if name]
+        fitted, report = fit_law(read_table(table, where=kept), law=law, targets=names or None)
+        document = report.document()
+        if holdout is not None:
+            found = _judged(fitted, read_table(holdout, where=kept), holdout)
+            document |= found
+            document["judged_on"] = holdout
+        else:
+            document["judged_on"] = "runs left out"
+        if out is not None:
+            save_law(out, fitted, report)
+            document["out"] = out
+        _draw(report, document)
+        return document
+
+    run_command(work, json=json)
+
+
+def _where(given: Sequence[str]) -> dict[str, str]:
+    from raymix.errors import LawError, problem
+
+    found: dict[str, str] = {}
+    for text in given:
+        column, equals, value = text.partition("=")
+        if not (column and equals):
+            raise LawError(problem("--where", text, "not of the form COLUMN=VALUE"))
+        found[column] = value
+    return found
+
+
+def _judged(fitted: Any, held: Any, name: str) -> dict[str, Any]:
+    """Return the scores of a law on another table, in JSON types."""
+    from raymix.errors import LawError, problem
+    from raymix.laws import mean_score, scores
+
+    if set(held.domains) != set(fitted.domains):
+        missing = sorted(set(fitted.domains) ^ set(held.domains))
+        wrong = f"other domains than the table: {', '.join(missing[:5])}"
+        raise LawError(problem("--holdout", name, wrong, "Give it the same share columns"))
+    held = held.with_targets(fitted.targets)
+    at = [held.domains.index(domain) for domain in fitted.domains]
+    found = scores(held, fitted.predict(held.share_RD[:, at], held.step_R))
+    return {
+        "targets": {target: score.document() for target, score in found.items()},
+        "mean": mean_score(found).document(),
+    }
+
+
+def _draw(report: FitReport, document: Mapping[str, Any]) -> None:
+    """Print the scores for people."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    fancy = console.is_terminal
+    if not fancy:
+        console.width = 120
+
+    def table(first: str, rows: Mapping[str, Sequence[str]]) -> None:
+        drawn = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
+        for number, column in enumerate((first, "rank corr.", "R2", "error %")):
+            drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for name, cells in rows.items():
+            drawn.add_row(name, *cells)
+        console.print(drawn)
+
+    console.print(
+        f"law {report.law}, from {report.rows:,} rows of {report.runs:,} runs, in "
+        f"{report.cpu_s:.1f} CPU seconds; judged on {document['judged_on']}",
+        markup=False,
+    )
+    rows = {name: _cells(score) for name, score in document["targets"].items()}
+    table("target", {**rows, "mean": _cells(document["mean"])})
+    if report.ahead:
+        ahead = {name: score.document() for name, score in report.ahead.items()}
+        console.print("\nlater steps, from the first 60 % of them")
+        table("target", {name: _cells(score) for name, score in ahead.items()})
+    others: dict[str, Score] = {**report.candidates} or {report.law: report.mean}
+    console.print("\nmean over targets, runs left out")
+    nulls = {f"{name} (knows less)": score for name, score in report.nulls.items()}
+    table("law", {name: _cells(s.document()) for name, s in {**others, **nulls}.items()})
+    console.print(f"\n{report.verdict}", markup=False, soft_wrap=True)
+    if "out" in document:
+        console.print(f"Wrote {document['out']}.", markup=False, soft_wrap=True)
+
+
+def _cells(score: Mapping[str, float | None]) -> list[str]:
+    def cell(name: str, factor: float, digits: int) -> str:
+        value = score[name]
+        return "" if value is None else f"{factor * value:.{digits}f}"
+
+    return [cell("spearman", 1, 4), cell("r2", 1, 4), cell("mre", 100, 3)]
