@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from raymix.errors import RecipeError, problem
-from raymix.laws import MixtureTable, law_to_dict
+from raymix.laws import MixtureTable
+from raymix.laws.files import save_law
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.train.machine import Resources, resources
@@ -103,7 +104,7 @@ def tune(
         table = mixture_table(results, shares, space)
         table.write(search.out / "mixtures.csv")
         learned = learn(table, search.recipe, space)
-        _write_json(search.out / "law.json", law_to_dict(learned.law, learned.report))
+        save_law(search.out / "law.json", learned.law, learned.report)
         document = _learned_part(search, corpus, space, learned, table)
         runs = observed(results, record.mixtures, learned.objective)
         document |= _verified_part(search, corpus, space, learned, runs)

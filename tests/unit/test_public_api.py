@@ -34,6 +34,7 @@ NAMES = {
     "recipe_schema",
     "recipe_to_yaml",
     "train",
+    "tune",
 }
 
 OPTIONS = {
@@ -112,7 +113,7 @@ def test_help_loads_next_to_nothing() -> None:
 def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
-        ["prepare", "train", "eval", "compare", "tune"],
+        ["prepare", "train", "eval", "compare", "fit", "tune"],
         ["export", "report"],
     ]
 
