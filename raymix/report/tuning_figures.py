@@ -55,7 +55,9 @@ def _agreement(document: Document) -> Drawn:
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, zorder=1)
         axes.set_xlabel("predicted, nats per token")
         axes.set_ylabel("measured, nats per token")
-        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        axes.legend(
+            frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1)
+        )
         svg = to_svg(sheet, "tune-agreement")
     caption = (
         "On the line, prediction and measurement agree. Bars: 95 % interval of the prediction, "
@@ -106,7 +108,9 @@ def _shares(document: Document) -> Drawn:
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.set_xlabel("share of tokens, %")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1)
+        )
         svg = to_svg(sheet, "tune-shares")
     left = len(document["domains"]) - len(names)
     rest = f"; {left} further domains are in tune.json" if left else ""
@@ -117,7 +121,8 @@ def _path(document: Document) -> Drawn:
     """Return the optimum as the horizon grows, one band per domain."""
     path, last = document["path"], document["path"][-1]["shares"]
     names = sorted(last, key=lambda name: -last[name])
-    shown, others = names[: len(BAND_COLOURS) - 1], names[len(BAND_COLOURS) - 1 :]
+    most = len(BAND_COLOURS) if len(names) <= len(BAND_COLOURS) else len(BAND_COLOURS) - 1
+    shown, others = names[:most], names[most:]
     share_DH = np.array([[100 * spot["shares"][name] for spot in path] for name in shown])
     if others:
         rest = [100 * sum(spot["shares"][name] for name in others) for spot in path]
