@@ -7,10 +7,11 @@ loads neither torch nor ray:
     raymix.plan(recipe).document()     # what would happen
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
+    raymix.tune(recipe)                # small runs, a law, the best shares, tried
     raymix.fit_law("mixtures.csv")     # a law that predicts losses from shares, and its report
 
 Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.laws`,
-`raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.report`.
+`raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.tune`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from raymix.store import Corpus
     from raymix.train.api import train
     from raymix.train.preflight import plan_run as plan
+    from raymix.tune.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -61,6 +63,7 @@ __all__ = [
     "recipe_schema",
     "recipe_to_yaml",
     "train",
+    "tune",
 ]
 
 _HOMES = {
@@ -79,7 +82,18 @@ _HOMES = {
     "store": ("Corpus",),
     "corpus": ("prepare",),
 }
-_ROOMS = ("recipe", "store", "sampling", "mixers", "laws", "corpus", "control", "train", "report")
+_ROOMS = (
+    "recipe",
+    "store",
+    "sampling",
+    "mixers",
+    "laws",
+    "corpus",
+    "control",
+    "train",
+    "tune",
+    "report",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -64,6 +64,7 @@ COMMANDS = {
         "eval": "Score a run's checkpoint on the held-out text of every domain.",
         "compare": "Train under several mixers and seeds, and compare.",
         "fit": "Fit a law that predicts losses from shares to a table of runs.",
+        "tune": "Find the best shares by small runs and a mixing law.",
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",

@@ -48,6 +48,7 @@ from raymix.recipe.training import (
     RunConfig,
     TrainConfig,
 )
+from raymix.recipe.tune import TuneConfig
 
 __all__ = [
     "AdoMixer",
@@ -84,6 +85,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "TrainedTokenizer",
+    "TuneConfig",
     "UniformMixer",
     "UnimaxMixer",
     "commented_recipe",

@@ -16,6 +16,7 @@ from raymix.recipe.corpus import CorpusConfig
 from raymix.recipe.mixer import MixerConfig
 from raymix.recipe.shares import MixerModel
 from raymix.recipe.training import ClusterConfig, DataConfig, PackedData
+from raymix.recipe.tune import TuneConfig
 
 # Looking for a near name takes a while where there are thousands of domains.
 _MOST_SHOWN = 5
@@ -57,6 +58,11 @@ def _caps_name_domains(corpus: CorpusConfig, data: DataConfig) -> Iterable[Fault
         yield from _unknown_domains(corpus, "data.max_epochs", data.max_epochs)
 
 
+def _tuning_names_domains(corpus: CorpusConfig, tune: TuneConfig) -> Iterable[Fault]:
+    for field, values in tune.by_domain().items():
+        yield from _unknown_domains(corpus, f"tune.{field}", values)
+
+
 def _unknown_domains(
     corpus: CorpusConfig, path: str, values: Mapping[str, float]
 ) -> Iterable[Fault]:
@@ -82,5 +88,6 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "mixer"), _weights_name_domains),
     (("corpus", "mixer"), _targets_are_held_out),
     (("corpus", "data"), _caps_name_domains),
+    (("corpus", "tune"), _tuning_names_domains),
     (("data", "cluster"), _rows_for_every_worker),
 )

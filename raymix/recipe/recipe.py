@@ -20,6 +20,7 @@ from raymix.recipe.training import (
     RunConfig,
     TrainConfig,
 )
+from raymix.recipe.tune import TuneConfig
 
 
 class Recipe(Model):
@@ -45,6 +46,8 @@ class Recipe(Model):
     """Workers and resources."""
     run: RunConfig = RunConfig()
     """The run directory."""
+    tune: TuneConfig = TuneConfig()
+    """How `raymix tune` looks for the best shares; other commands pass it over."""
 
     @property
     def run_dir(self) -> str:

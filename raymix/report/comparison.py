@@ -36,7 +36,7 @@ def comparison_page(document: Document) -> str:
         _legend(document),
         _summary(document),
         _differences(document),
-        *(_card(*drawn) for drawn in _curves(document)),
+        *(figure_card(*drawn) for drawn in _curves(document)),
         _per_domain(document),
         _panels(document),
         _failures(document),
@@ -85,16 +85,16 @@ def _summary(document: Document) -> str:
     heads += ["<th>extra compute<small>% of training operations</small></th>"]
     lines: list[str] = []
     for at, (name, row) in enumerate(mixers.items()):
-        cells = [_cell(with_spread(row[m]), best=row[m]["mean"] == best[m]) for m in measures]
-        cells.append(_cell(percent(row["extra"]["flops_share"]["mean"])))
+        cells = [cell(with_spread(row[m]), best=row[m]["mean"] == best[m]) for m in measures]
+        cells.append(cell(percent(row["extra"]["flops_share"]["mean"])))
         runs = f"{row['runs']} of {row['planned']}"
-        lines.append(f"<tr><td>{_key(at)}{escape(name)}</td>{_cell(runs)}{''.join(cells)}</tr>")
+        lines.append(f"<tr><td>{_key(at)}{escape(name)}</td>{cell(runs)}{''.join(cells)}</tr>")
     head = f"<tr><th>mixer</th><th>runs</th>{''.join(heads)}</tr>"
     note = (
         "Held-out loss after the last step: mean \N{PLUS-MINUS SIGN} sample standard deviation "
         "over seeds; the lowest in bold, which is not to say that it is better."
     )
-    return _table("Held-out loss and what it cost", head, lines, note)
+    return table_card("Held-out loss and what it cost", head, lines, note)
 
 
 def _differences(document: Document) -> str:
@@ -113,13 +113,15 @@ def _differences(document: Document) -> str:
         "comparisons some do so by chance."
     )
     title = f"Against {escape(base)}, nats per token"
-    return _table(title, f"<tr><th>mixer</th>{''.join(names)}</tr>", lines, note) if lines else ""
+    return (
+        table_card(title, f"<tr><th>mixer</th>{''.join(names)}</tr>", lines, note) if lines else ""
+    )
 
 
 def _difference(found: Document | None) -> str:
     text = difference_text(found)
     if found is None or found["low"] is None or found["low"] <= 0 <= found["high"]:
-        return _cell(text)
+        return cell(text)
     return f'<td class="{"good" if found["mean"] < 0 else "warn"}">{text}</td>'
 
 
@@ -152,21 +154,23 @@ def _per_domain(document: Document) -> str:
     for domain in [*document["domains"], *document["targets"]]:
         found = [row["domains"][domain] for row in mixers.values()]
         best = _lowest(item["mean"] for item in found)
-        cells = "".join(_cell(with_spread(i), best=i["mean"] == best) for i in found)
+        cells = "".join(cell(with_spread(i), best=i["mean"] == best) for i in found)
         held = " (target)" if domain in document["targets"] else ""
         lines.append(f"<tr><td>{escape(domain)}{held}</td>{cells}</tr>")
     note = "Nats per token, mean \N{PLUS-MINUS SIGN} sample standard deviation over seeds."
-    return _table("Held-out loss per domain", f"<tr><th>domain</th>{heads}</tr>", lines, note)
+    return table_card("Held-out loss per domain", f"<tr><th>domain</th>{heads}</tr>", lines, note)
 
 
-def _table(title: str, head: str, lines: Sequence[str], note: str) -> str:
+def table_card(title: str, head: str, lines: Sequence[str], note: str) -> str:
+    """Return a titled table in a card, with a note below it."""
     return (
         f'<h2>{title}</h2><div class="card"><div class="scroll"><table><thead>{head}</thead>'
         f'<tbody>{"".join(lines)}</tbody></table></div><p class="quiet">{note}</p></div>'
     )
 
 
-def _cell(text: str, *, best: bool = False) -> str:
+def cell(text: str, *, best: bool = False) -> str:
+    """Return a cell of a table; the best one stands out."""
     return f'<td class="best">{text}</td>' if best and text != _NONE else f"<td>{text}</td>"
 
 
@@ -252,7 +256,8 @@ def _panels(document: Document) -> str:
     )
 
 
-def _card(title: str, svg: str, caption: str) -> str:
+def figure_card(title: str, svg: str, caption: str) -> str:
+    """Return a titled picture in a card, with its caption."""
     return (
         f'<h2>{escape(title)}</h2><figure class="card">{svg}'
         f"<figcaption>{escape(caption)}</figcaption></figure>"

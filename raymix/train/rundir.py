@@ -40,6 +40,7 @@ _FREE_FIELDS = (
     "cluster",
     "eval",
     "run",
+    "tune",
     "data.accept_changed_corpus",
     "data.cache_bytes",
     "train.checkpoint_every",

@@ -5,36 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raymix.errors import RecipeError, did_you_mean, problem
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
-from raymix.train.machine import Resources, resources
-from raymix.train.rundir import RunDirectory
-from raymix.train.setup import Job
+from raymix.train.machine import resources
 from raymix.tune.comparison import compare_runs, to_csv
-from raymix.tune.planning import ComparisonPlan, disk_problem, find_runs, plan_comparison
-from raymix.tune.results import RunResult, State, read_result
-from raymix.tune.trials import Outcome, Trial, run_trials
+from raymix.tune.group import Group, locked, make_runs, output_directory, read_results
+from raymix.tune.planning import ComparisonPlan
+from raymix.tune.results import RunResult
 from raymix.tune.variants import Variant, labels, make_variants
-
-
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """What is compared, and where."""
-
-    recipe: Recipe
-    variants: Sequence[Variant]
-    out: Path
-    has: Resources
-    parallel: int | None
-    baseline: str
 
 
 def compare(
@@ -65,128 +48,64 @@ def compare(
         KeyboardInterrupt: After Ctrl-C; the same command goes on.
     """
     loaded = load_recipe(recipe)
-    setting = _setting(loaded, mixers, seeds, out, parallel, baseline)
-    corpus, plan = _prepared(setting)
-    with ExitStack() as held:
-        _lock(setting.out, held)
-        found = find_runs(setting.variants, corpus, plan.plans)
-        left = [variant for variant in setting.variants if found[variant.name] != "done"]
-        outcome = _make(setting, plan, left) if left else Outcome()
-        document = _compared(setting, plan, corpus, outcome)
-        document["files"] = _write(document, setting.out)
+    group = _group(loaded, mixers, seeds, out, parallel)
+    base = _baseline(group.variants, baseline)
+    corpus, plan = _prepared(group)
+    with locked(group.out, "comparison"):
+        outcome = make_runs(group, plan, corpus)
+        results = read_results(group, plan, corpus, outcome)
+        document = _compared(group, plan, corpus, results, base)
+        document["files"] = _write(document, group.out)
     return document
 
 
-def _setting(
+def _group(
     recipe: Recipe,
     mixers: str,
     seeds: int,
     out: str | os.PathLike[str] | None,
     parallel: int | None,
-    baseline: str | None,
-) -> _Setting:
+) -> Group:
     for option, value in (("--seeds", seeds), ("--parallel", parallel)):
         if value is not None and value < 1:
             raise RecipeError(problem(option, value, "too small", "Allowed: 1 or more"))
-    directory = Path(os.path.abspath(out or Path("runs") / f"{recipe.name}-compare"))
-    if directory.exists() and not directory.is_dir():
-        raise RecipeError(problem("--out", str(directory), "a file, not a directory"))
-    if (directory / "resolved.yaml").exists():
-        wrong = "the directory of a single run"
-        raise RecipeError(problem("--out", str(directory), wrong, "Give another"))
+    directory = output_directory(out, f"{recipe.name}-compare")
     variants = make_variants(recipe, mixers, seeds=seeds, out=str(directory))
+    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    return Group(recipe, variants, directory, has, parallel)
+
+
+def _baseline(variants: Sequence[Variant], asked: str | None) -> str:
     known = labels(variants)
-    base = known[0] if baseline is None else baseline
+    base = known[0] if asked is None else asked
     if base not in known:
         near = did_you_mean(base, known)
         allowed = f"Compared are: {', '.join(known)}"
         raise RecipeError(problem("--baseline", base, "not one of the mixers", allowed, near))
-    cluster = recipe.cluster
-    has = resources(cluster.address, cluster.object_store_bytes)
-    return _Setting(recipe, variants, directory, has, parallel, base)
+    return base
 
 
-def _prepared(setting: _Setting) -> tuple[Corpus, ComparisonPlan]:
+def _prepared(group: Group) -> tuple[Corpus, ComparisonPlan]:
     """Return the corpus, prepared, and the plan; refuse what cannot work before preparing it."""
     from raymix.corpus.opening import open_or_prepare
 
-    def planned(corpus: Corpus | None) -> ComparisonPlan:
-        return plan_comparison(setting.variants, corpus, setting.has, parallel=setting.parallel)
-
-    corpus = open_or_prepare(setting.recipe.corpus, lambda: planned(None))
-    return corpus, planned(corpus)
-
-
-def _lock(out: Path, held: ExitStack) -> None:
-    try:
-        held.enter_context(RunDirectory(out).locked())
-    except RecipeError as error:
-        wrong = "another comparison is at work in it"
-        raise RecipeError(problem("--out", str(out), wrong, "Wait for it, or stop it")) from error
-
-
-def _make(setting: _Setting, plan: ComparisonPlan, left: Sequence[Variant]) -> Outcome:
-    """Return how the runs that were not finished ended."""
-    full = disk_problem(plan.plans[left[0].mixer], len(left))
-    if full is not None:
-        raise RecipeError(full)
-    session = uuid.uuid4().hex[:12]
-    trials = [_trial(variant, plan, session) for variant in left]
-    seats, total = plan.seats, len(setting.variants)
-    one = next(iter(plan.plans.values()))
-    print(
-        f"{total} runs of {one.steps:,} steps ({one.tokens:,} tokens), {total - len(left)} of them "
-        f"finished before; {min(seats.parallel, len(left))} at once, "
-        f"{'a GPU' if seats.gpus else f'{seats.threads} thread' + 's' * (seats.threads > 1)} each, "
-        f"in {setting.out}",
-        flush=True,
-    )
-    return run_trials(
-        trials,
-        out=setting.out,
-        seats=seats,
-        cluster=setting.recipe.cluster,
-        done=total - len(left),
-    )
-
-
-def _trial(variant: Variant, plan: ComparisonPlan, session: str) -> Trial:
-    planned = plan.plans[variant.mixer]
-    job = Job(
-        recipe=variant.recipe,
-        run=RunDirectory(Path(variant.recipe.run_dir)),
-        steps=planned.steps,
-        micro_batch_rows=planned.micro_batch_rows,
-        on_gpu=planned.on_gpu,
-        threads=plan.seats.threads,
-        session=session,
-    )
-    return Trial(variant.name, job, planned.parameters)
+    corpus = open_or_prepare(group.recipe.corpus, lambda: group.plan(None))
+    return corpus, group.plan(corpus)
 
 
 def _compared(
-    setting: _Setting, plan: ComparisonPlan, corpus: Corpus, outcome: Outcome
+    group: Group,
+    plan: ComparisonPlan,
+    corpus: Corpus,
+    results: Sequence[RunResult],
+    baseline: str,
 ) -> dict[str, Any]:
     """Return the document: the setting, the statistics, the runs."""
-    found = find_runs(setting.variants, corpus, plan.plans)
-    flops = {label: planned.flops_per_token for label, planned in plan.plans.items()}
-    results: list[RunResult] = []
-    for variant in setting.variants:
-        ended: State = "done" if found[variant.name] == "done" else "failed"
-        said = outcome.problems.get(variant.name, "it did not reach its last step")
-        results.append(
-            read_result(
-                variant,
-                ended,
-                flops_per_token=flops[variant.mixer],
-                problem=said if ended == "failed" else None,
-            )
-        )
     one = next(iter(plan.plans.values()))
-    targets = setting.variants[0].recipe.mixer.targets
+    targets = group.variants[0].recipe.mixer.targets
     facts = {
-        "name": setting.recipe.name,
-        "out": str(setting.out),
+        "name": group.recipe.name,
+        "out": str(group.out),
         "steps": one.steps,
         "tokens": one.tokens,
         "parameters": one.parameters,
@@ -194,12 +113,12 @@ def _compared(
         "corpus": corpus.path,
         "corpus_fingerprint": corpus.fingerprint,
         "sections": {
-            v.mixer: v.recipe.mixer.model_dump(mode="json") for v in reversed(setting.variants)
+            v.mixer: v.recipe.mixer.model_dump(mode="json") for v in reversed(group.variants)
         },
         "failed": sum(result.state != "done" for result in results),
     }
     statistics = compare_runs(
-        results, domains=corpus.domain_names, targets=targets, baseline=setting.baseline
+        results, domains=corpus.domain_names, targets=targets, baseline=baseline
     )
     return {**facts, **statistics}
 

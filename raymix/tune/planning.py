@@ -55,7 +55,12 @@ class ComparisonPlan:
 
 
 def plan_comparison(
-    variants: Sequence[Variant], corpus: Corpus | None, has: Resources, *, parallel: int | None
+    variants: Sequence[Variant],
+    corpus: Corpus | None,
+    has: Resources,
+    *,
+    parallel: int | None,
+    runs: int | None = None,
 ) -> ComparisonPlan:
     """Return the plan of all runs; runs of one thread side by side, as many as fit.
 
@@ -67,12 +72,13 @@ def plan_comparison(
         corpus: The prepared corpus, None where there is none yet.
         has: The machine or cluster.
         parallel: Runs at once; left out, as many as fit.
+        runs: Runs in all, where more will follow.
 
     Raises:
         RecipeError: If a run cannot work, with one message per mixer and reason.
     """
     firsts = {variant.mixer: variant for variant in reversed(variants)}
-    most = len(variants) if parallel is None else min(parallel, len(variants))
+    most = min(runs or len(variants), parallel or 10**9)
     gpu = variants[0].recipe.cluster.gpus_per_worker != 0 and has.gpus >= 1
     seats = share_out(has, most, gpu=gpu, crowded=parallel is not None)
     while parallel is None and seats.parallel > 1 and not _fits(variants[0], corpus, has, seats):

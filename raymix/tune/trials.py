@@ -15,10 +15,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from raymix.errors import RaymixError
 from raymix.recipe import ClusterConfig
@@ -26,6 +29,7 @@ from raymix.store import atomic_write_text
 from raymix.train.cluster import joined, ray_notices_to
 from raymix.train.environment import environment
 from raymix.train.local import run_here
+from raymix.train.progress import MetricsTail
 from raymix.train.setup import Job
 from raymix.train.watch import ctrl_c
 from raymix.tune.planning import ERROR_LOG, Seats
@@ -53,19 +57,54 @@ class Outcome:
     """How the runs ended, by name; a run that never started is in neither."""
 
     states: dict[str, str] = field(default_factory=dict)
-    """`running`, `done`, `failed` or `stopped`."""
+    """`running`, `done`, `failed`, `stopped`, or `cut` by the scheduler."""
     problems: dict[str, str] = field(default_factory=dict)
     """What went wrong with the failed ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What Tune is to run, and in what order."""
+
+    watched: Mapping[str, tuple[Path, int]]
+    """By name of a run, in their order: its metrics, and its steps."""
+    make: Callable[[Mapping[str, Any]], Trial]
+    """Returns a run from what Tune configures it with: its place `at` in the order, and what else
+    the searcher says. Called in the run's own process, so it must pickle."""
+    searcher: Searcher | None = None
+    """Says what each run is; left out, all are known beforehand."""
+    scheduler: TrialScheduler | None = None
+    """Stops runs early by the `objective` they report."""
+    objective: Mapping[str, float] | None = None
+    """Weights of the losses in it; left out, nothing is reported but the end."""
 
 
 def run_trials(
     trials: Sequence[Trial], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
 ) -> Outcome:
+    """Return how runs that are known beforehand ended; the arguments are those of `run_course`."""
+    course = Course(watched_of(trials), partial(listed, trials=tuple(trials)))
+    return run_course(course, out=out, seats=seats, cluster=cluster, done=done)
+
+
+def watched_of(trials: Sequence[Trial]) -> dict[str, tuple[Path, int]]:
+    """Return what is watched of each run: its metrics, and its steps."""
+    return {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
+
+
+def listed(config: Mapping[str, Any], *, trials: Sequence[Trial]) -> Trial:
+    """Return the run at a place of a list."""
+    return trials[config["at"]]
+
+
+def run_course(
+    course: Course, *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
+) -> Outcome:
     """Return how the runs ended, having shown their progress.
 
     Args:
-        trials: The runs, in the order to start them.
-        out: Directory of the comparison, on a file system that all nodes see.
+        course: The runs.
+        out: Directory of all of them, on a file system that all nodes see.
         seats: How many at once, and what each gets.
         cluster: Where to run.
         done: Runs that were finished before, for the progress.
@@ -79,15 +118,14 @@ def run_trials(
         request.unlink(missing_ok=True)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    watched = {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
-    board = _Board([trial.name for trial in trials])
+    board = _Board(list(course.watched))
     try:
         with (
             ray_notices_to(out / "ray.log"),
-            TrialsProgress(watched, done=done) as progress,
+            TrialsProgress(course.watched, done=done) as progress,
             joined(cluster),
         ):
-            tuner = _tuner(trials, out, seats, cluster, board, (stop, end))
+            tuner = _tuner(course, out, seats, cluster, board, (stop, end))
             _watch(tuner.fit, board, progress, (stop, end))
         # After an interrupt it stays: what Tune still starts on a Ray that goes on ends by it.
         stop.unlink(missing_ok=True)
@@ -98,7 +136,7 @@ def run_trials(
 
 
 def _tuner(
-    trials: Sequence[Trial],
+    course: Course,
     out: Path,
     seats: Seats,
     cluster: ClusterConfig,
@@ -107,11 +145,20 @@ def _tuner(
 ) -> tune.Tuner:
     stop, end = requests
     resources = {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
-    work = tune.with_parameters(_trial, trials=tuple(trials), stop=str(stop))
+    work = tune.with_parameters(
+        _trial, make=course.make, stop=str(stop), objective=course.objective
+    )
+    known = {"at": tune.grid_search(list(range(len(course.watched))))}
     return tune.Tuner(
         tune.with_resources(work, resources),
-        param_space={"at": tune.grid_search(list(range(len(trials))))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=seats.parallel, reuse_actors=True),
+        param_space=known if course.searcher is None else {},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=seats.parallel,
+            reuse_actors=True,
+            search_alg=course.searcher,
+            scheduler=course.scheduler,
+            num_samples=1 if course.searcher is None else len(course.watched),
+        ),
         run_config=tune.RunConfig(
             name=_SCRATCH,
             storage_path=str(out),
@@ -202,7 +249,9 @@ class _Board(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note how a run ended, by its own account."""
         told: Mapping[str, Any] = trial.last_result or {}
-        self._end(trial, told.get("state", "failed"), told.get("problem") or "it said nothing")
+        # A run that the scheduler stopped has said no more than how far it had come.
+        unsaid = "cut" if "objective" in told else "failed"
+        self._end(trial, told.get("state", unsaid), told.get("problem") or "it said nothing")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a run's process died for good."""
@@ -219,10 +268,48 @@ class _Board(tune.Callback):
         return self._names[trial.config["at"]]
 
 
-def _trial(config: Mapping[str, Any], *, trials: Sequence[Trial], stop: str) -> None:
+def _trial(
+    config: Mapping[str, Any],
+    *,
+    make: Callable[[Mapping[str, Any]], Trial],
+    stop: str,
+    objective: Mapping[str, float] | None,
+) -> None:
     """Make one run; the last thing reported says how it ended."""
-    trial, stop_file = trials[config["at"]], Path(stop)
-    tune.report(attempt(trial, stop_asked=stop_file.exists))
+    trial, stop_file = make(config), Path(stop)
+    if objective is None:
+        tune.report(attempt(trial, stop_asked=stop_file.exists))
+        return
+    told = _Told(trial.job.run.metrics, objective)
+
+    def stop_asked() -> bool:
+        told.report()
+        return stop_file.exists()
+
+    end = attempt(trial, stop_asked=stop_asked)
+    told.report(**end)
+
+
+class _Told:
+    """Reports a run's losses to Tune as they come."""
+
+    def __init__(self, metrics: Path, weights: Mapping[str, float]) -> None:
+        self._tail = MetricsTail(metrics)
+        self._weights = weights
+        self._last: dict[str, Any] = {}
+
+    def report(self, **end: str) -> None:
+        """Report the evaluations that are new; with `end`, once more with how the run ended."""
+        for line in self._tail.read()[0]:
+            if "eval" in line and line["step"] > 0:
+                losses = {name: row["loss"] for name, row in line["eval"].items()}
+                value = sum(weight * losses[name] for name, weight in self._weights.items())
+                self._last = {"step": line["step"], "objective": value}
+                if not end:
+                    # The scheduler may end the process's thread in here.
+                    tune.report(self._last)
+        if end:
+            tune.report({**self._last, **end})
 
 
 def attempt(trial: Trial, *, stop_asked: Callable[[], bool]) -> dict[str, str]:

@@ -47,7 +47,7 @@ class Variant:
     @property
     def name(self) -> str:
         """Return the name of its run directory."""
-        return run_name(self.mixer, self.seed)
+        return Path(self.recipe.run_dir).name
 
 
 def run_name(mixer: str, seed: int) -> str:
@@ -86,8 +86,8 @@ def make_variants(recipe: Recipe, mixers: str, *, seeds: int, out: str) -> list[
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
     return [
-        Variant(label, recipe.seed + at, _as_trial(mixed[label], label, recipe.seed + at, out))
-        for at in range(seeds)
+        Variant(label, seed, as_trial(mixed[label], f"{out}/{run_name(label, seed)}", seed))
+        for seed in range(recipe.seed, recipe.seed + seeds)
         for label in mixed
     ]
 
@@ -190,10 +190,17 @@ def _unlike_targets(mixed: Mapping[str, Recipe]) -> list[str]:
     return []
 
 
-def _as_trial(recipe: Recipe, label: str, seed: int, out: str) -> Recipe:
-    """Return the recipe of one run: one process, its own directory, enough points for a curve."""
-    directory = f"{out}/{run_name(label, seed)}".replace("{", "{{").replace("}", "}}")
-    every = recipe.eval.every or max(1, math.ceil(_steps(recipe) / _CURVE_POINTS))
+def as_trial(recipe: Recipe, path: str, seed: int, *, points: int = _CURVE_POINTS) -> Recipe:
+    """Return the recipe of one run: one process, its own directory, enough points for a curve.
+
+    Args:
+        recipe: What to run.
+        path: Its directory, absolute.
+        seed: Its seed.
+        points: Evaluations, where the recipe does not say how often.
+    """
+    directory = path.replace("{", "{{").replace("}", "}}")
+    every = recipe.eval.every or max(1, math.ceil(steps_of(recipe) / points))
     return recipe.model_copy(
         update={
             "seed": seed,
@@ -205,11 +212,16 @@ def _as_trial(recipe: Recipe, label: str, seed: int, out: str) -> Recipe:
     )
 
 
-def _steps(recipe: Recipe) -> int:
-    data, train = recipe.data, recipe.train
+def steps_of(recipe: Recipe) -> int:
+    """Return the steps of a run."""
+    return recipe.train.steps or -(-(recipe.train.tokens or 0) // step_tokens(recipe))
+
+
+def step_tokens(recipe: Recipe) -> int:
+    """Return the tokens of a step."""
+    data = recipe.data
     packed = isinstance(data, PackedData)
-    tokens = data.rows_per_step * data.sequence_length if packed else data.tokens_per_step
-    return train.steps or -(-(train.tokens or 0) // tokens)
+    return data.rows_per_step * data.sequence_length if packed else data.tokens_per_step
 
 
 def labels(variants: Sequence[Variant]) -> tuple[str, ...]:

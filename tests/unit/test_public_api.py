@@ -34,6 +34,7 @@ NAMES = {
     "recipe_schema",
     "recipe_to_yaml",
     "train",
+    "tune",
 }
 
 OPTIONS = {
@@ -41,6 +42,7 @@ OPTIONS = {
     "train": {"--set", "--json", "--if-exists", "--report"},
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
+    "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
     "export": {"--json"},
     "optimize": {
         "--horizon",
@@ -125,7 +127,7 @@ def test_help_loads_next_to_nothing() -> None:
 def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
-        ["prepare", "train", "eval", "compare"],
+        ["prepare", "train", "eval", "compare", "fit", "tune"],
         ["export", "optimize", "report"],
     ]
 

@@ -1,0 +1,176 @@
+"""`raymix tune`: find the best shares by small runs and a mixing law, and verify them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_MOST_DOMAINS = 40
+
+
+def command(
+    recipe: RecipeSource,
+    overrides: Overrides = None,
+    *,
+    set_overrides: SetOverrides = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the runs go; else runs/NAME-tune."),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at once; else one per core or GPU, as memory allows."),
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A few tiny runs: the whole way in minutes.")
+    ] = False,
+    if_exists: Annotated[
+        Literal["resume", "fail", "new"],
+        typer.Option(help="What to do where DIR holds a search: go on, stop, or use another."),
+    ] = "resume",
+    json: Json = False,
+) -> None:
+    """Train small models on many mixtures, fit a law, and try the mixture it thinks best.
+
+    The recipe's section `tune` says which mixtures, which law, what to minimise and within what
+    limits. Ends with predicted and measured losses side by side: of the law's optimum, the best
+    mixtures observed, uniform and proportional shares, over new seeds. Running it again goes on:
+    finished runs are not repeated. Ctrl-C stops with checkpoints.
+    """
+
+    def work() -> dict[str, Any]:
+        import os
+
+        from rich.console import Console
+
+        from raymix.train.cluster import worker_environment
+
+        # Here it serves the processes that Ray starts: each trial is one.
+        os.environ |= worker_environment(on_gpu=False)
+        from raymix.tune.tuning import tune
+
+        document = tune(
+            load(recipe, overrides, set_overrides),
+            out=out,
+            parallel=parallel,
+            smoke=smoke,
+            if_exists=if_exists,
+        )
+        draw(document, Console(highlight=False))
+        return document
+
+    run_command(work, json=json, failed=lambda document: bool(document.get("failed")))
+
+
+def draw(document: Mapping[str, Any], console: Console) -> None:
+    """Print the search for people: the law's worth, the verified mixtures, shares, files."""
+    if not console.is_terminal:
+        console.width = 132
+    fancy = console.is_terminal
+    told = document["judged"]
+    console.print(f"\nlaw: {document['law']}. {told['verdict']}", soft_wrap=True, markup=False)
+    about = (
+        f"\nhow well laws predict {document['rows']} losses of {len(document['runs'])} small runs; "
+        "unseen: runs left out; later: the later steps, from the earlier ones"
+    )
+    console.print(about, soft_wrap=True)
+    console.print(_judged(told, fancy=fancy))
+    console.print(
+        f"\nloss after {document['steps']:,} steps, nats per token ({_minimised(document)}): "
+        f"predicted with 95 % interval, and measured over seeds {document['seeds'] or 'none'}",
+        soft_wrap=True,
+        markup=False,
+    )
+    console.print(_verified(document, fancy=fancy))
+    for warning in document["optimum"].get("warnings", ()):
+        console.print(f"optimum: {warning}", markup=False, soft_wrap=True)
+    console.print("\nshares")
+    console.print(_shares(document, fancy=fancy))
+    for name, problem in document["problems"].items():
+        console.print(f"{name}: {problem}", markup=False, soft_wrap=True)
+    console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
+
+
+def _minimised(document: Mapping[str, Any]) -> str:
+    weights = document["weights"]
+    kind = "largest weighted" if document["minimax"] else "weighted mean"
+    if len(set(weights.values())) == 1 and not document["minimax"]:
+        kind = "mean"
+    names = list(weights)
+    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return f"{kind} over {some}"
+
+
+def _table(*columns: str, fancy: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
+    from raymix.report.tuning import number, percent
+
+    table = _table(
+        "",
+        "unseen: R2",
+        "rank corr.",
+        "rel. error",
+        "last step alone: R2",
+        "rank corr.",
+        "later: rel. error",
+        fancy=fancy,
+    )
+    claims = told["claims"]
+    later = f"< {percent(claims['ahead_mre'])}"
+    table.add_row("BiMix as published", f"> {claims['unseen_r2']}", "", "", "", "", later)
+    nothing: dict[str, None] = {"r2": None, "spearman": None, "mre": None}
+    for name, row in told["laws"].items():
+        scores = [row[key] or nothing for key in ("unseen", "unseen_last", "ahead")]
+        table.add_row(name, *_cells(scores[0], scores[1]), percent(scores[2]["mre"]))
+    for name, score in told["nulls"].items():
+        last = told["nulls_last"].get(name) or nothing
+        table.add_row(f"knows less: {name}", *_cells(score, last), number(None))
+    return table
+
+
+def _cells(every: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
+    from raymix.report.tuning import number, percent
+
+    first = [number(every["r2"]), number(every["spearman"]), percent(every["mre"])]
+    return [*first, number(last["r2"]), number(last["spearman"])]
+
+
+def _verified(document: Mapping[str, Any], *, fancy: bool) -> Table:
+    from raymix.report.comparison import difference_text, with_spread
+    from raymix.report.tuning import interval, percent
+
+    names = ("mixture", "predicted", "measured", "error", "to uniform", "to proportional")
+    table = _table(*names, fancy=fancy)
+    for role, row in document["verified"].items():
+        name = f"{role} ({row['mixture']})" if row["mixture"].startswith("mix-") else role
+        against = [difference_text(row["against"].get(b)) for b in ("uniform", "proportional")]
+        measured = with_spread(row["measured"])
+        table.add_row(name, interval(row["predicted"]), measured, percent(row["error"]), *against)
+    return table
+
+
+def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
+    roles = document["verified"]
+    table = _table("domain", *roles, fancy=fancy)
+    for name in document["domains"][:_MOST_DOMAINS]:
+        table.add_row(name, *(f"{100 * row['shares'][name]:.1f} %" for row in roles.values()))
+    if len(document["domains"]) > _MOST_DOMAINS:
+        table.add_row(f"... {len(document['domains']) - _MOST_DOMAINS} more in the files")
+    return table
