@@ -19,6 +19,9 @@ NAMES = {
     "Corpus",
     "CorpusError",
     "DomainStats",
+    "LawError",
+    "MixtureTable",
+    "fit_law",
     "Mixer",
     "MixerContext",
     "MixtureLog",
@@ -43,6 +46,7 @@ OPTIONS = {
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
+    "fit": {"--law", "--target", "--holdout", "--where", "--out", "--json"},
     "export": {"--json"},
     "optimize": {
         "--horizon",
@@ -171,5 +175,6 @@ def test_errors_are_standard_types_too() -> None:
         "RecipeError": 2,
         "CorpusError": 2,
         "ClusterError": 2,
+        "LawError": 2,
         "TrainingError": 1,
     }
