@@ -68,6 +68,7 @@ COMMANDS = {
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",
+        "optimize": "Find the shares with the least predicted loss under a fitted law.",
         "report": "Draw a run's weights, losses and throughput as one HTML page.",
     },
 }

@@ -35,6 +35,11 @@ def _level(log_loss_BN: Floats, use_BN: Floats) -> tuple[Floats, Floats]:
     return floor_B, np.exp(np.nanmean(used_BN, axis=1)) - floor_B
 
 
+def _most(log_loss_BN: Floats, use_BN: Floats) -> Floats:
+    """Return the largest loss of each problem, shape (B,)."""
+    return np.exp(np.where(use_BN > 0, log_loss_BN, -np.inf).max(axis=1))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BiMixCurve:
     """log loss = log(B s^-b + C) - alpha log(r_own + eps); without steps, B is 0."""
@@ -248,13 +253,14 @@ class AdditiveCurve:
         usual = np.sqrt(inputs.share_ND).sum(axis=1).mean()
         part = 0.7 if self.steps else 1.0
         c_BD = np.repeat((-np.log(part * rest_B) - np.log(usual))[:, None], count, axis=1)
-        base_B = c_BD[:, 0] - 2.0
+        # A target of which nothing is read costs about the most that was seen.
+        base_B = -np.log(part * (_most(log_loss_BN, use_BN) - floor_B))
         own_B = np.tile(self.own_V, problems // len(self.own_V))
         known = np.flatnonzero(own_B >= 0)
         c_BD[known, own_B[known]] += 1.0
         columns = [np.log(floor_B), np.zeros(problems), base_B, *c_BD.T]
         columns += [np.full(problems, -0.5)] * count
-        spread = [1.0, 0.5, 1.5, *[1.5] * count, *[0.35] * count]
+        spread = [1.0, 0.5, 0.5, *[1.5] * count, *[0.35] * count]
         if self.steps:
             late = np.log(0.3 * rest_B)
             many = count if self.joint else 1

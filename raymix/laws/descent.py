@@ -18,8 +18,8 @@ The bound: for convex f_k, any weights q of the rows and any r,
 
     minimum >= min_s [sum_k q_k (f_k + g_k . (s - r)) + kl KL(s || prior)],
 
-which is a sort (Frank and Wolfe's gap) or, with kl, again a softmax. For several rows and no kl
-the best q is that of a linear programme.
+which is a sort (Frank and Wolfe's gap) or, with kl, again a softmax. For several rows the best q
+is that of a linear programme.
 
 Shapes: A domains that may have a share, K rows, D domains, V targets.
 """
@@ -46,6 +46,7 @@ _DECREASE = 1e-4
 # in the distance to the optimum, the value of second.
 _ROUNDING = 1e-12
 _MOST_TRIALS = 60
+_EXACT = 10
 # Steps without a gap smaller by a tenth; those of several rows cost a hundred times as much.
 _PATIENCE = 300
 _PATIENCE_ROWS = 40
@@ -107,33 +108,28 @@ class Descender:
         gap, since, step = np.inf, 0, 0
         patience = _PATIENCE if point.level_K.size == 1 else _PATIENCE_ROWS
         for step in range(self.most_steps):
-            local = self._bound(point, exact=False)
-            if not self._done(point.value - local, point.value) and self._worth_exact(step):
-                local = max(local, self._bound(point, exact=True))
+            # The step also finds the weights of the rows that bound the objective best from here.
+            # Values may rise for a while, but not in a circle.
+            circling = step - since > patience // 8
+            found = self._step(point, sigma, point.value if circling else max(recent))
+            local = self._bound(point, best.value, exact=found is None or step % _EXACT == 0)
             here = min(here, point.value - local) if convex else point.value - local
             bound = max(bound, local)
-            best = point if point.value <= best.value else best
             now = best.value - bound if convex else here
             gap, since = (now, step) if now < 0.9 * gap else (gap, since)
-            if self._done(now, best.value) or step - since > patience:
-                break
-            found = self._step(point, sigma, max(recent))
-            if found is None:
+            if found is None or self._done(now, best.value) or step - since > patience:
                 break
             new, sigma = found
             sigma = self._next_sigma(point, new, sigma)
             point = new
+            best = point if point.value <= best.value else best
             recent.append(point.value)
-        best = point if point.value <= best.value else best
         return Descent(
             share_A=best.share_A, value=best.value, bound=bound, stationary=here, steps=step
         )
 
     def _done(self, gap: float, value: float) -> bool:
         return gap <= self.tolerance * max(abs(value), 1e-300)
-
-    def _worth_exact(self, step: int) -> bool:
-        return self._q_K.size > 1 and not self.kl and step % 10 == 9
 
     def _at(self, share_A: Floats) -> _Point:
         level_K, slope_KA = self.rows(share_A)
@@ -160,23 +156,34 @@ class Descender:
             total = total + sigma * log_A
         return self.region.nearest(total / (self.kl + sigma))
 
-    def _bound(self, point: _Point, *, exact: bool) -> float:
-        """Return a lower bound of the objective from the model at a point."""
-        if exact:
-            return self._programme_bound(point)
+    def _bound(self, point: _Point, best: float, *, exact: bool) -> float:
+        """Return a lower bound of the objective from the model at a point.
+
+        With `exact` and several rows it is the best one if the usual does not prove `best` yet.
+        """
         slope_A = self._q_K @ point.slope_KA
         best_A = self._soft(slope_A, 0.0, None) if self.kl else self.region.vertex(slope_A)
         level = float(self._q_K @ point.level_K)
-        return level + float(slope_A @ (best_A - point.share_A)) + self._pull(best_A)
+        found = level + float(slope_A @ (best_A - point.share_A)) + self._pull(best_A)
+        if not exact or self._q_K.size == 1 or self._done(best - found, best):
+            return found
+        return max(found, self._programme_bound(point))
 
     def _programme_bound(self, point: _Point) -> float:
-        """Return min over s of max_k [f_k + g_k . (s - r)], by a linear programme."""
-        size = float(np.abs(point.level_K).max()) or 1.0
-        slope_KA = point.slope_KA / size
+        """Return min over s of max_k [f_k + g_k . (s - r)], by a linear programme.
+
+        The relative entropy to the prior is replaced by its tangent, which lies below it.
+        """
+        pull_A = np.zeros(point.share_A.size)
+        if self.kl and self.log_prior_A is not None:
+            pull_A = self.kl * (np.log(np.maximum(point.share_A, 1e-300)) - self.log_prior_A)
+        slope_KA = point.slope_KA + pull_A
+        level_K = point.level_K + self._pull(point.share_A)
+        size = float(np.abs(level_K).max()) or 1.0
         done = linprog(
             np.append(np.zeros(point.share_A.size), 1.0),
-            A_ub=np.hstack([slope_KA, -np.ones((point.level_K.size, 1))]),
-            b_ub=slope_KA @ point.share_A - point.level_K / size,
+            A_ub=np.hstack([slope_KA / size, -np.ones((level_K.size, 1))]),
+            b_ub=(slope_KA @ point.share_A - level_K) / size,
             A_eq=np.append(np.ones(point.share_A.size), 0.0)[None],
             b_eq=[1.0],
             bounds=[*zip(self.region.low_A, self.region.high_A, strict=True), (None, None)],
@@ -189,9 +196,9 @@ class Descender:
         if not q_K.sum() > 0:
             return -np.inf
         q_K = q_K / q_K.sum()
-        slope_A = q_K @ point.slope_KA
-        best_A = self.region.vertex(slope_A)
-        return float(q_K @ point.level_K + slope_A @ (best_A - point.share_A))
+        slope_A = q_K @ slope_KA
+        moved_A = self.region.vertex(slope_A) - point.share_A
+        return float(q_K @ level_K + slope_A @ moved_A)
 
     def _first_sigma(self, point: _Point) -> float:
         """Return the sigma at which a first step changes log shares by about 1."""

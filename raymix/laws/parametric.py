@@ -185,8 +185,8 @@ def _undone(name: str, *values: float) -> tuple[float, float, float]:
 
 
 def _rounded(matrix_VPP: Floats) -> list[list[list[float]]]:
-    """Return nested lists of six digits: intervals need no more, and files stay small."""
-    return [[[float(f"{x:.6g}") for x in row] for row in one] for one in matrix_VPP.tolist()]
+    """Return nested lists of twelve digits, which keep it positive, in less room."""
+    return [[[float(f"{x:.12g}") for x in row] for row in one] for one in matrix_VPP.tolist()]
 
 
 def run_weights(table: MixtureTable, draws: int, *, seed: int = 0) -> Floats:

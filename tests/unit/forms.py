@@ -67,10 +67,11 @@ class Form:
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {name: array.tolist() for name, array in self.numbers.items()}
-        return {"numbers": numbers}
+        return {"numbers": numbers, "most": self.most}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.numbers = {name: np.array(array, float) for name, array in state["numbers"].items()}
+        self.most = state["most"]
 
 
 class Inverse(Form):

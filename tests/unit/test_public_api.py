@@ -44,6 +44,20 @@ OPTIONS = {
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
     "export": {"--json"},
+    "optimize": {
+        "--horizon",
+        "--weight",
+        "--minimax",
+        "--floor",
+        "--cap",
+        "--max-epochs",
+        "--total-tokens",
+        "--available",
+        "--prior",
+        "--kl",
+        "--out",
+        "--json",
+    },
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
@@ -114,7 +128,7 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune"],
-        ["export", "report"],
+        ["export", "optimize", "report"],
     ]
 
 
