@@ -30,6 +30,13 @@ Drawn = tuple[str, str, str]
 """Title, picture, caption."""
 
 _MOST_DOMAINS = 30
+_ABOVE: dict[str, Any] = {
+    "frameon": False,
+    "fontsize": 8,
+    "ncols": 3,
+    "loc": "lower center",
+    "bbox_to_anchor": (0.45, 1),
+}
 _MARKERS = "osD^v"
 
 
