@@ -49,6 +49,10 @@ class CorpusError(RaymixError, ValueError):
     """Input data or a prepared corpus that cannot be used as it is."""
 
 
+class MergeError(RaymixError, ValueError):
+    """Models, adapters or a merge file that cannot be merged as they are."""
+
+
 class ClusterError(RaymixError, RuntimeError):
     """The Ray cluster at hand lacks what the recipe asks for."""
 
