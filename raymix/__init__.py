@@ -7,9 +7,10 @@ loads neither torch nor ray:
     raymix.plan(recipe).document()     # what would happen
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
+    raymix.merge("merge.yaml", "out")  # one model from several
 
 Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.corpus`,
-`raymix.control`, `raymix.train`, `raymix.report`.
+`raymix.control`, `raymix.train`, `raymix.merge`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from raymix.errors import (
         ClusterError,
         CorpusError,
+        MergeError,
         RaymixError,
         RecipeError,
         TrainingError,
     )
+    from raymix.merge import merge, merge_method
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
     from raymix.sampling import MixtureLog
@@ -40,6 +43,7 @@ __all__ = [
     "Corpus",
     "CorpusError",
     "DomainStats",
+    "MergeError",
     "Mixer",
     "MixerContext",
     "MixtureLog",
@@ -49,6 +53,8 @@ __all__ = [
     "TrainingError",
     "build_mixer",
     "load_recipe",
+    "merge",
+    "merge_method",
     "mixer",
     "plan",
     "prepare",
@@ -58,14 +64,22 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("ClusterError", "CorpusError", "RaymixError", "RecipeError", "TrainingError"),
+    "errors": (
+        "ClusterError",
+        "CorpusError",
+        "MergeError",
+        "RaymixError",
+        "RecipeError",
+        "TrainingError",
+    ),
+    "merge": ("merge_method",),
     "mixers": ("DomainStats", "Mixer", "MixerContext", "build_mixer", "mixer"),
     "recipe": ("Recipe", "load_recipe", "recipe_schema", "recipe_to_yaml"),
     "sampling": ("MixtureLog",),
     "store": ("Corpus",),
     "corpus": ("prepare",),
 }
-_ROOMS = ("recipe", "store", "sampling", "mixers", "corpus", "control", "train", "report")
+_ROOMS = ("recipe", "store", "sampling", "mixers", "corpus", "control", "train", "merge", "report")
 
 
 def __getattr__(name: str) -> Any:

@@ -66,6 +66,7 @@ COMMANDS = {
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",
+        "merge": "Merge models of one architecture by DRM and its peers.",
         "report": "Draw a run's weights, losses and throughput as one HTML page.",
     },
 }

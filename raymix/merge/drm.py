@@ -124,9 +124,7 @@ def _low_rank_knots(factors_K: Sequence[Factors], options: KnotsOptions) -> Fact
     return _factored(factors_K, options, _knots_coordinates)
 
 
-@merge_method(
-    "drm", options=DrmOptions, matrix=True, otherwise=_other, factored=_low_rank_drm
-)
+@merge_method("drm", options=DrmOptions, matrix=True, otherwise=_other, factored=_low_rank_drm)
 def drm(base: Tensor | None, deltas: Sequence[Tensor], options: DrmOptions) -> Merged:
     """Return DRM's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _drm_coordinates)
@@ -205,7 +203,8 @@ def _merged(
     )
     if not sigma.numel():  # frozen in every task
         return u, u.new_zeros(0, matrices[0].shape[1]), None
-    x_K, norm_K = [], []
+    x_K: list[Tensor] = []
+    norm_K: list[Tensor] = []
     for k in range(len(matrices)):
         matrix = matrices[k]
         x = u.T @ matrix
@@ -245,7 +244,8 @@ def _drm_coordinates(shared: _Shared, options: DrmOptions) -> tuple[Tensor, floa
 
 def _knots_coordinates(shared: _Shared, options: KnotsOptions) -> tuple[Tensor, float | None]:
     """Return X and the kept part: each task trimmed by the magnitude of its own entries."""
-    marks, size = [], shared.x_K[0].numel()
+    marks: list[tuple[Tensor, float]] = []
+    size = shared.x_K[0].numel()
     density_K = each(options.density, len(shared.x_K))
     for x, density in zip(shared.x_K, density_K, strict=True):
         count = max(1, int(density * size)) if density > 0 else 0

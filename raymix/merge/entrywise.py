@@ -112,7 +112,19 @@ class _Thinning:
     factor: float = 1.0
 
 
-@merge_method("linear", options=LinearOptions, base="none", factored=lambda f, o: add(f, o))
+def add(factors_K: Sequence[Factors], options: LinearOptions | SumOptions) -> Factors:
+    """Return the weighted sum of low-rank deltas as factors whose rank is the sum of ranks."""
+    weight_K = each(options.weight, len(factors_K))
+    scale = options.lambda_ if isinstance(options, SumOptions) else 1.0
+    if options.normalize:
+        scale /= sum(weight_K)
+    return Factors(
+        torch.cat([f.left * (w * scale) for f, w in zip(factors_K, weight_K, strict=True)], dim=1),
+        torch.cat([f.right for f in factors_K], dim=0),
+    )
+
+
+@merge_method("linear", options=LinearOptions, base="none", factored=add)
 def linear(base: Tensor | None, deltas: Sequence[Tensor], options: LinearOptions) -> Tensor:
     """Return the weighted mean (or sum) of the models, shape of the parameter."""
     weight_K = each(options.weight, len(deltas))
@@ -131,7 +143,7 @@ def linear(base: Tensor | None, deltas: Sequence[Tensor], options: LinearOptions
     return out.view(tasks.shape)
 
 
-@merge_method("task_arithmetic", options=SumOptions, factored=lambda f, o: add(f, o))
+@merge_method("task_arithmetic", options=SumOptions, factored=add)
 def task_arithmetic(base: Tensor | None, deltas: Sequence[Tensor], options: SumOptions) -> Tensor:
     """Return lambda times the weighted sum of the deltas."""
     full = options.model_copy(update={"density": (1.0,)})
@@ -183,18 +195,6 @@ def breadcrumbs_ties(
 ) -> Merged:
     """Return the same reduced to the tasks that agree with the elected sign."""
     return _merge(as_deltas(deltas), options, _without_ends, elect=True)
-
-
-def add(factors_K: Sequence[Factors], options: LinearOptions | SumOptions) -> Factors:
-    """Return the weighted sum of low-rank deltas as factors whose rank is the sum of ranks."""
-    weight_K = each(options.weight, len(factors_K))
-    scale = options.lambda_ if isinstance(options, SumOptions) else 1.0
-    if options.normalize:
-        scale /= sum(weight_K)
-    return Factors(
-        torch.cat([f.left * (w * scale) for f, w in zip(factors_K, weight_K, strict=True)], dim=1),
-        torch.cat([f.right for f in factors_K], dim=0),
-    )
 
 
 def _merge(
@@ -309,7 +309,7 @@ def _by_rank(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
         return _Thinning()
     if density <= 0:
         return _Thinning(lambda: lambda x: x.zero_())
-    if not (0 < density - epsilon and density + epsilon < 1):
+    if not (density - epsilon > 0 and density + epsilon < 1):
         wrong = f"density {density:g} -/+ epsilon must lie between 0 and 1"
         raise MergeError(problem("parameters.epsilon", epsilon, wrong, "Lower epsilon"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Annotated, Any, overload
+from typing import Annotated, Any, TypeVar, overload
 
 import torch
 from pydantic import Field
@@ -74,7 +74,7 @@ class Deltas(Sequence[Tensor]):
     def __init__(
         self,
         parts: Sequence[Tensor],
-        base: Tensor | None = None,
+        base: Tensor | Sequence[Tensor | None] | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
@@ -83,11 +83,12 @@ class Deltas(Sequence[Tensor]):
 
         Args:
             parts: The K models' tensors (any floating dtype), or their deltas where `base` is None.
-            base: What is subtracted from each part.
+            base: What is subtracted from each part: one tensor, or one (or None) per part.
             dtype: The dtype of every item.
             device: Where the items are.
         """
-        self._parts, self._base = parts, base
+        self._parts = parts
+        self._base = [base] * len(parts) if base is None or isinstance(base, Tensor) else base
         self.dtype, self.device = dtype, torch.device(device)
         self.shape = parts[0].shape
         rows = self.shape[0] if len(self.shape) > 1 else 1
@@ -103,7 +104,7 @@ class Deltas(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        return self._minus(self._parts[index], self._base)
+        return self._minus(self._parts[index], self._base[index])
 
     def chunks(self) -> Iterator[slice]:
         """Yield ranges of rows that cover the parameter, each some ten thousand entries."""
@@ -115,12 +116,21 @@ class Deltas(Sequence[Tensor]):
 
     def chunk(self, k: int, rows: slice) -> Tensor:
         """Return rows of delta k, a new tensor of shape (rows, columns)."""
-        base = None if self._base is None else self._base.reshape(self.matrix_shape)[rows]
+        base = self._base[k]
+        if base is not None:
+            base = base.reshape(self.matrix_shape)[rows]
         return self._minus(self._parts[k].reshape(self.matrix_shape)[rows], base)
 
     def new_matrix(self) -> Tensor:
         """Return an empty result, shape `matrix_shape`."""
         return torch.empty(self.matrix_shape, dtype=self.dtype, device=self.device)
+
+    def unstacked(self) -> Iterator[Deltas]:
+        """Yield the deltas of each entry of the first dimension: experts of a stack."""
+        for at in range(self.shape[0]):
+            base = [None if one is None else one[at] for one in self._base]
+            parts = [part[at] for part in self._parts]
+            yield Deltas(parts, base, dtype=self.dtype, device=str(self.device))
 
     def _minus(self, part: Tensor, base: Tensor | None) -> Tensor:
         if base is None:
@@ -171,6 +181,7 @@ class Merged:
 
 
 Function = Callable[[Tensor | None, Sequence[Tensor], Any], Tensor | Merged]
+_F = TypeVar("_F", bound=Function)
 Factored = Callable[[Sequence[Factors], Any], Factors]
 
 
@@ -197,9 +208,7 @@ class MergeMethod:
 _METHODS: dict[str, MergeMethod] = {}
 
 
-def merge_method(
-    name: str, *, options: type[Options], **about: Any
-) -> Callable[[Function], Function]:
+def merge_method(name: str, *, options: type[Options], **about: Any) -> Callable[[_F], _F]:
     """Return a decorator that registers `(base, deltas, options) -> delta` under `name`.
 
     Packages outside raymix name the module of the function in the entry-point group
@@ -211,7 +220,7 @@ def merge_method(
         **about: Further fields of `MergeMethod`.
     """
 
-    def register(function: Function) -> Function:
+    def register(function: _F) -> _F:
         _METHODS[name] = MergeMethod(name=name, function=function, options=options, **about)
         return function
 

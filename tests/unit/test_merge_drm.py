@@ -194,10 +194,14 @@ def test_10_factored_is_dense(direction: str, name: str) -> None:
 def test_11_gram_is_svd_is_the_published_algorithm(shape: tuple[int, int], drop: float) -> None:
     deltas = tasks(*shape)
     by_gram = merged(deltas, drop=drop, rank_tolerance=1e-2)
-    assert close(by_gram, merged(deltas, drop=drop, rank_tolerance=1e-2, decomposition="svd"), 1e-10)
+    assert close(
+        by_gram, merged(deltas, drop=drop, rank_tolerance=1e-2, decomposition="svd"), 1e-10
+    )
     assert close(by_gram, published(deltas, drop), 1e-10)
     across = published([d.T for d in deltas], drop).T
-    assert close(merged(deltas, drop=drop, rank_tolerance=1e-2, direction="vertical"), across, 1e-10)
+    assert close(
+        merged(deltas, drop=drop, rank_tolerance=1e-2, direction="vertical"), across, 1e-10
+    )
 
 
 def test_12_a_layer_frozen_in_all_tasks_stays() -> None:

@@ -19,6 +19,7 @@ NAMES = {
     "Corpus",
     "CorpusError",
     "DomainStats",
+    "MergeError",
     "Mixer",
     "MixerContext",
     "MixtureLog",
@@ -28,6 +29,8 @@ NAMES = {
     "TrainingError",
     "build_mixer",
     "load_recipe",
+    "merge",
+    "merge_method",
     "mixer",
     "plan",
     "prepare",
@@ -42,6 +45,7 @@ OPTIONS = {
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "export": {"--json"},
+    "merge": {"--out", "--set", "--on", "--workers", "--device", "--memory", "--json"},
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
@@ -112,7 +116,7 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare"],
-        ["export", "report"],
+        ["export", "merge", "report"],
     ]
 
 
@@ -149,11 +153,13 @@ def test_errors_are_standard_types_too() -> None:
     kinds = {kind.__name__: kind for kind in error_classes()}
     assert issubclass(kinds["RecipeError"], ValueError)
     assert issubclass(kinds["CorpusError"], ValueError)
+    assert issubclass(kinds["MergeError"], ValueError)
     assert issubclass(kinds["ClusterError"], RuntimeError)
     assert {name: kind.exit_code for name, kind in kinds.items()} == {
         "RaymixError": 2,
         "RecipeError": 2,
         "CorpusError": 2,
+        "MergeError": 2,
         "ClusterError": 2,
         "TrainingError": 1,
     }
