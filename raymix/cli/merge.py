@@ -36,6 +36,9 @@ def command(
         float | None,
         typer.Option(min=0, metavar="GB", help="Working memory; else a quarter of what is free."),
     ] = None,
+    plot: Annotated[
+        bool, typer.Option(help="Draw merge_report.svg; takes a second and a half.")
+    ] = True,
     json: Json = False,
 ) -> None:
     r"""Merge models of one architecture, tensor by tensor, in memory of a few tensors.
@@ -65,7 +68,7 @@ def command(
             memory_bytes=None if memory is None else int(memory * 1e9),
             progress=_progress(),
         )
-        document["plot"] = _drawn(document["out"])
+        document["plot"] = _drawn(document["out"]) if plot else None
         for note in document["notes"]:
             print(f"note: {note}")
         print(

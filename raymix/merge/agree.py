@@ -37,7 +37,8 @@ def agreeing_mean(
         sign = _sign_of_sum(x_K) if elect else None
         if sign is not None:
             balance += float(sign.sum(dtype=torch.float64))
-            if bool((_magnitude(x_K)[sign == 0] > 0).any()):
+            # Entries that cancel exactly although a task has something there.
+            if float(_magnitude(x_K).sign_().sub_(sign.abs()).sum()) > 0:
                 undecided.append(rows)
         _mean(x_K, sign, coefficient_K, out[rows])
     majority = (balance > 0) - (balance < 0)
@@ -73,7 +74,7 @@ def _mean(
             continue
         if sign is None:
             out.add_(x, alpha=coefficient)
-            count.add_(x != 0)
+            count.add_(x.sign().abs_())
         else:
             agreeing = (x * sign).clamp_min_(0)
             out.add_(agreeing, alpha=coefficient)

@@ -45,7 +45,7 @@ from raymix.merge.registry import (
     each,
     merge_method,
 )
-from raymix.merge.select import order_statistics, ordered_values
+from raymix.merge.select import keep_from, order_statistics, ordered_values
 from raymix.recipe._base import Real, Whole
 
 Direction = Literal["horizontal", "vertical", "auto"]
@@ -107,7 +107,7 @@ def _other(base: Tensor | None, deltas: Sequence[Tensor], options: _SharedOption
 
     def read(k: int, rows: slice) -> Tensor:
         x = tasks.chunk(k, rows)
-        return x.masked_fill_(x.abs() < lowest_K[k], 0) if lowest_K[k] else x
+        return keep_from(x, lowest_K[k]) if lowest_K[k] else x
 
     weight_K = each(options.weight, len(tasks))
     out = agreeing_mean(read, tasks.chunks(), tasks.new_matrix(), weight_K, elect=options.elect)
@@ -266,7 +266,7 @@ def _prune(shared: _Shared, marks: Sequence[tuple[Tensor, float]]) -> float:
     for x, (factor, lowest) in zip(shared.x_K, marks, strict=True):
         for rows in shared.chunks():
             part = x[rows]
-            part.masked_fill_(part.abs() * factor[rows] < lowest, 0)
+            part.mul_(keep_from(part * factor[rows], lowest).sign_().abs_())
             kept += int(torch.count_nonzero(part))
     return kept / (len(shared.x_K) * shared.x_K[0].numel())
 

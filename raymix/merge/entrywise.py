@@ -37,11 +37,11 @@ from raymix.merge.registry import (
     each,
     merge_method,
 )
-from raymix.merge.select import ordered_values
+from raymix.merge.select import keep_from, keep_up_to, largest, ordered_values
 from raymix.recipe._base import Real, Whole
 
 Thin = Callable[[Tensor], Tensor]
-"""Zeroes entries of a chunk in place; called on the chunks in their order."""
+"""Returns a chunk with entries set to 0, in place or not; called on the chunks in their order."""
 
 
 class LinearOptions(Options):
@@ -110,6 +110,8 @@ class _Thinning:
 
     start: Callable[[], Thin] | None = None
     factor: float = 1.0
+    kept: int | None = None
+    """Entries that are left, where that is known beforehand."""
 
 
 def add(factors_K: Sequence[Factors], options: LinearOptions | SumOptions) -> Factors:
@@ -209,14 +211,15 @@ def _merge(
     plan_K = [thinning(deltas, k, options) for k in range(len(deltas))]
     thin_K = [plan.start() if plan.start else None for plan in plan_K]
     scale_K = [weight * plan.factor for weight, plan in zip(weight_K, plan_K, strict=True)]
-    out, kept = deltas.new_matrix(), 0
+    out, kept = deltas.new_matrix(), sum(plan.kept or 0 for plan in plan_K)
     combine = _agreeing if elect else _summed
     for rows in deltas.chunks():
         found = []
         for k, thin in enumerate(thin_K):
             x = deltas.chunk(k, rows)
             if thin is not None:
-                kept += int(torch.count_nonzero(thin(x)))
+                x = thin(x)
+                kept += int(torch.count_nonzero(x)) if plan_K[k].kept is None else 0
             found.append(x if scale_K[k] == 1 else x.mul_(scale_K[k]))
         combine(found, weight_K, out[rows], normalize=options.normalize)
     if options.lambda_ != 1:
@@ -241,11 +244,15 @@ def _summed(
 def _agreeing(
     x_K: Sequence[Tensor], weight_K: Sequence[float], out: Tensor, *, normalize: bool
 ) -> None:
-    """Write the sum over the tasks that agree with its sign (a sum of 0 counts as positive)."""
-    sign = x_K[0].clone()
+    """Write the sum over the tasks that agree with its sign (a sum of 0 counts as positive).
+
+    Masks are numbers here: torch's operations on booleans are several times as slow on a CPU.
+    """
+    total = x_K[0].clone()
     for x in x_K[1:]:
-        sign.add_(x)
-    sign = sign.ge_(0).mul_(2).sub_(1)
+        total.add_(x)
+    # What cancels exactly gives +0; -0 stands where no task has anything.
+    sign = torch.copysign(out.fill_(1), total)
     out.zero_()
     divisor = torch.zeros_like(out) if normalize else None
     for x, weight in zip(x_K, weight_K, strict=True):
@@ -254,7 +261,9 @@ def _agreeing(
         if divisor is not None:
             divisor.add_(agreeing.sign_(), alpha=weight)
     if divisor is not None:
-        out.div_(divisor.masked_fill_(divisor == 0, 1))
+        least = min(weight_K)
+        # With positive weights a divisor is 0 or at least the least of them.
+        out.div_(divisor.clamp_min_(least) if least > 0 else divisor.masked_fill_(divisor == 0, 1))
     out.mul_(sign)
 
 
@@ -267,10 +276,8 @@ def _by_magnitude(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
     if density >= 1:
         return _Thinning()
     count = max(1, int(density * deltas.shape.numel())) if density > 0 else 0
-    lowest = torch.inf
-    if count:
-        (lowest,) = ordered_values(deltas, k, -count)
-    plan = _Thinning(lambda: lambda x: x.masked_fill_(x.abs() < lowest, 0))
+    lowest, kept = largest(deltas, k, count) if count else (torch.inf, 0)
+    plan = _Thinning(lambda: lambda x: keep_from(x, lowest), kept=kept)
     return _rescaled(deltas, k, plan, options)
 
 
@@ -285,7 +292,7 @@ def _without_ends(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
     if not count:
         return _Thinning(lambda: lambda x: x.zero_())
     low, high = ordered_values(deltas, k, below, below + count - 1)
-    plan = _Thinning(lambda: lambda x: x.masked_fill_((x.abs() < low) | (x.abs() > high), 0))
+    plan = _Thinning(lambda: lambda x: keep_up_to(keep_from(x, low), high))
     return _rescaled(deltas, k, plan, options)
 
 
@@ -296,7 +303,7 @@ def _at_random(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
 
     def start() -> Thin:
         draw = _Draw(options, k)
-        return lambda x: x.masked_fill_(draw(x) >= density, 0)
+        return lambda x: x.mul_(draw(torch.full(x.shape, density), x))
 
     return _rescaled(deltas, k, _Thinning(start), options)
 
@@ -321,7 +328,7 @@ def _by_rank(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
             probability = torch.empty_like(x)
             steps = torch.linspace(-epsilon, epsilon, x.shape[1], dtype=x.dtype, device=x.device)
             probability.scatter_(1, order, (steps + density).expand_as(x))
-            return x.masked_fill_(draw(x) >= probability, 0)
+            return x.mul_(draw(probability.cpu(), x))
 
         return thin
 
@@ -329,14 +336,16 @@ def _by_rank(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
 
 
 class _Draw:
-    """Uniform numbers for one task of one parameter; on the CPU, so on every device the same."""
+    """Coin tosses for one task of one parameter; on the CPU, so on every device the same."""
 
     def __init__(self, options: SumOptions, k: int) -> None:
         seed = options.seed if isinstance(options, DareOptions) else 0
         self._generator = torch.Generator().manual_seed((seed * 1_000_003 + k) % (1 << 63))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.rand(x.shape, generator=self._generator).to(x.device)
+    def __call__(self, probability: Tensor, like: Tensor) -> Tensor:
+        """Return 1 with the given probabilities and 0 else, where and of the dtype of `like`."""
+        drawn = torch.rand(probability.shape, generator=self._generator)
+        return (probability - drawn).sign_().clamp_min_(0).to(like)
 
 
 def _rescaled(deltas: Deltas, k: int, plan: _Thinning, options: SumOptions) -> _Thinning:

@@ -1,6 +1,6 @@
 """What a merge report says about the tasks of one parameter, in one pass over chunks.
 
-Shapes: K tasks, E entries of a chunk.
+Shapes: K tasks, E entries of a chunk of R rows and C columns.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Measures:
     gram_KK: Tensor
     """Inner products, shape (K, K), fp64."""
     sign_agreement: float | None
-    """Sum over entries of |sum of signs|, over that of the number of signs: 1 where all tasks
-    agree everywhere, 0 where they cancel; None if no entry differs from 0, or not measured."""
+    """Mean over entries of |sum of the tasks' signs| / K: 1 if all tasks agree everywhere; None
+    where it is not measured."""
 
     @property
     def norms(self) -> list[float]:
@@ -52,14 +52,16 @@ def measure(deltas: Deltas) -> Measures:
     """Return the measures of a parameter's task vectors."""
     k_tasks = len(deltas)
     gram_KK = torch.zeros(k_tasks, k_tasks, dtype=torch.float64)
-    agreeing = counted = 0.0
+    agreeing = 0.0
     for rows in deltas.chunks():
-        flat_KE = torch.stack([deltas.chunk(k, rows).view(-1) for k in range(k_tasks)])
+        shape = (k_tasks, rows.stop - rows.start, deltas.matrix_shape[1])
+        chunk_KRC = torch.empty(shape, dtype=deltas.dtype, device=deltas.device)
+        for k in range(k_tasks):
+            deltas.chunk(k, rows, out=chunk_KRC[k])
+        flat_KE = chunk_KRC.view(k_tasks, -1)
         gram_KK += (flat_KE @ flat_KE.T).to("cpu", torch.float64)
-        sign_KE = flat_KE.sign_()
-        agreeing += float(sign_KE.sum(dim=0).abs_().sum())
-        counted += float(sign_KE.abs_().sum())
-    return Measures(gram_KK, agreeing / counted if counted else None)
+        agreeing += float(flat_KE.sign_().sum(dim=0).abs_().sum())
+    return Measures(gram_KK, agreeing / (k_tasks * max(1, deltas.shape.numel())))
 
 
 def measure_factors(factors_K: Sequence[Factors]) -> Measures:

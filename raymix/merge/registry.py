@@ -89,6 +89,7 @@ class Deltas(Sequence[Tensor]):
         """
         self._parts = parts
         self._base = [base] * len(parts) if base is None or isinstance(base, Tensor) else base
+        self._held: tuple[Tensor, slice, Tensor] | None = None
         self.dtype, self.device = dtype, torch.device(device)
         self.shape = parts[0].shape
         rows = self.shape[0] if len(self.shape) > 1 else 1
@@ -104,7 +105,10 @@ class Deltas(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        return self._minus(self._parts[index], self._base[index])
+        # bf16 and fp16 convert exactly, so the difference is that of the stored values.
+        part = self._parts[index].to(self.device, self.dtype, copy=True)
+        base = self._base[index]
+        return part if base is None else part.sub_(base.to(self.device, self.dtype))
 
     def chunks(self) -> Iterator[slice]:
         """Yield ranges of rows that cover the parameter, each some ten thousand entries."""
@@ -114,12 +118,22 @@ class Deltas(Sequence[Tensor]):
         for start in range(0, rows, step):
             yield slice(start, min(rows, start + step))
 
-    def chunk(self, k: int, rows: slice) -> Tensor:
-        """Return rows of delta k, a new tensor of shape (rows, columns)."""
+    def chunk(self, k: int, rows: slice, out: Tensor | None = None) -> Tensor:
+        """Return rows of delta k, shape (rows, columns), in a new tensor or in `out`."""
+        stored = self._parts[k].reshape(self.matrix_shape)[rows]
+        if out is None:
+            part = stored.to(self.device, self.dtype, copy=True)
+        else:
+            part = out.copy_(stored)
         base = self._base[k]
-        if base is not None:
-            base = base.reshape(self.matrix_shape)[rows]
-        return self._minus(self._parts[k].reshape(self.matrix_shape)[rows], base)
+        return part if base is None else part.sub_(self._base_chunk(base, rows))
+
+    def _base_chunk(self, base: Tensor, rows: slice) -> Tensor:
+        """Return rows of the base in the deltas' dtype; those of the last call are at hand."""
+        if self._held is None or self._held[0] is not base or self._held[1] != rows:
+            stored = base.reshape(self.matrix_shape)[rows]
+            self._held = (base, rows, stored.to(self.device, self.dtype))
+        return self._held[2]
 
     def new_matrix(self) -> Tensor:
         """Return an empty result, shape `matrix_shape`."""
@@ -131,13 +145,6 @@ class Deltas(Sequence[Tensor]):
             base = [None if one is None else one[at] for one in self._base]
             parts = [part[at] for part in self._parts]
             yield Deltas(parts, base, dtype=self.dtype, device=str(self.device))
-
-    def _minus(self, part: Tensor, base: Tensor | None) -> Tensor:
-        if base is None:
-            return part.to(self.device, self.dtype, copy=True)
-        # bf16 and fp16 convert exactly, so the difference is that of the stored values.
-        moved = part.to(self.device, self.dtype, copy=True)
-        return moved.sub_(base.to(self.device, self.dtype))
 
 
 def as_deltas(deltas: Sequence[Tensor]) -> Deltas:

@@ -45,7 +45,7 @@ OPTIONS = {
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "export": {"--json"},
-    "merge": {"--out", "--set", "--on", "--workers", "--device", "--memory", "--json"},
+    "merge": {"--out", "--set", "--on", "--workers", "--device", "--memory", "--plot", "--json"},
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
