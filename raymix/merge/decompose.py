@@ -78,10 +78,8 @@ def left_basis(
         u, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
     else:
         work = torch.float64 if decomposition == "gram" else torch.float32
-        u, sigma = _by_gram(matrices, work)
-    largest = float(sigma[0]) if sigma.numel() else 0.0
-    count = int((sigma > tolerance * largest).sum()) if tolerance > 0 else sigma.numel()
-    count = count if largest > 0 else 0
+        return _by_gram(matrices, work, tolerance)
+    count = _rank(sigma, tolerance)
     return u[:, :count].to(first.dtype), sigma[:count].double()
 
 
@@ -100,20 +98,46 @@ def gram(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tens
     return total
 
 
-def _by_gram(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _rank(sigma: Tensor, tolerance: float) -> int:
+    """Return how many of the descending values are above the tolerance."""
+    largest = float(sigma[0]) if sigma.numel() else 0.0
+    if largest == 0:
+        return 0
+    return int((sigma > tolerance * largest).sum()) if tolerance > 0 else sigma.numel()
+
+
+def _by_gram(
+    matrices: Sequence[Tensor], dtype: torch.dtype, tolerance: float
+) -> tuple[Tensor, Tensor]:
     m, n = matrices[0].shape
+    out = matrices[0].dtype
     if m <= len(matrices) * n:
-        return _descending(gram(matrices, dtype))
+        vectors, sigma = _eigh(gram(matrices, dtype))
+        count = _rank(sigma, tolerance)
+        # Cut before turning around: at this size each copy counts.
+        return vectors[:, m - count :].to(out).flip(1), sigma[:count].double()
     # More rows than columns in all: the same within the span of the columns.
     stacked = torch.cat([matrices[k].to(dtype) for k in range(len(matrices))], dim=1)
     q, r = torch.linalg.qr(stacked)
     u, sigma = _descending(r @ r.T)
-    return q @ u, sigma
+    count = _rank(sigma, tolerance)
+    return (q @ u[:, :count]).to(out), sigma[:count].double()
+
+
+def _eigh(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvectors (ascending) in the place of the matrix, and sigma descending.
+
+    The transposed matrix is column-major, as LAPACK wants it, so it is not copied.
+    """
+    vectors = gram_matrix.mT
+    eigenvalues = torch.empty_like(gram_matrix[0])
+    torch.linalg.eigh(vectors, UPLO="U", out=(eigenvalues, vectors))
+    return vectors, eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
 def _descending(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
-    eigenvalues, vectors = torch.linalg.eigh(gram_matrix, UPLO="L")
-    return vectors.flip(1), eigenvalues.flip(0).clamp_min(0).sqrt()
+    vectors, sigma = _eigh(gram_matrix)
+    return vectors.flip(1), sigma
 
 
 def _randomised(matrices: Sequence[Tensor], rank: int | None) -> tuple[Tensor, Tensor]:
