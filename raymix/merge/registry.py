@@ -121,10 +121,10 @@ class Deltas(Sequence[Tensor]):
     def chunk(self, k: int, rows: slice, out: Tensor | None = None) -> Tensor:
         """Return rows of delta k, shape (rows, columns), in a new tensor or in `out`."""
         stored = self._parts[k].reshape(self.matrix_shape)[rows]
-        if out is None:
-            part = stored.to(self.device, self.dtype, copy=True)
-        else:
-            part = out.copy_(stored)
+        part = (
+            torch.empty_like(stored, dtype=self.dtype, device=self.device) if out is None else out
+        )
+        part.copy_(stored)
         base = self._base[k]
         return part if base is None else part.sub_(self._base_chunk(base, rows))
 
