@@ -66,7 +66,8 @@ def anonymous(root: int) -> int:
                 todo += [int(child) for child in (task / "children").read_text().split()]
         except OSError:
             continue
-        total += int(text.partition("RssAnon:")[2].split()[0] or 0) * 1024
+        # A process that has ended but was not waited for has no such line.
+        total += int((text.partition("RssAnon:")[2].split() or ["0"])[0]) * 1024
     return total
 
 

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from raymix.merge.engine import merge
-from tests.merging import read_model, weights, write_family
+from tests.merging import read_model, weights, write_adapter, write_family
 
 ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("RAYMIX_MERGEKIT", ROOT / ".venv-mergekit" / "bin" / "python"))
@@ -208,3 +208,41 @@ def test_random_drops_agree_in_distribution(results: Any) -> None:
         float((b != 0).double().mean()), abs=0.03
     )
     assert float(a.abs().mean()) == pytest.approx(float(b.abs().mean()), rel=0.05)
+
+
+WITH_PEFT = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+"""
+
+
+def test_peft_reads_the_adapter_that_we_write(tmp_path: Path) -> None:
+    """Adapters merged as factors, then added by PEFT, are those merged into the base by us."""
+    family = write_family(tmp_path, tasks=1)
+    generator = torch.Generator().manual_seed(0)
+    for name, rank in (("a", 3), ("b", 2)):
+        modules = {
+            f"model.layers.{layer}.{module}": (
+                torch.randn(m, rank, generator=generator) * 0.1,
+                torch.randn(rank, n, generator=generator) * 0.1,
+            )
+            for layer, module, m, n in (
+                (0, "self_attn.q_proj", 16, 16), (1, "mlp.up_proj", 24, 16),
+                (2, "mlp.down_proj", 16, 24),
+            )[: rank]
+        }  # fmt: skip
+        write_adapter(tmp_path / name, modules, alpha=7, use_rslora=name == "a")
+    models = [{"model": str(tmp_path / name)} for name in "ab"]
+    parameters = {"drop": 0.5}
+    merge({"merge_method": "drm", "models": models, "parameters": parameters}, tmp_path / "adapter")
+    with_base = {"merge_method": "drm", "models": models, "base_model": family["base_model"]}
+    merge({**with_base, "parameters": parameters, "precision": "float64"}, tmp_path / "dense")
+    command = [str(PYTHON), "-c", WITH_PEFT, family["base_model"], "adapter", "by_peft"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert error(read_model(tmp_path / "by_peft"), read_model(tmp_path / "dense")) < 2e-6
