@@ -106,14 +106,25 @@ def _write(place: Path, size: Size, number: int) -> None:
     (place / "config.json").write_text(json.dumps(size.config()))
 
 
+def task_delta(size: Size, name: str, number: int) -> Tensor:
+    """Return the delta of one parameter of a fine-tune as it is stored, in fp32."""
+    at = list(size.shapes()).index(name)
+    shape = size.shapes()[name]
+    return _tensor(at, shape, number).float() - _tensor(at, shape, 0).float()
+
+
 def _tensors(size: Size, number: int) -> Iterator[tuple[str, Tensor]]:
     for at, (name, shape) in enumerate(size.shapes().items()):
-        base = torch.Generator().manual_seed(at)
-        weight = torch.randn(shape, generator=base) * 0.02 + (1.0 if len(shape) == 1 else 0.0)
-        if number:
-            own = torch.Generator().manual_seed(1_000_003 * number + at)
-            weight += torch.randn(shape, generator=own) * 3e-4
-            if len(shape) == 2:
-                left = torch.randn(shape[0], _RANK, generator=own) * torch.logspace(0, -1.5, _RANK)
-                weight.addmm_(left, torch.randn(_RANK, shape[1], generator=own), alpha=2e-4)
-        yield name, weight.bfloat16()
+        yield name, _tensor(at, shape, number)
+
+
+def _tensor(at: int, shape: tuple[int, ...], number: int) -> Tensor:
+    base = torch.Generator().manual_seed(at)
+    weight = torch.randn(shape, generator=base) * 0.02 + (1.0 if len(shape) == 1 else 0.0)
+    if number:
+        own = torch.Generator().manual_seed(1_000_003 * number + at)
+        weight += torch.randn(shape, generator=own) * 3e-4
+        if len(shape) == 2:
+            left = torch.randn(shape[0], _RANK, generator=own) * torch.logspace(0, -1.5, _RANK)
+            weight.addmm_(left, torch.randn(_RANK, shape[1], generator=own), alpha=2e-4)
+    return weight.bfloat16()

@@ -1,6 +1,6 @@
 """Merging against mergekit: CPU seconds, wall and anonymous memory of whole commands.
 
-`python -m tests.benchmarks.merge [--sizes small wide layers] [--repeats 2] [--methods ties ...]`.
+`python -m tests.benchmarks.merge [--sizes small wide layers accuracy] [--methods ...] [--repeats 2]`.
 Every run is a command in its own process, start-up included, on the same synthetic family (a base
 and three fine-tunes in bf16, deltas of a decaying part plus dense noise). mergekit is run from the
 environment that `make .venv-mergekit` makes, or by the Python named in RAYMIX_MERGEKIT; in fp32
@@ -8,7 +8,9 @@ arithmetic, as ours is. All libraries get one thread, where mergekit needs the l
 works on as many parameters at a time as there are cores. Memory is the largest sum of anonymous
 resident memory over the process and its children, sampled every 20 ms: input files that are mapped
 do not count. Sizes: `small` 97 M parameters, `wide` two layers of a 7B model's widths, `layers` the
-small one at 1, 2 and 4 times the layers. Inputs and outputs (at most 6 GB) are removed afterwards.
+small one at 1, 2 and 4 times the layers; `accuracy` is no run but the error of DRM's merged delta
+against fp64 throughout, and the CPU time of one matrix, by decomposition. Inputs and outputs (at
+most 6 GB) are removed afterwards. Each run is also said on stderr as it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks._merge_inputs import SMALL, WIDE, Size, write_family
+from tests.benchmarks._merge_inputs import SMALL, WIDE, Size, task_delta, write_family
 from tests.benchmarks._report import ROOT, print_table, row, write_results
 
 THEIRS = Path(os.environ.get("RAYMIX_MERGEKIT", ROOT / ".venv-mergekit" / "bin" / "python"))
@@ -99,6 +101,8 @@ def measured(command: list[str], cwd: Path) -> Cost:
             log.seek(0)
             sys.exit(f"{command}:\n{log.read()[-3000:]}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    said = f"{' '.join(command[1:5])}: {cpu:.1f} CPU s, {wall:.1f} s, {most / 1e6:.0f} MB"
+    print(said, file=sys.stderr, flush=True)
     return Cost(cpu, wall, most)
 
 
@@ -203,9 +207,39 @@ def helps(folder: Path, repeats: int) -> list[dict[str, Any]]:
     return found
 
 
+def accuracy() -> list[dict[str, Any]]:
+    """Return error and cost of DRM-H on single matrices of the small family, by decomposition."""
+    import torch
+
+    from raymix.merge.drm import DrmOptions, drm
+
+    torch.set_num_threads(1)
+    found = []
+    names = ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj")
+    for name in names:
+        deltas = [task_delta(SMALL, f"model.layers.0.{name}.weight", k) for k in (1, 2, 3)]
+        exact = _merged(drm(None, [d.double() for d in deltas], DrmOptions(decomposition="svd")))
+        m, n = deltas[0].shape
+        for way in ("gram", "svd", "gram_fp32", "svd_fp32"):
+            start = time.process_time()
+            got = _merged(drm(None, deltas, DrmOptions.model_validate({"decomposition": way})))
+            spent = time.process_time() - start
+            error = float((got.double() - exact).norm() / exact.norm())
+            found.append(row(f"{m}x{n} {way}, fp32 merge, relative error", error, ""))
+            found.append(row(f"{m}x{n} {way}, fp32 merge, CPU", spent, "s"))
+        got = _merged(drm(None, [d.double() for d in deltas], DrmOptions()))
+        error = float((got - exact).norm() / exact.norm())
+        found.append(row(f"{m}x{n} gram, fp64 merge, relative error", error, ""))
+    return found
+
+
+def _merged(found: Any) -> Any:
+    return getattr(found, "delta", found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", default=["small", "wide", "layers"])
+    parser.add_argument("--sizes", nargs="+", default=["small", "wide", "layers", "accuracy"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
@@ -227,6 +261,8 @@ def main() -> None:
             rows += compare(folder, "7B-wide", WIDE, shared, args.repeats)
         if "layers" in args.sizes:
             rows += by_layers(folder, [m for m in ("ties", "drm-auto") if m in args.methods])
+    if "accuracy" in args.sizes:
+        rows += accuracy()
     print_table(rows)
     write_results("merge", rows)
 
