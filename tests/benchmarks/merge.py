@@ -1,6 +1,7 @@
 """Merging against mergekit: CPU seconds, wall and anonymous memory of whole commands.
 
-`python -m tests.benchmarks.merge [--sizes small wide layers accuracy] [--methods ...] [--repeats 2]`.
+`python -m tests.benchmarks.merge [--sizes small wide layers accuracy] [--methods NAMES]
+[--repeats N]`, by default all, twice.
 Every run is a command in its own process, start-up included, on the same synthetic family (a base
 and three fine-tunes in bf16, deltas of a decaying part plus dense noise). mergekit is run from the
 environment that `make .venv-mergekit` makes, or by the Python named in RAYMIX_MERGEKIT; in fp32
