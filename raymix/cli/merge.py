@@ -29,7 +29,7 @@ def command(
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Parameters at a time; else one per core or GPU."),
+        typer.Option(min=1, help="Parameters at a time; else one per core, or one on a GPU."),
     ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to compute.")] = "cpu",
     memory: Annotated[

@@ -129,6 +129,9 @@ def _eigh(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     The transposed matrix is column-major, as LAPACK wants it, so it is not copied.
     """
+    if gram_matrix.device.type != "cpu":
+        eigenvalues, vectors = torch.linalg.eigh(gram_matrix, UPLO="L")
+        return vectors, eigenvalues.flip(0).clamp_min(0).sqrt()
     vectors = gram_matrix.mT
     eigenvalues = torch.empty_like(gram_matrix[0])
     torch.linalg.eigh(vectors, UPLO="U", out=(eigenvalues, vectors))

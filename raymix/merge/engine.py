@@ -56,7 +56,7 @@ def merge(
         overrides: Changes such as `parameters.drop=0.5`.
         on: `local`: this process; `ray`: a task per parameter on the Ray cluster, whose nodes
             all see the models and `out` under the same paths.
-        workers: Parameters at a time; else one per core, or one per GPU.
+        workers: Parameters at a time; else one per core, or one on a GPU (`ray` uses them all).
         device: `cpu` or `cuda`.
         memory_bytes: Working memory of all workers that is not exceeded but by a parameter
             that alone needs more; else a quarter of what is free.
@@ -64,7 +64,8 @@ def merge(
 
     Returns:
         `out, method, tensors, seconds, peak_bytes, resumed, notes`; `peak_bytes` is the most
-        anonymous memory of a process, without the input files it maps.
+        anonymous memory of this process, without the input files it maps; on Ray the most
+        resident memory of a worker, with them.
 
     Raises:
         MergeError: If something is wrong with the inputs; nothing is left behind then.
@@ -117,7 +118,7 @@ def run_local(
     The kernels release Python's lock, so threads keep the cores busy; they share one torch and
     the mapped inputs, and nothing is copied between them.
     """
-    count = workers or (torch.cuda.device_count() if plan.device == "cuda" else _cores())
+    count = workers or (1 if plan.device == "cuda" else _cores())
     budget = memory_bytes or _free_bytes() // 4
     waiting, running = deque(jobs), dict[Future[dict[str, Any]], tuple[str, int]]()
     before = torch.get_num_threads()

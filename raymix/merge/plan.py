@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -82,10 +83,11 @@ class Plan:
         ]
 
     def identity(self) -> str:
-        """Return a hash of the merge and of the state of its input files."""
+        """Return a hash of the merge, of the state of its input files, and of who computes."""
         files = [file for _, found in self.sources() for file in found]
         states = [(f, s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-        text = json.dumps([self.file.model_dump(mode="json"), states, self.device], sort_keys=True)
+        made_by = [metadata.version("raymix"), torch.__version__, self.device]
+        text = json.dumps([self.file.model_dump(mode="json"), states, made_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
