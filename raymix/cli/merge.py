@@ -41,18 +41,13 @@ def command(
     ] = True,
     json: Json = False,
 ) -> None:
-    r"""Merge models of one architecture, tensor by tensor, in memory of a few tensors.
+    """Merge models of one architecture, tensor by tensor, in memory of a few tensors.
 
-    Methods: drm, knots, tsv, iso_c, iso_cts, ties, dare_ties, dare_linear, della, breadcrumbs,
+    The file is YAML: merge_method, models and, where the method needs it, base_model; parameters
+    hold for all tensors or by name and layer. A file for mergekit means the same here. Methods:
+    drm, knots, tsv, iso_c, iso_cts, ties, dare_ties, dare_linear, della, breadcrumbs,
     task_arithmetic, linear, slerp, multislerp, model_stock. LoRA adapters without a base give an
     adapter. Running it again goes on where it stopped.
-
-    \b
-    Example:
-      merge_method: drm
-      base_model: path/to/base
-      models: [{model: path/to/math}, {model: path/to/code}]
-      parameters: {direction: auto, drop: 0.8}
     """
 
     def work() -> dict[str, Any]:
