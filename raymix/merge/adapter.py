@@ -99,6 +99,11 @@ def open_adapter(path: str, field_path: str) -> Adapter:
     check_directory(path, field_path)
     config = read_json(os.path.join(path, CONFIG), field_path)
     _check(config, path, field_path)
+    if not os.path.exists(os.path.join(path, WEIGHTS)):
+        wrong = f"holds no {WEIGHTS}"
+        raise MergeError(
+            problem(field_path, path, wrong, "Save it again with PEFT, as safetensors")
+        )
     specs = file_specs(os.path.join(path, WEIGHTS), field_path)
     modules = [name.removeprefix(_PREFIX).removesuffix(_B) for name in specs if name.endswith(_B)]
     known = {f"{_PREFIX}{module}{end}" for module in modules for end in (_A, _B)}

@@ -29,9 +29,11 @@ def largest(deltas: Deltas, k: int, count: int) -> tuple[float, int]:
     """Return the `count`-th largest magnitude of task k, and how many are at or above it."""
     values = magnitudes(deltas, k)
     (lowest,) = order_statistics(values, -count)
+    if values.device.type != "cpu":
+        return lowest, int(torch.count_nonzero(values >= lowest))
     # What lies before the place of the value is no larger, but may be equal.
-    before = values[: values.numel() - count]
-    return lowest, count + int(torch.count_nonzero(before >= lowest))
+    before = values.numpy()[: values.numel() - count]
+    return lowest, count + int(np.count_nonzero(before >= lowest))
 
 
 def keep_from(values: Tensor, lowest: float) -> Tensor:

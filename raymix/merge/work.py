@@ -56,7 +56,7 @@ def _merge_parameter(
     place = plan.layout.places[name]
     stored = models.first.checkpoint.read(name)
     about: dict[str, Any] = {"shape": list(place.shape)}
-    if not stored.dtype.is_floating_point:
+    if not stored.dtype.is_floating_point or not stored.numel():
         _check_equal(models, name, stored)
         return stored, about | {"method": "copied"}
     if choice.method is None or choice.options is None:
@@ -180,10 +180,10 @@ def _merge_adapters(plan: Plan, module: str, choice: Choice, folder: str) -> dic
     if choice.method is None or choice.method.factored is None:
         raise MergeError(problem("rules", module, "an adapter has no base to keep"))
     m, n = next(a.shape(module) for a in plan.adapters if module in a.scale)
+    zeros = torch.zeros(m, n, dtype=torch.float64, device=plan.device)
+    nothing = Factors(zeros[:, :0], zeros[:0])
     factors = [
-        adapter.factors(module, torch.float64, plan.device)
-        if module in adapter.scale
-        else Factors(torch.zeros(m, 0, dtype=torch.float64), torch.zeros(0, n, dtype=torch.float64))
+        adapter.factors(module, torch.float64, plan.device) if module in adapter.scale else nothing
         for adapter in plan.adapters
     ]
     for adapter, own in zip(plan.adapters, factors, strict=True):
@@ -210,9 +210,9 @@ def _fitted(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
     left, right = factors.left, factors.right
     if left.shape[1] > rank:  # more factors than the matrix has rows or columns
         if left.shape[0] <= right.shape[1]:
-            left, right = torch.eye(rank, dtype=left.dtype), left @ right
+            left, right = torch.eye(rank).to(left), left @ right
         else:
-            left, right = left @ right, torch.eye(rank, dtype=left.dtype)
+            left, right = left @ right, torch.eye(rank).to(left)
     more = rank - left.shape[1]
     return (
         torch.nn.functional.pad(left, (0, more)),

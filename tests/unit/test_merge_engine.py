@@ -279,10 +279,14 @@ def _files(folder: Path, base: str, *tasks: str) -> dict[str, Any]:
 def test_whole_numbers_are_copied_if_they_agree(tmp_path: Path) -> None:
     ids = torch.arange(5)
     for k in range(3):
-        write_model(tmp_path / f"m{k}", {**weights(k), "ids": ids})
+        more = {"ids": ids, "nothing": torch.zeros(0, 4), "scale": torch.tensor(float(k))}
+        write_model(tmp_path / f"m{k}", {**weights(k), **more})
     run(_files(tmp_path, "m0", "m1", "m2"), tmp_path / "out", merge_method="linear")
-    assert torch.equal(read_model(tmp_path / "out")["ids"], ids)
-    write_model(tmp_path / "m2", {**weights(2), "ids": ids + 1})
+    found = read_model(tmp_path / "out")
+    assert torch.equal(found["ids"], ids)
+    assert found["nothing"].shape == (0, 4)
+    assert found["scale"] == 1.5
+    write_model(tmp_path / "m2", {**weights(2), **more, "ids": ids + 1})
     with pytest.raises(MergeError, match="'ids' holds whole numbers that differ"):
         run(_files(tmp_path, "m0", "m1", "m2"), tmp_path / "other", merge_method="linear")
 

@@ -255,6 +255,13 @@ def test_adapters_that_cannot_be_merged(config: dict[str, Any], words: str, tmp_
     assert words in refused({"models": models}, tmp_path / "out")
 
 
+def test_an_adapter_without_weights(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", FACTORS)
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
+    said = refused({"models": [{"model": str(tmp_path / "a")}]}, tmp_path / "out")
+    assert "holds no adapter_model.safetensors" in said
+
+
 def test_entry_wise_methods_give_no_adapter(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", FACTORS)
     models = [{"model": str(tmp_path / "a")}]
