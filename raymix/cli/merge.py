@@ -51,8 +51,9 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        from raymix.merge.engine import merge, shown_bytes
+        from raymix.merge.engine import merge, return_freed_memory, shown_bytes
 
+        return_freed_memory()
         document = merge(
             source,
             out,
