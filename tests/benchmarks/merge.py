@@ -8,10 +8,11 @@ environment that `make .venv-mergekit` makes, or by the Python named in RAYMIX_M
 arithmetic, as ours is. All libraries get one thread, where mergekit needs the least CPU time; ours
 works on as many parameters at a time as there are cores. Memory is the largest sum of anonymous
 resident memory over the process and its children, sampled every 20 ms: input files that are mapped
-do not count. Sizes: `small` 97 M parameters, `wide` two layers of a 7B model's widths, `layers` the
-small one at 1, 2 and 4 times the layers; `accuracy` is no run but the error of DRM's merged delta
-against fp64 throughout, and the CPU time of one matrix, by decomposition. Inputs and outputs (at
-most 6 GB) are removed afterwards. Each run is also said on stderr as it ends.
+do not count. Sizes: `small` 97 M parameters, `wide` two layers of a 7B model's widths (or
+`--wide-layers N`), `layers` the small one at 1, 2 and 4 times the layers; `accuracy` is no run but
+the error of DRM's merged delta against fp64 throughout, and the CPU time of one matrix, by
+decomposition. Inputs and outputs (at most 6 GB) are removed afterwards. Each run is also said on
+stderr as it ends.
 """
 
 from __future__ import annotations
@@ -243,6 +244,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["small", "wide", "layers", "accuracy"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--wide-layers", type=int, default=WIDE.layers)
     args = parser.parse_args()
     if THEIRS.exists():
         done = subprocess.run([str(THEIRS), "-c", MERGEKIT_VERSION], check=True)
@@ -259,7 +261,9 @@ def main() -> None:
             rows += compare(folder, "97M", SMALL, args.methods, args.repeats)
         if "wide" in args.sizes:
             shared = [method for method in args.methods if method in SHARED]
-            rows += compare(folder, "7B-wide", WIDE, shared, args.repeats)
+            wide = dataclasses.replace(WIDE, layers=args.wide_layers)
+            label = f"7B widths, {wide.layers} layers"
+            rows += compare(folder, label, wide, shared, args.repeats)
         if "layers" in args.sizes:
             rows += by_layers(folder, [m for m in ("ties", "drm-auto") if m in args.methods])
     if "accuracy" in args.sizes:
