@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test test-unit test-gpu test-slow lint lock clean \
-        bench-stream bench-prepare bench-loop
+        bench-stream bench-prepare bench-loop bench-merge
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,8 +51,14 @@ lint: install  ## Style, types, and the import rules of the house
 	@$(BIN)/lint-imports
 	@$(BIN)/pyrefly check
 
-bench-%: install  ## Print one table and write bench-results/NAME.json (stream, prepare, loop, plan, signals, controller)
+bench-%: install  ## Print one table and write bench-results/NAME.json (stream, prepare, loop, plan, signals, controller, merge)
 	@$(BIN)/python -m tests.benchmarks.$*
+
+.venv-mergekit:  ## mergekit in an environment of its own, for its comparison test and bench-merge
+	@$(PYTHON) -m venv $@.new
+	@$@.new/bin/python -m pip install --quiet mergekit==0.1.5 peft \
+	  "$$(grep -E '^torch==' requirements.lock | sed 's/+.*//')"
+	@mv $@.new $@
 
 lock:  ## Resolve the ranges of pyproject.toml afresh into requirements.lock
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

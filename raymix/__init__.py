@@ -9,9 +9,10 @@ loads neither torch nor ray:
     raymix.train(recipe)               # stream, train, checkpoint, report
     raymix.tune(recipe)                # small runs, a law, the best shares, tried
     raymix.fit_law("mixtures.csv")     # a law that predicts losses from shares, and its report
+    raymix.merge("merge.yaml", "out")  # one model from several
 
 Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.laws`,
-`raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.tune`, `raymix.report`.
+`raymix.merge`, `raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.tune`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
         ClusterError,
         CorpusError,
         LawError,
+        MergeError,
         RaymixError,
         RecipeError,
         TrainingError,
     )
     from raymix.laws import MixtureTable, fit_law
+    from raymix.merge import merge, merge_method
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
     from raymix.sampling import MixtureLog
@@ -46,6 +49,7 @@ __all__ = [
     "CorpusError",
     "DomainStats",
     "LawError",
+    "MergeError",
     "Mixer",
     "MixerContext",
     "MixtureLog",
@@ -57,6 +61,8 @@ __all__ = [
     "build_mixer",
     "fit_law",
     "load_recipe",
+    "merge",
+    "merge_method",
     "mixer",
     "plan",
     "prepare",
@@ -71,11 +77,13 @@ _HOMES = {
         "ClusterError",
         "CorpusError",
         "LawError",
+        "MergeError",
         "RaymixError",
         "RecipeError",
         "TrainingError",
     ),
     "laws": ("MixtureTable", "fit_law"),
+    "merge": ("merge_method",),
     "mixers": ("DomainStats", "Mixer", "MixerContext", "build_mixer", "mixer"),
     "recipe": ("Recipe", "load_recipe", "recipe_schema", "recipe_to_yaml"),
     "sampling": ("MixtureLog",),
@@ -88,6 +96,7 @@ _ROOMS = (
     "sampling",
     "mixers",
     "laws",
+    "merge",
     "corpus",
     "control",
     "train",

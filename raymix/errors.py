@@ -53,6 +53,10 @@ class LawError(RaymixError, ValueError):
     """A mixture table, a law or an objective that cannot be used as it is."""
 
 
+class MergeError(RaymixError, ValueError):
+    """Models, adapters or a merge file that cannot be merged as they are."""
+
+
 class ClusterError(RaymixError, RuntimeError):
     """The Ray cluster at hand lacks what the recipe asks for."""
 

@@ -69,6 +69,7 @@ COMMANDS = {
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",
         "optimize": "Find the shares with the least predicted loss under a fitted law.",
+        "merge": "Merge models of one architecture by DRM and its peers.",
         "report": "Draw a run's weights, losses and throughput as one HTML page.",
     },
 }

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from raymix.errors import RecipeError, problem
 from raymix.recipe import _yaml
 from raymix.recipe._describe import Spot, tag_of
@@ -14,8 +16,10 @@ from raymix.recipe.plugins import OpenTo, PluginMixer
 from raymix.recipe.recipe import Recipe
 
 
-def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the recipe's data with every override applied, in order.
+def apply_overrides(
+    data: Mapping[str, Any], overrides: Sequence[str], root: type[BaseModel] = Recipe
+) -> dict[str, Any]:
+    """Return the data of a recipe (of a `root`) with every override applied, in order.
 
     Raises:
         RecipeError: With one message per override that cannot be read or placed.
@@ -25,7 +29,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
     for override in overrides:
         try:
             path, value = _split(override)
-            _place(changed, Spot(Recipe), path.split("."), value, at="")
+            _place(changed, Spot(root), path.split("."), value, at="")
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:

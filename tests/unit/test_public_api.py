@@ -22,6 +22,7 @@ NAMES = {
     "LawError",
     "MixtureTable",
     "fit_law",
+    "MergeError",
     "Mixer",
     "MixerContext",
     "MixtureLog",
@@ -31,6 +32,8 @@ NAMES = {
     "TrainingError",
     "build_mixer",
     "load_recipe",
+    "merge",
+    "merge_method",
     "mixer",
     "plan",
     "prepare",
@@ -62,6 +65,7 @@ OPTIONS = {
         "--out",
         "--json",
     },
+    "merge": {"--out", "--set", "--on", "--workers", "--device", "--memory", "--plot", "--json"},
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
@@ -132,7 +136,7 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune"],
-        ["export", "optimize", "report"],
+        ["export", "optimize", "merge", "report"],
     ]
 
 
@@ -169,11 +173,13 @@ def test_errors_are_standard_types_too() -> None:
     kinds = {kind.__name__: kind for kind in error_classes()}
     assert issubclass(kinds["RecipeError"], ValueError)
     assert issubclass(kinds["CorpusError"], ValueError)
+    assert issubclass(kinds["MergeError"], ValueError)
     assert issubclass(kinds["ClusterError"], RuntimeError)
     assert {name: kind.exit_code for name, kind in kinds.items()} == {
         "RaymixError": 2,
         "RecipeError": 2,
         "CorpusError": 2,
+        "MergeError": 2,
         "ClusterError": 2,
         "LawError": 2,
         "TrainingError": 1,
