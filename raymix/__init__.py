@@ -8,8 +8,8 @@ loads neither torch nor ray:
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
 
-Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.corpus`,
-`raymix.control`, `raymix.train`, `raymix.report`.
+Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.schedule`,
+`raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
         CorpusError,
         RaymixError,
         RecipeError,
+        ScheduleError,
         TrainingError,
     )
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
     from raymix.sampling import MixtureLog
+    from raymix.schedule import plan_batch
     from raymix.store import Corpus
     from raymix.train.api import train
     from raymix.train.preflight import plan_run as plan
@@ -46,11 +48,13 @@ __all__ = [
     "RaymixError",
     "Recipe",
     "RecipeError",
+    "ScheduleError",
     "TrainingError",
     "build_mixer",
     "load_recipe",
     "mixer",
     "plan",
+    "plan_batch",
     "prepare",
     "recipe_schema",
     "recipe_to_yaml",
@@ -58,14 +62,24 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("ClusterError", "CorpusError", "RaymixError", "RecipeError", "TrainingError"),
+    "errors": (
+        "ClusterError",
+        "CorpusError",
+        "RaymixError",
+        "RecipeError",
+        "ScheduleError",
+        "TrainingError",
+    ),
     "mixers": ("DomainStats", "Mixer", "MixerContext", "build_mixer", "mixer"),
     "recipe": ("Recipe", "load_recipe", "recipe_schema", "recipe_to_yaml"),
     "sampling": ("MixtureLog",),
+    "schedule": ("plan_batch",),
     "store": ("Corpus",),
     "corpus": ("prepare",),
 }
-_ROOMS = ("recipe", "store", "sampling", "mixers", "corpus", "control", "train", "report")
+_ROOMS = (
+    "recipe", "store", "sampling", "mixers", "schedule", "corpus", "control", "train", "report",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,10 @@ class CorpusError(RaymixError, ValueError):
     """Input data or a prepared corpus that cannot be used as it is."""
 
 
+class ScheduleError(RaymixError, ValueError):
+    """Lengths, ranks or a cost model that no schedule fits, or a schedule that breaks its laws."""
+
+
 class ClusterError(RaymixError, RuntimeError):
     """The Ray cluster at hand lacks what the recipe asks for."""
 

@@ -63,6 +63,7 @@ COMMANDS = {
         "train": "Prepare if needed, then train, checkpoint and report.",
         "eval": "Score a run's checkpoint on the held-out text of every domain.",
         "compare": "Train under several mixers and seeds, and compare.",
+        "schedule": "Compare planners of long and short sequences on a corpus' lengths.",
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",

@@ -25,11 +25,13 @@ NAMES = {
     "RaymixError",
     "Recipe",
     "RecipeError",
+    "ScheduleError",
     "TrainingError",
     "build_mixer",
     "load_recipe",
     "mixer",
     "plan",
+    "plan_batch",
     "prepare",
     "recipe_schema",
     "recipe_to_yaml",
@@ -41,6 +43,24 @@ OPTIONS = {
     "train": {"--set", "--json", "--if-exists", "--report"},
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
+    "schedule": {
+        "--set",
+        "--json",
+        "--groups",
+        "--context",
+        "--widths",
+        "--barrier",
+        "--batch",
+        "--steps",
+        "--seed",
+        "--planners",
+        "--cost",
+        "--model",
+        "--network",
+        "--memory-tokens",
+        "--longest",
+        "--out",
+    },
     "export": {"--json"},
     "report": {"--out", "--json"},
     "init": {"--force", "--json"},
@@ -111,7 +131,7 @@ def test_help_loads_next_to_nothing() -> None:
 def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
-        ["prepare", "train", "eval", "compare"],
+        ["prepare", "train", "eval", "compare", "schedule"],
         ["export", "report"],
     ]
 
@@ -149,11 +169,13 @@ def test_errors_are_standard_types_too() -> None:
     kinds = {kind.__name__: kind for kind in error_classes()}
     assert issubclass(kinds["RecipeError"], ValueError)
     assert issubclass(kinds["CorpusError"], ValueError)
+    assert issubclass(kinds["ScheduleError"], ValueError)
     assert issubclass(kinds["ClusterError"], RuntimeError)
     assert {name: kind.exit_code for name, kind in kinds.items()} == {
         "RaymixError": 2,
         "RecipeError": 2,
         "CorpusError": 2,
+        "ScheduleError": 2,
         "ClusterError": 2,
         "TrainingError": 1,
     }
