@@ -51,7 +51,7 @@ lint: install  ## Style, types, and the import rules of the house
 	@$(BIN)/lint-imports
 	@$(BIN)/pyrefly check
 
-bench-%: install  ## Print one table and write bench-results/NAME.json (stream, prepare, loop, plan, signals, controller)
+bench-%: install  ## Print one table and write bench-results/NAME.json (stream, prepare, loop, plan, signals, controller, schedule)
 	@$(BIN)/python -m tests.benchmarks.$*
 
 lock:  ## Resolve the ranges of pyproject.toml afresh into requirements.lock
