@@ -51,7 +51,7 @@ lint: install  ## Style, types, and the import rules of the house
 	@$(BIN)/lint-imports
 	@$(BIN)/pyrefly check
 
-bench-%: install  ## Print one table and write bench-results/NAME.json (stream, prepare, loop, plan, signals, controller, merge)
+bench-%: install  ## Print one table and write bench-results/NAME.json (see README, "Measured")
 	@$(BIN)/python -m tests.benchmarks.$*
 
 .venv-mergekit:  ## mergekit in an environment of its own, for its comparison test and bench-merge

@@ -12,7 +12,8 @@ loads neither torch nor ray:
     raymix.merge("merge.yaml", "out")  # one model from several
 
 Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.laws`,
-`raymix.merge`, `raymix.corpus`, `raymix.control`, `raymix.train`, `raymix.tune`, `raymix.report`.
+`raymix.schedule`, `raymix.merge`, `raymix.corpus`, `raymix.control`, `raymix.train`,
+`raymix.tune`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         MergeError,
         RaymixError,
         RecipeError,
+        ScheduleError,
         TrainingError,
     )
     from raymix.laws import MixtureTable, fit_law
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
     from raymix.sampling import MixtureLog
+    from raymix.schedule import plan_batch
     from raymix.store import Corpus
     from raymix.train.api import train
     from raymix.train.preflight import plan_run as plan
@@ -57,6 +60,7 @@ __all__ = [
     "RaymixError",
     "Recipe",
     "RecipeError",
+    "ScheduleError",
     "TrainingError",
     "build_mixer",
     "fit_law",
@@ -65,6 +69,7 @@ __all__ = [
     "merge_method",
     "mixer",
     "plan",
+    "plan_batch",
     "prepare",
     "recipe_schema",
     "recipe_to_yaml",
@@ -80,6 +85,7 @@ _HOMES = {
         "MergeError",
         "RaymixError",
         "RecipeError",
+        "ScheduleError",
         "TrainingError",
     ),
     "laws": ("MixtureTable", "fit_law"),
@@ -87,6 +93,7 @@ _HOMES = {
     "mixers": ("DomainStats", "Mixer", "MixerContext", "build_mixer", "mixer"),
     "recipe": ("Recipe", "load_recipe", "recipe_schema", "recipe_to_yaml"),
     "sampling": ("MixtureLog",),
+    "schedule": ("plan_batch",),
     "store": ("Corpus",),
     "corpus": ("prepare",),
 }
@@ -96,6 +103,7 @@ _ROOMS = (
     "sampling",
     "mixers",
     "laws",
+    "schedule",
     "merge",
     "corpus",
     "control",

@@ -57,6 +57,10 @@ class MergeError(RaymixError, ValueError):
     """Models, adapters or a merge file that cannot be merged as they are."""
 
 
+class ScheduleError(RaymixError, ValueError):
+    """Lengths, ranks or a cost model that no schedule fits, or a schedule that breaks its laws."""
+
+
 class ClusterError(RaymixError, RuntimeError):
     """The Ray cluster at hand lacks what the recipe asks for."""
 

@@ -65,6 +65,7 @@ COMMANDS = {
         "compare": "Train under several mixers and seeds, and compare.",
         "fit": "Fit a law that predicts losses from shares to a table of runs.",
         "tune": "Find the best shares by small runs and a mixing law.",
+        "schedule": "Compare planners of long and short sequences on a corpus' lengths.",
     },
     "Use the result": {
         "export": "Write a checkpoint as a Hugging Face model directory.",

@@ -29,6 +29,7 @@ NAMES = {
     "RaymixError",
     "Recipe",
     "RecipeError",
+    "ScheduleError",
     "TrainingError",
     "build_mixer",
     "load_recipe",
@@ -36,6 +37,7 @@ NAMES = {
     "merge_method",
     "mixer",
     "plan",
+    "plan_batch",
     "prepare",
     "recipe_schema",
     "recipe_to_yaml",
@@ -50,6 +52,24 @@ OPTIONS = {
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
     "fit": {"--law", "--target", "--holdout", "--where", "--out", "--json"},
+    "schedule": {
+        "--set",
+        "--json",
+        "--groups",
+        "--context",
+        "--widths",
+        "--barrier",
+        "--batch",
+        "--steps",
+        "--seed",
+        "--planners",
+        "--cost",
+        "--model",
+        "--network",
+        "--memory-tokens",
+        "--longest",
+        "--out",
+    },
     "export": {"--json"},
     "optimize": {
         "--horizon",
@@ -135,7 +155,7 @@ def test_help_loads_next_to_nothing() -> None:
 def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
-        ["prepare", "train", "eval", "compare", "fit", "tune"],
+        ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
         ["export", "optimize", "merge", "report"],
     ]
 
@@ -174,12 +194,14 @@ def test_errors_are_standard_types_too() -> None:
     assert issubclass(kinds["RecipeError"], ValueError)
     assert issubclass(kinds["CorpusError"], ValueError)
     assert issubclass(kinds["MergeError"], ValueError)
+    assert issubclass(kinds["ScheduleError"], ValueError)
     assert issubclass(kinds["ClusterError"], RuntimeError)
     assert {name: kind.exit_code for name, kind in kinds.items()} == {
         "RaymixError": 2,
         "RecipeError": 2,
         "CorpusError": 2,
         "MergeError": 2,
+        "ScheduleError": 2,
         "ClusterError": 2,
         "LawError": 2,
         "TrainingError": 1,

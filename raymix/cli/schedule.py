@@ -1,0 +1,234 @@
+"""`raymix schedule`: how fast a step can be with sequences of these lengths, by planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from raymix.cli._run import Json, Overrides, SetOverrides, load, run_command
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from raymix.schedule import Comparison, CostModel, Layout
+    from raymix.schedule.layout import Ints
+
+_COLUMNS = (
+    ("over default", "speedup_over_default", "{:.2f}x"),
+    ("over packed", "speedup_over_packed", "{:.2f}x"),
+    ("of bound", "share_of_bound", "{:.1%}"),
+    ("step, ms", "step_ms", "{:.4g}"),
+    ("micro-steps", "micro_steps", "{:.1f}"),
+    ("most tokens", "most_tokens", "{:,}"),
+    ("violations", "memory_violations", "{}"),
+    ("plan, ms", "plan_ms", "{:.1f}"),
+)
+
+
+Action = Annotated[
+    Literal["simulate"],
+    typer.Argument(metavar="simulate", help="Plan batches and time them by a cost model."),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|LENGTHS",
+        help="A recipe whose corpus is prepared; lengths in a .txt, .csv or .json file; or "
+        "wikipedia, lmsys, chatqa2, llama3, magi, flexsp_wiki, longalign.",
+    ),
+]
+Groups = Annotated[int, typer.Option(min=1, help="Data-parallel groups.")]
+Context = Annotated[int, typer.Option(min=1, help="Ranks in each group.")]
+Widths = Annotated[
+    str, typer.Option(metavar="N,N", help="Ranks a sequence may take; else one or a group.")
+]
+BarrierOption = Annotated[str, typer.Option(help="Who waits: group, all or none.")]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences in a global batch.")]
+Steps = Annotated[int, typer.Option(min=1, help="Batches to plan.")]
+Seed = Annotated[int, typer.Option(help="Of the draw of batches.")]
+Planners = Annotated[str, typer.Option(metavar="NAMES", help="Separated by commas; else all.")]
+CostFile = Annotated[
+    str | None, typer.Option(metavar="FILE", help="A fitted cost model; else assumptions.")
+]
+ModelName = Annotated[str, typer.Option(help="Assumed model without --cost: 0.5b or 7b.")]
+NetworkName = Annotated[str, typer.Option(help="Assumed network without --cost: nvlink or slow.")]
+MemoryTokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens a rank can hold; else the cost model's.")
+]
+Longest = Annotated[int | None, typer.Option(min=1, help="Cut longer sequences here.")]
+Out = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Draw a page, *.html, with its data beside.")
+]
+
+
+def command(
+    action: Action,
+    source: Source,
+    overrides: Overrides = None,
+    *,
+    set_overrides: SetOverrides = None,
+    groups: Groups = 4,
+    context: Context = 8,
+    widths: Widths = "",
+    barrier: BarrierOption = "group",
+    batch: Batch = 256,
+    steps: Steps = 3,
+    seed: Seed = 0,
+    planners: Planners = "",
+    cost: CostFile = None,
+    model: ModelName = "0.5b",
+    network: NetworkName = "nvlink",
+    memory_tokens: MemoryTokens = None,
+    longest: Longest = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Compare planners of long and short sequences on a corpus' lengths, without a GPU.
+
+    A batch's sequences sit on single ranks or are sharded over a group; each planner decides it
+    its own way. Times are those of a cost model, fitted (--cost) or assumed: look at ratios.
+    Sequences too long for a group are cut where the lengths are a published distribution's.
+    """
+
+    def work() -> dict[str, Any]:
+        from dataclasses import replace
+
+        from rich.console import Console
+
+        from raymix.schedule import Layout, compare_planners, load_cost_model, preset
+
+        page = None if out is None else _page(out)
+        chosen = load_cost_model(cost) if cost else preset(model, network)
+        if memory_tokens is not None:
+            chosen = replace(chosen, memory_tokens=memory_tokens)
+        layout = Layout(groups, context, barrier=barrier, widths=_numbers(widths))  # type: ignore[arg-type] # Layout checks it
+        changes = [*(overrides or ()), *(set_overrides or ())]
+        lengths = _lengths(source, changes, layout, chosen, longest, seed)
+        names = tuple(name.strip() for name in planners.split(",") if name.strip())
+        found = compare_planners(
+            lengths, layout, chosen, batch=batch, steps=steps, seed=seed, planners=names
+        )
+        document: dict[str, Any] = {"source": source, "files": [], **found.document()}
+        if page is not None:
+            document["files"] = _write(document, found, page)
+        _draw(document, Console(highlight=False))
+        return document
+
+    run_command(work, json=json)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from raymix.errors import ScheduleError, problem
+
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        wrong = "not whole numbers, separated by commas"
+        raise ScheduleError(problem("layout.widths", text, wrong)) from error
+
+
+def _lengths(
+    source: str,
+    changes: list[str],
+    layout: Layout,
+    cost: CostModel,
+    longest: int | None,
+    seed: int,
+) -> Ints:
+    """Return the lengths that a source stands for, cut at `longest`."""
+    import numpy as np
+
+    from raymix.errors import ScheduleError, problem
+    from raymix.schedule.lengths import known_distributions
+    from raymix.schedule.source import known_source, read_lengths
+
+    recipe_like = source.endswith((".yaml", ".yml")) or ":" in source
+    if recipe_like and not known_source(source):
+        lengths = _corpus_lengths(source, changes)
+    elif changes:
+        wrong = "only a recipe has fields to change"
+        raise ScheduleError(problem("overrides", changes, wrong))
+    else:
+        lengths = read_lengths(source, seed=seed)
+    if longest is None and source in known_distributions():
+        longest = layout.context * cost.memory_tokens
+    return np.minimum(lengths, longest) if longest is not None else lengths
+
+
+def _corpus_lengths(source: str, changes: list[str]) -> Ints:
+    """Return the tokens of every training document of a recipe's corpus, cut as training does."""
+    import numpy as np
+
+    from raymix.store import Corpus
+
+    recipe = load(source, changes)
+    corpus = Corpus.open(recipe.corpus.path)
+    every = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
+    lengths = np.concatenate(every).astype(np.int64)
+    return np.minimum(lengths[lengths > 0], recipe.data.sequence_length)
+
+
+def _page(out: str) -> Path:
+    """Return the path of the page, if one can be drawn there: before any work is done."""
+    from pathlib import Path
+
+    from raymix.errors import ScheduleError, problem
+    from raymix.report.style import require_matplotlib
+
+    page = Path(out)
+    if page.suffix not in {".html", ".htm"}:
+        advice = "Give a name that ends in .html"
+        raise ScheduleError(problem("out", out, "not an HTML file", advice))
+    if not page.parent.is_dir():
+        raise ScheduleError(problem("out", out, "its directory does not exist"))
+    require_matplotlib()
+    return page
+
+
+def _write(document: Mapping[str, Any], found: Comparison, page: Path) -> list[str]:
+    """Write the page and its data; return their paths."""
+    import json as json_module
+
+    from raymix.cli._run import plain
+    from raymix.report.schedule import schedule_page
+    from raymix.store import atomic_write_text
+
+    data = page.with_suffix(".json")
+    schedules = {name: tally.last for name, tally in found.tallies.items() if tally.last}
+    html = schedule_page(document, schedules, twin=data.name)
+    atomic_write_text(str(data), json_module.dumps(plain(document), allow_nan=False) + "\n")
+    atomic_write_text(str(page), html)
+    return [str(page), str(data)]
+
+
+def _draw(document: Mapping[str, Any], console: Console) -> None:
+    """Print the comparison for people."""
+    from rich import box
+    from rich.table import Table
+
+    if not console.is_terminal:
+        console.width = 120
+    layout, cost = document["layout"], document["cost"]
+    console.print(
+        f"\n{document['source']}: {document['steps']} batches of {document['sequences']:,} "
+        f"sequences on {layout['groups']} x {layout['context']} ranks of "
+        f"{cost['memory_tokens']:,} tokens; cost model: {cost['hardware'] or 'unnamed'}\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    fancy = console.is_terminal
+    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
+    for number, title in enumerate(("planner", *(column[0] for column in _COLUMNS))):
+        table.add_column(title, justify="right" if number else "left", no_wrap=True)
+    for name, row in document["planners"].items():
+        values = {**row, "step_ms": 1000 * row["step_s"]}
+        table.add_row(name, *(form.format(values[key]) for _, key, form in _COLUMNS))
+    console.print(table)
+    for name, why in document["left_out"].items():
+        console.print(f"{name} is left out: {why}", markup=False, soft_wrap=True)
+    if document["files"]:
+        console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)

@@ -1,0 +1,99 @@
+"""The ranks a batch is spread over, and which teams of them may share one sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymix.errors import ScheduleError, did_you_mean, problem
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+Barrier = Literal["group", "all", "none"]
+"""Who waits for whom after a micro-step: see `Layout.barrier`."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Data-parallel groups times context-parallel ranks; rank r is number r % context of its group.
+
+    Raises:
+        ScheduleError: If a size is not positive, or a width does not divide `context`.
+    """
+
+    groups: int
+    """Data-parallel groups, G."""
+    context: int = 1
+    """Ranks in each, N: a sequence may be sharded over them."""
+    barrier: Barrier = field(default="group", kw_only=True)
+    """After a micro-step, "group": the ranks of a group wait for each other (the objective of
+    Skrull, eq. 8); "all": everyone waits (parameters gathered per micro-step: FSDP, ZeRO-3);
+    "none": only those that shared a sequence wait (DDP, ZeRO-2 with delayed reduction)."""
+    widths: tuple[int, ...] = field(default=(), kw_only=True)
+    """Ranks a sequence may be spread over; left out, 1 (local) and `context` (sharded). Ranks
+    first, first + 1, ... of a team of w begin at a multiple of w."""
+
+    def __post_init__(self) -> None:
+        """Check the sizes and complete the widths."""
+        for name in ("groups", "context"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ScheduleError(problem(f"layout.{name}", value, "not a whole number >= 1"))
+        if self.barrier not in get_args(Barrier):
+            known = get_args(Barrier)
+            raise ScheduleError(
+                problem(
+                    "layout.barrier",
+                    self.barrier,
+                    "not a barrier",
+                    f"Known: {', '.join(known)}",
+                    did_you_mean(str(self.barrier), known),
+                )
+            )
+        for width in self.widths:
+            if width < 1 or self.context % width:
+                wrong = f"{width} does not divide the {self.context} ranks of a group"
+                raise ScheduleError(problem("layout.widths", self.widths, wrong))
+        object.__setattr__(self, "widths", tuple(sorted({1, *self.widths, self.context})))
+
+    @property
+    def ranks(self) -> int:
+        """Return the number of ranks, R."""
+        return self.groups * self.context
+
+    @cached_property
+    def slots(self) -> Slots:
+        """Return the places a sequence may take within a group."""
+        return Slots.of(self)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The T places within a group, those of one rank first; then teams, the narrow ones first."""
+
+    first_T: Ints
+    """First rank within the group."""
+    width_T: Ints
+    level_T: Ints
+    """Position of the width in `Layout.widths`."""
+    covers_TN: Floats
+    """1 where a slot includes a rank, else 0, shape (T, N)."""
+
+    @classmethod
+    def of(cls, layout: Layout) -> Slots:
+        """Return the slots of a layout's group."""
+        n = layout.context
+        places = [
+            (first, width, level)
+            for level, width in enumerate(layout.widths)
+            for first in range(0, n, width)
+        ]
+        first_T, width_T, level_T = np.array(places, dtype=np.int64).T
+        rank_N = np.arange(n)
+        covers = (rank_N >= first_T[:, None]) & (rank_N < (first_T + width_T)[:, None])
+        return cls(first_T, width_T, level_T, covers.astype(np.float64))

@@ -1,0 +1,110 @@
+"""`refine`, the default planner: cut-offs of length, then best-improving moves.
+
+1. Work is balanced over the groups (LPT).
+2. Each group is cut into the fewest micro-batches that hold it, in several ways; into more where
+   that can still be faster (`cuts`).
+3. In each micro-batch sequences above a cut-off of length are sharded and the others local; of all
+   cut-offs the one that the cost model likes best (`seating`).
+4. The best cuts of each group are improved by moves and swaps (`moves`), and the best is kept.
+5. While it helps, the slowest groups give sequences to the fastest, or swap some with them.
+
+The plans of `hdp` and `packed` cost little to make: the former is another start for step 4 where
+it is any good, and whichever of all is fastest under the layout's barrier is returned. So by the
+cost model it is given `refine` is never slower than these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from raymix.schedule.base import planner
+from raymix.schedule.baselines import packed
+from raymix.schedule.cost import CostModel
+from raymix.schedule.cuts import Cut, Cutter, Effort
+from raymix.schedule.group import Draft, over_groups
+from raymix.schedule.hdp import hdp
+from raymix.schedule.layout import Ints, Layout
+from raymix.schedule.timing import Placement, lower_bound, timing
+from raymix.schedule.trading import exchange, rearrange
+
+# Where balancing ends: part of the time.
+_LEVEL = 0.002
+# Another plan is improved too where it is at most this much slower.
+_NEAR = 1.02
+# In small batches more is tried, for there it costs little.
+_SMALL = 32
+_MUCH = Effort(
+    more=3,
+    seated=3,
+    kept=2,
+    moves=24,
+    moves_after=8,
+    even=0.003,
+    rounds=12,
+    drawn=12,
+    patience=2,
+    worth=0.0,
+)
+_LITTLE = Effort(
+    more=2,
+    seated=2,
+    kept=1,
+    moves=6,
+    moves_after=2,
+    even=0.01,
+    rounds=3,
+    drawn=0,
+    patience=0,
+    worth=0.003,
+)
+
+
+@planner("refine")
+def refine(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
+    """Return the placement found by cut-offs of length and improving moves."""
+    bound = lower_bound(length_K, layout, cost) * (1 + _LEVEL)
+    simple, merged = packed(length_K, layout, cost), hdp(length_K, layout, cost)
+    second_O = [timing(length_K, placed, layout, cost).seconds for placed in (simple, merged)]
+    found, best = (simple, second_O[0]) if second_O[0] <= second_O[1] else (merged, second_O[1])
+    if best <= bound:
+        return found
+    effort = _MUCH if length_K.size <= _SMALL else _LITTLE
+    cutter = Cutter(length_K, layout, cost, effort)
+    cuts = cutter.best(over_groups(length_K, layout, cost))
+    if second_O[1] <= _NEAR * _slowest(cuts):
+        cuts = min(cuts, cutter.improved(_taken(cutter, merged)), key=_slowest)
+    placed = _traded(cutter, cuts)
+    return placed if timing(length_K, placed, layout, cost).seconds < best else found
+
+
+def _slowest(cuts: Sequence[Cut]) -> float:
+    return max(cut.seconds for cut in cuts)
+
+
+def _taken(cutter: Cutter, placed: Placement) -> list[Cut]:
+    """Return the cuts of another plan."""
+    group_K = placed.first_K // cutter.layout.context
+    groups = [np.flatnonzero(group_K == group) for group in range(cutter.layout.groups)]
+    return [cutter.of_placement(at, ids, placed) for at, ids in enumerate(groups)]
+
+
+def _traded(cutter: Cutter, cuts: list[Cut]) -> Placement:
+    """Return the placement after trades between micro-batches."""
+    effort, idle = cutter.effort, 0
+    for turn in range(effort.rounds):
+        before = _slowest(cuts)
+        if effort.drawn:
+            rearrange(cutter, cuts, turn)
+        exchange(cutter, cuts, turn)
+        # A round without a gain need not be the last: what is drawn differs from round to round.
+        idle = 0 if _slowest(cuts) < before * (1 - effort.worth) else idle + 1
+        if idle > effort.patience:
+            break
+    draft = Draft(cutter.length_K.size, cutter.layout)
+    for group, cut in enumerate(cuts):
+        # Where everyone waits for everyone, slow micro-batches belong together.
+        for micro, at in enumerate(np.argsort(-cut.second_M, kind="stable").tolist()):
+            draft.seat(cut.parts[at], group, micro, cut.slots[at])
+    return draft.done()
