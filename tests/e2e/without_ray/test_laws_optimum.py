@@ -7,7 +7,7 @@ import pytest
 
 from raymix.laws import make_table, separable_optimum
 from tests.e2e.conftest import Shell
-from tests.unit.test_laws_separable import by_solver, check_solution, instance
+from tests.e2e.without_ray.test_laws_separable import by_solver, check_solution, instance
 
 DOMAINS = ("web", "books", "code")
 
