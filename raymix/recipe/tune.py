@@ -64,7 +64,8 @@ class TuneConfig(Model):
     verify: Whole = Field(default=3, ge=0, le=100)
     """Seeds, new ones, to run the optimum and what it is compared with on; 0 for none."""
     scheduler: Literal["none", "asha"] = "none"
-    """`asha` stops runs of high loss early (ASHA); their last losses are used all the same."""
+    """With mode `design`, `asha` stops runs of high loss early (ASHA); their last losses are used
+    all the same."""
     proxy: dict[str, Any] = Field(default_factory=dict)
     """Fields of the recipe that differ in the small runs, e.g. {train.steps: 120}."""
 
@@ -74,6 +75,7 @@ class TuneConfig(Model):
             sum_fault("prior", self.prior) if isinstance(self.prior, dict) else None,
             self._initial_fault(),
             self._weights_fault(),
+            self._scheduler_fault(),
             *self._proxy_faults(),
         )
         return self
@@ -88,6 +90,12 @@ class TuneConfig(Model):
         if not self.weights or any(self.weights.values()):
             return None
         return Fault("weights", self.weights, "every weight is 0", ("Weigh at least one loss",))
+
+    def _scheduler_fault(self) -> Fault | None:
+        if self.scheduler == "none" or self.mode == "design":
+            return None
+        wrong = f"runs that follow from those before, as with mode {self.mode}, are all run out"
+        return Fault("scheduler", self.scheduler, wrong, ("Use it with mode: design",))
 
     def _proxy_faults(self) -> list[Fault]:
         advice = "A small run is one mixture in one process; allowed are data, model, train, eval"

@@ -11,6 +11,7 @@ from typing import Any
 
 from raymix.errors import RecipeError, problem
 from raymix.report.style import COLOURS, css_variables, figure, require_matplotlib, to_svg
+from raymix.store import atomic_write_text
 
 NAME = "merge_report.svg"
 """The picture's file name."""
@@ -42,11 +43,11 @@ def draw_merge(out: str | os.PathLike[str]) -> Path:
     path = Path(out, "merge_report.json")
     try:
         tensors: dict[str, Any] = json.loads(path.read_text("utf-8"))["tensors"]
-    except (OSError, ValueError, KeyError) as error:
+        for tensor in tensors.values():
+            tensor["relative_norm"] = _relative_norm(tensor)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = f"not a merge report: {error}"
         raise RecipeError(problem("out", str(path), wrong, "Name a merged model")) from None
-    for tensor in tensors.values():
-        tensor["relative_norm"] = _relative_norm(tensor)
     panels = [
         (label, [(at, name, tensors[name].get(key)) for at, name in enumerate(tensors)])
         for label, key in _PANELS.items()
@@ -56,7 +57,7 @@ def draw_merge(out: str | os.PathLike[str]) -> Path:
     head = '<?xml version="1.0" encoding="utf-8"?>\n'
     theme = _THEME % (css_variables(0), css_variables(1))
     target = Path(out, NAME)
-    target.write_text(head + svg.replace(">", ">" + theme, 1) + "\n", "utf-8")
+    atomic_write_text(str(target), head + svg.replace(">", ">" + theme, 1) + "\n")
     return target
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, TrainingError, problem
+from raymix.errors import LawError, RecipeError, TrainingError, problem
 from raymix.laws import (
     FitReport,
     Law,
@@ -113,7 +113,10 @@ def learn(table: MixtureTable, recipe: Recipe, space: Space) -> Learned:
 
 def check_law(kind: str) -> None:
     """Refuse a kind of law that there is not, before anything runs."""
-    build_law(kind)
+    try:
+        build_law(kind)
+    except LawError as error:
+        raise RecipeError(*(f"tune: {message}" for message in error.problems)) from error
 
 
 def judged(learned: Learned, table: MixtureTable) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, RaymixError, RecipeError, problem
+from raymix.errors import LawError, RaymixError, RecipeError, did_you_mean, problem
 from raymix.laws import Objective
 from raymix.laws.design import (
     check_limits,
@@ -25,6 +25,7 @@ from raymix.laws.design import (
     space_filling_design,
     vertices,
 )
+from raymix.laws.fitted import LEAST_RUNS
 from raymix.recipe import Recipe, StaticMixer, TuneConfig, load_recipe
 from raymix.store import Corpus
 from raymix.train.supply import prepared_supply
@@ -35,6 +36,7 @@ Floats = NDArray[np.float64]
 EVALUATIONS = 8
 """Of a small run, where its recipe does not say how often."""
 _DIGITS = 6
+_MOST_NAMED = 20
 _SMOKE_RUNS = 8
 _SMOKE_STEPS = 20
 _SMOKE = {"rows_per_step": 8, "sequence_length": 64}
@@ -85,9 +87,12 @@ def space_of(recipe: Recipe, corpus: Corpus) -> Space:
     """Return what mixtures a recipe allows on a corpus.
 
     Raises:
-        RecipeError: If its floors and caps leave no choice.
+        RecipeError: If its floors and caps leave no choice, or name what is not mixed.
     """
     config, held = recipe.tune, recipe.mixer.targets
+    faults = [*_target_faults(held, corpus), *_name_faults(config, held, corpus)]
+    if faults:
+        raise RecipeError(*faults)
     usable = {s.name: s.usable for s in prepared_supply(corpus, recipe.data) if s.name not in held}
     domains = tuple(usable)
     usable_D = np.array([usable[name] for name in domains], dtype=np.float64)
@@ -112,6 +117,44 @@ def space_of(recipe: Recipe, corpus: Corpus) -> Space:
         prior_D=_prior(config, domains, proportional_D),
         proportional_D=proportional_D,
     )
+
+
+def _target_faults(held: Sequence[str], corpus: Corpus) -> Iterator[str]:
+    known = corpus.domain_names
+    for name in held:
+        if name not in known:
+            yield _no_domain("mixer.targets", name, name, corpus)
+    if set(known) <= set(held):
+        advice = "Leave two domains or more to mix"
+        yield problem("mixer.targets", list(held), "every domain is a target", advice)
+
+
+def _name_faults(config: TuneConfig, held: Sequence[str], corpus: Corpus) -> Iterator[str]:
+    """Yield what a recipe that lists no domains could not be told when it was read."""
+    for field, values in config.by_domain().items():
+        for name, value in values.items():
+            path = f"tune.{field}.{name}"
+            if name not in corpus.domain_names:
+                yield _no_domain(path, value, name, corpus)
+            elif name in held and value > 0 and field in ("floors", "prior"):
+                wrong = "a target is measured and never trained on"
+                yield problem(path, value, wrong, "Its share must be 0")
+
+
+def _no_domain(path: str, value: object, name: str, corpus: Corpus) -> str:
+    known = corpus.domain_names
+    allowed = f"Known: {', '.join(known[:_MOST_NAMED])}"
+    wrong = "no domain of the corpus has this name"
+    return problem(path, value, wrong, did_you_mean(name, known), allowed)
+
+
+def refuse_few(config: TuneConfig, space: Space) -> None:
+    """Raise RecipeError if a design is too short for any law, before anything runs."""
+    extra = len(space.domains) * (config.vertices + config.leave_one_out)
+    if config.runs + extra < LEAST_RUNS:
+        wrong = "too few runs for a law"
+        advice = f"Allowed: {LEAST_RUNS} or more, and about two for each domain are of use"
+        raise RecipeError(problem("tune.runs", config.runs, wrong, advice))
 
 
 def _epochs(recipe: Recipe, domains: Sequence[str]) -> Floats:

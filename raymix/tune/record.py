@@ -75,7 +75,7 @@ class Record:
             fresh.write()
             return fresh
         stored = _read(path)
-        kept = [Mixture(**mixture) for mixture in stored["mixtures"]]
+        kept: list[Mixture] = stored["mixtures"]
         found = cls(out, identity, kept)
         if stored["identity"] != json.loads(json.dumps(identity)):
             found = cls(out, identity, designed(recipe.tune, space))
@@ -114,10 +114,12 @@ def _identity(recipe: Recipe, space: Space, fingerprint: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return what the file holds, with its mixtures as such."""
     try:
         stored = json.loads(path.read_text("utf-8"))
         if stored["format"] == FORMAT and stored["mixtures"]:
-            return stored
+            mixtures = [Mixture(**mixture) for mixture in stored["mixtures"]]
+            return {"identity": dict(stored["identity"]), "mixtures": mixtures}
         wrong = f"format {stored['format']!r}, not {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong = f"cannot be read: {type(error).__name__} {error}"

@@ -35,6 +35,7 @@ from raymix.tune.mixtures import (
     optimum_mixture,
     proxy_recipe,
     references,
+    refuse_few,
     smoke_config,
     space_of,
     variant,
@@ -130,6 +131,11 @@ def _search(
         wrong = "a small run is one process, whose model cannot be sharded"
         advice = "Give it a model that fits one process: tune.proxy, with train.parallel: ddp"
         raise RecipeError(problem("train.parallel", "fsdp2", wrong, advice))
+    horizon, steps = recipe.tune.horizon, steps_of(proxy)
+    if horizon is not None and horizon < steps:
+        wrong = f"shorter than the small runs, which have {steps:,} steps"
+        advice = "Raise it, leave it out, or set tune.proxy: {train.steps: N}"
+        raise RecipeError(problem("tune.horizon", horizon, wrong, advice))
     directory = output_directory(out, f"{recipe.name}-tune{'-smoke' if smoke else ''}")
     has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     return _Search(recipe, proxy, free_directory(directory, if_exists), has, parallel)
@@ -146,7 +152,9 @@ def _prepared(search: _Search) -> tuple[Corpus, Space]:
         search.group([Mixture(name="uniform", origin="", shares=even)]).plan(None)
 
     corpus = open_or_prepare(search.recipe.corpus, refuse)
-    return corpus, space_of(search.recipe, corpus)
+    space = space_of(search.recipe, corpus)
+    refuse_few(search.recipe.tune, space)
+    return corpus, space
 
 
 def _learned_part(
