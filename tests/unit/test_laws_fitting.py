@@ -212,7 +212,7 @@ def test_absent_domains_have_finite_slopes_that_do_not_help_less(kind: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["bimix", "exponential", "additive"])
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 999))
 def test_what_says_it_is_convex_is(kind: str, seed: int) -> None:
     """On the way between two mixtures no loss is above the straight line."""
@@ -239,7 +239,7 @@ def test_a_power_above_one_is_not_said_to_be_convex() -> None:
     assert not curve.convex(theta_BP)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(k=st.floats(0.01, 100), seed=st.integers(0, 99))
 def test_a_factor_of_the_exponential_is_a_shift_of_its_slopes(k: float, seed: int) -> None:
     """k exp(t . r) = exp((t + log k) . r), since shares sum to 1: the published k is redundant."""

@@ -35,7 +35,7 @@ def of_runs(names: list[str], step: list[float] | None = None) -> MixtureTable:
 losses = st.lists(st.integers(1, 9).map(float), min_size=3, max_size=20)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(measured=losses, seed=st.integers(0, 99))
 def test_rank_correlation_is_that_of_scipy_with_ties(measured: list[float], seed: int) -> None:
     given_R = np.array(measured)
@@ -56,7 +56,7 @@ def test_scores_by_hand() -> None:
     assert found.spearman == pytest.approx(1.5 / np.sqrt(1.5 * 2))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(measured=losses, factor=st.floats(0.1, 10))
 def test_a_score_does_not_depend_on_the_unit_of_the_loss(
     measured: list[float], factor: float
@@ -105,7 +105,7 @@ def test_scores_are_by_target_and_their_mean_over_targets() -> None:
     assert np.isnan(mean_score({}).mre)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(runs=st.integers(1, 30), rows=st.integers(1, 4), seed=st.integers(0, 9))
 def test_every_run_is_left_out_whole_and_once(runs: int, rows: int, seed: int) -> None:
     names = [f"r{at}" for at in range(runs) for _ in range(rows)]
