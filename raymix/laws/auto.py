@@ -86,8 +86,10 @@ class AutoLaw:
             if not isinstance(candidate, FittedLaw):
                 continue
             try:
-                candidate.solver.learn(data)
-                apart, ahead = questions(candidate.solver, data)
+                # Some kinds need more runs than others.
+                enough = training(table, least_runs=candidate.least_runs)
+                candidate.solver.learn(enough)
+                apart, ahead = questions(candidate.solver, enough)
             except LawError as error:
                 problems.append(f"{kind}: {error}")
                 continue

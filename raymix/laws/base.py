@@ -5,6 +5,7 @@ Shapes: R rows, D domains, V targets.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -197,7 +198,15 @@ def build_law(kind: str, **options: Any) -> Law:
         known = known_laws()
         near = did_you_mean(kind, known)
         raise LawError(problem("law", kind, "not a law", f"Known: {', '.join(known)}", near))
-    return _FACTORIES[kind](**options)
+    factory = _FACTORIES[kind]
+    taken = inspect.signature(factory).parameters
+    if not any(given.kind is given.VAR_KEYWORD for given in taken.values()):
+        for name in options.keys() - taken.keys():
+            known = f"Options: {', '.join(taken)}" if taken else "It has none"
+            near = did_you_mean(name, list(taken))
+            wrong = f"no option of the law {kind!r}"
+            raise LawError(problem(f"law.{name}", options[name], wrong, known, near))
+    return factory(**options)
 
 
 def law_to_dict(fitted: Law, report: FitReport | None = None) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class BiMixCurve:
     ) -> tuple[Floats, Floats]:
         """Return log losses, shape (B, N), and their Jacobian, shape (B, N, P)."""
         own_B = self._own(len(theta_BP), at_B)
-        log_r_BN = np.log(inputs.share_ND[:, own_B].T + self.eps)
+        # Without eps the loss of a domain that is absent is infinite, which is what is meant.
+        with np.errstate(divide="ignore"):
+            log_r_BN = np.log(inputs.share_ND[:, own_B].T + self.eps)
         alpha_B1, floor_B1 = np.exp(theta_BP[:, :1]), np.exp(theta_BP[:, 1:2])
         power_BN = -alpha_B1 * log_r_BN
         if not self.steps:

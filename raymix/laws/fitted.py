@@ -46,6 +46,16 @@ class Training:
         """Return 1 where a loss was measured, shape (V, R)."""
         return np.isfinite(self.log_loss_VR).astype(np.float64)
 
+    def seen_in(self, use_FR: np.ndarray) -> np.ndarray:
+        """Return the rows each target is learned from in each subset, shape (F, V, R).
+
+        A target that a subset holds no loss of keeps all its rows: solvers always have some, and
+        `questions` drops what is then no prediction.
+        """
+        seen_VR = self.seen_VR > 0
+        use_FVR = use_FR[:, None, :] & seen_VR
+        return np.where(use_FVR.any(axis=2, keepdims=True), use_FVR, seen_VR)
+
 
 class Solver(Protocol):
     """The half of a law that learns."""
@@ -115,10 +125,12 @@ def training(table: MixtureTable, *, least_runs: int = LEAST_RUNS) -> Training:
         wrong = "all runs have the same shares: there is nothing to learn from"
         raise LawError(problem("table.share.*", "constant", wrong, "Vary the mixture"))
     log_loss_VR = np.log(table.loss_RV).T
-    few = np.flatnonzero(np.isfinite(log_loss_VR).sum(axis=1) < least_runs)
-    if few.size:
-        wrong = f"measured in fewer than {least_runs} rows"
-        raise LawError(problem(f"table.loss.{table.targets[few[0]]}", None, wrong))
+    for target, log_loss_R in zip(table.targets, log_loss_VR, strict=True):
+        known = {table.runs[row] for row in np.flatnonzero(np.isfinite(log_loss_R))}
+        if len(known) < least_runs:
+            wrong = f"measured in {len(known)} runs, fewer than {least_runs}"
+            advice = "Measure it in more runs, or choose other targets"
+            raise LawError(problem(f"table.loss.{target}", None, wrong, advice))
     unit = 1.0 if table.step_R is None else float(np.exp(np.log(table.step_R).mean()))
     return Training(table, _inputs(table.share_RD, table.step_R, unit), log_loss_VR, unit)
 
@@ -164,7 +176,7 @@ class FittedLaw:
         self.solver = solver
         self.domains: tuple[str, ...] = ()
         self.targets: tuple[str, ...] = ()
-        self._least_runs = least_runs
+        self.least_runs = least_runs
         self._unit = 1.0
         self._last: float | None = None
         self._most_D = np.zeros(0)
@@ -187,7 +199,7 @@ class FittedLaw:
         """
         began = time.process_time()
         with one_thread():
-            data = training(table, least_runs=self._least_runs)
+            data = training(table, least_runs=self.least_runs)
             self.solver.learn(data)
             self.settle(data)
             return self.judged(data, began)
@@ -296,7 +308,9 @@ def questions(solver: Solver, data: Training) -> tuple[dict[str, Score], dict[st
     table, use_FR = data.table, folds(data.table)
     early_R = early(table)
     ask_FR = use_FR if early_R is None else np.concatenate([use_FR, early_R[None]])
+    unseen_FV = ~(ask_FR[:, None, :] & (data.seen_VR > 0)).any(axis=2)
     predicted_FRV = solver.held_out(data, ask_FR)
+    predicted_FRV = np.where(np.expand_dims(unseen_FV, 1), np.nan, predicted_FRV)
     return _answers(table, use_FR, early_R, predicted_FRV)
 
 
@@ -307,14 +321,16 @@ def _answers(
     if early_R is None:
         return found, {}
     late_RV = np.where(early_R[:, None], np.nan, predicted_FRV[-1])
-    return found, scores(table, late_RV)
+    # A target that has no early losses, or no late ones, was not asked about.
+    late = scores(table, late_RV)
+    return found, {target: score for target, score in late.items() if np.isfinite(score.mre)}
 
 
 def null_scores(data: Training) -> dict[str, Score]:
     """Return mean scores of the null models: `mean`, `own`, and with steps `steps`."""
     table, use_FR = data.table, folds(data.table)
-    seen_VR = data.seen_VR
-    used_FRV = use_FR[:, :, None] & (seen_VR.T > 0)
+    used_FVR = data.seen_in(use_FR)
+    used_FRV = np.swapaxes(used_FVR, 1, 2)
     total_FV = np.where(used_FRV, table.loss_RV, 0.0).sum(axis=1)
     mean_FV = total_FV / np.maximum(used_FRV.sum(axis=1), 1)
     guess_FRV = np.broadcast_to(mean_FV[:, None, :], used_FRV.shape)
@@ -326,7 +342,7 @@ def null_scores(data: Training) -> dict[str, Score]:
         blind = Inputs(np.ones((len(table), 1)), data.inputs.log_step_N)
         models["steps"] = (BiMixCurve(np.zeros(len(table.targets), int), 0.0, steps), blind)
     for name, (curve, inputs) in models.items():
-        use_BR = (use_FR[:, None, :] * seen_VR).reshape(-1, len(table))
+        use_BR = used_FVR.reshape(-1, len(table)).astype(np.float64)
         y_BR = np.tile(data.log_loss_VR, (len(use_FR), 1))
         fitted = fit_curves(curve, inputs, y_BR, use_BR, rounds=1)
         loss_BR = np.exp(curve.evaluate(fitted.theta_BP, inputs)[0])

@@ -67,14 +67,12 @@ class ProcessSolver:
     def learn(self, training: Training) -> None:
         """Learn from all rows."""
         self._trend.learn(training)
-        everything_R = np.ones(len(training.table), bool)
-        self._targets = self._around(training, self._trend.fitted, everything_R)
+        self._targets = self._around(training, self._trend.fitted, training.seen_VR > 0)
 
-    def _around(self, training: Training, fitted: Fitted, use_R: np.ndarray) -> list[_Target]:
-        """Return the targets' processes around fitted curves."""
+    def _around(self, training: Training, fitted: Fitted, use_VR: np.ndarray) -> list[_Target]:
+        """Return the targets' processes around fitted curves, each from its rows."""
         found = []
-        for at, theta_P in enumerate(fitted.theta_BP):
-            row_R = use_R & np.isfinite(training.log_loss_VR[at])
+        for at, (theta_P, row_R) in enumerate(zip(fitted.theta_BP, use_VR, strict=True)):
             rows, residual = _rows(
                 self._trend.curve,
                 theta_P,
@@ -99,9 +97,9 @@ class ProcessSolver:
         fitted = self._trend.subsets(training, use_FR)
         count = len(training.table.targets)
         found = []
-        for at, use_R in enumerate(use_FR):
+        for at, use_VR in enumerate(training.seen_in(use_FR)):
             mine = fitted.part(slice(at * count, (at + 1) * count))
-            targets = self._around(training, mine, use_R)
+            targets = self._around(training, mine, use_VR)
             found.append(np.exp([target.log_loss(training.inputs) for target in targets]).T)
         return np.stack(found)
 
@@ -139,7 +137,7 @@ class ProcessSolver:
     def state_dict(self) -> dict[str, Any]:
         """Return curve, hyper-parameters and rows in JSON types."""
         shared = self._targets[0].process.rows
-        same = all(len(t.process.rows.left_N) == len(shared.left_N) for t in self._targets)
+        same = all(_same_rows(target.process.rows, shared) for target in self._targets)
         return {
             "trend": self._trend.state_dict(),
             "targets": [_target_state(t, alone=not same) for t in self._targets],
@@ -170,6 +168,13 @@ class ProcessSolver:
             move_P = fitted.mean_BP[at] - theta_P + fitted.sd_P * process.shift_P
             targets.append(_Target(curve, theta_P, move_P, process))
         self._targets = targets
+
+
+def _same_rows(one: Rows, other: Rows) -> bool:
+    """Return whether they are of the same mixtures and steps; missing losses make them differ."""
+    return np.array_equal(one.root_ND, other.root_ND) and np.array_equal(
+        one.log_step_N, other.log_step_N
+    )
 
 
 def _target_state(target: _Target, *, alone: bool) -> dict[str, Any]:

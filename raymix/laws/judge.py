@@ -33,7 +33,7 @@ def score(predicted_R: Floats, measured_R: Floats) -> Score:
     spread = float(np.square(m - m.mean()).sum())
     return Score(
         spearman=np.nan if flat else float(np.corrcoef(ranks)[0, 1]),
-        r2=1 - float(np.square(p - m).sum()) / spread if spread > 0 else np.nan,
+        r2=1 - float(np.square(p - m).sum()) / spread if np.ptp(m) > 0 else np.nan,
         mre=float(np.mean(np.abs(p - m) / m)),
     )
 

@@ -67,6 +67,7 @@ class CurveSolver:
 
     def _formula(self, table: MixtureTable) -> AnyCurve:
         own_V, named_V = own_domains(table)
+        self.notes = ()
         if self.kind == "bimix":
             if not named_V.all():
                 names = [t for t, named in zip(table.targets, named_V, strict=True) if not named]
@@ -82,7 +83,7 @@ class CurveSolver:
 
     def subsets(self, training: Training, use_FR: np.ndarray) -> Fitted:
         """Return F x V fits, each from some of the rows; they begin at the fit to all."""
-        use_BR = (use_FR[:, None, :] * training.seen_VR).reshape(-1, len(training.table))
+        use_BR = training.seen_in(use_FR).reshape(-1, len(training.table)).astype(np.float64)
         y_BR = np.tile(training.log_loss_VR, (len(use_FR), 1))
         like = self.fitted.times(len(use_FR))
         return fit_curves(self.curve, training.inputs, y_BR, use_BR, like=like)

@@ -55,9 +55,8 @@ class RidgeSolver:
         features_RQ = self._features(training.inputs)
         self._mean_Q, self._size_Q = features_RQ.mean(axis=0), features_RQ.std(axis=0)
         self._size_Q[self._size_Q < 1e-12] = 1.0
-        everything_R = np.ones(len(features_RQ), bool)
-        targets = range(len(training.log_loss_VR))
-        solved = [self._solve(training, at, everything_R) for at in targets]
+        seen_VR = training.seen_VR > 0
+        solved = [self._solve(training, at, seen_R) for at, seen_R in enumerate(seen_VR)]
         self._weight_VQ = np.stack([weight_Q for weight_Q, _, _ in solved])
         self._base_V = np.array([base for _, base, _ in solved])
         self._noise_V = np.array([noise for _, _, noise in solved])
@@ -65,9 +64,8 @@ class RidgeSolver:
     def _scaled(self, inputs: Inputs) -> Floats:
         return (self._features(inputs) - self._mean_Q) / self._size_Q
 
-    def _solve(self, training: Training, at: int, use_R: np.ndarray) -> tuple[Floats, float, float]:
+    def _solve(self, training: Training, at: int, row_R: np.ndarray) -> tuple[Floats, float, float]:
         """Return weights (Q,), the constant, and the deviation of rows left out, of one target."""
-        row_R = use_R & np.isfinite(training.log_loss_VR[at])
         y_N = training.log_loss_VR[at, row_R]
         x_NQ = self._scaled(training.inputs.rows(row_R))
         middle_Q, base = x_NQ.mean(axis=0), float(y_N.mean())
@@ -88,8 +86,8 @@ class RidgeSolver:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
         x_RQ = self._scaled(training.inputs)
         found = []
-        for use_R in use_FR:
-            solved = [self._solve(training, at, use_R) for at in range(len(training.log_loss_VR))]
+        for use_VR in training.seen_in(use_FR):
+            solved = [self._solve(training, at, use_R) for at, use_R in enumerate(use_VR)]
             found.append(np.exp([base + x_RQ @ weight_Q for weight_Q, base, _ in solved]).T)
         return np.stack(found)
 
@@ -151,17 +149,15 @@ class TreeSolver:
 
     def learn(self, training: Training) -> None:
         """Learn from all rows."""
-        everything_R = np.ones(len(training.table), bool)
-        self._models, noise = self._grown(training, everything_R)
+        self._models, noise = self._grown(training, training.seen_VR > 0)
         self._noise_V = np.array(noise)
 
-    def _grown(self, training: Training, use_R: np.ndarray) -> tuple[list[Any], list[float]]:
+    def _grown(self, training: Training, use_VR: np.ndarray) -> tuple[list[Any], list[float]]:
         lightgbm = _lightgbm()
         parameters = {"learning_rate": 0.01, "verbosity": -1, "num_threads": 1, "seed": 0}
         models: list[Any] = []
         noise: list[float] = []
-        for loss_R in training.log_loss_VR:
-            row_R = use_R & np.isfinite(loss_R)
+        for loss_R, row_R in zip(training.log_loss_VR, use_VR, strict=True):
             x_NQ, y_N = _plain(training.inputs.rows(row_R)), loss_R[row_R]
             order = np.random.default_rng(0).permutation(len(y_N))
             held, kept = order[: len(y_N) // 5], order[len(y_N) // 5 :]
@@ -183,7 +179,7 @@ class TreeSolver:
     def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
         x_RQ = _plain(training.inputs)
-        grown = [self._grown(training, use_R)[0] for use_R in use_FR]
+        grown = [self._grown(training, use_VR)[0] for use_VR in training.seen_in(use_FR)]
         return np.stack([np.exp([m.predict(x_RQ) for m in models]).T for models in grown])
 
     def losses(self, inputs: Inputs) -> Floats:
