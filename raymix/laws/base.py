@@ -96,12 +96,18 @@ class FitReport:
 
 
 def mean_score(scores: Mapping[str, Score]) -> Score:
-    """Return the mean over targets; NaN where there is none."""
-    if not scores:
-        return Score(spearman=np.nan, r2=np.nan, mre=np.nan)
-    rows = np.array([(s.spearman, s.r2, s.mre) for s in scores.values()])
-    spearman, r2, mre = rows.mean(axis=0)
-    return Score(spearman=float(spearman), r2=float(r2), mre=float(mre))
+    """Return the mean over targets that have a score, each measure by itself; NaN without any."""
+
+    def mean(values: list[float]) -> float:
+        known = [value for value in values if np.isfinite(value)]
+        return float(np.mean(known)) if known else np.nan
+
+    every = scores.values()
+    return Score(
+        spearman=mean([score.spearman for score in every]),
+        r2=mean([score.r2 for score in every]),
+        mre=mean([score.mre for score in every]),
+    )
 
 
 @runtime_checkable
