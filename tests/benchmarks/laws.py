@@ -202,10 +202,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--part", choices=("rows", "steps"), help="only one of the two tables")
     options = parser.parse_args()
     if not options.data.exists():
         raise SystemExit(f"--data = {options.data}: not there")
-    rows = [*single(options.data, quick=options.quick), *steps(options.data, quick=options.quick)]
+    parts = {"rows": single, "steps": steps}
+    asked = [options.part] if options.part else list(parts)
+    rows = [one for name in asked for one in parts[name](options.data, quick=options.quick)]
     write_results("laws", rows)
 
 
