@@ -148,6 +148,7 @@ def _path(document: Document) -> Drawn:
         if measured:
             axes.axvline(max(measured), color=INK, linewidth=1, linestyle=(0, (3, 2)))
         axes.set_xscale("log")
+        _plain_ticks(axes)
         axes.set(xlim=(steps[0], steps[-1]), ylim=(0, 100))
         axes.set_xlabel("steps of the run that the shares are for")
         axes.set_ylabel("share of tokens, %")
@@ -155,6 +156,15 @@ def _path(document: Document) -> Drawn:
         svg = to_svg(sheet, "tune-path")
     caption = "Right of the dashed line nothing was measured: there the law extrapolates."
     return "The optimum as the run grows longer", svg, caption
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Mark 1, 2 and 5 times the powers of ten, in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:,.0f}"))
 
 
 def slice_panels(document: Document) -> list[tuple[str, str]]:
