@@ -18,6 +18,8 @@ import typer
 from raymix.errors import RaymixError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from raymix.recipe import Recipe
 
 RecipeSource = Annotated[
@@ -33,6 +35,10 @@ Overrides = Annotated[
 SetOverrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="The same, as an option."),
+]
+Parallel = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs at once; else one per core or GPU, as memory allows."),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, the rest on stderr.")
@@ -204,3 +210,21 @@ def plain(value: Any) -> Any:
 def _close_stdout() -> None:
     """Point stdout at the null device, so that the exit does not fail on the broken pipe again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def plain_table(*columns: str, fancy: bool) -> Table:
+    """Return an empty table, its first column to the left; `fancy` has a line below the head."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def ready_for_trials() -> None:
+    """Give this process the environment that the processes of Ray's trials are to inherit."""
+    from raymix.train.cluster import worker_environment
+
+    os.environ |= worker_environment(on_gpu=False)

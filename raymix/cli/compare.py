@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+from raymix.cli._run import (
+    Json,
+    Overrides,
+    Parallel,
+    RecipeSource,
+    SetOverrides,
+    load,
+    plain_table,
+    ready_for_trials,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,10 +44,7 @@ def command(
         str | None,
         typer.Option(metavar="DIR", help="Where the runs go; else runs/NAME-compare."),
     ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at once; else one per core or GPU, as memory allows."),
-    ] = None,
+    parallel: Parallel = None,
     baseline: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The mixer that differences are to; else the first."),
@@ -52,14 +59,9 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        import os
-
         from rich.console import Console
 
-        from raymix.train.cluster import worker_environment
-
-        # Here it serves the processes that Ray starts: each trial is one.
-        os.environ |= worker_environment(on_gpu=False)
+        ready_for_trials()
         from raymix.tune.compare import compare
 
         document = compare(
@@ -101,16 +103,6 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
 
 
-def _table(*columns: str, fancy: bool) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _measures(document: Mapping[str, Any]) -> list[str]:
     rows = document["mixers"].values()
     return [name for name in ("mean", "worst", "target") if any(name in row for row in rows)]
@@ -120,7 +112,7 @@ def _mixers(document: Mapping[str, Any], *, fancy: bool) -> Table:
     from raymix.report.comparison import percent, with_spread
 
     measures = _measures(document)
-    table = _table("mixer", "runs", *measures, "worst is", "extra compute", fancy=fancy)
+    table = plain_table("mixer", "runs", *measures, "worst is", "extra compute", fancy=fancy)
     for name, row in document["mixers"].items():
         runs = f"{row['runs']}/{row['planned']}"
         losses = [with_spread(row[measure]) for measure in measures]
@@ -133,7 +125,7 @@ def _differences(document: Mapping[str, Any], *, fancy: bool) -> Table:
     from raymix.report.comparison import difference_text
 
     measures = _measures(document)
-    table = _table("mixer", *measures, fancy=fancy)
+    table = plain_table("mixer", *measures, fancy=fancy)
     for name, row in document["mixers"].items():
         if name != document["baseline"]:
             found = [difference_text(row[measure]["difference"]) for measure in measures]
@@ -148,7 +140,7 @@ def _domains(document: Mapping[str, Any], *, width: int, fancy: bool) -> Table:
     rows = document["mixers"]
     names = [*document["domains"], *document["targets"]]
     needed = max([0, *map(len, names)]) + 9 + sum(max(17, len(name) + 2) for name in rows)
-    table = _table("domain", *rows, fancy=fancy)
+    table = plain_table("domain", *rows, fancy=fancy)
     for name in names[:_MOST_DOMAINS]:
         held = " (target)" if name in document["targets"] else ""
         found = [row["domains"][name] for row in rows.values()]

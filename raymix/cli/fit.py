@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymix.cli._run import Json, run_command
+from raymix.cli._run import (
+    Json,
+    plain_table,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from raymix.laws import FitReport, Score
@@ -109,9 +113,7 @@ def _judged(fitted: Any, held: Any, name: str) -> dict[str, Any]:
 
 def _draw(report: FitReport, document: Mapping[str, Any]) -> None:
     """Print the scores for people."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     fancy = console.is_terminal
@@ -119,9 +121,7 @@ def _draw(report: FitReport, document: Mapping[str, Any]) -> None:
         console.width = 120
 
     def table(first: str, rows: Mapping[str, Sequence[str]]) -> None:
-        drawn = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
-        for number, column in enumerate((first, "rank corr.", "R2", "error %")):
-            drawn.add_column(column, justify="right" if number else "left", no_wrap=True)
+        drawn = plain_table(first, "rank corr.", "R2", "error %", fancy=fancy)
         for name, cells in rows.items():
             drawn.add_row(name, *cells)
         console.print(drawn)

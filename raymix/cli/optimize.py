@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymix.cli._run import Json, run_command
+from raymix.cli._run import (
+    Json,
+    plain_table,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -218,22 +222,12 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
-def _table(*columns: str, fancy: bool) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
     """Return the domains, largest share first, beside the shares they are compared to."""
     from raymix.cli.plan import percent
 
     reference = document["reference"]
-    table = _table("domain", "share", reference["name"], "largest in a run", fancy=fancy)
+    table = plain_table("domain", "share", reference["name"], "largest in a run", fancy=fancy)
     ranked = sorted(document["shares"].items(), key=lambda item: -item[1])
     for name, share in ranked[:_MOST_ROWS]:
         cells = (share, reference["shares"][name], document["most"][name])
@@ -249,7 +243,7 @@ def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
 def _losses(document: Mapping[str, Any], *, fancy: bool) -> Table:
     """Return the predicted losses, those that fall most first."""
     reference = document["reference"]
-    table = _table(
+    table = plain_table(
         "predicted loss", "at these shares", f"at {reference['name']}", "difference", fancy=fancy
     )
     rows = [(name, loss, reference["losses"][name]) for name, loss in document["losses"].items()]

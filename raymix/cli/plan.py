@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+from raymix.cli._run import (
+    Json,
+    Overrides,
+    RecipeSource,
+    SetOverrides,
+    load,
+    plain_table,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,21 +69,11 @@ def draw(plan: RunPlan, console: Console) -> None:
         console.print(f"[yellow]note[/]        {note}", soft_wrap=True)
 
 
-def _table(*columns: str, fancy: bool) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _mixture(plan: RunPlan, *, fancy: bool) -> Table:
     """Return the domains, largest share first."""
     bytes_known = any(d.supply.bytes_per_token for d in plan.domains)
     head = ["mixture", "share", "tokens", "read", "epochs", "documents"]
-    table = _table(*head, *(["bytes/token"] if bytes_known else []), "entropy", fancy=fancy)
+    table = plain_table(*head, *(["bytes/token"] if bytes_known else []), "entropy", fancy=fancy)
     rows = sorted(plan.domains, key=lambda domain: -domain.share)
     about = "~" if plan.estimated else ""
     for domain in rows[:_MOST_DOMAINS]:
@@ -115,7 +113,7 @@ def _pieces(plan: RunPlan, *, fancy: bool) -> Table:
     if len(pieces) > _MOST_PIECES:
         stride = (len(pieces) - 1) / (_MOST_PIECES - 1)
         pieces = tuple(pieces[round(at * stride)] for at in range(_MOST_PIECES))
-    table = _table("share from step", *(f"{piece.start:,}" for piece in pieces), fancy=fancy)
+    table = plain_table("share from step", *(f"{piece.start:,}" for piece in pieces), fancy=fancy)
     for at, domain in enumerate(plan.domains[:_MOST_DOMAINS]):
         table.add_row(domain.supply.name, *(percent(float(piece.share_D[at])) for piece in pieces))
     return table

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+from raymix.cli._run import (
+    Json,
+    Overrides,
+    Parallel,
+    RecipeSource,
+    SetOverrides,
+    load,
+    plain_table,
+    ready_for_trials,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,10 +35,7 @@ def command(
         str | None,
         typer.Option(metavar="DIR", help="Where the runs go; else runs/NAME-tune."),
     ] = None,
-    parallel: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at once; else one per core or GPU, as memory allows."),
-    ] = None,
+    parallel: Parallel = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A few tiny runs: the whole way in minutes.")
     ] = False,
@@ -47,14 +54,9 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        import os
-
         from rich.console import Console
 
-        from raymix.train.cluster import worker_environment
-
-        # Here it serves the processes that Ray starts: each trial is one.
-        os.environ |= worker_environment(on_gpu=False)
+        ready_for_trials()
         from raymix.tune.tuning import tune
 
         document = tune(
@@ -109,20 +111,10 @@ def _minimised(document: Mapping[str, Any]) -> str:
     return f"{kind} over {some}"
 
 
-def _table(*columns: str, fancy: bool) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    return table
-
-
 def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
     from raymix.report.tuning import number, percent
 
-    table = _table(
+    table = plain_table(
         "",
         "unseen: R2",
         "rank corr.",
@@ -157,7 +149,7 @@ def _verified(document: Mapping[str, Any], *, fancy: bool) -> Table:
     from raymix.report.tuning import interval, percent
 
     names = ("mixture", "predicted", "measured", "error", "to uniform", "to proportional")
-    table = _table(*names, fancy=fancy)
+    table = plain_table(*names, fancy=fancy)
     for role, row in document["verified"].items():
         name = f"{role} ({row['mixture']})" if row["mixture"].startswith("mix-") else role
         against = [difference_text(row["against"].get(b)) for b in ("uniform", "proportional")]
@@ -168,7 +160,7 @@ def _verified(document: Mapping[str, Any], *, fancy: bool) -> Table:
 
 def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
     roles = document["verified"]
-    table = _table("domain", *roles, fancy=fancy)
+    table = plain_table("domain", *roles, fancy=fancy)
     for name in document["domains"][:_MOST_DOMAINS]:
         table.add_row(name, *(f"{100 * row['shares'][name]:.1f} %" for row in roles.values()))
     if len(document["domains"]) > _MOST_DOMAINS:

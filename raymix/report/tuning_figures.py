@@ -160,11 +160,11 @@ def _path(document: Document) -> Drawn:
 
 def _plain_ticks(axes: Axes) -> None:
     """Mark 1, 2 and 5 times the powers of ten, in plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:,.0f}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def slice_panels(document: Document) -> list[tuple[str, str]]:
