@@ -46,7 +46,9 @@ Context = Annotated[int, typer.Option(min=1, help="Ranks in each group.")]
 Widths = Annotated[
     str, typer.Option(metavar="N,N", help="Ranks a sequence may take; else one or a group.")
 ]
-BarrierOption = Annotated[str, typer.Option(help="Who waits: group, all or none.")]
+BarrierOption = Annotated[
+    Literal["group", "all", "none"], typer.Option(help="Who waits for whom after a micro-step.")
+]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in a global batch.")]
 Steps = Annotated[int, typer.Option(min=1, help="Batches to plan.")]
 Seed = Annotated[int, typer.Option(help="Of the draw of batches.")]
@@ -105,7 +107,7 @@ def command(
         chosen = load_cost_model(cost) if cost else preset(model, network)
         if memory_tokens is not None:
             chosen = replace(chosen, memory_tokens=memory_tokens)
-        layout = Layout(groups, context, barrier=barrier, widths=_numbers(widths))  # type: ignore[arg-type] # Layout checks it
+        layout = Layout(groups, context, barrier=barrier, widths=_numbers(widths))
         changes = [*(overrides or ()), *(set_overrides or ())]
         lengths = _lengths(source, changes, layout, chosen, longest, seed)
         names = tuple(name.strip() for name in planners.split(",") if name.strip())

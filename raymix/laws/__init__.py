@@ -8,7 +8,7 @@ kinds with `@law("kind")`.
 |---|---|---|---|---|
 | bimix | own share and steps, as published | 3 or 4 | closed form | domains that do not interact |
 | exponential | exp of a linear form (Data Mixing Laws) | 2 D | convex | the published baseline |
-| additive | inverse of a sum of powers | 1 to 2 D | convex where all g <= 1 | few runs; smooth |
+| additive | inverse of a sum of powers | 1 to 2 D | convex | few runs; smooth |
 | joint | the same, and steps that depend on shares | 1 to 2 D | as additive | several checkpoints |
 | gp | additive or joint, and a process around it | 1 to 2 D | restarts | accuracy, spread |
 | regression | ridge on shares and their logs | 2 D | restarts | a check that assumes little |
@@ -40,7 +40,7 @@ from raymix.laws.judge import scores
 from raymix.laws.minimise import minimise, optimum_at
 from raymix.laws.objective import Objective, Optimum
 from raymix.laws.separable import Powers, SeparableOptimum, separable_optimum
-from raymix.laws.table import MixtureTable, concatenate, make_table, read_table
+from raymix.laws.table import MixtureTable, make_table, read_table
 
 __all__ = [
     "AutoLaw",
@@ -56,7 +56,6 @@ __all__ = [
     "Score",
     "SeparableOptimum",
     "build_law",
-    "concatenate",
     "entropy_shares",
     "feasible",
     "fit_law",

@@ -14,7 +14,7 @@ import numpy as np
 
 from raymix.errors import LawError, problem
 from raymix.laws.base import FitReport, Score, build_law, law, mean_score
-from raymix.laws.fitted import FittedLaw, questions, training
+from raymix.laws.fitted import Answers, FittedLaw, questions, training
 from raymix.laws.table import Floats, MixtureTable
 from raymix.laws.threads import one_thread
 
@@ -78,6 +78,7 @@ class AutoLaw:
         began = time.process_time()
         data = training(table)
         fitted: dict[str, FittedLaw] = {}
+        answers: dict[str, Answers] = {}
         found: dict[str, tuple[Score, float]] = {}
         problems: list[str] = []
         kinds = self._kinds or (*CANDIDATES, *(WITH_STEPS if table.has_steps else ()))
@@ -89,7 +90,7 @@ class AutoLaw:
                 # Some kinds need more runs than others.
                 enough = training(table, least_runs=candidate.least_runs)
                 candidate.solver.learn(enough)
-                apart, ahead = questions(candidate.solver, enough)
+                answers[kind] = apart, ahead = questions(candidate.solver, enough)
             except LawError as error:
                 problems.append(f"{kind}: {error}")
                 continue
@@ -104,7 +105,7 @@ class AutoLaw:
         self._chosen.settle(data)
         tried = {kind: mean for kind, (mean, _) in found.items()}
         note = f"Chosen by cross-validation: {best}, of {', '.join(tried)}"
-        return self._chosen.judged(data, began, tried, [note])
+        return self._chosen.judged(data, began, answers[best], tried, [note])
 
     def predict(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:
         """Return losses, shape (R, V), of shares (R, D) after steps (R,), in the table's unit."""

@@ -12,7 +12,8 @@ problems, N rows, D domains, P coefficients. `r` are shares, `s` steps over thei
 
 Sources: BiMix, Ge et al. 2405.14908, with the redundant A left out (A, B, C and k A, B / k, C / k
 are the same law); Data Mixing Laws, Ye et al. 2403.16952; Shukor et al. 2507.09404, whose laws
-have a = 1 and no C_0, which stands for what every domain teaches a target whatever its share.
+have a = 1 and no C_0, which stands for what every domain teaches a target whatever its share. All g
+lie between 0 and 1 (a domain's first tokens teach most), so every loss is convex in the shares.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from raymix.laws.fitting import Inputs
 from raymix.laws.table import Floats
@@ -103,10 +105,6 @@ class BiMixCurve:
         gradient[np.arange(len(own_B)), :, own_B] = slope_BN
         return loss_BN, gradient
 
-    def convex(self, theta_BP: Floats) -> bool:
-        """Return True: alpha > 0."""
-        return True
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExponentialCurve:
@@ -169,10 +167,6 @@ class ExponentialCurve:
         slopes_BD = theta_BP[:, 1 : 1 + len(self.domains)]
         return floor_B1 + mixed_BN + rest_BN, mixed_BN[:, :, None] * slopes_BD[:, None, :]
 
-    def convex(self, theta_BP: Floats) -> bool:
-        """Return True: an exponential of a linear function."""
-        return True
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdditiveCurve:
@@ -186,9 +180,9 @@ class AdditiveCurve:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the coefficients: logs of E, a, C_0, C, g, and with steps b, B, and k itself."""
+        """Return the coefficients: logs of E, a, C_0, C, b, B, logits of g, and k itself."""
         own = [f"log_C.{name}" for name in self.domains]
-        own += [f"log_g.{name}" for name in self.domains]
+        own += [f"logit_g.{name}" for name in self.domains]
         late = ["log_b", *([f"log_B.{n}" for n in self.domains] if self.joint else ["log_B"])]
         late += ["k"] if self.joint else []
         return ("log_E", "log_a", "log_C_0", *own, *(late if self.steps else []))
@@ -200,11 +194,11 @@ class AdditiveCurve:
 
     def _parts(self, theta_BP: Floats, inputs: Inputs) -> tuple[Floats, ...]:
         """Return T (B, N, D), S (B, N), S^-a s^-k (B, N), B r (B, N, D or 1), s^-b (B, N)."""
-        _, log_a, log_base, log_c_BD, log_g_BD = self._split(theta_BP)
+        _, log_a, log_base, log_c_BD, logit_g_BD = self._split(theta_BP)
         share_ND = inputs.share_ND
         present_ND = share_ND > 0
         log_r_ND = np.log(np.where(present_ND, share_ND, 1.0))
-        term_BND = np.exp(log_c_BD[:, None, :] + np.exp(log_g_BD)[:, None, :] * log_r_ND)
+        term_BND = np.exp(log_c_BD[:, None, :] + expit(logit_g_BD)[:, None, :] * log_r_ND)
         term_BND *= present_ND
         sum_BN = term_BND.sum(axis=2) + np.exp(log_base)
         mixed_BN = np.exp(-np.exp(log_a) * np.log(sum_BN))
@@ -223,7 +217,7 @@ class AdditiveCurve:
         self, theta_BP: Floats, inputs: Inputs, at_B: np.ndarray | None = None
     ) -> tuple[Floats, Floats]:
         """Return log losses, shape (B, N), and their Jacobian, shape (B, N, P)."""
-        log_floor, log_a, log_base, _, log_g_BD = self._split(theta_BP)
+        log_floor, log_a, log_base, _, logit_g_BD = self._split(theta_BP)
         term_BND, sum_BN, mixed_BN, late_BND, decay_BN = self._parts(theta_BP, inputs)
         floor_B1, a_B1 = np.exp(log_floor), np.exp(log_a)
         rest_BN = late_BND.sum(axis=2) * decay_BN
@@ -236,7 +230,8 @@ class AdditiveCurve:
         jac[:, :, 2] = by_sum_BN * np.exp(log_base)
         np.multiply(by_sum_BN[:, :, None], term_BND, out=jac[:, :, 3 : 3 + count])
         log_r_ND = np.log(np.where(inputs.share_ND > 0, inputs.share_ND, 1.0))
-        steep_BND = np.exp(log_g_BD)[:, None, :] * log_r_ND
+        slope_BD = expit(logit_g_BD) * expit(-logit_g_BD)
+        steep_BND = slope_BD[:, None, :] * log_r_ND
         at = 3 + 2 * count
         np.multiply(jac[:, :, 3 : 3 + count], steep_BND, out=jac[:, :, 3 + count : at])
         if self.steps:
@@ -261,8 +256,8 @@ class AdditiveCurve:
         known = np.flatnonzero(own_B >= 0)
         c_BD[known, own_B[known]] += 1.0
         columns = [np.log(floor_B), np.zeros(problems), base_B, *c_BD.T]
-        columns += [np.full(problems, -0.5)] * count
-        spread = [1.0, 0.5, 0.5, *[1.5] * count, *[0.35] * count]
+        columns += [np.full(problems, 0.5)] * count
+        spread = [1.0, 0.5, 0.5, *[1.5] * count, *[1.0] * count]
         if self.steps:
             late = np.log(0.3 * rest_B)
             many = count if self.joint else 1
@@ -281,20 +276,16 @@ class AdditiveCurve:
 
     def share_gradient(self, theta_BP: Floats, inputs: Inputs) -> tuple[Floats, Floats]:
         """Return losses, shape (B, N), and derivatives by the shares, shape (B, N, D)."""
-        log_floor, log_a, _, _, log_g_BD = self._split(theta_BP)
+        log_floor, log_a, _, log_c_BD, logit_g_BD = self._split(theta_BP)
         term_BND, sum_BN, mixed_BN, late_BND, decay_BN = self._parts(theta_BP, inputs)
         loss_BN = np.exp(log_floor) + mixed_BN + late_BND.sum(axis=2) * decay_BN
         outer_BN = -np.exp(log_a) * mixed_BN / sum_BN
         # At a share of 0 the slope of r^g is infinite for g < 1: it is taken a little above.
         share_ND = np.maximum(inputs.share_ND, 1e-12)
-        log_r_BND = np.exp(log_g_BD)[:, None, :] * np.log(share_ND)
-        term_BND = np.exp(self._split(theta_BP)[3][:, None, :] + log_r_BND)
-        gradient = outer_BN[:, :, None] * term_BND * np.exp(log_g_BD)[:, None, :] / share_ND
+        g_B1D = expit(logit_g_BD)[:, None, :]
+        term_BND = np.exp(log_c_BD[:, None, :] + g_B1D * np.log(share_ND))
+        gradient = outer_BN[:, :, None] * term_BND * g_B1D / share_ND
         if self.steps and self.joint:
             at = 4 + 2 * len(self.domains)
             gradient += np.exp(theta_BP[:, None, at:-1]) * decay_BN[:, :, None]
         return loss_BN, gradient
-
-    def convex(self, theta_BP: Floats) -> bool:
-        """Return whether all g are at most 1: S is then concave, and S^-a convex."""
-        return bool((self._split(theta_BP)[4] <= 0).all())

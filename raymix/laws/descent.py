@@ -62,8 +62,6 @@ class Descent:
     """The objective there."""
     bound: float
     """The objective is nowhere below this, if every row is convex."""
-    stationary: float
-    """No direction within the limits promises to lower the value by more, to first order."""
     steps: int
     """Steps taken."""
 
@@ -102,7 +100,7 @@ class Descender:
         """
         point = self._at(start_A)
         self._q_K = np.full(point.level_K.size, 1 / point.level_K.size)
-        best, bound, here = point, -np.inf, np.inf
+        best, bound = point, -np.inf
         recent = deque([point.value], maxlen=_MEMORY)
         sigma = self._first_sigma(point)
         gap, since, step = np.inf, 0, 0
@@ -113,9 +111,8 @@ class Descender:
             circling = step - since > patience // 8
             found = self._step(point, sigma, point.value if circling else max(recent))
             local = self._bound(point, best.value, exact=found is None or step % _EXACT == 0)
-            here = min(here, point.value - local) if convex else point.value - local
             bound = max(bound, local)
-            now = best.value - bound if convex else here
+            now = best.value - bound if convex else point.value - local
             gap, since = (now, step) if now < 0.9 * gap else (gap, since)
             if found is None or self._done(now, best.value) or step - since > patience:
                 break
@@ -124,9 +121,7 @@ class Descender:
             point = new
             best = point if point.value <= best.value else best
             recent.append(point.value)
-        return Descent(
-            share_A=best.share_A, value=best.value, bound=bound, stationary=here, steps=step
-        )
+        return Descent(share_A=best.share_A, value=best.value, bound=bound, steps=step)
 
     def _done(self, gap: float, value: float) -> bool:
         return gap <= self.tolerance * max(abs(value), 1e-300)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from raymix.laws.objective import Objective, Optimum
     from raymix.laws.separable import Powers
 
+Answers = tuple[dict[str, Score], dict[str, Score]]
+"""Scores by target: of runs left out, and of later steps from earlier ones."""
+
 LEAST_RUNS = 3
 """Runs without which nothing can be left out."""
 
@@ -202,7 +205,7 @@ class FittedLaw:
             data = training(table, least_runs=self.least_runs)
             self.solver.learn(data)
             self.settle(data)
-            return self.judged(data, began)
+            return self.judged(data, began, questions(self.solver, data))
 
     def settle(self, data: Training) -> None:
         """Take names, steps and range from the table its solver has learned from."""
@@ -215,6 +218,7 @@ class FittedLaw:
         self,
         data: Training,
         began: float,
+        answers: Answers,
         candidates: Mapping[str, Score] | None = None,
         notes: Sequence[str] = (),
     ) -> FitReport:
@@ -223,10 +227,11 @@ class FittedLaw:
         Args:
             data: What it learned from.
             began: Processor time when the fit began, in seconds.
+            answers: What `questions` returned.
             candidates: Scores of the laws it was chosen among.
             notes: What the verdict should add.
         """
-        found, ahead = questions(self.solver, data)
+        found, ahead = answers
         nulls = null_scores(data)
         said = verdict(data.table, found, ahead, nulls, [*self.solver.notes, *notes])
         return FitReport(
@@ -303,7 +308,7 @@ class FittedLaw:
         self._most_D = np.array(state["most"], np.float64)
 
 
-def questions(solver: Solver, data: Training) -> tuple[dict[str, Score], dict[str, Score]]:
+def questions(solver: Solver, data: Training) -> Answers:
     """Return scores by cross-validation over runs, and of later steps from earlier ones."""
     table, use_FR = data.table, folds(data.table)
     early_R = early(table)
@@ -316,7 +321,7 @@ def questions(solver: Solver, data: Training) -> tuple[dict[str, Score], dict[st
 
 def _answers(
     table: MixtureTable, use_FR: np.ndarray, early_R: np.ndarray | None, predicted_FRV: Floats
-) -> tuple[dict[str, Score], dict[str, Score]]:
+) -> Answers:
     found = scores(table, left_out(use_FR, predicted_FRV[: len(use_FR)]))
     if early_R is None:
         return found, {}

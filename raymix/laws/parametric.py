@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from raymix.errors import LawError, problem
 from raymix.laws.base import law
@@ -26,6 +27,8 @@ AnyCurve = BiMixCurve | ExponentialCurve | AdditiveCurve
 
 class CurveSolver:
     """Learns the coefficients of one formula, for all targets and subsets at once."""
+
+    convex = True
 
     def __init__(self, kind: str, *, eps: float | None = None) -> None:
         """Name the formula; `eps` is BiMix' addition to shares, found from the table if None."""
@@ -49,11 +52,6 @@ class CurveSolver:
         if self._fitted is None:
             raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
         return self._fitted
-
-    @property
-    def convex(self) -> bool:
-        """Return whether the losses are convex in the shares with these coefficients."""
-        return self.curve.convex(self.fitted.theta_BP)
 
     def learn(self, training: Training) -> None:
         """Learn from all rows."""
@@ -121,8 +119,8 @@ class CurveSolver:
     def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return values and 90 % intervals of a bootstrap over runs, by target and name.
 
-        Logarithms are undone. Each draw weights whole runs by an exponential variable (Rubin's
-        Bayesian bootstrap) and takes one Newton step.
+        Logarithms and logits are undone. Each draw weights whole runs by an exponential variable
+        (Rubin's Bayesian bootstrap) and takes one Newton step.
         """
         draw_KN = run_weights(training.table, DRAWS)
         theta_KVP = bootstrap(
@@ -132,7 +130,7 @@ class CurveSolver:
         low_VP, high_VP = np.percentile(theta_KVP, (tail, 100 - tail), axis=0)
         return {
             target: {
-                name.removeprefix("log_"): _undone(name, value, low, high)
+                name.removeprefix("log_").removeprefix("logit_"): _undone(name, value, low, high)
                 for name, value, low, high in zip(self.curve.names, *rows, strict=True)
             }
             for target, *rows in zip(
@@ -181,7 +179,8 @@ class CurveSolver:
 
 
 def _undone(name: str, *values: float) -> tuple[float, float, float]:
-    value, low, high = (float(np.exp(v) if name.startswith("log_") else v) for v in values)
+    undo = expit if name.startswith("logit_") else np.exp if name.startswith("log_") else float
+    value, low, high = (float(undo(v)) for v in values)
     return value, low, high
 
 

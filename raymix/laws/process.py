@@ -29,6 +29,8 @@ MOST_ROWS = 256
 """Hyper-parameters are found on so many rows, evenly taken; predictions come from all of them."""
 _ITERATIONS = 15
 _AGAIN = 3
+_FARTHEST = 8.0
+"""Deviations of the prior within which hyper-parameters are looked for."""
 _LEAST_SHARE = 1e-9
 _potrf, _potrs, _potri = get_lapack_funcs(("potrf", "potrs", "potri"), dtype=np.float64)
 
@@ -255,12 +257,15 @@ def fit_process(rows: Rows, residual: float) -> Process:
 
 def _likeliest(start_H: Floats, rows: Rows, mean_H: Floats, sd_H: Floats, most: int) -> Hyper:
     some = rows.some(MOST_ROWS)
+    # A line search that leaves these limits would overflow on its way back.
+    low_H, high_H = mean_H - _FARTHEST * sd_H, mean_H + _FARTHEST * sd_H
     found = minimize(
         negative_evidence,
         start_H,
         args=(some, some.spread_NP @ some.spread_NP.T, mean_H, sd_H),
         jac=True,
         method="L-BFGS-B",
+        bounds=np.stack([low_H, high_H], axis=1),
         options={"maxiter": most},
     )
     return Hyper.of(found.x)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raymix.errors import LawError, did_you_mean, problem
+from raymix.store import atomic_write_text
 
 Floats = NDArray[np.float64]
 
@@ -102,8 +102,7 @@ class MixtureTable:
         return self.rows(np.array(sorted(last.values())))
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write CSV, under a temporary name first."""
-        target = Path(path)
+        """Write CSV."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         step = [] if self.step_R is None else ["step"]
@@ -113,9 +112,7 @@ class MixtureTable:
             steps = [] if self.step_R is None else [f"{self.step_R[row]:.15g}"]
             losses = ["" if np.isnan(loss) else repr(float(loss)) for loss in self.loss_RV[row]]
             writer.writerow([run, *steps, *map(repr, map(float, self.share_RD[row])), *losses])
-        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        scratch.write_text(text.getvalue(), "utf-8")
-        scratch.replace(target)
+        atomic_write_text(os.fspath(path), text.getvalue())
 
 
 def read_table(
@@ -305,21 +302,3 @@ def _check_rows(
         if np.abs(share_RD[row] - share_RD[start]).max() > SUM_TOLERANCE:
             wrong = f"other shares than in row {faults.line(start)} of the same run"
             faults.add(row, "share.*", run, wrong, "Laws are for shares that stay as they are")
-
-
-def concatenate(tables: Iterable[MixtureTable]) -> MixtureTable:
-    """Return the rows of tables of the same domains and targets, one after the other."""
-    every = list(tables)
-    first = every[0]
-    for table in every[1:]:
-        if table.domains != first.domains or table.targets != first.targets:
-            raise LawError(problem("table", table.domains, f"not the columns {first.domains}"))
-    steps = [table.step_R for table in every if table.step_R is not None]
-    return MixtureTable(
-        domains=first.domains,
-        targets=first.targets,
-        runs=tuple(run for table in every for run in table.runs),
-        share_RD=np.concatenate([table.share_RD for table in every]),
-        loss_RV=np.concatenate([table.loss_RV for table in every]),
-        step_R=np.concatenate(steps) if len(steps) == len(every) else None,
-    )

@@ -195,6 +195,9 @@ class ClusterConfig(Model):
 
     workers: Whole = Field(default=1, ge=0, le=100_000)
     """Training workers; 0 trains in this process without Ray."""
+    workers_per_trial: Whole = Field(default=0, ge=0, le=100_000)
+    """Training workers of each of the runs that `compare` and `tune` make side by side; 0 trains
+    each in one process, which starts sooner."""
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"
     """0, 1, or `auto`: 1 where the cluster has a GPU for every worker."""
     cpus_per_worker: Real = Field(default=1, gt=0)

@@ -12,7 +12,7 @@ from raymix.recipe.shares import Weights, sum_fault
 
 Share = Annotated[Real, Field(ge=0, le=1)]
 
-# What would make a small run another kind of thing than one mixture's run in one process.
+# What would make a small run another kind of thing than one mixture's run.
 _NOT_OF_PROXIES = ("name", "seed", "corpus", "mixer", "run", "cluster", "tune")
 
 
@@ -98,7 +98,7 @@ class TuneConfig(Model):
         return Fault("scheduler", self.scheduler, wrong, ("Use it with mode: design",))
 
     def _proxy_faults(self) -> list[Fault]:
-        advice = "A small run is one mixture in one process; allowed are data, model, train, eval"
+        advice = "A small run is one mixture; allowed are data, model, train, eval"
         return [
             Fault(f"proxy.{key}", value, "cannot differ in the small runs", (advice,))
             for key, value in self.proxy.items()

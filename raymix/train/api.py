@@ -111,7 +111,8 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
             with joined(recipe.cluster):
                 from raymix.train.driver import run_on_ray
 
-                run_on_ray(job, progress)
+                starting = f"{recipe.cluster.workers} workers"
+                run_on_ray(job, partial(watch, run=run, progress=progress, starting=starting))
         else:
             from raymix.train.local import run_here
 

@@ -7,7 +7,7 @@ stays resumable.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +24,18 @@ from raymix.errors import RaymixError, TrainingError, problem
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint
 from raymix.train.cluster import no_room, worker_environment
-from raymix.train.progress import Progress
 from raymix.train.setup import Job, mixer_context
-from raymix.train.watch import watch
 from raymix.train.worker import StopWhereHopeless, train_worker
 
 _START_TRIES = 2
 
 
-def run_on_ray(job: Job, progress: Progress) -> None:
-    """Train with Ray; returns when the workers have ended, which may be because of Ctrl-C.
+def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> None:
+    """Train with Ray; returns when the workers have ended, which may be because of a request.
 
     Args:
         job: What to do; its actors are started here.
-        progress: Shows it.
+        watched: Does the work it is given, and watches it: see `raymix.train.watch`.
 
     Raises:
         RaymixError: What went wrong, in words for the user.
@@ -62,7 +60,7 @@ def run_on_ray(job: Job, progress: Progress) -> None:
     )
     trainer = _trainer(replace(job, controller=controller, plane=plane))
     try:
-        watch(trainer.fit, job.run, progress, starting=f"{recipe.cluster.workers} workers")
+        watched(trainer.fit)
     except TrainingFailedError as error:
         raise explained(error, job) from error
 

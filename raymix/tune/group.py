@@ -103,10 +103,18 @@ def announce(plan: RunPlan, seats: Seats, *, total: int, left: int, out: Path) -
     print(
         f"{total} runs of {plan.steps:,} steps ({plan.tokens:,} tokens), {total - left} of them "
         f"finished before; {min(seats.parallel, left)} at once, "
-        f"{'a GPU' if seats.gpus else f'{seats.threads} thread' + 's' * (seats.threads > 1)} each, "
+        f"{_seat(seats)} each, "
         f"in {out}",
         flush=True,
     )
+
+
+def _seat(seats: Seats) -> str:
+    """Return in words what a run gets."""
+    each = "a GPU" if seats.gpus else f"{seats.threads} thread" + "s" * (seats.threads > 1)
+    if not seats.workers:
+        return each
+    return f"{seats.workers} worker" + "s" * (seats.workers > 1) + f" of {each}"
 
 
 def trial_of(variant: Variant, planned: RunPlan, seats: Seats, session: str) -> Trial:

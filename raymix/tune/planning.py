@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from raymix.errors import RaymixError, RecipeError, problem
-from raymix.recipe import Recipe
+from raymix.recipe import ClusterConfig, Recipe
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint
 from raymix.train.machine import Resources
@@ -37,12 +37,14 @@ class Seats:
     cpus: float
     """CPUs of each."""
     gpus: int
-    """GPUs of each, 0 or 1."""
+    """GPUs of each, or of each of its workers: 0 or 1."""
+    workers: int = 0
+    """Workers of each, which Ray Train seats; 0: a run is one process."""
 
     @property
     def threads(self) -> int:
         """Return the threads of a run."""
-        return max(1, int(self.cpus))
+        return max(1, int(self.cpus / max(1, self.workers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,10 @@ def plan_comparison(
     """
     firsts = {variant.mixer: variant for variant in reversed(variants)}
     most = min(runs or len(variants), parallel or 10**9)
-    gpu = variants[0].recipe.cluster.gpus_per_worker != 0 and has.gpus >= 1
-    seats = share_out(has, most, gpu=gpu, crowded=parallel is not None)
-    while parallel is None and seats.parallel > 1 and not _fits(variants[0], corpus, has, seats):
-        seats = share_out(has, seats.parallel // 2, gpu=gpu)
+    cluster, crowded = variants[0].recipe.cluster, parallel is not None
+    seats = share_out(has, most, cluster, crowded=crowded)
+    while not crowded and seats.parallel > 1 and not _fits(variants[0], corpus, has, seats):
+        seats = share_out(has, seats.parallel // 2, cluster)
     plans: dict[str, RunPlan] = {}
     problems: list[str] = []
     for label in dict.fromkeys(variant.mixer for variant in variants):
@@ -95,15 +97,21 @@ def plan_comparison(
     return ComparisonPlan(seats, plans)
 
 
-def share_out(has: Resources, runs: int, *, gpu: bool, crowded: bool = False) -> Seats:
+def share_out(has: Resources, runs: int, cluster: ClusterConfig, *, crowded: bool = False) -> Seats:
     """Return how `runs` runs, or as many as there is room for, share the machine.
 
     Args:
         has: The machine or cluster.
         runs: Runs wanted at once.
-        gpu: They train on GPUs, one each.
-        crowded: Without GPUs, more runs than cores are allowed: they share cores.
+        cluster: Of a run: its workers, and what they need.
+        crowded: Without GPUs, more runs of one process than cores are allowed: they share cores.
+
+    Raises:
+        RecipeError: If there is no room for the workers of one run.
     """
+    if cluster.workers:
+        return _share_out_workers(has, runs, cluster)
+    gpu = cluster.gpus_per_worker != 0 and has.gpus >= 1
     room = int(has.gpus) if gpu else (runs if crowded else int(has.cpus))
     parallel = max(1, min(runs, room))
     each = has.cpus / parallel
@@ -113,14 +121,27 @@ def share_out(has: Resources, runs: int, *, gpu: bool, crowded: bool = False) ->
     return Seats(parallel, cpus, int(gpu))
 
 
+def _share_out_workers(has: Resources, runs: int, cluster: ClusterConfig) -> Seats:
+    """Return the seats of runs whose workers Ray Train places: these cannot share cores."""
+    workers, each = cluster.workers, cluster.cpus_per_worker
+    gpu = cluster.gpus_per_worker != 0 and has.gpus >= workers
+    room = int(has.cpus / (workers * each) + 1e-9)
+    room = min(room, int(has.gpus // workers)) if gpu else room
+    if room < 1:
+        wrong = f"{workers} workers need {workers * each:g} CPUs, {has.where} has {has.cpus:g}"
+        advice = "Take fewer workers, or a larger cluster"
+        raise RecipeError(problem("cluster.workers_per_trial", workers, wrong, advice))
+    return Seats(max(1, min(runs, room)), workers * each, int(gpu), workers)
+
+
 def part(has: Resources, seats: Seats) -> Resources:
     """Return what one run has of the machine."""
     return replace(
         has,
         cpus=seats.cpus,
-        gpus=seats.gpus,
+        gpus=seats.gpus * max(1, seats.workers),
         memory_bytes=has.memory_bytes // seats.parallel,
-        nodes=1,
+        nodes=min(has.nodes, max(1, seats.workers)),
     )
 
 

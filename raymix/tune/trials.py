@@ -1,4 +1,4 @@
-"""Runs side by side through Ray Tune: one trial is one run, the loop without Ray inside.
+"""Runs side by side through Ray Tune: one trial is one run.
 
 Tune seats the runs on the machine or cluster, keeps to the number at once, and starts a run again
 whose process died. It keeps no state of ours: a run's directory says how far it has come, so a
@@ -7,12 +7,9 @@ comparison is resumed by its own command.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,33 +20,20 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from raymix.errors import RaymixError
 from raymix.recipe import ClusterConfig
-from raymix.store import atomic_write_text
 from raymix.train.cluster import joined, ray_notices_to
-from raymix.train.environment import environment
-from raymix.train.local import run_here
 from raymix.train.progress import MetricsTail
-from raymix.train.setup import Job
 from raymix.train.watch import ctrl_c
-from raymix.tune.planning import ERROR_LOG, Seats
+from raymix.tune.attempt import Trial, attempt
+from raymix.tune.planning import Seats
 from raymix.tune.progress import TrialsProgress
 
 _POLL_S = 0.25
+_DRIVER_BYTES = 2**28
 # Tune's own records of trials, which are no use to anybody here, are removed at the end.
 _SCRATCH = ".tune"
 # Tune would write its results in three formats; ours are in each run's metrics.
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A run to be made or brought to its end."""
-
-    name: str
-    job: Job
-    parameters: int
-    """Of the model, for the record."""
 
 
 @dataclass(slots=True)
@@ -144,13 +128,12 @@ def _tuner(
     requests: tuple[Path, Path],
 ) -> tune.Tuner:
     stop, end = requests
-    resources = {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
     work = tune.with_parameters(
         _trial, make=course.make, stop=str(stop), objective=course.objective
     )
     known = {"at": tune.grid_search(list(range(len(course.watched))))}
     return tune.Tuner(
-        tune.with_resources(work, resources),
+        tune.with_resources(work, _needs(seats)),
         param_space=known if course.searcher is None else {},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=seats.parallel,
@@ -168,6 +151,14 @@ def _tuner(
             verbose=0,
         ),
     )
+
+
+def _needs(seats: Seats) -> dict[str, float]:
+    """Return what Tune reserves for a trial; workers reserve what they need themselves."""
+    if seats.workers:
+        # Tune wants something reserved, and every CPU may be a worker's.
+        return {"memory": _DRIVER_BYTES}
+    return {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
 
 
 class _EndOfAll(tune.Stopper):
@@ -310,47 +301,3 @@ class _Told:
                     tune.report(self._last)
         if end:
             tune.report({**self._last, **end})
-
-
-def attempt(trial: Trial, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
-    """Return how a run ended, having trained it in this process: its `state` and its `problem`.
-
-    Whatever goes wrong is told, not raised: the other runs go on.
-    """
-    if stop_asked():
-        return {"state": "stopped"}
-    run = trial.job.run
-    try:
-        with run.locked():
-            stopped = _train(trial, stop_asked)
-    except RaymixError as error:
-        return {"state": "failed", "problem": str(error)}
-    except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
-        run.path.mkdir(parents=True, exist_ok=True)
-        where = run.path / ERROR_LOG
-        where.write_text(traceback.format_exc(), encoding="utf-8")
-        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        return {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
-    return {"state": "stopped" if stopped else "done"}
-
-
-def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:
-    """Return whether the run was stopped before its end."""
-    job = trial.job
-    job.run.write_recipe(job.recipe)
-    about = environment(steps=job.steps, parameters=trial.parameters, workers=0)
-    atomic_write_text(str(job.run.path / "environment.json"), json.dumps(about, indent=1))
-    return run_here(job, stop_asked=_now_and_then(stop_asked)).stopped
-
-
-def _now_and_then(stop_asked: Callable[[], bool], every_s: float = 0.2) -> Callable[[], bool]:
-    """Return `stop_asked`, looked at a few times a second: the file may be on a shared disk."""
-    due, last = 0.0, False
-
-    def asked() -> bool:
-        nonlocal due, last
-        if time.monotonic() >= due:
-            due, last = time.monotonic() + every_s, stop_asked()
-        return last
-
-    return asked

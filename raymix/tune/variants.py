@@ -191,7 +191,7 @@ def _unlike_targets(mixed: Mapping[str, Recipe]) -> list[str]:
 
 
 def as_trial(recipe: Recipe, path: str, seed: int, *, points: int = _CURVE_POINTS) -> Recipe:
-    """Return the recipe of one run: one process, its own directory, enough points for a curve.
+    """Return the recipe of one run: its own directory, workers, enough points for a curve.
 
     Args:
         recipe: What to run.
@@ -201,12 +201,13 @@ def as_trial(recipe: Recipe, path: str, seed: int, *, points: int = _CURVE_POINT
     """
     directory = path.replace("{", "{{").replace("}", "}}")
     every = recipe.eval.every or max(1, math.ceil(steps_of(recipe) / points))
+    cluster = recipe.cluster
     return recipe.model_copy(
         update={
             "seed": seed,
             "run": recipe.run.model_copy(update={"dir": directory, "tensorboard": False}),
             "eval": recipe.eval.model_copy(update={"every": every}),
-            "cluster": recipe.cluster.model_copy(update={"workers": 0}),
+            "cluster": cluster.model_copy(update={"workers": cluster.workers_per_trial}),
             "train": recipe.train.model_copy(update={"keep_checkpoints": 1}),
         }
     )

@@ -107,6 +107,23 @@ def test_the_table_says_what_the_runs_say(first: tuple[Any, str], out: Path) -> 
     assert (shares["a"], shares["c"]) == (pytest.approx(0.9), 0)
 
 
+def test_runs_of_several_workers_come_to_the_same(
+    first: tuple[Any, str], recipe: Path, tmp_path: Path
+) -> None:
+    """Ray Train inside the trial; the order of the data knows nothing of workers."""
+    out, changes = tmp_path / "workers", ["cluster.workers_per_trial=2", "--seeds", "1"]
+    code, document, said = run(recipe, out, *changes, mixers="uniform")
+    assert code == 0, said
+    assert "1 at once, 2 workers of 1 thread each" in said
+    alone = first[0]["mixers"]["uniform"]["mean"]["by_seed"]["5"]
+    assert document["mixers"]["uniform"]["mean"]["by_seed"]["5"] == pytest.approx(alone, abs=1e-4)
+    about = json.loads((out / "uniform-seed5" / "environment.json").read_text())
+    assert about["workers"] == 2
+    refused = run(recipe, tmp_path / "none", "cluster.workers_per_trial=64")
+    assert refused[0] == 2
+    assert "64 workers need 64 CPUs" in refused[1]["problems"][0]
+
+
 def test_same_seeds_start_from_the_same_model(first: tuple[Any, str], out: Path) -> None:
     evaluations = {path.parent.name: lines(path)[0]["eval"] for path in out.glob("*/metrics.jsonl")}
     assert evaluations["uniform-seed5"] == evaluations["static-seed5"]

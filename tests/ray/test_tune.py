@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,6 +227,9 @@ def test_a_killed_search_goes_on(recipe: Path, tmp_path: Path) -> None:
 
     ended = subprocess.run(command, env=environment, cwd=tmp_path, check=False, **told)
     assert ended.returncode == 0, ended.stderr
-    assert f"{len(kept)} of them finished before" in ended.stderr
+    # A worker may end its run in the moment in which its driver is gone already.
+    again = re.search(r"5 runs of 60 steps .*, (\d) of them finished before", ended.stderr)
+    assert again is not None, ended.stderr
+    assert len(kept) <= int(again[1]) < 5
     assert kept == {path: (path / "metrics.jsonl").read_bytes() for path in kept}
     assert json.loads(ended.stdout)["failed"] == 0

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raymix.errors import LawError
-from raymix.laws import concatenate, make_table, read_table
+from raymix.laws import make_table, read_table
 
 GOOD = """run,step,size,share.a,share.b,loss.a,loss.b
 x,100,1M,0.25,0.75,4.5,3.5
@@ -115,5 +115,3 @@ def test_parts_of_tables(tmp_path: Path) -> None:
     assert table.with_targets(["b"]).targets == ("b",)
     with pytest.raises(LawError, match="target = 'c': no loss of the table"):
         table.with_targets(["c"])
-    both = concatenate([table, table.rows(np.array([2]))])
-    assert len(both) == 4

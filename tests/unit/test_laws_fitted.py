@@ -20,7 +20,6 @@ from raymix.laws import (
     Law,
     MixtureTable,
     build_law,
-    concatenate,
     fit_law,
     law_from_dict,
     law_to_dict,
@@ -391,13 +390,6 @@ def test_a_state_that_lacks_a_part_is_refused(drop: str, laws: dict[str, Law]) -
     del document["state"][drop]
     with pytest.raises(LawError, match=f"no law: KeyError '{drop}'"):
         law_from_dict(document)
-
-
-def test_tables_of_other_domains_do_not_add_up(stepped: MixtureTable) -> None:
-    both = concatenate([stepped, replace(stepped, step_R=None)])
-    assert both.step_R is None
-    with pytest.raises(LawError, match="not the columns"):
-        concatenate([stepped, stepped.with_targets(["d0"])])
 
 
 def threads() -> list[int]:

@@ -47,7 +47,7 @@ def test_the_help_names_every_distribution(capsys: pytest.CaptureFixture[str]) -
         (("lmsys", "--planners", "refin"), "Did you mean 'refine'?"),
         (("lmsys", "--widths", "3"), "3 does not divide the 8 ranks of a group"),
         (("lmsys", "--widths", "x"), "not whole numbers, separated by commas"),
-        (("lmsys", "--barrier", "everyone"), "Known: group, all, none"),
+        (("lmsys", "--barrier", "everyone"), "'group', 'all', 'none'"),
         (("lmsys", "--model", "70b"), "Known: 0.5b, 7b"),
         (("lmsys", "--cost", "no.json"), "no such file"),
         (("lmsys", "--longest", "999999"), "can hold;"),

@@ -22,7 +22,6 @@ from tests.unit.tables import AdditiveTruth
 
 
 def test_trees_need_many_runs_and_rank_them() -> None:
-    pytest.importorskip("lightgbm")
     truth = AdditiveTruth(3)
     with pytest.raises(LawError, match="too few runs"):
         fit_law(truth.table(20), law="lightgbm")

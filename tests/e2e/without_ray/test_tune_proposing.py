@@ -147,7 +147,6 @@ def test_expected_improvement_is_that_of_a_normal() -> None:
 
 
 def test_optuna_searches_the_same_mixtures(corpus: Corpus, tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
     one = recipe(corpus, mode="optuna")
     space = space_of(one, corpus)
     configured = search(one, space, tmp_path, 24)

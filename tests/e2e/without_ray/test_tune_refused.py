@@ -15,10 +15,10 @@ from raymix.recipe import load_recipe
 from raymix.store import Corpus
 from raymix.train.rundir import RunDirectory
 from raymix.train.setup import Job
+from raymix.tune.attempt import Trial, attempt
 from raymix.tune.group import locked
 from raymix.tune.mixtures import Mixture, proxy_recipe, space_of, variant
 from raymix.tune.record import CUT, Record
-from raymix.tune.trials import Trial, attempt
 from tests.laws import OwnShare
 from tests.training import train_corpus
 from tests.unit.test_cli import call

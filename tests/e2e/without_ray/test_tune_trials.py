@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from raymix.errors import RecipeError
-from raymix.recipe import Recipe
+from raymix.recipe import ClusterConfig, Recipe
 from raymix.store import Corpus
 from raymix.train.machine import Resources
 from raymix.train.rundir import RunDirectory, read_metrics
 from raymix.train.setup import Job
+from raymix.tune.attempt import Trial, attempt
 from raymix.tune.planning import disk_problem, find_runs, part, plan_comparison, share_out
 from raymix.tune.progress import TrialsProgress
-from raymix.tune.trials import Trial, attempt
 from raymix.tune.variants import Variant, make_variants
 from tests.training import train_corpus
 
@@ -78,7 +78,8 @@ def trial(variant: Variant) -> Trial:
 def test_the_machine_is_shared_out(
     has: Resources, runs: int, gpu: bool, crowded: bool, expected: tuple[int, float, int]
 ) -> None:
-    seats = share_out(has, runs, gpu=gpu, crowded=crowded)
+    cluster = ClusterConfig(workers=0, gpus_per_worker="auto" if gpu else 0)
+    seats = share_out(has, runs, cluster, crowded=crowded)
     assert (seats.parallel, seats.cpus, seats.gpus) == expected
     assert seats.threads >= 1
     assert seats.parallel * part(has, seats).memory_bytes <= has.memory_bytes

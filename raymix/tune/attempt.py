@@ -1,0 +1,110 @@
+"""One run inside its trial: trained in the trial's process, or by workers that Ray Train places."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from raymix.errors import RaymixError
+from raymix.store import atomic_write_text
+from raymix.train.checkpoint import newest_checkpoint
+from raymix.train.cluster import joined
+from raymix.train.environment import environment
+from raymix.train.local import run_here
+from raymix.train.setup import Job
+from raymix.tune.planning import ERROR_LOG
+
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A run to be made or brought to its end."""
+
+    name: str
+    job: Job
+    parameters: int
+    """Of the model, for the record."""
+
+
+def attempt(trial: Trial, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    """Return how a run ended, having trained it: its `state` and its `problem`.
+
+    Whatever goes wrong is told, not raised: the other runs go on.
+    """
+    if stop_asked():
+        return {"state": "stopped"}
+    run = trial.job.run
+    try:
+        with run.locked():
+            stopped = _train(trial, _now_and_then(stop_asked))
+    except RaymixError as error:
+        return {"state": "failed", "problem": str(error)}
+    except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
+        run.path.mkdir(parents=True, exist_ok=True)
+        where = run.path / ERROR_LOG
+        where.write_text(traceback.format_exc(), encoding="utf-8")
+        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        return {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
+    return {"state": "stopped" if stopped else "done"}
+
+
+def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:
+    """Return whether the run was stopped before its end."""
+    job, workers = trial.job, trial.job.recipe.cluster.workers
+    job.run.write_recipe(job.recipe)
+    about = environment(steps=job.steps, parameters=trial.parameters, workers=workers)
+    atomic_write_text(str(job.run.path / "environment.json"), json.dumps(about, indent=1))
+    if not workers:
+        return run_here(job, stop_asked=stop_asked).stopped
+    from raymix.train.driver import run_on_ray
+
+    # Names of actors hold the session, and other runs of the group go on beside this one.
+    job = replace(job, session=uuid.uuid4().hex[:12])
+    job.run.stop_request.unlink(missing_ok=True)
+    with joined(job.recipe.cluster):
+        run_on_ray(job, lambda work: _stoppable(work, job, stop_asked))
+    found = newest_checkpoint(job.run.checkpoints)
+    return found is None or found[1].step < job.steps
+
+
+def _stoppable(work: Callable[[], object], job: Job, stop_asked: Callable[[], bool]) -> None:
+    """Do `work` in a thread; when a stop is asked for, have the workers end with a checkpoint."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="raymix-work", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive() and not stop_asked():
+            thread.join(_POLL_S)
+    finally:
+        # Tune ends a run that its scheduler cut inside `stop_asked`, by an exception.
+        if thread.is_alive():
+            job.run.stop_request.touch()
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _now_and_then(stop_asked: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `stop_asked`, looked at a few times a second: the file may be on a shared disk."""
+    due, last = 0.0, False
+
+    def asked() -> bool:
+        nonlocal due, last
+        if time.monotonic() >= due:
+            due, last = time.monotonic() + _POLL_S, stop_asked()
+        return last
+
+    return asked
