@@ -19,10 +19,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raymix.schedule.anneal import Board, anneal
 from raymix.schedule.base import planner
 from raymix.schedule.baselines import packed
 from raymix.schedule.cost import CostModel
-from raymix.schedule.cuts import Cut, Cutter, Effort
+from raymix.schedule.cuts import Cut, Cutter, Effort, fastest
 from raymix.schedule.group import Draft, over_groups
 from raymix.schedule.hdp import hdp
 from raymix.schedule.layout import Ints, Layout
@@ -31,16 +32,21 @@ from raymix.schedule.trading import exchange, rearrange
 
 # Where balancing ends: part of the time.
 _LEVEL = 0.002
-# Another plan is improved too where it is at most this much slower.
-_NEAR = 1.02
 # In small batches more is tried, for there it costs little.
 _SMALL = 32
 _MUCH = Effort(
+    every_start=True,
     more=3,
     seated=3,
+    rules=8,
+    dense=True,
+    starts=6,
     kept=2,
     moves=24,
     moves_after=8,
+    starts_after=2,
+    tried=12,
+    swapped=24,
     even=0.003,
     rounds=12,
     drawn=12,
@@ -48,11 +54,18 @@ _MUCH = Effort(
     worth=0.0,
 )
 _LITTLE = Effort(
+    every_start=False,
     more=2,
     seated=2,
+    rules=3,
+    dense=False,
+    starts=1,
     kept=1,
     moves=6,
     moves_after=2,
+    starts_after=1,
+    tried=8,
+    swapped=16,
     even=0.01,
     rounds=3,
     drawn=0,
@@ -72,11 +85,16 @@ def refine(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
         return found
     effort = _MUCH if length_K.size <= _SMALL else _LITTLE
     cutter = Cutter(length_K, layout, cost, effort)
-    cuts = cutter.best(over_groups(length_K, layout, cost))
-    if second_O[1] <= _NEAR * _slowest(cuts):
-        cuts = min(cuts, cutter.improved(_taken(cutter, merged)), key=_slowest)
-    placed = _traded(cutter, cuts)
-    return placed if timing(length_K, placed, layout, cost).seconds < best else found
+    starts = [cutter.seated(cutter.split(over_groups(length_K, layout, cost)))]
+    if effort.every_start:
+        starts.append(_taken(cutter, merged))
+    elif second_O[1] <= _slowest(fastest(starts[0], 1)):
+        starts = [_taken(cutter, merged)]
+    plans = [found, *(_traded(cutter, cutter.improved(start)) for start in starts)]
+    if effort.every_start:
+        micro = max(int(plan.micro_K.max()) for plan in plans)
+        plans.append(anneal(Board(length_K, layout, cost, micro + 1), plans))
+    return min(plans, key=lambda plan: timing(length_K, plan, layout, cost).seconds)
 
 
 def _slowest(cuts: Sequence[Cut]) -> float:
@@ -106,5 +124,5 @@ def _traded(cutter: Cutter, cuts: list[Cut]) -> Placement:
     for group, cut in enumerate(cuts):
         # Where everyone waits for everyone, slow micro-batches belong together.
         for micro, at in enumerate(np.argsort(-cut.second_M, kind="stable").tolist()):
-            draft.seat(cut.parts[at], group, micro, cut.slots[at])
+            draft.seat(cut.parts[at], group, micro, cut.slots[at][0])
     return draft.done()
