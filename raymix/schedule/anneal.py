@@ -21,7 +21,9 @@ from raymix.schedule.group import Draft
 from raymix.schedule.layout import Floats, Ints, Layout
 from raymix.schedule.timing import Placement
 
-_CHAINS, _STEPS = 64, 500
+_CHAINS = 64
+# Steps of a chain per sequence, and at most.
+_EACH, _STEPS = 40, 500
 # How much slower a change may be, as a part of the time, at the first step and at the last.
 _HOT, _COLD = 0.1, 0.002
 # Ranks that do not wait for the slowest still count for this part: else most changes would seem
@@ -128,7 +130,8 @@ def anneal(board: Board, starts: Sequence[Placement], seed: int = 0) -> Placemen
     busy_PQN, lost_P = judge.seconds(place_PK)
     true_P, felt_P = _times(board, busy_PQN, lost_P)
     best_P, found_PK = true_P.copy(), place_PK.copy()
-    heat = np.geomspace(_HOT, _COLD, _STEPS) * float(true_P.min())
+    steps = min(_STEPS, _EACH * board.length_K.size)
+    heat = np.geomspace(_HOT, _COLD, steps) * float(true_P.min())
     for warm in heat.tolist():
         tried_PK = _changed(board, place_PK, busy_PQN, rng)
         busy, lost_P = judge.seconds(tried_PK)

@@ -28,8 +28,8 @@ _SLACK = 0.6
 class Effort:
     """How much is tried."""
 
-    every_start: bool
-    """Whether trades go on from all starts; else only from the fastest."""
+    annealed: bool
+    """Whether all starts are followed, and annealed in the end; else only the fastest is."""
     more: int
     """Micro-batches tried beyond the fewest, where memory is short."""
     seated: int
@@ -46,6 +46,8 @@ class Effort:
     """Moves in a micro-batch, at most."""
     moves_after: int
     """The same after a trade."""
+    rules_after: int
+    """Rules of each kind that are tried after a trade."""
     starts_after: int
     """Seats found anew after a trade, besides those with the new sequence put in."""
     tried: int
@@ -115,7 +117,9 @@ class Cutter:
     def seated(self, cuts: Sequence[Cut]) -> list[Cut]:
         """Return the cuts with the best seats by rules of width."""
         tables = self._tables(cuts)
-        return list(cuts) if tables is None else _filled(cuts, *self._first(tables))
+        return (
+            list(cuts) if tables is None else _filled(cuts, *self._first(tables, self.effort.rules))
+        )
 
     def improved(self, cuts: Sequence[Cut]) -> list[Cut]:
         """Return the best cut of each group after moves; only the best few of each are moved."""
@@ -133,15 +137,15 @@ class Cutter:
                  for slot_K, fits in zip(slot_BK, fits_B.tolist(), strict=True)]  # fmt: skip
         at = np.flatnonzero(~fits_B | (self.effort.starts_after > 0))
         if at.size:
-            fresh, _ = self._first(tables.rows(at))
+            fresh, _ = self._first(tables.rows(at), self.effort.rules_after)
             for row, slot_SK in zip(at.tolist(), fresh, strict=True):
                 found[row] = np.vstack([found[row], slot_SK[: max(1, self.effort.starts_after)]])
         return self._moved(_filled(cuts, found, np.zeros(len(found))), self.effort.moves_after)
 
-    def _first(self, tables: Tables) -> tuple[list[Ints], Floats]:
+    def _first(self, tables: Tables, most: int) -> tuple[list[Ints], Floats]:
         """Return seats by rules, (S, K) for each micro-batch, and the time with the first."""
         effort = self.effort
-        level_BXK = rules(tables, effort.rules, dense=effort.dense)
+        level_BXK = rules(tables, most, dense=effort.dense)
         slot_BSK, second_BS = first_seats(tables, level_BXK, effort.starts)
         fits_BS = second_BS < np.inf
         return [slot_SK[fits] for slot_SK, fits in zip(slot_BSK, fits_BS, strict=True)], second_BS[

@@ -225,15 +225,18 @@ class _Table:
         """Seat the rest on single ranks, by LPT among those with room."""
         heap = [(seconds, rank) for rank, seconds in enumerate(self._load)]
         heapify(heap)
-        for k in range(len(slots), len(share)):
-            full = []
-            while heap and self._tokens[heap[0][1]] + share[k] > self._room:
-                full.append(heappop(heap))
-            if not heap:
-                return None
+        tokens, room = self._tokens, self._room
+        begin = len(slots)
+        for held, work in zip(share[begin:], load[begin:], strict=True):
             seconds, rank = heap[0]
-            heapreplace(heap, (seconds + load[k], rank))
-            self._tokens[rank] += share[k]
+            full = []
+            while tokens[rank] + held > room:
+                full.append(heappop(heap))
+                if not heap:
+                    return None
+                seconds, rank = heap[0]
+            heapreplace(heap, (seconds + work, rank))
+            tokens[rank] += held
             slots.append(rank)
             for item in full:
                 heappush(heap, item)
