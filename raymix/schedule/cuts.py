@@ -13,8 +13,9 @@ import numpy as np
 from raymix.schedule.cost import CostModel
 from raymix.schedule.group import Split, alike, balanced, fewest, strided
 from raymix.schedule.layout import Floats, Ints, Layout
-from raymix.schedule.moves import improve
-from raymix.schedule.seating import Loads, Tables, estimates, first_seats
+from raymix.schedule.moves import improve, inserted
+from raymix.schedule.rules import estimates, rules
+from raymix.schedule.seating import Loads, Tables, first_seats
 from raymix.schedule.timing import Placement
 
 _SPLITS: tuple[Split, ...] = (balanced, strided, alike)
@@ -27,16 +28,32 @@ _SLACK = 0.6
 class Effort:
     """How much is tried."""
 
+    annealed: bool
+    """Whether all starts are followed, and annealed in the end; else only the fastest is."""
     more: int
     """Micro-batches tried beyond the fewest, where memory is short."""
     seated: int
     """Cuts of a group that are seated; the others are only estimated."""
+    rules: int
+    """Rules of each kind that are tried in a micro-batch."""
+    dense: bool
+    """Whether more rules of several widths are judged."""
+    starts: int
+    """Seats of a micro-batch that are improved by moves."""
     kept: int
     """Cuts of a group that are improved by moves."""
     moves: int
     """Moves in a micro-batch, at most."""
     moves_after: int
     """The same after a trade."""
+    rules_after: int
+    """Rules of each kind that are tried after a trade."""
+    starts_after: int
+    """Seats found anew after a trade, besides those with the new sequence put in."""
+    tried: int
+    """Sequences of the slowest rank that are tried in a move."""
+    swapped: int
+    """Others to swap them with."""
     even: float
     """Ranks that wait for less than this part of the time are balanced well enough."""
     rounds: int
@@ -57,9 +74,9 @@ class Cut:
     parts: list[Ints]
     """Sequences of each micro-batch, by position in the batch, rising."""
     slots: list[Ints]
-    """Their slots; none where they are not seated yet."""
+    """Their slots, the best first, (S, K) each; none where they are not seated yet."""
     second_M: Floats
-    """Time of each micro-batch."""
+    """Time of each micro-batch with the first of these."""
 
     @property
     def seconds(self) -> float:
@@ -79,8 +96,8 @@ class Cutter:
     cost: CostModel
     effort: Effort
 
-    def best(self, groups: Sequence[Ints]) -> list[Cut]:
-        """Return the best cut found for each group, given its sequences, rising."""
+    def split(self, groups: Sequence[Ints]) -> list[Cut]:
+        """Return the most promising cuts of each group, given its sequences, rising."""
         cuts: list[Cut] = []
         for group, ids in enumerate(groups):
             n = fewest(self.length_K[ids], self.layout, self.cost)
@@ -90,31 +107,65 @@ class Cutter:
             most = min(n + self.effort.more, ids.size) if self._short(ids, n) else n
             for more in range(n + 1, most + 1):
                 cuts += self._split(group, ids, more)
-        return self.improved(self.seated(_best(self._estimated(cuts), self.effort.seated)))
+        return fastest(self._estimated(cuts), self.effort.seated)
 
     def _estimated(self, cuts: Sequence[Cut]) -> list[Cut]:
         """Return the cuts with estimated times."""
         tables = self._tables(cuts)
-        return list(cuts) if tables is None else _filled(cuts, None, estimates(tables))
+        return list(cuts) if tables is None else _filled(cuts, [], estimates(tables))
 
     def seated(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """Return the cuts with the best seats by cut-offs of length."""
+        """Return the cuts with the best seats by rules of width."""
         tables = self._tables(cuts)
-        return list(cuts) if tables is None else _filled(cuts, *first_seats(tables))
+        return (
+            list(cuts) if tables is None else _filled(cuts, *self._first(tables, self.effort.rules))
+        )
 
-    def improved(self, cuts: Sequence[Cut], moves: int | None = None) -> list[Cut]:
+    def improved(self, cuts: Sequence[Cut]) -> list[Cut]:
         """Return the best cut of each group after moves; only the best few of each are moved."""
-        kept = _best(cuts, self.effort.kept)
-        tables = self._tables(kept)
+        return fastest(self._moved(fastest(cuts, self.effort.kept), self.effort.moves), 1)
+
+    def traded(self, cuts: Sequence[Cut]) -> list[Cut]:
+        """Return cuts after trades, improved; a sequence that has just come has the slot -1."""
+        tables = self._tables(cuts)
         if tables is None:
-            return kept
-        slot_BK = np.full(tables.length_BK.shape, -1)
-        slots = [slot_K for cut in kept for slot_K in cut.slots]
-        for row, slot_K in zip(slot_BK, slots, strict=True):
-            row[: slot_K.size] = slot_K
-        slot_BK = improve(tables, slot_BK, moves or self.effort.moves, self.effort.even)
-        second_B = Loads.of(tables, slot_BK).seconds(self.cost).max(axis=1)
-        return _best(_filled(kept, slot_BK, second_B), 1)
+            return list(cuts)
+        seats = [slot_SK for cut in cuts for slot_SK in cut.slots]
+        slot_BK = inserted(tables, _matrix(tables, seats))
+        fits_B = ((slot_BK >= 0) | (tables.length_BK == 0)).all(axis=1)
+        found = [slot_K[None] if fits else slot_K[None][:0]
+                 for slot_K, fits in zip(slot_BK, fits_B.tolist(), strict=True)]  # fmt: skip
+        at = np.flatnonzero(~fits_B | (self.effort.starts_after > 0))
+        if at.size:
+            fresh, _ = self._first(tables.rows(at), self.effort.rules_after)
+            for row, slot_SK in zip(at.tolist(), fresh, strict=True):
+                found[row] = np.vstack([found[row], slot_SK[: max(1, self.effort.starts_after)]])
+        return self._moved(_filled(cuts, found, np.zeros(len(found))), self.effort.moves_after)
+
+    def _first(self, tables: Tables, most: int) -> tuple[list[Ints], Floats]:
+        """Return seats by rules, (S, K) for each micro-batch, and the time with the first."""
+        effort = self.effort
+        level_BXK = rules(tables, most, dense=effort.dense)
+        slot_BSK, second_BS = first_seats(tables, level_BXK, effort.starts)
+        fits_BS = second_BS < np.inf
+        return [slot_SK[fits] for slot_SK, fits in zip(slot_BSK, fits_BS, strict=True)], second_BS[
+            :, 0
+        ]
+
+    def _moved(self, cuts: Sequence[Cut], moves: int) -> list[Cut]:
+        """Return the cuts with the best of their slots after moves."""
+        tables = self._tables(cuts)
+        if tables is None:
+            return list(cuts)
+        seats = [slot_SK for cut in cuts for slot_SK in cut.slots]
+        count_B = np.array([slot_SK.shape[0] for slot_SK in seats])
+        many = tables.rows(np.repeat(np.arange(count_B.size), count_B))
+        slot_CK = improve(many, _matrix(many, seats), moves, self.effort)
+        second_C = Loads.of(many, slot_CK).seconds(self.cost).max(axis=1)
+        begin_B = np.cumsum(count_B) - count_B
+        ends = zip(begin_B.tolist(), (begin_B + count_B).tolist(), strict=True)
+        best_B = [begin + int(second_C[begin:end].argmin()) for begin, end in ends]
+        return _filled(cuts, [slot_CK[at : at + 1] for at in best_B], second_C[best_B])
 
     def of_placement(self, group: int, ids: Ints, placed: Placement) -> Cut:
         """Return the cut of one group that a placement makes; its times are not known yet."""
@@ -124,7 +175,7 @@ class Cutter:
         slot_K = begin_K + placed.first_K[ids] % self.layout.context // width_K
         micro_K = placed.micro_K[ids]
         at = [np.flatnonzero(micro_K == micro) for micro in np.unique(micro_K)]
-        return Cut(group, [ids[x] for x in at], [slot_K[x] for x in at], np.zeros(len(at)))
+        return Cut(group, [ids[x] for x in at], [slot_K[None, x] for x in at], np.zeros(len(at)))
 
     def _tables(self, cuts: Sequence[Cut]) -> Tables | None:
         parts = [self.length_K[part] for cut in cuts for part in cut.parts]
@@ -148,21 +199,31 @@ class Cutter:
         return int(self.length_K[ids].sum()) > _SLACK * room
 
 
-def _filled(cuts: Sequence[Cut], slot_BK: Ints | None, second_B: Floats) -> list[Cut]:
-    """Return the cuts with slots, if any, and times of arrays that hold their parts in order."""
+def _matrix(tables: Tables, seats: Sequence[Ints]) -> Ints:
+    """Return all the slots (S, K) one below the other, -1 for padding, shape (C, K)."""
+    slot_CK = np.full((sum(slot_SK.shape[0] for slot_SK in seats), tables.length_BK.shape[1]), -1)
+    begin = 0
+    for slot_SK in seats:
+        end = begin + slot_SK.shape[0]
+        slot_CK[begin:end, : slot_SK.shape[1]] = slot_SK
+        begin = end
+    return slot_CK
+
+
+def _filled(cuts: Sequence[Cut], seats: Sequence[Ints], second_B: Floats) -> list[Cut]:
+    """Return the cuts with slots and times of all their parts in order; seats may be none."""
     found: list[Cut] = []
     row = 0
     for cut in cuts:
-        rows = range(row, row + len(cut.parts))
-        row += len(rows)
-        slots: list[Ints] = []
-        if slot_BK is not None:
-            slots = [slot_BK[at, : part.size] for at, part in zip(rows, cut.parts, strict=True)]
-        found.append(Cut(cut.group, cut.parts, slots, second_B[rows.start : rows.stop]))
+        rows = slice(row, row + len(cut.parts))
+        row = rows.stop
+        pairs = zip(seats[rows], cut.parts, strict=False)
+        slots = [slot_SK[:, : part.size] for slot_SK, part in pairs]
+        found.append(Cut(cut.group, cut.parts, slots, second_B[rows]))
     return found
 
 
-def _best(cuts: Sequence[Cut], kept: int) -> list[Cut]:
+def fastest(cuts: Sequence[Cut], kept: int) -> list[Cut]:
     """Return the fastest cuts, at most `kept` of each group, group by group."""
     order = sorted(range(len(cuts)), key=lambda at: (cuts[at].group, cuts[at].seconds, at))
     taken: dict[int, list[Cut]] = {}

@@ -6,7 +6,7 @@ Legend: K sequences, G groups, N ranks of a group. All lengths come longest firs
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
@@ -57,16 +57,20 @@ def balanced(length_K: Ints, n: int, layout: Layout, cost: CostModel) -> list[In
     """
     share_K = shards(length_K, layout.context).tolist()
     work_K = cost.work(length_K).tolist()
-    load, room = [0.0] * n, [cost.memory_tokens] * n
+    heap, room = [(0.0, at) for at in range(n)], [cost.memory_tokens] * n
     parts: list[list[int]] = [[] for _ in range(n)]
     for k, (share, work) in enumerate(zip(share_K, work_K, strict=True)):
-        open_ = [at for at in range(n) if room[at] >= share]
-        if not open_:
+        full = []
+        while heap and room[heap[0][1]] < share:
+            full.append(heappop(heap))
+        if not heap:
             return None
-        at = min(open_, key=load.__getitem__)
+        load, at = heap[0]
+        heapreplace(heap, (load + work, at))
         parts[at].append(k)
-        load[at] += work
         room[at] -= share
+        for item in full:
+            heappush(heap, item)
     return [np.array(ids, dtype=np.int64) for ids in parts]
 
 

@@ -52,6 +52,8 @@ class _Ranks:
             self._behind = [(max(self._clock[at : at + width]), at) for at in firsts]
             heapify(self._behind)
         clock, first = self._behind[0]
+        if width == 1:
+            return self._alone(clock, first, share, seconds)
         team = range(first, first + width)
         micro = max(self._open[rank] for rank in team)
         # A rank that has not come as far holds nothing yet in that micro-step.
@@ -65,3 +67,14 @@ class _Ranks:
             self._clock[rank] = clock + seconds + fresh * self._base_s
         heapreplace(self._behind, (max(self._clock[rank] for rank in team), first))
         return micro, first
+
+    def _alone(self, clock: float, rank: int, share: int, seconds: float) -> tuple[int, int]:
+        """Place a sequence on one rank: the same in short, as most are placed so."""
+        held = self._held[rank]
+        if held + share > self._room:
+            self._open[rank] += 1
+            held = 0
+        self._held[rank] = held + share
+        self._clock[rank] = clock + seconds + (self._base_s if not held else 0.0)
+        heapreplace(self._behind, (self._clock[rank], rank))
+        return self._open[rank], rank

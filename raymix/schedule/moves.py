@@ -10,6 +10,7 @@ Legend as in `seating`; X sequences of the slowest rank that are tried, Y others
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +19,40 @@ from raymix.schedule.layout import Floats, Ints
 from raymix.schedule.seating import Loads, Tables
 
 Bools = NDArray[np.bool_]
+# Local, shared, gather and tokens: see `Loads`.
+_Terms = tuple[Floats, Floats, Floats, Floats]
 
-# Sequences of the slowest rank tried per round, and others to swap them with.
-_TRIED, _SWAPPED = 12, 24
 # A move must shorten the micro-batch by this part of it, else rounding might go in circles.
 _GAIN = 1e-6
 
 
-def improve(tables: Tables, slot_BK: Ints, rounds: int, even: float) -> Ints:
+class Limits(Protocol):
+    """How much `improve` tries."""
+
+    @property
+    def even(self) -> float:
+        """Where ranks wait for less than this part of the time, swaps are not tried."""
+        ...
+
+    @property
+    def tried(self) -> int:
+        """Sequences of the slowest rank that are tried."""
+        ...
+
+    @property
+    def swapped(self) -> int:
+        """Others to swap them with."""
+        ...
+
+
+def improve(tables: Tables, slot_BK: Ints, rounds: int, limits: Limits) -> Ints:
     """Return slots at least as good as those given, shape (B, K).
 
     Args:
         tables: Costs of the micro-batches.
         slot_BK: Slots of the sequences, -1 for padding; must fit in memory.
         rounds: Most moves per micro-batch.
-        even: Where ranks wait for less than this part of the time, swaps are not tried.
+        limits: What is tried for a move.
     """
     slot_BK = slot_BK.copy()
     open_ = np.arange(slot_BK.shape[0])
@@ -40,12 +60,12 @@ def improve(tables: Tables, slot_BK: Ints, rounds: int, even: float) -> Ints:
     for _ in range(rounds):
         loads = Loads.of(mine, seats)
         second_BN = loads.seconds(mine.cost)
-        moved = _move(mine, seats, loads, second_BN)
-        waiting = second_BN.mean(axis=1) < second_BN.max(axis=1) * (1 - even)
+        moved = _move(mine, seats, loads, second_BN, limits.tried)
+        waiting = second_BN.mean(axis=1) < second_BN.max(axis=1) * (1 - limits.even)
         stuck = np.flatnonzero(~moved & waiting)
         if stuck.size:
             again = seats[stuck]
-            moved[stuck] = _swap(mine.rows(stuck), again, loads.rows(stuck), second_BN[stuck])
+            moved[stuck] = _swap(mine.rows(stuck), again, loads.rows(stuck), limits)
             seats[stuck] = again
         if not moved.all():
             slot_BK[open_] = seats
@@ -102,10 +122,12 @@ def _on_slowest(tables: Tables, slot_BK: Ints, second_BN: Floats) -> Bools:
     return covers_TN[slot_BK, second_BN.argmax(axis=1)[:, None]]
 
 
-def _move(tables: Tables, slot_BK: Ints, loads: Loads, second_BN: Floats) -> Bools:
+def _move(tables: Tables, slot_BK: Ints, loads: Loads, second_BN: Floats, tried: int) -> Bools:
     """Make the best single move in each micro-batch; return where there was one, shape (B,)."""
-    picked = _Picked.of(tables, slot_BK, _on_slowest(tables, slot_BK, second_BN), _TRIED)
-    second_BXT = _after_move(tables, loads, picked)
+    picked = _Picked.of(tables, slot_BK, _on_slowest(tables, slot_BK, second_BN), tried)
+    taken = picked.slot_BX[:, :, None] == np.arange(tables.slots.width_T.size)
+    count_BXT = loads.count_BT[:, None, :] - taken
+    second_BXT = _after_move(tables, _without(tables, loads, picked), count_BXT, picked)
     second_BXT[~picked.real_BX] = np.inf
     rows = np.arange(slot_BK.shape[0])
     flat = second_BXT.reshape(rows.size, -1)
@@ -116,20 +138,48 @@ def _move(tables: Tables, slot_BK: Ints, loads: Loads, second_BN: Floats) -> Boo
     return moved
 
 
-def _after_move(tables: Tables, loads: Loads, picked: _Picked) -> Floats:
-    """Return the time of the micro-batch with a sequence in each slot, (B, X, T); inf: no room."""
+def inserted(tables: Tables, slot_BK: Ints) -> Ints:
+    """Return slots with a sequence without one, at most one of each micro-batch, in the best.
+
+    It stays without one (-1) where none has room.
+    """
+    slot_BK = slot_BK.copy()
+    picked = _Picked.of(tables, slot_BK, (slot_BK < 0) & (tables.length_BK > 0), 1)
+    if not picked.k_BX.size:
+        return slot_BK
+    loads = Loads.of(tables, slot_BK)
+    rest = (
+        loads.local_BN[:, None],
+        loads.shared_BN[:, None],
+        loads.gather_BN[:, None],
+        loads.tokens_BN[:, None],
+    )
+    second_BT = _after_move(tables, rest, loads.count_BT[:, None, :], picked)[:, 0]
+    best_B = second_BT.argmin(axis=1)
+    rows = np.arange(best_B.size)
+    at = np.flatnonzero(picked.real_BX[:, 0] & (second_BT[rows, best_B] < np.inf))
+    slot_BK[at, picked.k_BX[at, 0]] = best_B[at]
+    return slot_BK
+
+
+def _after_move(tables: Tables, rest: _Terms, count_BXT: Ints, picked: _Picked) -> Floats:
+    """Return the time of the micro-batch with a sequence in each slot, (B, X, T); inf: no room.
+
+    Args:
+        tables: Costs of the micro-batches.
+        rest: Loads of the ranks without the sequence.
+        count_BXT: Other sequences in each slot.
+        picked: The sequences.
+    """
     cost, room = tables.cost, tables.cost.memory_tokens
     n_ranks = tables.slots.covers_TN.shape[1]
-    local, shared, gather, tokens = _without(tables, loads, picked)
+    local, shared, gather, tokens = rest
     busy = np.maximum(gather, local)
     now = busy + shared + cost.linear(tokens)
     # Whole on a rank: only that rank's time changes.
     held = tokens + picked.share_BXW[:, :, :1]
     alone = np.maximum(gather, local + picked.attention_BXW[:, :, :1]) + shared + cost.linear(held)
     found = [np.where(held > room, np.inf, np.maximum(alone, _others(now)))]
-    count_BXT = loads.count_BT[:, None, :] - (
-        picked.slot_BX[:, :, None] == np.arange(tables.slots.width_T.size)
-    )
     for slot in range(n_ranks, tables.slots.width_T.size):
         level, covers = int(tables.slots.level_T[slot]), tables.slots.covers_TN[slot]
         held = tokens + covers * picked.share_BXW[:, :, level, None]
@@ -142,9 +192,7 @@ def _after_move(tables: Tables, loads: Loads, picked: _Picked) -> Floats:
     return np.concatenate(found, axis=2)
 
 
-def _without(
-    tables: Tables, loads: Loads, picked: _Picked
-) -> tuple[Floats, Floats, Floats, Floats]:
+def _without(tables: Tables, loads: Loads, picked: _Picked) -> _Terms:
     """Return local, shared, gather and tokens of the ranks without each sequence, (B, X, N)."""
     row, col = np.ogrid[: picked.k_BX.shape[0], : picked.k_BX.shape[1]]
     level = picked.level_BX[:, :, None]
@@ -170,11 +218,12 @@ def _others(second_BXN: Floats) -> Floats:
     return np.where(second_BXN == top[:, :, 1:], top[:, :, :1], top[:, :, 1:])
 
 
-def _swap(tables: Tables, slot_BK: Ints, loads: Loads, second_BN: Floats) -> Bools:
+def _swap(tables: Tables, slot_BK: Ints, loads: Loads, limits: Limits) -> Bools:
     """Make the best swap in each micro-batch; return where there was one, shape (B,)."""
+    second_BN = loads.seconds(tables.cost)
     on_BK = _on_slowest(tables, slot_BK, second_BN)
-    ours = _Picked.of(tables, slot_BK, on_BK, _TRIED)
-    theirs = _Picked.of(tables, slot_BK, ~on_BK & (slot_BK >= 0), _SWAPPED)
+    ours = _Picked.of(tables, slot_BK, on_BK, limits.tried)
+    theirs = _Picked.of(tables, slot_BK, ~on_BK & (slot_BK >= 0), limits.swapped)
     second_BXY = _after_swap(tables, loads, ours, theirs)
     second_BXY[~(ours.real_BX[:, :, None] & theirs.real_BX[:, None, :])] = np.inf
     rows = np.arange(slot_BK.shape[0])

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raymix.schedule.anneal import Board, anneal
 from raymix.schedule.base import planner
 from raymix.schedule.baselines import packed
 from raymix.schedule.cost import CostModel
-from raymix.schedule.cuts import Cut, Cutter, Effort
+from raymix.schedule.cuts import Cut, Cutter, Effort, fastest
 from raymix.schedule.group import Draft, over_groups
 from raymix.schedule.hdp import hdp
 from raymix.schedule.layout import Ints, Layout
@@ -31,28 +32,42 @@ from raymix.schedule.trading import exchange, rearrange
 
 # Where balancing ends: part of the time.
 _LEVEL = 0.002
-# Another plan is improved too where it is at most this much slower.
-_NEAR = 1.02
 # In small batches more is tried, for there it costs little.
 _SMALL = 32
 _MUCH = Effort(
+    annealed=True,
     more=3,
     seated=3,
+    rules=8,
+    dense=True,
+    starts=4,
     kept=2,
     moves=24,
     moves_after=8,
+    rules_after=4,
+    starts_after=2,
+    tried=12,
+    swapped=24,
     even=0.003,
-    rounds=12,
-    drawn=12,
-    patience=2,
+    rounds=3,
+    drawn=6,
+    patience=0,
     worth=0.0,
 )
 _LITTLE = Effort(
-    more=2,
+    annealed=False,
+    more=1,
     seated=2,
+    rules=3,
+    dense=False,
+    starts=1,
     kept=1,
     moves=6,
     moves_after=2,
+    rules_after=2,
+    starts_after=1,
+    tried=8,
+    swapped=16,
     even=0.01,
     rounds=3,
     drawn=0,
@@ -66,17 +81,35 @@ def refine(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
     """Return the placement found by cut-offs of length and improving moves."""
     bound = lower_bound(length_K, layout, cost) * (1 + _LEVEL)
     simple, merged = packed(length_K, layout, cost), hdp(length_K, layout, cost)
-    second_O = [timing(length_K, placed, layout, cost).seconds for placed in (simple, merged)]
-    found, best = (simple, second_O[0]) if second_O[0] <= second_O[1] else (merged, second_O[1])
-    if best <= bound:
-        return found
+    plans = [_timed(length_K, plan, layout, cost) for plan in (simple, merged)]
+    if min(plans, key=_seconds)[0] <= bound:
+        return min(plans, key=_seconds)[1]
     effort = _MUCH if length_K.size <= _SMALL else _LITTLE
     cutter = Cutter(length_K, layout, cost, effort)
-    cuts = cutter.best(over_groups(length_K, layout, cost))
-    if second_O[1] <= _NEAR * _slowest(cuts):
-        cuts = min(cuts, cutter.improved(_taken(cutter, merged)), key=_slowest)
-    placed = _traded(cutter, cuts)
-    return placed if timing(length_K, placed, layout, cost).seconds < best else found
+    starts = [cutter.seated(cutter.split(over_groups(length_K, layout, cost)))]
+    if effort.annealed:
+        starts.append(_taken(cutter, merged))
+    elif plans[1][0] <= _slowest(fastest(starts[0], 1)):
+        starts = [_taken(cutter, merged)]
+    for start in starts:
+        placed = _traded(cutter, cutter.improved(start))
+        plans.append(_timed(length_K, placed, layout, cost))
+    if effort.annealed and min(plans, key=_seconds)[0] > bound:
+        found = [plan for _, plan in plans]
+        micro = 1 + max(int(plan.micro_K.max()) for plan in found)
+        placed = anneal(Board(length_K, layout, cost, micro), found)
+        plans.append(_timed(length_K, placed, layout, cost))
+    return min(plans, key=_seconds)[1]
+
+
+def _timed(
+    length_K: Ints, placed: Placement, layout: Layout, cost: CostModel
+) -> tuple[float, Placement]:
+    return timing(length_K, placed, layout, cost).seconds, placed
+
+
+def _seconds(plan: tuple[float, Placement]) -> float:
+    return plan[0]
 
 
 def _slowest(cuts: Sequence[Cut]) -> float:
@@ -106,5 +139,5 @@ def _traded(cutter: Cutter, cuts: list[Cut]) -> Placement:
     for group, cut in enumerate(cuts):
         # Where everyone waits for everyone, slow micro-batches belong together.
         for micro, at in enumerate(np.argsort(-cut.second_M, kind="stable").tolist()):
-            draft.seat(cut.parts[at], group, micro, cut.slots[at])
+            draft.seat(cut.parts[at], group, micro, cut.slots[at][0])
     return draft.done()

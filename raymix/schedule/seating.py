@@ -1,10 +1,11 @@
-"""Many micro-batches at once: what seats cost, first seats by cut-offs of length.
+"""Many micro-batches at once: what seats cost, and seats for given widths of teams (LPT).
 
 Everything here works on B micro-batches of groups of the same size side by side, so that numpy's
 cost per call is shared; short ones are padded with sequences of length 0.
 
 Legend: B micro-batches, K sequences in the longest of them, N ranks of a group, T slots (ranks
-and teams, see `Slots`), W widths of a team, C candidates for the seats of a micro-batch.
+and teams, see `Slots`), W widths of a team, X rules tried per micro-batch, S seats kept of them,
+C = B X.
 """
 
 from __future__ import annotations
@@ -18,11 +19,6 @@ from numpy.typing import NDArray
 
 from raymix.schedule.cost import CostModel, shards
 from raymix.schedule.layout import Floats, Ints, Layout, Slots
-
-# Cut-offs tried in full per micro-batch, besides everything sharded: those of the best estimates.
-_TRIED = 3
-# Rules of at most so many tokens per rank: a rank's memory, half of it, and so on.
-_GRAINS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,105 +129,27 @@ class Loads:
         return busy + self.shared_BN + cost.linear(self.tokens_BN)
 
 
-def first_seats(tables: Tables) -> tuple[Ints, Floats]:
-    """Return the best seats by cut-offs of length and their times, shapes (B, K) and (B,).
+def first_seats(tables: Tables, level_BXK: Ints, starts: int) -> tuple[Ints, Floats]:
+    """Return the best seats and their times, the best first, shapes (B, S, K) and (B, S).
 
-    Sequences longer than a cut-off are sharded and the others local, placed by LPT. All cut-offs
-    are estimated, the best few and "everything sharded" seated in full. Where teams of other
-    widths are allowed, so are rules that give each rank shards of at most so many tokens.
+    Args:
+        tables: Costs of the micro-batches.
+        level_BXK: The rules tried: the width of each sequence's team; see `rules`.
+        starts: How many seats of a micro-batch are wanted, S, at most X.
     """
-    rules = _rules(tables)
-    row_C = np.repeat(np.arange(rules.shape[0]), rules.shape[1])
-    level_CK = rules.reshape(-1, rules.shape[2])
-    many = tables.rows(row_C)
-    slot_CK = _seat(many, level_CK)
+    n_rows, tried, _ = level_BXK.shape
+    many = tables.rows(np.repeat(np.arange(n_rows), tried))
+    slot_CK = _seat(many, level_BXK.reshape(n_rows * tried, -1))
     second_C = Loads.of(many, slot_CK).seconds(tables.cost).max(axis=1)
     lost = (slot_CK < 0) & (many.length_BK > 0)
     second_C[lost.any(axis=1)] = np.inf
-    best_B = second_C.reshape(rules.shape[:2]).argmin(axis=1)
-    at = np.arange(rules.shape[0]) * rules.shape[1] + best_B
-    return slot_CK[at], second_C[at]
-
-
-def estimates(tables: Tables) -> Floats:
-    """Return about how long the micro-batches take with the best cut-off, shape (B,)."""
-    second_B = _cut_estimates(tables).min(axis=1)
-    if tables.widths.size > 2:
-        second_B = np.minimum(second_B, _estimates(tables, _fine(tables)).min(axis=1))
-    return second_B
-
-
-def _fine(tables: Tables) -> Ints:
-    """Return levels that give each rank shards of at most so many tokens, shape (B, X, K)."""
-    grain = tables.cost.memory_tokens * 0.5 ** np.arange(_GRAINS)
-    wide = tables.length_BK[:, None, :, None] > grain[:, None, None] * tables.widths[:-1]
-    return wide.sum(axis=3)
-
-
-def _rules(tables: Tables) -> Ints:
-    """Return the rules worth trying: the level of each sequence, shape (B, tried, K)."""
-    n_rows, most = tables.length_BK.shape
-    last = tables.widths.size - 1
-    tried = np.argsort(_cut_estimates(tables), axis=1, kind="stable")[:, :_TRIED]
-    cuts = np.hstack([tried, np.full((n_rows, 1), most)])
-    level_BXK = (np.arange(most) < cuts[:, :, None]) * last
-    if last > 1:
-        fine_BXK = _fine(tables)
-        best = np.argsort(_estimates(tables, fine_BXK), axis=1, kind="stable")[:, :_TRIED]
-        fine_BXK = np.take_along_axis(fine_BXK, best[:, :, None], axis=1)
-        level_BXK = np.concatenate([fine_BXK, level_BXK], axis=1)
-    return level_BXK
-
-
-def _cut_estimates(tables: Tables) -> Floats:
-    """Return about how long a micro-batch takes with its c longest sharded, shape (B, K + 1).
-
-    As if everything but the largest local sequence could be spread evenly; inf: cannot fit.
-    """
-    cost, n_ranks = tables.cost, tables.slots.covers_TN.shape[1]
-    shared = _sums(tables.attention_BKW[:, :, -1])
-    local = _sums(tables.attention_BKW[:, :, 0])
-    volume, share = _sums(tables.length_BK), _sums(tables.share_BKW[:, :, -1])
-    gather = np.where(volume > 0, tables.latency_W[-1] + tables.token_W[-1] * volume, 0)
-    # The longest of those left local: there is none after the last cut.
-    none = np.zeros((volume.shape[0], 1), dtype=np.int64)
-    first_s = np.hstack([tables.attention_BKW[:, :, 0], none])
-    first = np.hstack([tables.length_BK, none])
-    whole = volume[:, -1:] - volume
-    tokens = share + whole / n_ranks
-    local_s = np.maximum((local[:, -1:] - local) / n_ranks, first_s)
-    busy = np.maximum(gather, local_s) + shared + cost.linear(np.maximum(tokens, share + first))
-    return np.where(np.maximum(tokens, share + first) <= cost.memory_tokens, busy, np.inf)
-
-
-def _sums(value_BK: Floats | Ints) -> Floats:
-    """Return sums of the first c values, c = 0 to K, shape (B, K + 1)."""
-    sums = np.zeros((value_BK.shape[0], value_BK.shape[1] + 1))
-    value_BK.cumsum(axis=1, out=sums[:, 1:])
-    return sums
-
-
-def _estimates(tables: Tables, level_BXK: Ints) -> Floats:
-    """Return the same for any rules, given the level of each sequence, shape (B, X)."""
-    cost, n_ranks = tables.cost, tables.slots.covers_TN.shape[1]
-    row, col = np.ogrid[: level_BXK.shape[0], : level_BXK.shape[2]]
-    at = (row[:, None, :], col[None, :, :], level_BXK)
-    attention, share = tables.attention_BKW[at], tables.share_BKW[at]
-    part = tables.widths[level_BXK] / n_ranks
-    local = level_BXK == 0
-    length = tables.length_BK[:, None, :]
-    mean_local = (attention * local).sum(axis=2) / n_ranks
-    local_s = np.maximum(mean_local, (attention * local).max(axis=2, initial=0))
-    gather = np.zeros_like(local_s)
-    for level in range(1, tables.widths.size):
-        volume = ((level_BXK == level) * length).sum(axis=2)
-        seconds = tables.latency_W[level] + volume * tables.token_W[level]
-        gather += np.where(volume > 0, seconds, 0) * tables.widths[level] / n_ranks
-    shared = (attention * part * ~local).sum(axis=2)
-    tokens = (share * part).sum(axis=2)
-    fits = np.maximum(tokens, share.max(axis=2, initial=0)) <= cost.memory_tokens
-    seconds = np.maximum(gather, local_s) + shared + cost.linear(tokens)
-    return np.where(fits, seconds, np.inf)
+    second_BX = second_C.reshape(n_rows, tried)
+    best_BS = np.argsort(second_BX, axis=1, kind="stable")[:, :starts]
+    slot_BXK = slot_CK.reshape(level_BXK.shape)
+    return (
+        np.take_along_axis(slot_BXK, best_BS[:, :, None], axis=1),
+        np.take_along_axis(second_BX, best_BS, axis=1),
+    )
 
 
 def _seat(tables: Tables, level_CK: Ints) -> Ints:
@@ -242,6 +160,7 @@ def _seat(tables: Tables, level_CK: Ints) -> Ints:
     row, col = np.ogrid[: level_CK.shape[0], : level_CK.shape[1]]
     share_CK = tables.share_BKW[row, col, level_CK]
     load_CK = tables.attention_BKW[row, col, level_CK] + tables.cost.linear_s * share_CK
+    load_CK += tables.latency_W[level_CK] + tables.token_W[level_CK] * tables.length_BK
     count_C = np.count_nonzero(tables.length_BK, axis=1)
     slot_CK = np.full(level_CK.shape, -1)
     columns = (count_C, level_CK, share_CK, load_CK, slot_CK)
@@ -306,15 +225,18 @@ class _Table:
         """Seat the rest on single ranks, by LPT among those with room."""
         heap = [(seconds, rank) for rank, seconds in enumerate(self._load)]
         heapify(heap)
-        for k in range(len(slots), len(share)):
-            full = []
-            while heap and self._tokens[heap[0][1]] + share[k] > self._room:
-                full.append(heappop(heap))
-            if not heap:
-                return None
+        tokens, room = self._tokens, self._room
+        begin = len(slots)
+        for held, work in zip(share[begin:], load[begin:], strict=True):
             seconds, rank = heap[0]
-            heapreplace(heap, (seconds + load[k], rank))
-            self._tokens[rank] += share[k]
+            full = []
+            while tokens[rank] + held > room:
+                full.append(heappop(heap))
+                if not heap:
+                    return None
+                seconds, rank = heap[0]
+            heapreplace(heap, (seconds + work, rank))
+            tokens[rank] += held
             slots.append(rank)
             for item in full:
                 heappush(heap, item)

@@ -36,6 +36,8 @@ class _Trade:
     taken: int
     parts: list[Ints]
     """Sequences of the giving and of the taking micro-batch afterwards."""
+    slots: list[Ints]
+    """Their slots as they were, (1, K) each, -1 for the one that has come."""
 
 
 def exchange(cutter: Cutter, cuts: list[Cut], seed: int) -> None:
@@ -123,10 +125,20 @@ def _trades(
         p, q = int(p_X[x]), int(q_Y[y])
         come = k_Y[y : y + 1]
         left = theirs[q] if q < len(theirs) else _NOBODY
-        less = np.sort(np.concatenate([ours[p][ours[p] != k_X[x]], come]))
-        more = np.sort(np.append(left[~np.isin(left, come)], k_X[x]))
-        found.append(_Trade(giver, taker, p, q, [less, more]))
+        seats = cuts[taker].slots[q] if q < len(theirs) else _NOBODY[None]
+        less = _changed(ours[p], cuts[giver].slots[p], k_X[x : x + 1], come)
+        more = _changed(left, seats, come, k_X[x : x + 1])
+        found.append(_Trade(giver, taker, p, q, [less[0], more[0]], [less[1], more[1]]))
     return found
+
+
+def _changed(part: Ints, slot_SK: Ints, gone: Ints, come: Ints) -> tuple[Ints, Ints]:
+    """Return a micro-batch and its slots after one sequence has gone and one come, or none."""
+    stay = part != gone[0] if gone.size else np.ones(part.size, dtype=np.bool_)
+    ids = np.append(part[stay], come)
+    slots = np.append(slot_SK[0, stay], np.full(come.size, -1))
+    order = np.argsort(ids)
+    return ids[order], slots[None, order]
 
 
 def _listed(parts: Sequence[Ints]) -> tuple[Ints, Ints]:
@@ -137,8 +149,8 @@ def _listed(parts: Sequence[Ints]) -> tuple[Ints, Ints]:
 
 def _solved(cutter: Cutter, trades: Sequence[_Trade]) -> list[Cut]:
     """Return the two micro-batches of each trade, seated and improved."""
-    drafts = [Cut(at, trade.parts, [], _UNKNOWN) for at, trade in enumerate(trades)]
-    return cutter.improved(cutter.seated(drafts), cutter.effort.moves_after)
+    drafts = [Cut(at, trade.parts, trade.slots, _UNKNOWN) for at, trade in enumerate(trades)]
+    return cutter.traded(drafts)
 
 
 _UNKNOWN = np.full(1, np.inf)
