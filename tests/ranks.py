@@ -1,4 +1,4 @@
-"""Two ranks over gloo without Ray, in a process of their own, forked before torch has threads."""
+"""Ranks over gloo without Ray, in a process of their own, forked before torch has threads."""
 
 from __future__ import annotations
 
@@ -16,29 +16,38 @@ from raymix.train.parallel import World
 
 
 def on_two_ranks(work: Callable[[World, Path], Any]) -> None:
-    """Do `work` on two ranks, given the world and a directory; rank 0's answer is kept.
+    """Do `work` on two ranks; see `on_ranks`."""
+    on_ranks(2, work)
 
-    For the `__main__` of a test module that `found_by_two_ranks` runs.
+
+def on_ranks(size: int, work: Callable[[World, Path], Any]) -> None:
+    """Do `work` on each rank, given the world and a directory; rank 0's answer is kept.
+
+    For the `__main__` of a test module that `found_by_ranks` runs.
     """
     out = Path(sys.argv[1])
     for module in ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.llama"):
-        importlib.import_module(module)  # once, for both
-    child = os.fork()
-    rank = 0 if child else 1
+        importlib.import_module(module)  # once, for all
+    children, rank = [], 0
+    for number in range(1, size):
+        if not (child := os.fork()):
+            children, rank = [], number
+            break
+        children.append(child)
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(out.with_suffix(".store")), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = work(World(rank=rank, size=2, neighbours=2), out.parent)
+    store = torch.distributed.FileStore(str(out.with_suffix(".store")), size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    found = work(World(rank=rank, size=size, neighbours=size), out.parent)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if rank:
         os._exit(0)
     torch.save(found, out)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 
 
-def found_by_two_ranks(module: str, directory: Path) -> Any:
-    """Return what rank 0 of the two ranks of a test module found."""
+def found_by_ranks(module: str, directory: Path) -> Any:
+    """Return what rank 0 of the ranks of a test module found."""
     out = directory / "found.pt"
     command = [sys.executable, "-m", module, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)

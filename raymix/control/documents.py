@@ -1,9 +1,8 @@
-"""Document mode: whole documents, packed into rows.
+"""Document mode: whole documents, each on the rank or the ranks that a schedule gives it.
 
-A step's documents are packed into rows of `sequence_length` (best-fit decreasing) and the rows
-are dealt to the ranks one by one, fullest first. Every rank has the same number of rows; where
-they do not divide evenly, the last are padding. Letters: D domains, N documents of the step, B
-rows of this rank, L tokens per row.
+Which documents make up a step does not depend on the ranks; a schedule, worked out from their
+lengths alone, says what each rank holds in each micro-batch. A rank reads all of the documents of
+which it holds a part. Letters: D domains, N documents of the step.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from raymix.control.ahead import Ahead
-from raymix.control.batch import RowStarts, StepBatch
+from raymix.control.assign import Assignments
+from raymix.control.batch import DocumentBatch, HeldDocument
 from raymix.control.feed import Place
 from raymix.control.geometry import (
     GROUP_DOCUMENTS,
@@ -36,13 +35,11 @@ from raymix.sampling import (
     DocumentStep,
     MixtureLog,
     batch_hash,
-    pack_documents,
 )
 from raymix.store import Corpus
 
 # Planning is the dearer part here; more steps at once would save nothing.
 _MOST_STEPS = 8
-_MIXED = -1
 
 
 class DocumentFeed:
@@ -56,6 +53,7 @@ class DocumentFeed:
         *,
         log: MixtureLog,
         source: BlockSource,
+        assignments: Assignments,
     ) -> None:
         """Start at step 0; `load` goes elsewhere."""
         geometries = document_geometry(corpus)
@@ -64,8 +62,7 @@ class DocumentFeed:
         order = CorpusOrder(geometries, seed=place.seed, window=data.shuffle_blocks)
         self._log = log
         self._place = place
-        self._row_tokens = data.sequence_length
-        self._padding = corpus.manifest.tokenizer.eos_id
+        self._assignments = assignments
         self._dtype = corpus.dtype
         self._block_tokens = corpus.manifest.block_tokens
         self._first_block_D = numbers.first_D[:-1]
@@ -114,33 +111,34 @@ class DocumentFeed:
         for _ in range(max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))):
             shares_D = np.array(self._log.at(planner.step).weights)
             before = planner.state_dict()
-            chunk.add(before, self._pack(planner.plan(1)[0]), shares_D)
+            chunk.add(before, self._batch(planner.plan(1)[0], shares_D))
         chunk.after = planner.state_dict()
         return chunk
 
-    def _pack(self, plan: DocumentStep) -> PackedDocuments:
-        rows = pack_documents(plan.length_N, self._row_tokens)
-        mine = rows[self._place.rank :: self._place.world_size]
-        mine += [[]] * (-(-len(rows) // self._place.world_size) - len(mine))
-        self._fetch(plan, [document for row in mine for document in row])
-        tokens_BL = np.full((len(mine), self._row_tokens), self._padding, dtype=self._dtype)
-        starts: list[Ints] = []
-        start_domains: list[npt.NDArray[np.int32]] = []
-        domain_rows = np.full(len(mine), _MIXED, dtype=np.int32)
-        for at, row in enumerate(mine):
-            used = 0
-            begun = []
-            for document in row:
-                begun.append(used)
-                used += self._copy(plan, document, tokens_BL[at, used:])
-            starts.append(np.array([*begun, *range(used, self._row_tokens)], dtype=np.int64))
-            start_domains.append(np.full(len(starts[-1]), _MIXED, dtype=np.int32))
-            start_domains[-1][: len(row)] = plan.domain_N[row]
-            domains = set(plan.domain_N[row].tolist())
-            domain_rows[at] = domains.pop() if len(domains) == 1 else _MIXED
-        return PackedDocuments(
-            plan, len(self._first_token), tokens_BL, domain_rows, starts, start_domains
+    def _batch(self, plan: DocumentStep, shares_D: Floats) -> DocumentBatch:
+        counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
+        facts = DocumentFacts(plan, shares_D.size)
+        return DocumentBatch(plan.step, plan.version, shares_D, counts_D, facts, self._held(plan))
+
+    def _held(self, plan: DocumentStep) -> tuple[tuple[HeldDocument, ...], ...]:
+        """Return what this rank holds of a step, micro-batch by micro-batch."""
+        schedule = self._assignments(plan.step, plan.length_N)
+        mine = schedule.micro_batches(self._place.rank)
+        teams = [
+            dict.fromkeys(micro.local, (self._place.rank,))
+            | {shard.sequence: shard.team for shard in micro.sharded}
+            for micro in mine
+        ]
+        self._fetch(plan, [document for micro in teams for document in micro])
+        return tuple(
+            tuple(self._document(plan, document, team) for document, team in micro.items())
+            for micro in teams
         )
+
+    def _document(self, plan: DocumentStep, document: int, team: tuple[int, ...]) -> HeldDocument:
+        tokens = np.empty(int(plan.length_N[document]), dtype=self._dtype)
+        self._copy(plan, document, tokens)
+        return HeldDocument(int(plan.domain_N[document]), team, tokens)
 
     def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
         """Copy a document, whichever blocks it lies in, and return its tokens."""
@@ -194,58 +192,32 @@ class DocumentChunk:
     def __init__(self, first: int) -> None:
         self.after: dict[str, Any] = {}
         self._first = first
-        self._steps: list[tuple[dict[str, Any], PackedDocuments, Floats]] = []
+        self._steps: list[tuple[dict[str, Any], DocumentBatch]] = []
 
     @property
     def end(self) -> int:
         """Return the step after the last one."""
         return self._first + len(self._steps)
 
-    def add(self, before: dict[str, Any], packed: PackedDocuments, shares_D: Floats) -> None:
+    def add(self, before: dict[str, Any], batch: DocumentBatch) -> None:
         """Append a step, with the state before it."""
-        self._steps.append((before, packed, shares_D))
+        self._steps.append((before, batch))
 
-    def batch(self, step: int) -> StepBatch:
+    def batch(self, step: int) -> DocumentBatch:
         """Return the batch of one of the steps."""
-        _, packed, shares_D = self._steps[step - self._first]
-        plan = packed.plan
-        counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
-        return StepBatch(
-            step, plan.version, packed.tokens, packed.domain_rows, shares_D, counts_D, packed
-        )
+        return self._steps[step - self._first][1]
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the planner's state before `step`."""
         return self.after if step == self.end else self._steps[step - self._first][0]
 
 
-class PackedDocuments:
-    """One step's documents, packed, as this rank sees them."""
+class DocumentFacts:
+    """What is known of a step's documents, all ranks'."""
 
-    def __init__(
-        self,
-        plan: DocumentStep,
-        n_domains: int,
-        tokens: Tokens,
-        domain_rows: npt.NDArray[np.int32],
-        starts: list[Ints],
-        start_domains: list[npt.NDArray[np.int32]],
-    ) -> None:
+    def __init__(self, plan: DocumentStep, n_domains: int) -> None:
         self.plan = plan
         self._n_domains = n_domains
-        self._start_domains = start_domains
-        self.tokens = tokens
-        self.domain_rows = domain_rows
-        self._starts = starts
-
-    def row_starts(self, step: int) -> RowStarts:
-        """Return where documents begin in the rank's rows; padding tokens count as documents."""
-        counts = [len(row) for row in self._starts]
-        return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(self._starts)
-
-    def start_domains(self, step: int) -> npt.NDArray[np.int32]:
-        """Return the domain of each document start; -1 for padding."""
-        return np.concatenate(self._start_domains)
 
     def tokens_by_domain(self, step: int) -> Ints:
         """Return the tokens of each domain in the whole batch."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raymix.control.batch import StepBatch
+from raymix.control.batch import DocumentBatch, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Chunk(Protocol):
         """Return the step after the last one."""
         ...
 
-    def batch(self, step: int) -> StepBatch:
+    def batch(self, step: int) -> StepBatch | DocumentBatch:
         """Return the batch of one of the steps."""
         ...
 

@@ -81,10 +81,11 @@ class PackedChunk:
         return StepBatch(
             step,
             version,
-            self._rows_ML.take(self._pick_SR[at - self._gathered.start], axis=0),
-            self._domain_SR[at],
             self._shares[version],
             self._plan.counts_SD[at],
+            self,
+            self._rows_ML.take(self._pick_SR[at - self._gathered.start], axis=0),
+            self._domain_SR[at],
             self,
         )
 
@@ -120,11 +121,6 @@ class PackedChunk:
         first = (step - self.first) * rows
         offset_R = offset_M[first : first + rows + 1]
         return offset_R - offset_R[0], positions[offset_R[0] : offset_R[-1]]
-
-    def start_domains(self, step: int) -> npt.NDArray[np.int32]:
-        """Return the domain of each document that begins in the rank's rows of a step."""
-        offset_R, _ = self.row_starts(step)
-        return np.repeat(self._domain_SR[step - self.first], np.diff(offset_R))
 
     def tokens_by_domain(self, step: int) -> Ints:
         """Return the tokens of each domain in the whole batch of a step."""

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from raymix.control.assign import Assignments, whole_documents
 from raymix.control.background import Background
-from raymix.control.batch import StepBatch
+from raymix.control.batch import DocumentBatch, StepBatch
 from raymix.control.client import Controller
 from raymix.control.documents import DocumentFeed
 from raymix.control.feed import Chunk, Feed, Place
@@ -44,6 +45,8 @@ class MixtureStream:
         world_size: Ranks that share each batch.
         controller: Grants leases and tells the weights.
         source: Gives blocks; its `row_tokens` must be those of `row_tokens(data)`.
+        assignments: Say which rank holds which document, the same on every rank; left out, each
+            document stays on one rank, and one rank holds a sequence length at once.
         state: From `state_dict`, to continue.
         limit: Steps in the whole run; nothing beyond is asked for.
 
@@ -66,6 +69,7 @@ class MixtureStream:
         world_size: int,
         controller: Controller,
         source: BlockSource,
+        assignments: Assignments | None = None,
         state: Mapping[str, Any] | None = None,
         limit: int | None = None,
     ) -> None:
@@ -83,7 +87,10 @@ class MixtureStream:
         if isinstance(data, PackedData):
             self._feed = PackedFeed(corpus, data, place, log=self.log, source=source)
         else:
-            self._feed = DocumentFeed(corpus, data, place, log=self.log, source=source)
+            assign = assignments or whole_documents(world_size, data.sequence_length)
+            self._feed = DocumentFeed(
+                corpus, data, place, log=self.log, source=source, assignments=assign
+            )
         self._step = 0
         if state is not None:
             self._check(state, accept_changed=data.accept_changed_corpus)
@@ -110,7 +117,7 @@ class MixtureStream:
         """Return whether all steps up to the limit have been handed out."""
         return self._limit is not None and self._step >= self._limit
 
-    def next(self) -> StepBatch:
+    def next(self) -> StepBatch | DocumentBatch:
         """Return the next batch, waiting for lease and blocks if need be.
 
         Raises:

@@ -7,7 +7,7 @@ n-th; `plan` and `documents` put both together, step by step; `log` is the recor
 """
 
 from raymix.sampling.allocate import NO_LIMIT, Allocator
-from raymix.sampling.documents import DocumentPlanner, DocumentStep, pack_documents
+from raymix.sampling.documents import DocumentPlanner, DocumentStep
 from raymix.sampling.identity import batch_hash
 from raymix.sampling.log import MixtureEntry, MixtureLog
 from raymix.sampling.order import CorpusOrder, DomainGeometry, DomainOrder, domain_key
@@ -37,7 +37,6 @@ __all__ = [
     "domain_key",
     "epochs_implied",
     "fixed_point",
-    "pack_documents",
     "realised_error_bound",
     "realised_shares",
 ]

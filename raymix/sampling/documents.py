@@ -17,13 +17,12 @@ argument of `allocate` with second difference -2 L.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from raymix.errors import CorpusError, problem
 from raymix.sampling.allocate import NO_LIMIT
@@ -210,34 +209,3 @@ class _Ahead:
         documents = group * self._order.geometry.group_units + unit
         tokens = np.clip(self._lengths[documents].astype(np.int64), 1, self._longest)
         self._first, self._documents, self._tokens = index, documents.tolist(), tokens.tolist()
-
-
-def pack_documents(lengths: ArrayLike, capacity: int) -> list[list[int]]:
-    """Return rows of document positions, each row of at most `capacity` tokens in all.
-
-    Best-fit decreasing: the longest first (the earlier among equals), each into the fullest row
-    that still has room (the earlier among equals), else into a new one. Inside a row positions
-    keep this order. O(n log n) comparisons.
-
-    Raises:
-        ValueError: If a document is longer than `capacity` or not longer than 0.
-    """
-    tokens = np.asarray(lengths, dtype=np.int64)
-    if tokens.size and not 1 <= int(tokens.min()) <= int(tokens.max()) <= capacity:
-        raise ValueError(
-            f"documents of {tokens.min()} to {tokens.max()} tokens, rows of {capacity}"
-        )
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []
-    for at in np.argsort(-tokens, kind="stable").tolist():
-        length = int(tokens[at])
-        fit = bisect_left(room, (length, -1))
-        if fit == len(room):
-            left, row = capacity, len(rows)
-            rows.append([])
-        else:
-            left, row = room.pop(fit)
-        rows[row].append(at)
-        if left > length:
-            insort(room, (left - length, row))
-    return rows

@@ -75,24 +75,6 @@ def starts_mask(
     return mask_BL
 
 
-def token_domains(
-    shape: tuple[int, int],
-    row_starts: tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]],
-    start_domains: npt.NDArray[np.integer],
-) -> npt.NDArray[np.integer]:
-    """Return the domain of each token, shape (B, L), of rows that all begin with a document.
-
-    Args:
-        shape: (B, L).
-        row_starts: The rows' offsets and positions.
-        start_domains: Domain of each document start, shape (S,).
-    """
-    offsets, positions = row_starts
-    rows = np.repeat(np.arange(shape[0]), np.diff(offsets))
-    begin = rows * shape[1] + positions
-    return np.repeat(start_domains, np.diff(begin, append=shape[0] * shape[1])).reshape(shape)
-
-
 def micro_batches(batch: Rows, count: int, device: torch.device) -> Iterator[MicroBatch]:
     """Yield exactly `count` micro-batches of nearly equal size.
 

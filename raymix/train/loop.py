@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymix.control.batch import StepBatch
+from raymix.control.batch import DocumentBatch, StepBatch
 from raymix.control.stream import MixtureStream
 from raymix.errors import TrainingError, problem
 from raymix.mixers import DomainStats
 from raymix.recipe import Recipe
 from raymix.train.account import PendingStep, StepAccount, StepSums
-from raymix.train.batches import count_micro_batches, micro_batches, token_domains, token_factors
+from raymix.train.batches import count_micro_batches, micro_batches, token_factors
 from raymix.train.checkpoint import TrainingState, save_checkpoint
 from raymix.train.device import seed_everything
+from raymix.train.documents import ContextParallel, Pass, document_passes
 from raymix.train.evaluate import Evaluator, Table
 from raymix.train.optim import clip_gradients, learning_rate, set_learning_rate
 from raymix.train.parallel import HostCopy, Replica, training_precision
@@ -71,13 +72,15 @@ class Parts:
     """Hands a window's statistics to an adaptive mixer."""
     prober: Prober | None = None
     """Measures gradients for a mixer that needs them."""
+    context_parallel: ContextParallel = field(default_factory=ContextParallel)
+    """How documents are attended to."""
 
 
 @dataclass(slots=True)
 class _Flying:
     """A step whose numbers have not been read yet."""
 
-    batch: StepBatch
+    batch: StepBatch | DocumentBatch
     lr: float
     wait_s: float
     pending: PendingStep
@@ -173,31 +176,41 @@ class TrainingLoop:
         self.seconds["step"] += launched - got
         self.seconds["metrics"] += time.perf_counter() - launched
 
-    def _launch(self, batch: StepBatch) -> _Flying:
+    def _launch(self, batch: StepBatch | DocumentBatch) -> _Flying:
         parts, replica = self._parts, self._parts.replica
         rate = learning_rate(batch.step, steps=parts.steps, config=parts.recipe.train)
         set_learning_rate(parts.optimizer, rate)
         seed_everything(parts.recipe.seed, batch.step, self._world.rank, self._world.device)
         account = StepAccount(len(parts.domains), self._world)
-        most = parts.most_rows or len(batch.tokens)
-        count = count_micro_batches(most, parts.micro_batch_rows)
-        domains = _domains(batch)
+        count, passes = self._passes(batch)
         factor_D = parts.stream.loss_weights(batch.step)
         scale = replica.gradient_scale / max(1, batch.label_tokens)
-        for index, micro in enumerate(micro_batches(batch, count, self._world.device)):
-            with replica.accumulating(last=index == count - 1):
+        for index, one in enumerate(passes):
+            micro = one.micro
+            with replica.accumulating(last=index == count - 1), one.attending():
                 tensors = [micro.tokens_BL, micro.positions_BL, micro.labels_BL]
                 if factor_D is not None:
-                    tensors.append(token_factors(micro, domains, factor_D))
+                    tensors.append(token_factors(micro, one.domains, factor_D))
                 with self._precision():
                     loss, loss_BL = replica.module(*tensors)
                 (loss * scale).backward()
-            account.add(micro, domains, loss_BL)
+            account.add(micro, one.domains, loss_BL)
         pending = account.start(checkpoint=self._time_for_checkpoint(), stop=self._stop_asked())
         norm = clip_gradients(replica.model.parameters(), parts.recipe.train.clip_norm)
         parts.optimizer.step()
         parts.optimizer.zero_grad(set_to_none=True)
         return _Flying(batch, rate, parts.stream.waited_s, pending, HostCopy(norm))
+
+    def _passes(self, batch: StepBatch | DocumentBatch) -> tuple[int, Iterator[Pass]]:
+        """Return how many passes a step takes, the same on all ranks, and the passes."""
+        parts, device = self._parts, self._world.device
+        if isinstance(batch, DocumentBatch):
+            found = document_passes(batch, parts.context_parallel, device)
+            return len(batch.micro_batches), found
+        most = parts.most_rows or len(batch.tokens)
+        count = count_micro_batches(most, parts.micro_batch_rows)
+        domains = batch.domain_rows
+        return count, (Pass(micro, domains) for micro in micro_batches(batch, count, device))
 
     def _settle(self) -> None:
         """Read and record the numbers of the step in flight, if there is one."""
@@ -361,14 +374,6 @@ class TrainingLoop:
 
     def _stop_asked(self) -> bool:
         return self._world.is_writer and self._parts.stop_asked()
-
-
-def _domains(batch: StepBatch) -> npt.NDArray[np.integer]:
-    """Return the domain of each row, or of each token where rows hold several domains."""
-    if (batch.domain_rows >= 0).all():
-        return batch.domain_rows
-    rows, length = batch.tokens.shape
-    return token_domains((rows, length), batch.row_starts, batch.start_domains)
 
 
 def _whose(nats_D: npt.NDArray[np.float64], names: tuple[str, ...]) -> str:

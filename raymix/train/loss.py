@@ -88,6 +88,7 @@ class PackedLoss(nn.Module):
 
 
 def _cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    exact = torch.promote_types(logits_NV.dtype, torch.float32)
     return functional.cross_entropy(
-        logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="none"
+        logits_NV.to(exact), labels_N, ignore_index=IGNORED, reduction="none"
     )

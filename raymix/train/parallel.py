@@ -119,9 +119,8 @@ class FsdpReplica:
         self.world = world
         self.model = model
         mesh = init_device_mesh(world.device.type, (world.size,))
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32
-        )
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None
+        policy = policy or MixedPrecisionPolicy()
         for block in _repeated_blocks(model.model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -18,7 +18,6 @@ from raymix.train.batches import (
     most_rows_of_a_rank,
     positions_and_labels,
     starts_mask,
-    token_domains,
 )
 from raymix.train.loss import IGNORED
 from raymix.train.parallel import World
@@ -71,12 +70,6 @@ def test_no_micro_batch_is_larger_than_allowed(rows: int, world: int, size: int)
     for rank in range(world):
         own = rows * (rank + 1) // world - rows * rank // world
         assert -(-own // count) <= size
-
-
-def test_token_domains_follow_the_starts() -> None:
-    row_starts = np.array([0, 2, 5]), np.array([0, 3, 0, 1, 4])
-    domains = token_domains((2, 5), row_starts, np.array([7, 8, 9, -1, 6]))
-    assert domains.tolist() == [[7, 7, 7, 8, 8], [9, -1, -1, -1, 6]]
 
 
 def micro(labels: torch.Tensor, rows: slice) -> MicroBatch:

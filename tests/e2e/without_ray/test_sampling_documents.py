@@ -18,7 +18,6 @@ from raymix.sampling import (
     MixtureEntry,
     MixtureLog,
     batch_hash,
-    pack_documents,
 )
 from raymix.sampling.shares import Ints, restricted
 
@@ -177,30 +176,6 @@ def test_a_state_of_other_domains_is_refused() -> None:
     two = planner([[1], [1]], [(0, (1.0, 1.0))], budget=1)
     with pytest.raises(ValueError, match="2 domains for 1"):
         planner([[1]], [(0, (1.0,))], budget=1).load_state_dict(two.state_dict())
-
-
-def test_documents_are_packed_best_fit_decreasing() -> None:
-    # 7 opens a row, 6 another; 4 fits only beside 6, 3 fills the first row, 2 needs a third.
-    assert pack_documents([2, 3, 4, 6, 7], 10) == [[4, 1], [3, 2], [0]]
-    assert pack_documents([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
-    assert pack_documents([], 10) == []
-
-
-@given(st.lists(st.integers(1, 100), max_size=80), st.integers(100, 150))
-def test_rows_hold_every_document_once_and_two_half_empty_rows_never_remain(
-    lengths: list[int], capacity: int
-) -> None:
-    rows = pack_documents(lengths, capacity)
-    assert sorted(at for row in rows for at in row) == list(range(len(lengths)))
-    filled = [sum(lengths[at] for at in row) for row in rows]
-    assert all(tokens <= capacity for tokens in filled)
-    assert sum(tokens <= capacity / 2 for tokens in filled) <= 1
-
-
-@pytest.mark.parametrize("lengths", [[11], [0], [-1, 5]])
-def test_documents_that_fit_no_row_are_refused(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="rows of 10"):
-        pack_documents(lengths, 10)
 
 
 def test_restricted_shares_of_nobody_are_nothing() -> None:

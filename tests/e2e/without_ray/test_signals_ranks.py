@@ -23,7 +23,7 @@ from raymix.train.loss import IGNORED, PackedLoss
 from raymix.train.model import CorpusFacts, build_model
 from raymix.train.optim import build_optimizer
 from raymix.train.parallel import Replica, World, gathered, place_model
-from tests.ranks import found_by_two_ranks, on_two_ranks
+from tests.ranks import found_by_ranks, on_two_ranks
 
 K, LENGTH, VOCAB = 8, 24, 128
 MODEL = ConfigModel(
@@ -131,7 +131,7 @@ def on_each_rank(world: World, directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    two = found_by_two_ranks(
+    two = found_by_ranks(
         "tests.e2e.without_ray.test_signals_ranks", tmp_path_factory.mktemp("ranks")
     )
     return {**two, "one": one_case(World(), "ddp", 0)}

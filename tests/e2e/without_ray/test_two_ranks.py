@@ -18,7 +18,7 @@ from raymix.train.loss import PackedLoss
 from raymix.train.model import CorpusFacts, build_model
 from raymix.train.optim import build_optimizer, clip_gradients
 from raymix.train.parallel import World, gathered, place_model
-from tests.ranks import found_by_two_ranks, on_two_ranks
+from tests.ranks import found_by_ranks, on_two_ranks
 
 ROWS, LENGTH = 5, 32
 FACTS = CorpusFacts(61, 60, LENGTH)
@@ -111,9 +111,7 @@ def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    return found_by_two_ranks(
-        "tests.e2e.without_ray.test_two_ranks", tmp_path_factory.mktemp("ranks")
-    )
+    return found_by_ranks("tests.e2e.without_ray.test_two_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
