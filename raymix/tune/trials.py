@@ -13,11 +13,12 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
@@ -42,6 +43,29 @@ _SCRATCH = ".tune"
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
+class Piece(Protocol):
+    """What one trial of Tune brings to its end."""
+
+    @property
+    def name(self) -> str:
+        """Return what it is called, on the screen and on disk."""
+        ...
+
+    @property
+    def metrics(self) -> Path:
+        """Return the file of what it says on the way."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps it has, as its metrics count them."""
+        ...
+
+    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+        """Return how it ended: its `state` and its `problem`; whatever goes wrong is told."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A run to be made or brought to its end."""
@@ -50,6 +74,46 @@ class Trial:
     job: Job
     parameters: int
     """Of the model, for the record."""
+
+    @property
+    def metrics(self) -> Path:
+        """Return the metrics of the run."""
+        return self.job.run.metrics
+
+    @property
+    def steps(self) -> int:
+        """Return the steps of the run."""
+        return self.job.steps
+
+    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+        """Return how the run ended, having trained it in this process."""
+        if stop_asked():
+            return {"state": "stopped"}
+        with told(self.job.run.path) as end, self.job.run.locked():
+            stopped = _train(self, stop_asked)
+            end["state"] = "stopped" if stopped else "done"
+        return end
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield a piece's end, to be filled in; an error inside is told there: the others go on.
+
+    Args:
+        folder: Where the traceback of an error that is not one of input goes.
+    """
+    end = {"state": "failed", "problem": "it said nothing"}
+    try:
+        yield end
+        end.pop("problem")
+    except RaymixError as error:
+        end |= {"state": "failed", "problem": str(error)}
+    except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
+        folder.mkdir(parents=True, exist_ok=True)
+        where = folder / ERROR_LOG
+        where.write_text(traceback.format_exc(), encoding="utf-8")
+        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        end |= {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
 
 
 @dataclass(slots=True)
@@ -68,7 +132,7 @@ class Course:
 
     watched: Mapping[str, tuple[Path, int]]
     """By name of a run, in their order: its metrics, and its steps."""
-    make: Callable[[Mapping[str, Any]], Trial]
+    make: Callable[[Mapping[str, Any]], Piece]
     """Returns a run from what Tune configures it with: its place `at` in the order, and what else
     the searcher says. Called in the run's own process, so it must pickle."""
     searcher: Searcher | None = None
@@ -80,19 +144,19 @@ class Course:
 
 
 def run_trials(
-    trials: Sequence[Trial], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
+    trials: Sequence[Piece], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
 ) -> Outcome:
-    """Return how runs that are known beforehand ended; the arguments are those of `run_course`."""
+    """Return how pieces that are known beforehand ended; the arguments are `run_course`'s."""
     course = Course(watched_of(trials), partial(listed, trials=tuple(trials)))
     return run_course(course, out=out, seats=seats, cluster=cluster, done=done)
 
 
-def watched_of(trials: Sequence[Trial]) -> dict[str, tuple[Path, int]]:
-    """Return what is watched of each run: its metrics, and its steps."""
-    return {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
+def watched_of(trials: Sequence[Piece]) -> dict[str, tuple[Path, int]]:
+    """Return what is watched of each piece: its metrics, and its steps."""
+    return {trial.name: (trial.metrics, trial.steps) for trial in trials}
 
 
-def listed(config: Mapping[str, Any], *, trials: Sequence[Trial]) -> Trial:
+def listed(config: Mapping[str, Any], *, trials: Sequence[Piece]) -> Piece:
     """Return the run at a place of a list."""
     return trials[config["at"]]
 
@@ -271,23 +335,23 @@ class _Board(tune.Callback):
 def _trial(
     config: Mapping[str, Any],
     *,
-    make: Callable[[Mapping[str, Any]], Trial],
+    make: Callable[[Mapping[str, Any]], Piece],
     stop: str,
     objective: Mapping[str, float] | None,
 ) -> None:
     """Make one run; the last thing reported says how it ended."""
     trial, stop_file = make(config), Path(stop)
     if objective is None:
-        tune.report(attempt(trial, stop_asked=stop_file.exists))
+        tune.report(trial.attempt(stop_asked=stop_file.exists))
         return
-    told = _Told(trial.job.run.metrics, objective)
+    losses = _Told(trial.metrics, objective)
 
     def stop_asked() -> bool:
-        told.report()
+        losses.report()
         return stop_file.exists()
 
-    end = attempt(trial, stop_asked=stop_asked)
-    told.report(**end)
+    end = trial.attempt(stop_asked=stop_asked)
+    losses.report(**end)
 
 
 class _Told:
@@ -310,28 +374,6 @@ class _Told:
                     tune.report(self._last)
         if end:
             tune.report({**self._last, **end})
-
-
-def attempt(trial: Trial, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
-    """Return how a run ended, having trained it in this process: its `state` and its `problem`.
-
-    Whatever goes wrong is told, not raised: the other runs go on.
-    """
-    if stop_asked():
-        return {"state": "stopped"}
-    run = trial.job.run
-    try:
-        with run.locked():
-            stopped = _train(trial, stop_asked)
-    except RaymixError as error:
-        return {"state": "failed", "problem": str(error)}
-    except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
-        run.path.mkdir(parents=True, exist_ok=True)
-        where = run.path / ERROR_LOG
-        where.write_text(traceback.format_exc(), encoding="utf-8")
-        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        return {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
-    return {"state": "stopped" if stopped else "done"}
 
 
 def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:
