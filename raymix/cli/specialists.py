@@ -31,9 +31,7 @@ def command(
     overrides: Overrides = None,
     *,
     set_overrides: SetOverrides = None,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="All of it so often, each of its own seed.")
-    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How often all of it is done.")] = 1,
     out: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Where everything goes; else runs/NAME-specialists."),
@@ -102,26 +100,18 @@ def _models(document: Mapping[str, Any], *, fancy: bool) -> Table:
     from raymix.report.comparison import difference_text, with_spread
     from raymix.report.specialists import percent_spread, scale_text
 
-    names = (
-        "model",
-        "loss at scale 1",
-        "recovered",
-        "scale",
-        "loss there",
-        "recovered",
-        "to joint",
-    )
-    table = plain_table(*names, fancy=fancy)
+    at_one, there = ("loss at scale 1", "recovered"), ("best scale", "loss there", "recovered")
+    table = plain_table("model", *at_one, *there, "to joint", fancy=fancy)
     for name, row in document["rows"].items():
         to_joint = "" if name == "joint" else difference_text(row["to_joint"])
         cells = [with_spread(row["mean"]), percent_spread(row["recovered"])]
         table.add_row(name, *cells, "", "", "", to_joint)
     for name, row in document["merges"].items():
         given, best = row["given"], row["best"]
-        there = [with_spread(best["mean"]), percent_spread(best["recovered"])]
         cells = [with_spread(given["mean"]), percent_spread(given["recovered"])]
-        scale = [scale_text(row["scale"]), *(there if row["scale"] else ["", ""])]
-        table.add_row(name, *cells, *scale, difference_text(best["to_joint"]))
+        scaled = [with_spread(best["mean"]), percent_spread(best["recovered"])]
+        cells += [scale_text(row["scale"]), *(scaled if row["scale"] else ["", ""])]
+        table.add_row(name, *cells, difference_text(best["to_joint"]))
     return table
 
 
