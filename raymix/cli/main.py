@@ -71,6 +71,7 @@ COMMANDS = {
         "export": "Write a checkpoint as a Hugging Face model directory.",
         "optimize": "Find the shares with the least predicted loss under a fitted law.",
         "merge": "Merge models of one architecture by DRM and its peers.",
+        "specialists": "Fine-tune a model per domain, merge them, and compare.",
         "report": "Draw a run's weights, losses and throughput as one HTML page.",
     },
 }

@@ -124,7 +124,14 @@ def _low_rank_knots(factors_K: Sequence[Factors], options: KnotsOptions) -> Fact
     return _factored(factors_K, options, _knots_coordinates)
 
 
-@merge_method("drm", options=DrmOptions, matrix=True, otherwise=_other, factored=_low_rank_drm)
+@merge_method(
+    "drm",
+    options=DrmOptions,
+    matrix=True,
+    otherwise=_other,
+    factored=_low_rank_drm,
+    scale_option="weight",  # applied after the election, so a common factor comes out
+)
 def drm(base: Tensor | None, deltas: Sequence[Tensor], options: DrmOptions) -> Merged:
     """Return DRM's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _drm_coordinates)

@@ -47,6 +47,7 @@ def merge(
     device: str = "cpu",
     memory_bytes: int | None = None,
     progress: Progress | None = None,
+    scratch: bool = False,
 ) -> dict[str, Any]:
     """Merge models as a file says and write the result to the new directory `out`.
 
@@ -64,6 +65,8 @@ def merge(
         memory_bytes: Working memory of all workers that is not exceeded but by a parameter
             that alone needs more; else a quarter of what is free.
         progress: Told about each finished job.
+        scratch: Write what `from_pretrained` needs and no more: inputs are not hashed, there is no
+            report and no card. For a merge that is looked at and removed.
 
     Returns:
         `out, method, tensors, seconds, peak_bytes, resumed, notes`; `peak_bytes` is the most
@@ -81,7 +84,8 @@ def merge(
     plan = plan_merge(load_merge(source, overrides), device=device)
     notes = check_tokenizers(plan)
     jobs = sorted(plan.choices, key=plan.job_bytes, reverse=True)
-    jobs += [HASH + path for _, files in plan.sources() for path in files]
+    if not scratch:
+        jobs += [HASH + path for _, files in plan.sources() for path in files]
     with _peak() as peak, workspace.opened(plan.layout, plan.identity()):
         resumed = len(workspace.done)
         left = [job for job in jobs if job not in workspace.done]
@@ -93,7 +97,7 @@ def merge(
                 peak.append(int(line.get("peak_bytes", 0)))
                 if progress is not None:
                     progress(len(workspace.done), len(jobs), job)
-        finish_files(plan, workspace.path, workspace.done, notes)
+        finish_files(plan, workspace.path, None if scratch else workspace.done, notes)
         workspace.finish()
     return {
         "out": str(workspace.out),

@@ -82,9 +82,12 @@ def check_tokenizers(plan: Plan) -> list[str]:
 
 
 def finish_files(
-    plan: Plan, folder: Path, done: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
+    plan: Plan,
+    folder: Path,
+    done: Mapping[str, Mapping[str, Any]] | None,
+    notes: Sequence[str],
 ) -> None:
-    """Write everything besides the weights into `folder`."""
+    """Write everything besides the weights into `folder`; no report or card without `done`."""
     index = plan.layout.index()
     if index is not None:
         (folder / f"{plan.layout.stem}.safetensors.index.json").write_text(index, "utf-8")
@@ -95,6 +98,13 @@ def finish_files(
         (folder / CONFIG).write_text(merged_config(list(plan.adapters), ranks), "utf-8")
     else:
         _copy(plan, plan.models.first, folder)
+    if done is not None:
+        _write_report(plan, folder, done, notes)
+
+
+def _write_report(
+    plan: Plan, folder: Path, done: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
+) -> None:
     parents = [
         {
             "path": label,

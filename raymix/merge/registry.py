@@ -210,6 +210,13 @@ class MergeMethod:
     otherwise: Function | None = None
     factored: Factored | None = None
     """The same on factors: what makes LoRA in, LoRA out exact."""
+    scale_option: str = "lambda"
+    """The option that the whole merged delta is in proportion to, where the method has it."""
+
+    @property
+    def scaled_by(self) -> str | None:
+        """Return that option, None where the method has none."""
+        return self.scale_option if self.scale_option in self.options.names() else None
 
 
 _METHODS: dict[str, MergeMethod] = {}

@@ -135,6 +135,21 @@ class Settings:
             raise MergeError(*problems)
 
 
+def check_options(file: MergeFile) -> None:
+    """Check the methods and options of a merge file whose models are not there yet.
+
+    Raises:
+        MergeError: With one message per fault.
+    """
+    settings = Settings(file, lambda method: [entry.parameters for entry in file.models], 1)
+    settings.choice("model.layers.0.weight")
+    for method in settings.methods:
+        count = len(file.models)
+        if count < method.least or (method.most is not None and count > method.most):
+            wrong = f"{method.name} does not merge as many models as there are"
+            raise MergeError(problem("models", count, wrong))
+
+
 def _with_default(options: type[Options], option: str, values: list[Any]) -> list[Any] | None:
     """Return one value per model, the default where none is given; None if none is given at all."""
     if all(value is None for value in values):

@@ -145,7 +145,12 @@ def _svd(matrix: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor, Te
 
 
 def _about(core: _Core) -> dict[str, Any]:
-    return {"matrix": True, "otherwise": _mean, "factored": partial(_factored, core=core)}
+    return {
+        "matrix": True,
+        "otherwise": _mean,
+        "factored": partial(_factored, core=core),
+        "scale_option": "weight",  # `lambda` is of matrices alone; both are in proportion to this
+    }
 
 
 @merge_method("tsv", options=TsvOptions, **_about(_tsv_core))

@@ -36,6 +36,7 @@ from raymix.recipe.mixer import (
 )
 from raymix.recipe.recipe import Recipe
 from raymix.recipe.schema import commented_recipe, recipe_schema
+from raymix.recipe.specialists import SpecialistsConfig
 from raymix.recipe.training import (
     ClusterConfig,
     ConfigModel,
@@ -80,6 +81,7 @@ __all__ = [
     "RunConfig",
     "ScheduleMixer",
     "SchedulePiece",
+    "SpecialistsConfig",
     "StaticMixer",
     "TemperatureMixer",
     "TokenizerConfig",

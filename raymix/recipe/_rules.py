@@ -15,6 +15,7 @@ from raymix.recipe._translate import known_names
 from raymix.recipe.corpus import CorpusConfig
 from raymix.recipe.mixer import MixerConfig
 from raymix.recipe.shares import MixerModel
+from raymix.recipe.specialists import SpecialistsConfig
 from raymix.recipe.training import ClusterConfig, DataConfig, PackedData
 from raymix.recipe.tune import TuneConfig
 
@@ -63,15 +64,26 @@ def _tuning_names_domains(corpus: CorpusConfig, tune: TuneConfig) -> Iterable[Fa
         yield from _unknown_domains(corpus, f"tune.{field}", values)
 
 
+def _specialists_are_trained(
+    corpus: CorpusConfig, mixer: MixerConfig, specialists: SpecialistsConfig
+) -> Iterable[Fault]:
+    names = dict.fromkeys(specialists.domains, 0.0)
+    yield from _unknown_domains(corpus, "specialists.domains", names, named=True)
+    for name in [name for name in specialists.domains if name in mixer.targets]:
+        wrong, advice = "a target is measured and never trained on", "Leave it out of one of them"
+        yield Fault("specialists.domains", name, wrong, (advice,))
+
+
 def _unknown_domains(
-    corpus: CorpusConfig, path: str, values: Mapping[str, float]
+    corpus: CorpusConfig, path: str, values: Mapping[str, float], *, named: bool = False
 ) -> Iterable[Fault]:
     names = [domain.name for domain in corpus.domains]
     known = set(names)
     unknown = [name for name in values if known and name not in known]
     for name in unknown[:_MOST_SHOWN]:
         advice = (did_you_mean(name, names), f"Known: {known_names(names)}")
-        yield Fault(f"{path}.{name}", values[name], "no domain of the corpus has this name", advice)
+        where, value = (path, name) if named else (f"{path}.{name}", values[name])
+        yield Fault(where, value, "no domain of the corpus has this name", advice)
     if len(unknown) > _MOST_SHOWN:
         wrong = f"{len(unknown) - _MOST_SHOWN} more names are of no domain"
         yield Fault(path, values, wrong)
@@ -89,5 +101,6 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "mixer"), _targets_are_held_out),
     (("corpus", "data"), _caps_name_domains),
     (("corpus", "tune"), _tuning_names_domains),
+    (("corpus", "mixer", "specialists"), _specialists_are_trained),
     (("data", "cluster"), _rows_for_every_worker),
 )

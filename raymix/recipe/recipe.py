@@ -10,6 +10,7 @@ from raymix.recipe._base import Model, Whole, raise_if
 from raymix.recipe._rules import broken_rules
 from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
+from raymix.recipe.specialists import SpecialistsConfig
 from raymix.recipe.training import (
     ClusterConfig,
     ConfigModel,
@@ -48,6 +49,8 @@ class Recipe(Model):
     """The run directory."""
     tune: TuneConfig = TuneConfig()
     """How `raymix tune` looks for the best shares; other commands pass it over."""
+    specialists: SpecialistsConfig = SpecialistsConfig()
+    """What `raymix specialists` fine-tunes and merges; other commands pass it over."""
 
     @property
     def run_dir(self) -> str:

@@ -13,7 +13,7 @@ from raymix.recipe.shares import Weights, sum_fault
 Share = Annotated[Real, Field(ge=0, le=1)]
 
 # What would make a small run another kind of thing than one mixture's run.
-_NOT_OF_PROXIES = ("name", "seed", "corpus", "mixer", "run", "cluster", "tune")
+_NOT_OF_PROXIES = ("name", "seed", "corpus", "mixer", "run", "cluster", "tune", "specialists")
 
 
 class TuneConfig(Model):

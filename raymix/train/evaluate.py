@@ -7,7 +7,7 @@ domains, B rows, L tokens per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymix.errors import CorpusError, problem
 from raymix.store import Block, Corpus
 from raymix.train.batches import MicroBatch, count_micro_batches, micro_batches
 from raymix.train.loss import IGNORED
@@ -47,8 +48,18 @@ class HeldOutRows:
         return HeldOutRows(self.tokens[part], starts, self.domain_B[part], self.length_B[part])
 
 
-def held_out_rows(corpus: Corpus, *, sequence_length: int, rows_per_domain: int) -> HeldOutRows:
-    """Return the first rows of every domain's valid split, in stream order.
+_Row = tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]
+"""Tokens of a row, and the places in it at which documents begin."""
+
+
+def held_out_rows(
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    rows_per_domain: int,
+    domains: Sequence[str] | None = None,
+) -> HeldOutRows:
+    """Return the first rows of the valid split of `domains`, or of all, in stream order.
 
     A split shorter than one row gives one padded row; an empty one gives none. Rows do not
     straddle blocks, as in training.
@@ -56,12 +67,57 @@ def held_out_rows(corpus: Corpus, *, sequence_length: int, rows_per_domain: int)
     Raises:
         CorpusError: If a shard is corrupt.
     """
+    return _stacked(
+        corpus,
+        sequence_length,
+        {
+            name: _domain_rows(corpus, name, sequence_length, rows_per_domain)
+            for name in (corpus.domain_names if domains is None else domains)
+        },
+    )
+
+
+def search_rows(
+    corpus: Corpus,
+    *,
+    sequence_length: int,
+    rows_per_domain: int,
+    test_rows: int,
+    domains: Sequence[str],
+) -> HeldOutRows:
+    """Return rows to choose by: the last ones of the valid split of each of `domains`.
+
+    None of them is among the first `test_rows`, which `held_out_rows` gives, nor of a document
+    that those have a part of.
+
+    Raises:
+        CorpusError: If a domain has none, with a message each, or a shard is corrupt.
+    """
+    problems: list[str] = []
+    rows: dict[str, list[_Row]] = {}
+    for name in domains:
+        rows[name] = _rows_behind(corpus, name, sequence_length, rows_per_domain, test_rows)
+        if not rows[name]:
+            tokens = corpus.split(name, "valid").tokens
+            wrong = (
+                f"its {tokens:,} held-out tokens leave nothing to choose by behind the first "
+                f"{test_rows} rows of {sequence_length:,} and the document they end in"
+            )
+            advice = "Lower eval.rows_per_domain, or hold out more text"
+            problems.append(problem("corpus.domains", name, wrong, advice))
+    if problems:
+        raise CorpusError(*problems)
+    return _stacked(corpus, sequence_length, rows)
+
+
+def _stacked(
+    corpus: Corpus, sequence_length: int, rows_of: Mapping[str, Sequence[_Row]]
+) -> HeldOutRows:
     rows: list[npt.NDArray[np.unsignedinteger]] = []
     starts: list[npt.NDArray[np.int64]] = []
     domains: list[int] = []
     for domain, name in enumerate(corpus.domain_names):
-        found = _domain_rows(corpus, name, sequence_length, rows_per_domain)
-        for tokens, begun in found:
+        for tokens, begun in rows_of.get(name, ()):
             rows.append(tokens)
             starts.append(begun)
             domains.append(domain)
@@ -74,11 +130,9 @@ def held_out_rows(corpus: Corpus, *, sequence_length: int, rows_per_domain: int)
     return HeldOutRows(tokens_BL, (offsets, positions), np.array(domains, dtype=np.int64), lengths)
 
 
-def _domain_rows(
-    corpus: Corpus, name: str, length: int, wanted: int
-) -> list[tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]]:
+def _domain_rows(corpus: Corpus, name: str, length: int, wanted: int) -> list[_Row]:
     info = corpus.split(name, "valid")
-    rows: list[tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]] = []
+    rows: list[_Row] = []
     for number in range(info.blocks):
         if len(rows) >= wanted:
             break
@@ -89,9 +143,35 @@ def _domain_rows(
     return rows[:wanted]
 
 
-def _row(
-    block: Block, first: int, last: int
-) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+def _rows_behind(corpus: Corpus, name: str, length: int, wanted: int, test_rows: int) -> list[_Row]:
+    """Return the last `wanted` rows behind the first document that begins after the test rows."""
+    info = corpus.split(name, "valid")
+    per_block = corpus.manifest.block_tokens // length
+    if not per_block:
+        return []
+    free = _first_start(corpus, name, test_rows // per_block, test_rows % per_block * length)
+    rows: list[_Row] = []
+    for number in range(info.blocks - 1, -1, -1):
+        if free is None or number < free[0] or len(rows) >= wanted:
+            break
+        block = corpus.read_block(name, "valid", number)
+        last = len(block.tokens) // length * length
+        begins = [at for at in range(0, last, length) if (number, at) >= free]
+        rows = [_row(block, at, at + length) for at in begins] + rows
+    return rows[-wanted:]
+
+
+def _first_start(corpus: Corpus, name: str, number: int, at: int) -> tuple[int, int] | None:
+    """Return block and place of the first document that begins at or after a place."""
+    for block in range(number, corpus.split(name, "valid").blocks):
+        starts = corpus.read_block(name, "valid", block).starts
+        found = starts[starts >= (at if block == number else 0)]
+        if found.size:
+            return block, int(found[0])
+    return None
+
+
+def _row(block: Block, first: int, last: int) -> _Row:
     inside = block.starts[(block.starts >= first) & (block.starts < last)]
     return block.tokens[first:last], inside.astype(np.int64) - first
 

@@ -41,6 +41,7 @@ _FREE_FIELDS = (
     "eval",
     "run",
     "tune",
+    "specialists",
     "data.accept_changed_corpus",
     "data.cache_bytes",
     "train.checkpoint_every",

@@ -11,7 +11,7 @@ import torch
 from raymix.recipe import PretrainedModel, Recipe
 from raymix.store import Corpus
 from raymix.train.device import quiet_libraries, use_threads
-from raymix.train.evaluate import Evaluator, held_out_rows
+from raymix.train.evaluate import Evaluator, HeldOutRows, Table, held_out_rows
 from raymix.train.loss import PackedLoss
 from raymix.train.model import CorpusFacts, build_model, probe_model
 from raymix.train.parallel import SingleReplica, World
@@ -35,22 +35,13 @@ def score(
     """
     target = find_target(path)
     used = target.recipe(recipe)
-    quiet_libraries()
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    use_threads(None, world)
     corpus = Corpus.open(used.corpus.path)
-    info, length = corpus.manifest.tokenizer, used.data.sequence_length
-    facts = CorpusFacts(info.vocab_size, info.eos_id, length)
-    config = PretrainedModel(kind="pretrained", path=str(target.checkpoint))
-    model = build_model(config, facts, seed=used.seed)
-    loss = PackedLoss(model, linear_head=probe_model(model).linear_head).to(world.device)
     rows = held_out_rows(
         corpus,
-        sequence_length=length,
+        sequence_length=used.data.sequence_length,
         rows_per_domain=rows_per_domain or used.eval.rows_per_domain,
     )
-    evaluator = Evaluator(corpus, rows, world=world, rows_at_once=8)
-    table = evaluator.evaluate(SingleReplica(loss, world), contextlib.nullcontext())
+    table = score_on(rows, target.checkpoint, corpus)
     return {
         "checkpoint": str(target.checkpoint),
         "step": target.state.step if target.state else None,
@@ -58,3 +49,28 @@ def score(
         "domains": table,
         "mean": sum(float(row["loss"] or 0.0) for row in table.values()) / max(1, len(table)),
     }
+
+
+def score_on(
+    rows: HeldOutRows, checkpoint: str | Path, corpus: Corpus, *, threads: int | None = None
+) -> Table:
+    """Return the losses of a model in Hugging Face format on rows of a corpus.
+
+    Args:
+        rows: What to score it on.
+        checkpoint: The model's directory.
+        corpus: Where the rows are from.
+        threads: Threads to use; left out, one per core.
+
+    Raises:
+        RaymixError: If the model cannot be loaded, or does not fit the corpus.
+    """
+    quiet_libraries()
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    use_threads(threads, world)
+    info, length = corpus.manifest.tokenizer, rows.tokens.shape[1]
+    facts = CorpusFacts(info.vocab_size, info.eos_id, length)
+    model = build_model(PretrainedModel(kind="pretrained", path=str(checkpoint)), facts, seed=0)
+    loss = PackedLoss(model, linear_head=probe_model(model).linear_head).to(world.device)
+    evaluator = Evaluator(corpus, rows, world=world, rows_at_once=8)
+    return evaluator.evaluate(SingleReplica(loss, world), contextlib.nullcontext())

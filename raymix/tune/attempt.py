@@ -7,8 +7,11 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 from raymix.errors import RaymixError
 from raymix.store import atomic_write_text
@@ -22,6 +25,29 @@ from raymix.tune.planning import ERROR_LOG
 _POLL_S = 0.2
 
 
+class Piece(Protocol):
+    """What one trial of Tune brings to its end."""
+
+    @property
+    def name(self) -> str:
+        """Return what it is called, on the screen and on disk."""
+        ...
+
+    @property
+    def metrics(self) -> Path:
+        """Return the file of what it says on the way."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Return how many steps it has, as its metrics count them."""
+        ...
+
+    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+        """Return how it ended: its `state` and its `problem`; whatever goes wrong is told."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A run to be made or brought to its end."""
@@ -31,27 +57,45 @@ class Trial:
     parameters: int
     """Of the model, for the record."""
 
+    @property
+    def metrics(self) -> Path:
+        """Return the metrics of the run."""
+        return self.job.run.metrics
 
-def attempt(trial: Trial, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
-    """Return how a run ended, having trained it: its `state` and its `problem`.
+    @property
+    def steps(self) -> int:
+        """Return the steps of the run."""
+        return self.job.steps
 
-    Whatever goes wrong is told, not raised: the other runs go on.
+    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+        """Return how the run ended, having trained it."""
+        if stop_asked():
+            return {"state": "stopped"}
+        with told(self.job.run.path) as end, self.job.run.locked():
+            stopped = _train(self, _now_and_then(stop_asked))
+            end["state"] = "stopped" if stopped else "done"
+        return end
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield a piece's end, to be filled in; an error inside is told there: the others go on.
+
+    Args:
+        folder: Where the traceback of an error that is not one of input goes.
     """
-    if stop_asked():
-        return {"state": "stopped"}
-    run = trial.job.run
+    end = {"state": "failed", "problem": "it said nothing"}
     try:
-        with run.locked():
-            stopped = _train(trial, _now_and_then(stop_asked))
+        yield end
+        end.pop("problem")
     except RaymixError as error:
-        return {"state": "failed", "problem": str(error)}
+        end |= {"state": "failed", "problem": str(error)}
     except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
-        run.path.mkdir(parents=True, exist_ok=True)
-        where = run.path / ERROR_LOG
+        folder.mkdir(parents=True, exist_ok=True)
+        where = folder / ERROR_LOG
         where.write_text(traceback.format_exc(), encoding="utf-8")
         said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        return {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
-    return {"state": "stopped" if stopped else "done"}
+        end |= {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
 
 
 def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:

@@ -16,9 +16,10 @@ from raymix.train.machine import Resources
 from raymix.train.rundir import RunDirectory
 from raymix.train.runplan import RunPlan
 from raymix.train.setup import Job
+from raymix.tune.attempt import Trial
 from raymix.tune.planning import ComparisonPlan, Seats, disk_problem, find_runs, plan_comparison
 from raymix.tune.results import RunResult, State, read_result
-from raymix.tune.trials import Outcome, Trial, run_trials
+from raymix.tune.trials import Outcome, run_trials
 from raymix.tune.variants import Variant
 
 
@@ -81,7 +82,10 @@ def make_runs(group: Group, plan: ComparisonPlan, corpus: Corpus) -> Outcome:
     refuse_full_disk(one, len(left))
     session = uuid.uuid4().hex[:12]
     trials = [trial_of(v, plan.plans[v.mixer], plan.seats, session) for v in left]
-    announce(one, plan.seats, total=len(group.variants), left=len(left), out=group.out)
+    steps = [plan.plans[variant.mixer].steps for variant in left]
+    announce(
+        one, plan.seats, total=len(group.variants), left=len(left), out=group.out, most=max(steps)
+    )
     return run_trials(
         trials,
         out=group.out,
@@ -98,10 +102,15 @@ def refuse_full_disk(plan: RunPlan, runs: int) -> None:
         raise RecipeError(full)
 
 
-def announce(plan: RunPlan, seats: Seats, *, total: int, left: int, out: Path) -> None:
-    """Say what is about to run."""
+def announce(
+    plan: RunPlan, seats: Seats, *, total: int, left: int, out: Path, most: int = 0
+) -> None:
+    """Say what is about to run; `most` are the steps of the longest run."""
+    up_to = f" to {most:,}" if most > plan.steps else ""
     print(
-        f"{total} runs of {plan.steps:,} steps ({plan.tokens:,} tokens), {total - left} of them "
+        f"{total} runs of {plan.steps:,}{up_to} steps ({plan.tokens:,}"
+        f"{f' to {most * plan.tokens_per_step:,}' if up_to else ''} tokens), "
+        f"{total - left} of them "
         f"finished before; {min(seats.parallel, left)} at once, "
         f"{_seat(seats)} each, "
         f"in {out}",

@@ -29,7 +29,7 @@ from raymix.laws.fitted import LEAST_RUNS
 from raymix.recipe import Recipe, StaticMixer, TuneConfig, load_recipe
 from raymix.store import Corpus
 from raymix.train.supply import prepared_supply
-from raymix.tune.variants import Variant, as_trial, step_tokens, steps_of
+from raymix.tune.variants import Variant, as_trial, changed_recipe, step_tokens, steps_of
 
 Floats = NDArray[np.float64]
 
@@ -270,17 +270,10 @@ def proxy_recipe(recipe: Recipe, *, smoke: bool = False) -> Recipe:
     Raises:
         RecipeError: If `tune.proxy` does not fit the recipe.
     """
-    changes = dict(_flat(recipe.tune.proxy))
-    if "train.steps" in changes and "train.tokens" not in changes:
-        changes["train.tokens"] = None
-    elif "train.tokens" in changes and "train.steps" not in changes:
-        changes["train.steps"] = None
+    small = changed_recipe(recipe, recipe.tune.proxy, "tune.proxy")
     try:
-        small = load_recipe(
-            recipe, [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-        )
         if smoke:
-            small = load_recipe(small, _smoke_changes(small))
+            small = load_recipe(small, smoke_changes(small))
         return load_recipe(small, ["data.max_epochs=null"])
     except RaymixError as error:
         raise RecipeError(*(f"tune.proxy: {message}" for message in error.problems)) from error
@@ -294,7 +287,8 @@ def smoke_config(config: TuneConfig) -> TuneConfig:
     return config.model_copy(update={"runs": runs, "initial": initial, "verify": verify})
 
 
-def _smoke_changes(recipe: Recipe) -> list[str]:
+def smoke_changes(recipe: Recipe) -> list[str]:
+    """Return the overrides that make runs of a recipe tiny."""
     steps = min(steps_of(recipe), _SMOKE_STEPS)
     found = [
         f"train.steps={steps}",
@@ -307,15 +301,6 @@ def _smoke_changes(recipe: Recipe) -> list[str]:
         if now is not None:
             found.append(f"data.{name}={min(now, most)}")
     return found
-
-
-def _flat(given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in given.items():
-        where = f"{path}.{key}" if path else key
-        if isinstance(value, dict) and value:
-            yield from _flat(value, where)
-        else:
-            yield where, value
 
 
 def variant(proxy: Recipe, mixture: Mixture, *, out: str, seed: int | None = None) -> Variant:

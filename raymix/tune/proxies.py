@@ -12,12 +12,13 @@ from typing import Any
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.train.runplan import RunPlan
+from raymix.tune.attempt import Trial
 from raymix.tune.group import Group, announce, read_results, refuse_full_disk, trial_of
 from raymix.tune.mixtures import Mixture, Space, loss_weights, mixture_name, variant
 from raymix.tune.planning import ComparisonPlan, Seats, find_runs
 from raymix.tune.record import CUT, Record
 from raymix.tune.results import RunResult
-from raymix.tune.trials import Course, Outcome, Trial, listed, run_course, watched_of
+from raymix.tune.trials import Course, Outcome, listed, run_course, watched_of
 
 _GRACE = 0.25
 _REDUCTION = 3

@@ -24,7 +24,7 @@ from raymix.recipe import ClusterConfig
 from raymix.train.cluster import joined, ray_notices_to
 from raymix.train.progress import MetricsTail
 from raymix.train.watch import ctrl_c
-from raymix.tune.attempt import Trial, attempt
+from raymix.tune.attempt import Piece
 from raymix.tune.planning import Seats
 from raymix.tune.progress import TrialsProgress
 
@@ -52,7 +52,7 @@ class Course:
 
     watched: Mapping[str, tuple[Path, int]]
     """By name of a run, in their order: its metrics, and its steps."""
-    make: Callable[[Mapping[str, Any]], Trial]
+    make: Callable[[Mapping[str, Any]], Piece]
     """Returns a run from what Tune configures it with: its place `at` in the order, and what else
     the searcher says. Called in the run's own process, so it must pickle."""
     searcher: Searcher | None = None
@@ -64,19 +64,19 @@ class Course:
 
 
 def run_trials(
-    trials: Sequence[Trial], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
+    trials: Sequence[Piece], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
 ) -> Outcome:
-    """Return how runs that are known beforehand ended; the arguments are those of `run_course`."""
+    """Return how pieces that are known beforehand ended; the arguments are `run_course`'s."""
     course = Course(watched_of(trials), partial(listed, trials=tuple(trials)))
     return run_course(course, out=out, seats=seats, cluster=cluster, done=done)
 
 
-def watched_of(trials: Sequence[Trial]) -> dict[str, tuple[Path, int]]:
-    """Return what is watched of each run: its metrics, and its steps."""
-    return {trial.name: (trial.job.run.metrics, trial.job.steps) for trial in trials}
+def watched_of(trials: Sequence[Piece]) -> dict[str, tuple[Path, int]]:
+    """Return what is watched of each piece: its metrics, and its steps."""
+    return {trial.name: (trial.metrics, trial.steps) for trial in trials}
 
 
-def listed(config: Mapping[str, Any], *, trials: Sequence[Trial]) -> Trial:
+def listed(config: Mapping[str, Any], *, trials: Sequence[Piece]) -> Piece:
     """Return the run at a place of a list."""
     return trials[config["at"]]
 
@@ -262,23 +262,23 @@ class _Board(tune.Callback):
 def _trial(
     config: Mapping[str, Any],
     *,
-    make: Callable[[Mapping[str, Any]], Trial],
+    make: Callable[[Mapping[str, Any]], Piece],
     stop: str,
     objective: Mapping[str, float] | None,
 ) -> None:
     """Make one run; the last thing reported says how it ended."""
     trial, stop_file = make(config), Path(stop)
     if objective is None:
-        tune.report(attempt(trial, stop_asked=stop_file.exists))
+        tune.report(trial.attempt(stop_asked=stop_file.exists))
         return
-    told = _Told(trial.job.run.metrics, objective)
+    losses = _Told(trial.metrics, objective)
 
     def stop_asked() -> bool:
-        told.report()
+        losses.report()
         return stop_file.exists()
 
-    end = attempt(trial, stop_asked=stop_asked)
-    told.report(**end)
+    end = trial.attempt(stop_asked=stop_asked)
+    losses.report(**end)
 
 
 class _Told:

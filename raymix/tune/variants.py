@@ -213,6 +213,37 @@ def as_trial(recipe: Recipe, path: str, seed: int, *, points: int = _CURVE_POINT
     )
 
 
+def changed_recipe(recipe: Recipe, changes: Mapping[str, Any], section: str) -> Recipe:
+    """Return a recipe with fields changed, the length of a run in steps or tokens as they say.
+
+    Args:
+        recipe: The recipe.
+        changes: Fields by dotted path, or nested.
+        section: What messages call the place of the changes.
+
+    Raises:
+        RecipeError: If they do not fit the recipe.
+    """
+    flat = dict(_flat(changes))
+    if "train.steps" in flat and "train.tokens" not in flat:
+        flat["train.tokens"] = None
+    elif "train.tokens" in flat and "train.steps" not in flat:
+        flat["train.steps"] = None
+    try:
+        return load_recipe(recipe, [f"{key}={json.dumps(value)}" for key, value in flat.items()])
+    except RaymixError as error:
+        raise RecipeError(*(f"{section}: {message}" for message in error.problems)) from error
+
+
+def _flat(given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        where = f"{path}.{key}" if path else key
+        if isinstance(value, dict) and value:
+            yield from _flat(value, where)
+        else:
+            yield where, value
+
+
 def steps_of(recipe: Recipe) -> int:
     """Return the steps of a run."""
     return recipe.train.steps or -(-(recipe.train.tokens or 0) // step_tokens(recipe))

@@ -15,7 +15,7 @@ from raymix.recipe import load_recipe
 from raymix.store import Corpus
 from raymix.train.rundir import RunDirectory
 from raymix.train.setup import Job
-from raymix.tune.attempt import Trial, attempt
+from raymix.tune.attempt import Trial
 from raymix.tune.group import locked
 from raymix.tune.mixtures import Mixture, proxy_recipe, space_of, variant
 from raymix.tune.record import CUT, Record
@@ -164,7 +164,7 @@ def train(here: Path, corpus: Corpus) -> list[Mixture]:
         run = variant(proxy, mixture, out=str(out))
         directory = RunDirectory(Path(run.recipe.run_dir))
         job = Job(run.recipe, directory, STEPS, 6, on_gpu=False, threads=1, session="test")
-        assert attempt(Trial(run.name, job, 1000), stop_asked=lambda: False) == {"state": "done"}
+        assert Trial(run.name, job, 1000).attempt(stop_asked=lambda: False) == {"state": "done"}
     return mixtures
 
 
