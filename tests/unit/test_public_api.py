@@ -87,6 +87,10 @@ OPTIONS = {
     },
     "merge": {"--out", "--set", "--on", "--workers", "--device", "--memory", "--plot", "--json"},
     "report": {"--out", "--json"},
+    "submit": {"--address", "--follow", "--project", "--storage", "--token-in-clear", "--json"},
+    "status": {"--address", "--token-in-clear", "--json"},
+    "logs": {"--address", "--follow", "--token-in-clear", "--json"},
+    "stop": {"--address", "--token-in-clear", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
     "plan": {"--set", "--json"},
@@ -156,6 +160,7 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
+        ["submit", "status", "logs", "stop"],
         ["export", "optimize", "merge", "report"],
     ]
 
