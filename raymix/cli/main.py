@@ -74,6 +74,7 @@ COMMANDS = {
         "stop": "Stop a job; a run writes a checkpoint first.",
     },
     "Use the result": {
+        "watch": "Show a run live, from its files.",
         "export": "Write a checkpoint as a Hugging Face model directory.",
         "optimize": "Find the shares with the least predicted loss under a fitted law.",
         "merge": "Merge models of one architecture by DRM and its peers.",

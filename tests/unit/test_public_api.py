@@ -87,6 +87,7 @@ OPTIONS = {
     },
     "merge": {"--out", "--set", "--on", "--workers", "--device", "--memory", "--plot", "--json"},
     "report": {"--out", "--json"},
+    "watch": {"--every", "--once", "--json"},
     "submit": {"--address", "--follow", "--project", "--storage", "--token-in-clear", "--json"},
     "status": {"--address", "--token-in-clear", "--json"},
     "logs": {"--address", "--follow", "--token-in-clear", "--json"},
@@ -161,7 +162,7 @@ def test_commands() -> None:
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
         ["submit", "status", "logs", "stop"],
-        ["export", "optimize", "merge", "report"],
+        ["watch", "export", "optimize", "merge", "report"],
     ]
 
 
