@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start a hundred processes; each would compile all of raymix again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-unit test-gpu test-slow lint lock clean \
+.PHONY: help install demo demo-cluster test test-unit test-gpu test-slow lint lock clean \
         bench-stream bench-prepare bench-loop bench-merge
 
 help:  ## Show this list
@@ -28,6 +28,9 @@ demo: install  ## Prepare, plan, train and report on a small real corpus (about 
 	@$(BIN)/raymix prepare pipelines/quickstart.yaml
 	@$(BIN)/raymix plan pipelines/quickstart.yaml
 	@$(BIN)/raymix train pipelines/quickstart.yaml
+
+demo-cluster: install  ## Submit a run to a real two-node cluster on this machine (about 4 minutes)
+	@$(BIN)/python -m tests.demo_cluster
 
 test: install  ## All tests but gpu and slow
 	@$(BIN)/python -m pytest -q -n 2 tests/unit

@@ -13,7 +13,7 @@ loads neither torch nor ray:
 
 Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.laws`,
 `raymix.schedule`, `raymix.merge`, `raymix.corpus`, `raymix.control`, `raymix.train`,
-`raymix.tune`, `raymix.report`.
+`raymix.tune`, `raymix.cluster_jobs`, `raymix.report`.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ _ROOMS = (
     "control",
     "train",
     "tune",
+    "cluster_jobs",
     "report",
 )
 

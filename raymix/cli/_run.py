@@ -40,6 +40,21 @@ Parallel = Annotated[
     int | None,
     typer.Option(min=1, help="Runs at once; else one per core or GPU, as memory allows."),
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="The cluster's dashboard, http://HOST:8265; else RAY_API_SERVER_ADDRESS, else this "
+        "machine's.",
+    ),
+]
+TokenInClear = Annotated[
+    bool,
+    typer.Option(
+        "--token-in-clear", help="Let a token go to another machine over HTTP without TLS."
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, the rest on stderr.")
 ]
@@ -66,7 +81,7 @@ def run_command(
     work: Callable[[], Mapping[str, Any]],
     *,
     json: bool,
-    failed: Callable[[Mapping[str, Any]], bool] = lambda document: False,
+    failed: Callable[[Mapping[str, Any]], int] = lambda document: False,
 ) -> None:
     """Run `work`; print its document when `json`; leave with the right exit code.
 
@@ -74,7 +89,8 @@ def run_command(
         work: Does the job, prints for people on stdout, returns the document.
         json: Print that document, and nothing else, on stdout; a failure is a document too:
             `{"error": class, "problems": [message, ...]}`.
-        failed: Says of a document that it stands for a failure: exit code 1.
+        failed: Says of a document that it stands for a failure: True for exit code 1, else the
+            code itself.
 
     Raises:
         typer.Exit: With 2 for bad input, 1 for a failure in the work, 130 when interrupted.
@@ -83,8 +99,9 @@ def run_command(
         try:
             document = work()
             write(document)
-            if failed(document):
-                raise typer.Exit(1)
+            code = int(failed(document))
+            if code:
+                raise typer.Exit(code)
         except typer.Exit:
             raise
         except KeyboardInterrupt:

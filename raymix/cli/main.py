@@ -67,7 +67,14 @@ COMMANDS = {
         "tune": "Find the best shares by small runs and a mixing law.",
         "schedule": "Compare planners of long and short sequences on a corpus' lengths.",
     },
+    "On a cluster": {
+        "submit": "Run a command as a job of a Ray cluster.",
+        "status": "Say how a cluster's jobs stand.",
+        "logs": "Print what a job has printed.",
+        "stop": "Stop a job; a run writes a checkpoint first.",
+    },
     "Use the result": {
+        "watch": "Show a run live, from its files.",
         "export": "Write a checkpoint as a Hugging Face model directory.",
         "optimize": "Find the shares with the least predicted loss under a fitted law.",
         "merge": "Merge models of one architecture by DRM and its peers.",

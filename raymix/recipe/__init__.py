@@ -12,7 +12,7 @@ from raymix.recipe.corpus import (
     TokenizerConfig,
     TrainedTokenizer,
 )
-from raymix.recipe.load import load_recipe, recipe_to_yaml, resolve_paths
+from raymix.recipe.load import load_recipe, read_recipe, recipe_to_yaml, resolve_paths
 from raymix.recipe.mixer import (
     AdoMixer,
     AioliMixer,
@@ -92,6 +92,7 @@ __all__ = [
     "UnimaxMixer",
     "commented_recipe",
     "load_recipe",
+    "read_recipe",
     "recipe_schema",
     "recipe_to_yaml",
     "resolve_paths",

@@ -45,15 +45,31 @@ def load_recipe(source: str | os.PathLike[str] | Recipe, overrides: Sequence[str
     Raises:
         RecipeError: With one message per fault: of the file, the overrides, or the recipe.
     """
+    recipe, base = read_recipe(source, overrides)
+    return resolve_paths(recipe, base)
+
+
+def read_recipe(
+    source: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = ()
+) -> tuple[Recipe, str]:
+    """Return the recipe with its paths as they were written, and where relative sources start.
+
+    Args:
+        source: As for `load_recipe`.
+        overrides: As for `load_recipe`.
+
+    Raises:
+        RecipeError: As `load_recipe` does.
+    """
     name = source if isinstance(source, Recipe) else os.fspath(source)
     if isinstance(name, str) and not (_FUNCTION.fullmatch(name) and not os.path.exists(name)):
         data, base = _read(name), os.path.dirname(os.path.abspath(name))
     else:
         recipe = name if isinstance(name, Recipe) else _call(name)
         if not overrides:
-            return resolve_paths(recipe, os.getcwd())
+            return recipe, os.getcwd()
         data, base = recipe.model_dump(mode="json"), os.getcwd()
-    return resolve_paths(_validate(apply_overrides(data, overrides)), base)
+    return _validate(apply_overrides(data, overrides)), base
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -64,11 +64,11 @@ def _page_path(paths: Sequence[AnyPath], out: AnyPath | None) -> Path:
 
 
 def _draw(runs: Sequence[Document], twin: str) -> str:
-    from raymix.report import figures, page
+    from raymix.report import figures, page, signals
 
     axis = figures.x_axis(runs)
     pictures = [figures.training_loss(runs, axis), figures.throughput(runs, axis)]
-    for draw in (figures.weights, figures.exactness, figures.amounts):
+    for draw in (figures.weights, signals.picture, figures.exactness, figures.amounts):
         for run in runs:
             picture = draw(run)
             if picture is not None and len(runs) > 1:

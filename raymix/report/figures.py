@@ -75,7 +75,7 @@ def training_loss(runs: Sequence[Document], axis: XAxis) -> Picture | None:
         top.set_ylabel("loss, nats per token")
         bottom.set_ylabel("learning rate")
         bottom.set_ylim(bottom=0)
-        bottom.yaxis.set_major_locator(_few_ticks(3))
+        bottom.yaxis.set_major_locator(few_ticks(3))
         bottom.yaxis.set_major_formatter("{x:g}")
         bottom.set_xlabel(axis.label)
         drawn.align_ylabels()
@@ -128,7 +128,7 @@ def weights(run: Document) -> Picture | None:
         stack = axes.stackplot(
             x,
             share_DV,
-            colors=_band_colours(run, names),
+            colors=band_colours(run, names),
             edgecolor=PAPER,
             linewidth=0.6,
             step="post",
@@ -239,15 +239,16 @@ def _heldout_panel(name: str, runs: Sequence[Document], axis: XAxis) -> Picture:
         entropies = {(run["domains"].get(name) or {}).get("unigram_entropy") for run in runs}
         for entropy in sorted(value for value in entropies if value is not None):
             axes.axhline(entropy, color=INK, linestyle=(0, (1, 1.6)), linewidth=1.4)
-        axes.xaxis.set_major_locator(_few_ticks(4))
-        axes.yaxis.set_major_locator(_few_ticks(4))
+        axes.xaxis.set_major_locator(few_ticks(4))
+        axes.yaxis.set_major_locator(few_ticks(4))
         axes.set_xlabel(axis.label.split(" (")[0], fontsize=9)
         axes.set_ylabel("nats per token", fontsize=9)
         svg = to_svg(drawn, f"heldout-{name}")
     return Picture(title=name, caption=", ".join(f"{value:.2f}" for value in last), svg=svg)
 
 
-def _few_ticks(most: int) -> Any:
+def few_ticks(most: int) -> Any:
+    """Return a locator of at most `most` ticks at round values."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10])
@@ -257,7 +258,7 @@ def _colours(runs: Sequence[Document]) -> list[str]:
     return [COLOURS[at % len(COLOURS)] for at in range(len(runs))]
 
 
-def _band_colours(run: Document, names: Sequence[str]) -> list[str]:
+def band_colours(run: Document, names: Sequence[str]) -> list[str]:
     """Return a colour per band: by domain where there are few, so that runs can be compared."""
     known = list(run["domains"])
     if len(known) > len(BAND_COLOURS):

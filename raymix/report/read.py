@@ -20,6 +20,7 @@ from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 
 METRICS = "metrics.jsonl"
+RECIPE = "resolved.yaml"
 LOG = "mixture_log.jsonl"
 
 Floats = NDArray[np.float64]
@@ -80,6 +81,18 @@ class RunRecord:
         return self.path.resolve().name
 
 
+def outline(path: str | Path) -> RunRecord:
+    """Return what the run directory at `path` says beside its steps: recipe, machine, corpus.
+
+    Raises:
+        RecipeError: If it is no run directory.
+    """
+    directory = Path(path)
+    if not (directory / RECIPE).is_file() and not (directory / METRICS).is_file():
+        raise RecipeError(_no_run(directory))
+    return _record(directory, [], [], [])
+
+
 def read_run(path: str | Path) -> RunRecord:
     """Return what the run directory at `path` holds; what is missing is noted, not fatal.
 
@@ -97,7 +110,16 @@ def read_run(path: str | Path) -> RunRecord:
     if not records and not evaluations:
         wrong = f"{METRICS} holds no step yet"
         raise RecipeError(problem("run", str(path), wrong, "Try again once training has begun"))
-    recipe = _tolerant(_read_recipe, directory, "resolved.yaml", notes)
+    return _record(directory, records, evaluations, notes)
+
+
+def _record(
+    directory: Path,
+    records: Sequence[Document],
+    evaluations: Sequence[Evaluation],
+    notes: list[str],
+) -> RunRecord:
+    recipe = _tolerant(_read_recipe, directory, RECIPE, notes)
     log = _tolerant(_read_log, directory, LOG, notes)
     corpus = _read_corpus(recipe or {}, notes)
     return RunRecord(
@@ -106,7 +128,7 @@ def read_run(path: str | Path) -> RunRecord:
         environment=_tolerant(_read_json, directory, "environment.json", notes) or {},
         domains=_domains(log, corpus, records, evaluations),
         steps=_steps(records),
-        evaluations=evaluations,
+        evaluations=tuple(evaluations),
         log=log,
         corpus=corpus,
         notes=tuple(notes),

@@ -15,6 +15,7 @@ from raymix.report.exactness import Account, account, bound, usable_tokens
 from raymix.report.read import Document, Floats, RunRecord, number
 from raymix.store import Manifest
 
+_SIGNALS = ("grad_norm2", "grad_noise", "alignment")
 MOST_POINTS = 800
 MOST_BANDS = 10
 MOST_PANELS = 24
@@ -35,6 +36,7 @@ def summarise(run: RunRecord) -> Document:
         "training": _training(run),
         "weights": _weights(run, shares_VD),
         "heldout": _heldout(run, domains),
+        "signals": _signals(run),
         "exactness": _exactness(run, counted, shares_VD),
         "notes": list(run.notes),
     }
@@ -224,6 +226,41 @@ def _tokens_at(run: RunRecord, steps: Sequence[int]) -> list[float]:
     done_S, tokens_S = run.steps.step_S, run.steps.tokens_S
     after = np.searchsorted(done_S, steps, side="right")
     return [float(tokens_S[at - 1]) if at else 0.0 for at in after.tolist()]
+
+
+def _signals(run: RunRecord) -> Document | None:
+    """Return per kind and domain what was measured at each entry, None where nothing was.
+
+    Where domains are many, they are those with the largest mean of the first kind.
+    """
+    entries = [entry for entry in (run.log.entries if run.log else ()) if entry.stats]
+    measured_VD = {
+        kind: np.array([_row(entry.stats or {}, kind, len(run.domains)) for entry in entries])
+        for kind in _SIGNALS
+    }
+    measured_VD = {kind: found for kind, found in measured_VD.items() if np.isfinite(found).any()}
+    if not measured_VD:
+        return None
+    kept = thinned(len(entries))
+    first_VD = next(iter(measured_VD.values()))
+    means_D = np.nan_to_num(np.abs(first_VD)).mean(axis=0)
+    top = np.sort(np.argsort(-means_D, kind="stable")[:MOST_BANDS]).tolist()
+    return {
+        "step": [entries[at].first_step for at in kept.tolist()],
+        "left_out": len(run.domains) - len(top),
+        "values": {
+            kind: {run.domains[at]: found_VD[kept, at] for at in top}
+            for kind, found_VD in measured_VD.items()
+        },
+    }
+
+
+def _row(stats: dict[str, Any], kind: str, domains: int) -> Floats:
+    """Return the values of a kind by domain, shape (D,), NaN where the entry does not say."""
+    given = stats.get(kind)
+    if not isinstance(given, list) or len(given) != domains:
+        return np.full(domains, np.nan)
+    return np.array([number(item) for item in given], dtype=np.float64)
 
 
 def _exactness(run: RunRecord, counted: Account, shares_VD: Floats) -> Document | None:

@@ -100,6 +100,11 @@ OPTIONS = {
     },
     "specialists": {"--set", "--json", "--seeds", "--out", "--parallel", "--smoke"},
     "report": {"--out", "--json"},
+    "watch": {"--every", "--once", "--json"},
+    "submit": {"--address", "--follow", "--project", "--storage", "--token-in-clear", "--json"},
+    "status": {"--address", "--token-in-clear", "--json"},
+    "logs": {"--address", "--follow", "--token-in-clear", "--json"},
+    "stop": {"--address", "--token-in-clear", "--json"},
     "init": {"--force", "--json"},
     "validate": {"--set", "--json"},
     "plan": {"--set", "--json"},
@@ -169,7 +174,8 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
-        ["export", "optimize", "merge", "report"],
+        ["submit", "status", "logs", "stop"],
+        ["watch", "export", "optimize", "merge", "report"],
     ]
 
 

@@ -1,0 +1,35 @@
+"""`raymix logs`: what a job has printed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from raymix.cli._run import Address, Json, TokenInClear, run_command
+from raymix.cli.submit import exit_code, followed
+
+
+def command(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="A job.")],
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on until the job ends; end with its exit code.")
+    ] = False,
+    token_in_clear: TokenInClear = False,
+    json: Json = False,
+) -> None:
+    """Print what a job has printed. With --json its log is in the document."""
+
+    def work() -> dict[str, Any]:
+        from raymix.cluster_jobs import JobServer
+
+        server = JobServer(address, token_in_clear=token_in_clear)
+        if follow:
+            return followed(server, job).document | {"logs": server.logs(job)}
+        text = server.logs(job)
+        print(text, end="")
+        return server.look(job).document | {"logs": text}
+
+    # Printing the log of a job that failed is no failure; following it to its end is one.
+    run_command(work, json=json, failed=exit_code if follow else lambda document: 0)

@@ -1,0 +1,98 @@
+"""`raymix submit`: run a command as a job of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raymix.cli._run import Address, Json, RecipeSource, TokenInClear, run_command
+
+if TYPE_CHECKING:
+    from raymix.cluster_jobs import Ended, JobServer
+
+
+def command(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="COMMAND", help="validate, plan, prepare, train, compare or tune."),
+    ],
+    recipe: RecipeSource,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FIELD=VALUE",
+            help="Fields to change; after `--`, options of COMMAND: -- --if-exists new.",
+        ),
+    ] = None,
+    *,
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print what the job prints; end with its exit code.")
+    ] = False,
+    project: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="What travels; else the nearest directory above the recipe with .git or a "
+            "pyproject.toml.",
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="A directory that all nodes see: relative corpus and run directories go there.",
+        ),
+    ] = None,
+    token_in_clear: TokenInClear = False,
+    json: Json = False,
+) -> None:
+    """Ship the project to a Ray cluster and run a raymix command there.
+
+    The project travels without what .gitignore and .rayignore name; sources that the recipe gives
+    relative to itself must be part of it. Results go to --storage or to absolute paths. With
+    --follow the exit code is the job's; Ctrl-C leaves the job running. A token (RAY_AUTH_MODE=
+    token) is sent over TLS or to this machine only.
+    """
+
+    def work() -> dict[str, Any]:
+        from raymix.cluster_jobs import JobServer, prepare_submission
+
+        submission = prepare_submission(
+            name, recipe, arguments or (), project=project, storage=storage
+        )
+        for path in submission.listing.left_out:
+            print(f"left out: {path} (a link out of the project, or no file)")
+        server = JobServer(address, token_in_clear=token_in_clear)
+        size = server.submit(submission)
+        root, count = str(submission.listing.root), len(submission.listing.files)
+        print(f"project: {root}, {count:,} files, {size / 1e6:.1f} MB")
+        print(f"job: {submission.name} on {server.address}", flush=True)
+        ended = followed(server, submission.name) if follow else server.look(submission.name)
+        if not follow:
+            print(f"raymix logs {submission.name} --follow shows it, raymix stop ends it")
+        more = {"address": server.address, "project": root, "files": count, "storage": storage}
+        left_out = list(submission.listing.left_out)
+        return {**ended.document, **more, "package_bytes": size, "left_out": left_out}
+
+    run_command(work, json=json, failed=exit_code)
+
+
+def followed(server: JobServer, job: str) -> Ended:
+    """Print what `job` prints until it has ended; return how. Ctrl-C leaves it running."""
+    try:
+        ended = server.follow(job, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"\nThe job goes on: raymix logs {job} --follow, or raymix stop {job}.", flush=True)
+        raise
+    print(f"job {job}: {ended.status}, exit code {ended.exit_code}")
+    if ended.exit_code and ended.message:
+        print(ended.message)
+    return ended
+
+
+def exit_code(document: Mapping[str, Any]) -> int:
+    """Return the exit code of a job's document; 0 while it runs."""
+    return document["exit_code"] or 0

@@ -1,0 +1,159 @@
+"""`raymix watch`: a run live in the terminal, from its files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raymix.cli._run import Json, plain_table, run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from raymix.report.live import LiveRun
+
+_MOST_DOMAINS = 40
+_BAR = 16
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def command(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    every: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks.")
+    ] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show how it stands, and end.")] = False,
+    json: Json = False,
+) -> None:
+    """Show a run while it goes on: shares, tokens and epochs, losses, gradient signals, waiting.
+
+    Reads only the run's files, so it works on any machine that sees them, and ends when the run
+    has finished; Ctrl-C ends it before and leaves the run alone. Without a terminal it prints a
+    line now and then. With --json: how the run stands, once.
+    """
+
+    def work() -> dict[str, Any]:
+        from rich.console import Console
+
+        from raymix.report.live import LiveRun
+
+        watched, console = LiveRun(run), Console(highlight=False)
+        watched.look()
+        if once or json:
+            if not console.is_terminal:
+                console.width = 132
+            console.print(dashboard(watched.document(), fancy=console.is_terminal))
+        elif console.is_terminal:
+            _live(watched, console, every)
+        else:
+            _lines(watched, every)
+        return watched.document()
+
+    run_command(work, json=json)
+
+
+def _live(run: LiveRun, console: Console, every: float) -> None:
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False) as screen:
+        while True:
+            screen.update(dashboard(run.document(), fancy=True), refresh=True)
+            if run.finished:
+                return
+            time.sleep(every)
+            run.look()
+
+
+def _lines(run: LiveRun, every: float) -> None:
+    shown = ""
+    while True:
+        text = headline(run.document())
+        if text != shown:
+            print(text, flush=True)
+            shown = text
+        if run.finished:
+            return
+        time.sleep(every)
+        run.look()
+
+
+def headline(document: Mapping[str, Any]) -> str:
+    """Return the state of a run as one line."""
+    from raymix.corpus.console import clock, short
+
+    if not document["tokens"]:
+        return f"{document['name']}: {document['state']}"
+    of = f"/{document['steps']:,}" if document["steps"] else ""
+    parts = [f"{document['name']}: {document['state']}", f"step {document['step']:,}{of}"]
+    if document["loss"] is not None:
+        parts.append(f"loss {document['loss']:.4f}")
+    if document["tokens_per_s"] is not None:
+        parts.append(f"{short(document['tokens_per_s'])} tok/s")
+    if document["data_wait"] is not None:
+        parts.append(f"waiting for data {100 * document['data_wait']:.1f}%")
+    if document["state"] == "running" and document["seconds_left"] is not None:
+        parts.append(f"{clock(document['seconds_left'])} to go")
+    if document["state"] == "silent":
+        parts.append(f"no new line for {clock(document['silent_s'])}")
+    return "  ".join(parts)
+
+
+def dashboard(document: Mapping[str, Any], *, fancy: bool) -> RenderableType:
+    """Return the state of a run as rich draws it: headline, loss curve, a row per domain."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(headline(document), style="bold" if fancy else "")]
+    curve = [value for value in document["loss_curve"] if value is not None]
+    if len(curve) > 1:
+        ends = f"{curve[0]:.3f} to {curve[-1]:.3f}"
+        parts.append(Text(f"loss  {sparkline(curve, 60)}  {ends}, smoothed"))
+    if document["domains"]:
+        parts += [Text(""), _table(document["domains"], fancy=fancy)]
+    return Group(*parts)
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Return `values` as at most `width` block characters, the highest value the tallest."""
+    kept = [values[at * len(values) // width] for at in range(min(width, len(values)))]
+    if len(values) > width:
+        kept[-1] = values[-1]
+    low, high = min(kept), max(kept)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in kept)
+
+
+def _table(domains: Mapping[str, Mapping[str, Any]], *, fancy: bool) -> Table:
+    rows = list(domains.items())
+    signals = any(row["grad_norm2"] is not None for _, row in rows)
+    heads = ["domain", "asked", "", "read", "tokens", "epochs", "loss", "held out", "before"]
+    table = plain_table(*heads, *(["grad²", "noise"] if signals else []), fancy=fancy)
+    table.columns[2].justify = "left"
+    rows.sort(key=lambda item: -(item[1]["share_asked"] or 0.0))
+    for name, row in rows[:_MOST_DOMAINS]:
+        share = row["share_asked"] or 0.0
+        cells = [name, _percent(row["share_asked"]), "█" * round(_BAR * share)]
+        cells += [_percent(row["share_realised"]), f"{row['tokens']:,}", _figure(row["epochs"], 2)]
+        cells += [_figure(row[key], 3) for key in ("loss", "heldout_last", "heldout_first")]
+        if signals:
+            cells += [_short(row["grad_norm2"]), _short(row["grad_noise"])]
+        table.add_row(*cells)
+    if len(rows) > _MOST_DOMAINS:
+        table.add_row(f"{len(rows) - _MOST_DOMAINS} more")
+    return table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}%"
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"

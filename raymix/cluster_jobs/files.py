@@ -1,0 +1,138 @@
+"""Which files of a project travel: all but what its `.gitignore` and `.rayignore` files name.
+
+The rules are git's: a pattern holds from the directory of its file downwards, a later pattern and
+a deeper file win, and what lies in an ignored directory stays ignored whatever is said below.
+`.git`, virtual environments and caches of Python never travel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pathspec import GitIgnoreSpec
+
+from raymix.errors import RecipeError, problem
+
+_IGNORE_FILES = (".gitignore", ".rayignore")
+_NEVER = frozenset({".git", ".hg", ".venv", "venv", "__pycache__"})
+_MARKS = (".git", "pyproject.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a project."""
+
+    root: Path
+    """The project's directory."""
+    files: tuple[str, ...]
+    """Files that travel, relative to the root, sorted, `/` between the parts."""
+    left_out: tuple[str, ...]
+    """Links that lead out of the project, and what is neither file nor directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """The patterns of one directory's ignore files."""
+
+    spec: GitIgnoreSpec
+    base: str = ""
+    """What paths lose in front to start at that directory, where it lies in the project."""
+    above: str = ""
+    """What they get in front to start at it, where it lies above."""
+
+    def verdict(self, path: str) -> bool | None:
+        """Return whether `path` is ignored, None where no pattern speaks of it."""
+        return self.spec.check_file(self.above + path.removeprefix(self.base)).include
+
+
+def find_project(start: Path) -> Path:
+    """Return the nearest directory from `start` upwards that git or a pyproject.toml marks.
+
+    Without one it is `start` itself.
+    """
+    start = start.resolve()
+    for place in (start, *start.parents):
+        if any((place / mark).exists() for mark in _MARKS):
+            return place
+    return start
+
+
+def list_files(root: Path) -> Listing:
+    """Return the files of the project at `root` that travel.
+
+    Raises:
+        RecipeError: If `root` is no directory, or one that holds more than a project.
+    """
+    root = root.resolve()
+    if not root.is_dir():
+        raise RecipeError(problem("project", str(root), "not a directory"))
+    if root in (Path.home().resolve(), Path(root.anchor)):
+        wrong = "this would ship everything in it"
+        advice = "Put the recipe into a directory of its own, or name one by --project"
+        raise RecipeError(problem("project", str(root), wrong, advice))
+    files: list[str] = []
+    left_out: list[str] = []
+    for path, kept in _walk(root, "", _above(root)):
+        (files if kept else left_out).append(path)
+    return Listing(root, tuple(sorted(files)), tuple(sorted(left_out)))
+
+
+def _walk(root: Path, base: str, rules: Sequence[_Rules]) -> Iterator[tuple[str, bool]]:
+    """Yield the paths below `base` that no rule ignores, and whether each can travel."""
+    inner = [*(_Rules(spec, base) for spec in _specs(root / base)), *rules]
+    with os.scandir(root / base) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = base + entry.name
+            folder = entry.is_dir(follow_symlinks=False)
+            if entry.name in _NEVER or _ignored(path + "/" * folder, inner):
+                continue
+            if folder:
+                yield from _walk(root, path + "/", inner)
+            else:
+                yield path, _stays_inside(root, entry)
+
+
+def _stays_inside(root: Path, entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a file of the project: what a link leads to must be one."""
+    if not entry.is_symlink():
+        return entry.is_file()
+    target = Path(os.path.realpath(entry.path))
+    return target.is_file() and target.is_relative_to(root)
+
+
+def _ignored(path: str, rules: Sequence[_Rules]) -> bool:
+    """Return the verdict of the first of `rules`, the deepest first, that has one."""
+    for each in rules:
+        verdict = each.verdict(path)
+        if verdict is not None:
+            return verdict
+    return False
+
+
+def _specs(folder: Path) -> Iterator[GitIgnoreSpec]:
+    for name in _IGNORE_FILES:
+        file = folder / name
+        if file.is_file():
+            lines = file.read_text("utf-8", errors="surrogateescape").split("\n")
+            yield GitIgnoreSpec.from_lines(lines)
+
+
+def _above(root: Path) -> list[_Rules]:
+    """Return the rules of the directories above `root`, up to their repository's own.
+
+    A project may be a part of a repository, whose patterns then hold in it too.
+    """
+    if (root / ".git").exists():
+        return []
+    parents = list(root.parents)
+    top = next((at for at, place in enumerate(parents) if (place / ".git").exists()), None)
+    if top is None:
+        return []
+    return [
+        _Rules(spec, above=root.relative_to(place).as_posix() + "/")
+        for place in parents[: top + 1]
+        for spec in _specs(place)
+    ]
