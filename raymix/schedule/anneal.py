@@ -100,8 +100,8 @@ class _Judge:
         flat = (place_PK % n_slots + np.arange(n_k) * n_slots).ravel()
 
         def sums(value: Floats | Ints) -> Floats:
-            found: Floats = np.bincount(cell, value, cells).reshape(n_chains, n_q, n_slots)
-            return found
+            found: Floats = np.bincount(cell, value, cells).astype(np.float64)
+            return found.reshape(n_chains, n_q, n_slots)
 
         attention = sums(self.attention_KT.ravel()[flat])
         tokens = sums(self.share_KT.ravel()[flat]) @ covers_TN
