@@ -30,15 +30,19 @@ _COLUMNS = (
 
 
 Action = Annotated[
-    Literal["simulate"],
-    typer.Argument(metavar="simulate", help="Plan batches and time them by a cost model."),
+    Literal["simulate", "calibrate"],
+    typer.Argument(
+        metavar="simulate|calibrate",
+        help="Plan batches and time them by a cost model; or measure one on the devices here.",
+    ),
 ]
 Source = Annotated[
     str,
     typer.Argument(
-        metavar="RECIPE|LENGTHS",
+        metavar="RECIPE|LENGTHS|MODEL",
         help="A recipe whose corpus is prepared; lengths in a .txt, .csv or .json file; or "
-        "wikipedia, lmsys, chatqa2, llama3, magi, flexsp_wiki, longalign.",
+        "wikipedia, lmsys, chatqa2, llama3, magi, flexsp_wiki, longalign. To calibrate: a recipe, "
+        "or 0.5b or 7b.",
     ),
 ]
 Groups = Annotated[int, typer.Option(min=1, help="Data-parallel groups.")]
@@ -63,8 +67,17 @@ MemoryTokens = Annotated[
 ]
 Longest = Annotated[int | None, typer.Option(min=1, help="Cut longer sequences here.")]
 Out = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Draw a page, *.html, with its data beside.")
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Draw a page, *.html, its data beside; calibrate: write *.json."
+    ),
 ]
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, help="calibrate: processes that gather; else the GPUs, or 2 on CPUs."),
+]
+Device = Annotated[str, typer.Option(help="calibrate: auto, cpu or cuda.")]
+Seconds = Annotated[float, typer.Option(min=1, help="calibrate: about how long to measure.")]
 
 
 def command(
@@ -87,6 +100,9 @@ def command(
     memory_tokens: MemoryTokens = None,
     longest: Longest = None,
     out: Out = None,
+    ranks: Ranks = None,
+    device: Device = "auto",
+    seconds: Seconds = 60.0,
     json: Json = False,
 ) -> None:
     """Compare planners of long and short sequences on a corpus' lengths, without a GPU.
@@ -94,7 +110,14 @@ def command(
     A batch's sequences sit on single ranks or are sharded over a group; each planner decides it
     its own way. Times are those of a cost model, fitted (--cost) or assumed: look at ratios.
     Sequences too long for a group are cut where the lengths are a published distribution's.
+    `calibrate RECIPE|MODEL --out FILE.json` measures such a cost model on the devices at hand.
     """
+    if action == "calibrate":
+        from raymix.cli import calibrate
+
+        changes = [*(overrides or ()), *(set_overrides or ())]
+        asked = calibrate.Asked(source, changes, out, ranks, device, seconds, longest, network)
+        return run_command(lambda: calibrate.work(asked), json=json)
 
     def work() -> dict[str, Any]:
         from dataclasses import replace

@@ -10,6 +10,8 @@ plane       BlockPlane          one actor: keeps the blocks that come next in th
 stream      MixtureStream       the worker's end: leases in, batches out
   feed, rows, documents, packed packed rows or whole documents from a plan
   ahead, lookahead, table, slab samples located, blocks wanted, blocks held
+bucketer    LengthBucketer      one actor: which rank takes which documents, steps ahead
+  bucketing                     its plans, made from lengths alone, without Ray
 ```
 
 The rule that everything here keeps: what step t reads is a function of (seed, corpus, mixture

@@ -23,7 +23,7 @@ from raymix.schedule.timing import Placement
 
 _CHAINS = 64
 # Steps of a chain per sequence, and at most.
-_EACH, _STEPS = 40, 500
+_EACH, _STEPS = 40, 250
 # How much slower a change may be, as a part of the time, at the first step and at the last.
 _HOT, _COLD = 0.1, 0.002
 # Ranks that do not wait for the slowest still count for this part: else most changes would seem
@@ -100,8 +100,8 @@ class _Judge:
         flat = (place_PK % n_slots + np.arange(n_k) * n_slots).ravel()
 
         def sums(value: Floats | Ints) -> Floats:
-            found: Floats = np.bincount(cell, value, cells).reshape(n_chains, n_q, n_slots)
-            return found
+            found: Floats = np.bincount(cell, value, cells).astype(np.float64)
+            return found.reshape(n_chains, n_q, n_slots)
 
         attention = sums(self.attention_KT.ravel()[flat])
         tokens = sums(self.share_KT.ravel()[flat]) @ covers_TN

@@ -8,6 +8,7 @@ all-gather forward and a reduce-scatter backward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from raymix.errors import ScheduleError, did_you_mean, problem
@@ -78,11 +79,8 @@ def preset(model: str, network: str) -> CostModel:
     Raises:
         ScheduleError: If the model or the network is unknown.
     """
-    for path, name, known in (("model", model, MODELS), ("network", network, NETWORKS)):
-        if name not in known:
-            near = did_you_mean(name, known)
-            allowed = f"Known: {', '.join(known)}"
-            raise ScheduleError(problem(f"cost.{path}", name, "not a preset", allowed, near))
+    _check("model", model, MODELS)
+    _check("network", network, NETWORKS)
     shape, net = MODELS[model], NETWORKS[network]
     attend = 2 * shape.hidden * (shape.hidden + shape.key_values)
     weights = shape.layers * (attend + 3 * shape.hidden * shape.intermediate)
@@ -90,20 +88,32 @@ def preset(model: str, network: str) -> CostModel:
     linear_s = 6 * weights / _GEMM
     # Scores and values: 4 s^2 h forward, half of it causal.
     quadratic_s = 3.5 * 2 * shape.hidden * shape.layers / _ATTENTION
-    token_bytes = 2 * 2 * shape.key_values
     return CostModel(
         quadratic_s=quadratic_s,
         edge_s=quadratic_s * net.half_attention,
         linear_s=linear_s,
         base_s=linear_s * _HALF_GEMM,
         floor_s=_LAUNCH_S * shape.layers,
-        links=(
-            Link(
-                1 << 20,
-                2 * shape.layers * net.latency_s,
-                2 * shape.layers * token_bytes * net.byte_s,
-            ),
-        ),
+        links=assumed_links(network, shape.layers, shape.key_values),
         memory_tokens=shape.memory_tokens,
         hardware=f"assumed: {model}, {network}",
     )
+
+
+def assumed_links(network: str, layers: int, key_values: int) -> tuple[Link, ...]:
+    """Return what gathering bfloat16 keys and values of a width costs on one of `NETWORKS`.
+
+    Raises:
+        ScheduleError: If the network is unknown.
+    """
+    _check("network", network, NETWORKS)
+    net, calls = NETWORKS[network], 2 * layers
+    token_bytes = 2 * 2 * key_values
+    return (Link(1 << 20, calls * net.latency_s, calls * token_bytes * net.byte_s),)
+
+
+def _check(path: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        near = did_you_mean(name, known)
+        allowed = f"Known: {', '.join(known)}"
+        raise ScheduleError(problem(f"cost.{path}", name, "not a preset", allowed, near))

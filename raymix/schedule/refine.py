@@ -33,7 +33,7 @@ from raymix.schedule.trading import exchange, rearrange
 # Where balancing ends: part of the time.
 _LEVEL = 0.002
 # In small batches more is tried, for there it costs little.
-_SMALL = 32
+_SMALL = 24
 _MUCH = Effort(
     annealed=True,
     more=3,
@@ -68,11 +68,11 @@ _LITTLE = Effort(
     starts_after=1,
     tried=8,
     swapped=16,
-    even=0.01,
+    even=0.02,
     rounds=3,
     drawn=0,
     patience=0,
-    worth=0.003,
+    worth=0.01,
 )
 
 

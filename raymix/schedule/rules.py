@@ -76,7 +76,8 @@ def _fine(tables: Tables) -> Ints:
 def _stairs(tables: Tables, dense: bool) -> Ints:
     """Return rules with the ends of levels at any of some steps."""
     n_rows, n_longest = tables.length_BK.shape
-    steps, step = [], 0
+    steps: list[int] = []
+    step = 0
     while step <= n_longest:
         steps.append(step)
         step += 1 if step < _DENSE[dense] else step // 2

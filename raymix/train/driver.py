@@ -24,6 +24,7 @@ from raymix.errors import RaymixError, TrainingError, problem
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint
 from raymix.train.cluster import no_room, worker_environment
+from raymix.train.placement import placement_options
 from raymix.train.setup import Job, mixer_context
 from raymix.train.worker import StopWhereHopeless, train_worker
 
@@ -77,7 +78,10 @@ def _trainer(job: Job) -> Any:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if job.on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=job.on_gpu, resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=job.on_gpu,
+            resources_per_worker=resources,
+            **placement_options(resources, group_size=1, groups=cluster.workers),
         ),
         run_config=RunConfig(
             name=job.run.checkpoints.name,

@@ -108,6 +108,14 @@ def checkpoint_bytes(parameters: int) -> int:
     return 3 * parameters * _FP32
 
 
+def count_memory(config: PreTrainedConfig, batch: Batch) -> int:
+    """Return the bytes that a pass keeps for its backward pass, the logits' pieces among them."""
+    logits = min(_LOGIT_COPIES * batch.rows * batch.length * config.vocab_size * _FP32,
+                 _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
+    kept = _count(config, batch)[1] + logits
+    return kept if batch.on_gpu else int((1 + _HEAP_SLACK) * kept)
+
+
 def _measure(
     model: ModelConfig, facts: CorpusFacts, train: TrainConfig, batch: Batch
 ) -> tuple[int, int]:

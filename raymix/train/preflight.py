@@ -229,7 +229,7 @@ class _Weight:
 
     @classmethod
     def of(cls, recipe: Recipe, corpus: Corpus | None, shape: _Shape, has: Resources) -> _Weight:
-        facts = _facts(recipe, corpus)
+        facts = corpus_facts(recipe, corpus)
         size = model_size(recipe.model, facts)
 
         def parts(rows: int) -> tuple[MemoryPart, ...]:
@@ -258,8 +258,8 @@ def _room(recipe: Recipe, has: Resources, *, on_gpu: bool) -> int:
     return int(0.5 * has.memory_bytes / max(1, recipe.cluster.workers))
 
 
-def _facts(recipe: Recipe, corpus: Corpus | None) -> CorpusFacts:
-    """Return what the model takes from the corpus, from the recipe where it is not prepared."""
+def corpus_facts(recipe: Recipe, corpus: Corpus | None) -> CorpusFacts:
+    """Return what a model takes from the corpus, from the recipe where it is not prepared."""
     length, tokenizer = recipe.data.sequence_length, recipe.corpus.tokenizer
     if corpus is not None:
         info = corpus.manifest.tokenizer

@@ -1,0 +1,156 @@
+"""`raymix schedule calibrate`: measures what a model costs here, and keeps it as a cost model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raymix.cli._run import load
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from raymix.schedule import CostModel
+    from raymix.train.calibrate import Setup
+
+_LONGEST = 32_768
+_CPU_RANKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line said."""
+
+    source: str
+    """A recipe, or one of the models of `raymix.schedule.MODELS`."""
+    changes: list[str]
+    out: str | None
+    ranks: int | None
+    device: str
+    seconds: float
+    longest: int | None
+    network: str
+    """Assumed where there is one device only, and nothing to gather from."""
+
+
+def work(asked: Asked) -> dict[str, Any]:
+    """Measure, write the file, and return it as a document.
+
+    Raises:
+        RaymixError: If the source, the device or the file cannot be used.
+    """
+    from rich.console import Console
+
+    from raymix.schedule import save_cost_model
+    from raymix.train.calibrate import Effort, calibrate, with_links
+    from raymix.train.device import quiet_libraries
+
+    path = _path(asked.out)
+    quiet_libraries()
+    setup = _setup(asked)
+    console = Console(stderr=True, highlight=False)
+    effort = Effort(seconds=asked.seconds, longest=asked.longest or _LONGEST)
+    cost, taken = calibrate(setup, effort, lambda line: console.print(line, markup=False))
+    if setup.ranks == 1:
+        cost = with_links(cost, _assumed_links(setup, asked.network), asked.network)
+    save_cost_model(cost, path)
+    _draw(cost, path, Console(highlight=False))
+    return {
+        "file": str(path),
+        "cost": cost.document(),
+        "measurements": [
+            {"kind": item.kind, "tokens": item.tokens, "width": item.width, "value": item.value}
+            for item in taken
+        ],
+    }
+
+
+def _path(out: str | None) -> Path:
+    """Return where the cost model goes, if it can: before any work is done."""
+    from raymix.errors import ScheduleError, problem
+
+    if out is None or Path(out).suffix != ".json":
+        advice = "Give a name that ends in .json"
+        raise ScheduleError(problem("out", out, "no file for the cost model", advice))
+    if not Path(out).parent.is_dir():
+        raise ScheduleError(problem("out", out, "its directory does not exist"))
+    return Path(out)
+
+
+def _setup(asked: Asked) -> Setup:
+    from raymix.errors import ScheduleError, problem
+    from raymix.schedule import MODELS
+    from raymix.train.calibrate import Setup, preset_config, recipe_config
+
+    device = _device(asked.device)
+    if asked.source in MODELS:
+        if asked.changes:
+            wrong = "only a recipe has fields to change"
+            raise ScheduleError(problem("overrides", asked.changes, wrong))
+        config = preset_config(asked.source)
+    elif asked.source.endswith((".yaml", ".yml")) or ":" in asked.source:
+        config = recipe_config(load(asked.source, asked.changes))
+    else:
+        wrong = "neither a recipe nor a known model"
+        known = f"Known: {', '.join(MODELS)}"
+        raise ScheduleError(problem("source", asked.source, wrong, known))
+    ranks = asked.ranks or _ranks(device)
+    if device.type == "cuda" and ranks > _gpus():
+        wrong = f"there are {_gpus()} GPUs here, and each rank needs one"
+        raise ScheduleError(problem("ranks", ranks, wrong))
+    return Setup(config=config, device=device, ranks=ranks, bf16=device.type == "cuda")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    from raymix.errors import ScheduleError, problem
+
+    if name not in {"auto", "cpu", "cuda"}:
+        raise ScheduleError(problem("device", name, "not a device", "Known: auto, cpu, cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ScheduleError(problem("device", name, "torch finds no GPU here", "Take cpu or auto"))
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(found if name == "auto" else name)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _ranks(device: torch.device) -> int:
+    return _gpus() if device.type == "cuda" else _CPU_RANKS
+
+
+def _assumed_links(setup: Setup, network: str) -> Any:
+    from raymix.schedule.presets import assumed_links
+    from raymix.train.calibrate import Heads
+
+    heads = Heads.of(setup.config)
+    return assumed_links(network, setup.config.num_hidden_layers, heads.keys * heads.width)
+
+
+def _draw(cost: CostModel, path: Path, console: Console) -> None:
+    """Print the cost model for people."""
+    lines = [
+        f"\n{cost.hardware}, {cost.date}",
+        f"attention: {cost.quadratic_s:.3g} s/token^2 + {cost.edge_s:.3g} s/token + "
+        f"{1e6 * cost.piece_s:.3g} us",
+        f"linear layers: {1e6 * cost.linear_s:.3g} us/token + {1e3 * cost.base_s:.3g} ms, "
+        f"at least {1e3 * cost.floor_s:.3g} ms",
+        *(
+            f"gather over {link.width}: {1e6 * link.latency_s:.3g} us + "
+            f"{1e6 * link.token_s:.3g} us/token"
+            for link in cost.links
+        ),
+        f"memory: {cost.memory_tokens:,} tokens per rank",
+        "mean relative errors of the fit: "
+        + ", ".join(f"{kind} {error:.1%}" for kind, error in (cost.errors or {}).items()),
+        f"file: {path}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
