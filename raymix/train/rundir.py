@@ -42,6 +42,7 @@ _FREE_FIELDS = (
     "run",
     "tune",
     "data.accept_changed_corpus",
+    "data.assign",
     "data.cache_bytes",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
