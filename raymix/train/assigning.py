@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Multiplications and additions per second of one device: a GPU of the class of an H100 in
 # bfloat16, and one core of a server in float32.
 _GPU = {"linear": 500e12, "attention": 400e12, "byte_s": 6.3e-12, "latency_s": 44e-6}
-_CPU = {"linear": 50e9, "attention": 25e9, "byte_s": 1e-9, "latency_s": 300e-6}
+_CPU = {"linear": 80e9, "attention": 50e9, "byte_s": 1e-9, "latency_s": 300e-6}
 # Tokens at which a kernel reaches half its speed, and seconds to launch a layer's or a piece's.
 _GPU_SMALL = {"attention": 128, "linear": 256, "layer_s": 240e-6, "piece_s": 0.0}
 _CPU_SMALL = {"attention": 16, "linear": 32, "layer_s": 500e-6, "piece_s": 150e-6}
