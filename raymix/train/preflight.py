@@ -119,6 +119,8 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         tokens_per_step=shape.tokens,
         sequence_length=recipe.data.sequence_length,
         packed=isinstance(recipe.data, PackedData),
+        row_tokens=shape.row_tokens,
+        sharing=shape.sharing,
         rows_per_step=shape.rows,
         workers=recipe.cluster.workers,
         rows_per_worker=shape.rows_per_worker,
@@ -166,17 +168,19 @@ class _Shape:
     rows_per_worker: tuple[int, int]
     row_tokens: int
     """What a worker holds of a row: of documents that workers share, a part."""
+    sharing: int
     on_gpu: bool
     bf16: bool
 
     @classmethod
     def of(cls, recipe: Recipe, has: Resources) -> _Shape:
         data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
-        row_tokens = data.sequence_length
+        row_tokens, sharing = data.sequence_length, 1
         if isinstance(data, PackedData):
             rows, tokens = data.rows_per_step, data.rows_per_step * data.sequence_length
         else:
             row_tokens = held_tokens(data, recipe.cluster.workers)
+            sharing = context_of(data, recipe.cluster.workers)
             rows, tokens = -(-data.tokens_per_step // row_tokens), data.tokens_per_step
         on_gpu = recipe.cluster.gpus_per_worker == 1 or (
             recipe.cluster.gpus_per_worker == "auto" and has.gpus >= workers
@@ -187,6 +191,7 @@ class _Shape:
             rows=rows,
             rows_per_worker=(rows // workers, -(-rows // workers)),
             row_tokens=row_tokens,
+            sharing=sharing,
             on_gpu=on_gpu,
             bf16=train.precision == "bf16" or (train.precision == "auto" and on_gpu),
         )
@@ -242,8 +247,7 @@ class _Weight:
         def parts(rows: int) -> tuple[MemoryPart, ...]:
             batch = Batch(rows, shape.row_tokens, shape.bf16, shape.on_gpu)
             if isinstance(recipe.data, DocumentData):
-                sharing = context_of(recipe.data, recipe.cluster.workers)
-                batch = replace(batch, documents=True, sharing=sharing)
+                batch = replace(batch, documents=True, sharing=shape.sharing)
             workers = recipe.cluster.workers
             return worker_memory(recipe.model, facts, recipe.train, batch, workers=workers)
 

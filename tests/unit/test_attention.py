@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raymix.control.batch import HeldDocument
 from raymix.errors import TrainingError
 from raymix.parallel import Held, Part, Teams, attending, attention, heads_fit, register
-from raymix.parallel.kernels import CpuKernel
+from raymix.parallel.kernels import CpuKernel, EfficientKernel, FlashKernel
 from raymix.parallel.pieces import Piece, Pieces
 from raymix.train.documents import ContextParallel, document_passes
 from raymix.train.loss import IGNORED
@@ -71,6 +71,19 @@ def test_offsets_for_kernels_name_rows_where_pieces_share_keys() -> None:
     assert shared.rows.tolist() == [0, 1, 0, 1, 2, 3]
     assert shared.key_P1.tolist() == [0, 2, 6]
     assert (shared.most_queries, shared.most_keys) == (2, 4)
+
+
+def test_kernels_for_gpus_fit_torchs_signatures() -> None:
+    """On a device without numbers: what is called is there and takes and gives these shapes."""
+    pieces = Pieces([Piece(0, 10, 0, 20), Piece(10, 7, 0, 37)])
+    query = torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16)
+    key = torch.empty(40, 2, 16, device="meta", dtype=torch.bfloat16)
+    out, sums = FlashKernel(0.3).forward(query, key, key, pieces)
+    assert (out.shape, sums.shape) == ((17, 4, 16), (4, 17))
+    grads = FlashKernel(0.3).backward(out, (query, key, key, out, sums), pieces)
+    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+    out, _ = EfficientKernel(0.3).forward(query, key, key, pieces)
+    assert out.shape == query.shape
 
 
 def test_a_row_of_other_tokens_is_refused() -> None:
