@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raymix.control.batch import DocumentBatch
 from raymix.control.client import LocalController
 from raymix.control.controller import MixtureController
 from raymix.control.geometry import row_geometry
@@ -115,25 +116,30 @@ class Seen:
     label_tokens: int
     batch_hash: str
     counts: list[int]
+    micro_batches: list[list[Held]] = field(default_factory=list)
+    """Of whole documents."""
+
+
+Held = tuple[int, tuple[int, ...], list[int]]
+"""Domain, team and tokens of a document."""
 
 
 def read(stream: MixtureStream, steps: int) -> list[Seen]:
     seen = []
     for _ in range(steps):
         batch = stream.next()
+        known = batch.label_tokens, batch.batch_hash, batch.counts_D.tolist()
+        if isinstance(batch, DocumentBatch):
+            micro_batches = [
+                [(d.domain, d.team, d.tokens.tolist()) for d in micro]
+                for micro in batch.micro_batches
+            ]
+            none = np.zeros(0, np.uint16)
+            seen.append(Seen(batch.step, batch.version, none, [], *known, micro_batches))
+            continue
         offsets, positions = batch.row_starts
         starts = [positions[a:b].tolist() for a, b in pairwise(offsets)]
-        seen.append(
-            Seen(
-                batch.step,
-                batch.version,
-                batch.tokens.copy(),
-                starts,
-                batch.label_tokens,
-                batch.batch_hash,
-                batch.counts_D.tolist(),
-            )
-        )
+        seen.append(Seen(batch.step, batch.version, batch.tokens.copy(), starts, *known))
     return seen
 
 

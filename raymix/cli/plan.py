@@ -119,16 +119,24 @@ def _pieces(plan: RunPlan, *, fancy: bool) -> Table:
     return table
 
 
+def _load(plan: RunPlan) -> str:
+    """Return in words what a worker does in a step."""
+    if not plan.packed:
+        shared = f"; {plan.sharing} may share one" if plan.sharing > 1 else ""
+        return f"documents of up to {plan.micro_batch_tokens:,} tokens at once on each{shared}"
+    fewest, most = plan.rows_per_worker
+    rows = f"{most}" if fewest == most else f"{fewest} or {most}"
+    passes = f"{plan.accumulation} forward passes" if plan.accumulation > 1 else "1 forward pass"
+    return f"{rows} rows each per step in {passes} of up to {plan.micro_batch_rows}"
+
+
 def _facts(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the lines below the tables: a name and what there is to say."""
     batch = f"{plan.rows_per_step:,} rows of {plan.sequence_length:,}"
     if not plan.packed:
-        batch = f"whole documents in about {batch}"
-    fewest, most = plan.rows_per_worker
-    rows = f"{most}" if fewest == most else f"{fewest} or {most}"
+        batch = f"whole documents of up to {plan.sequence_length:,}"
     workers = "in this process" if plan.workers == 0 else f"{plan.workers} workers"
     device = "GPU" if plan.on_gpu else "CPU"
-    passes = f"{plan.accumulation} forward passes" if plan.accumulation > 1 else "1 forward pass"
     parts = [part for part in plan.worker_memory if part.bytes]
     memory = ", ".join(f"{part.name} {size(part.bytes)}" for part in parts)
     cache = f" + block cache up to {size(plan.cache_bytes)}" if plan.cache_bytes else ""
@@ -143,8 +151,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
         ),
         (
             "workers",
-            f"{workers} on {device}, {rows} rows each per step in {passes} "
-            f"of up to {plan.micro_batch_rows}",
+            f"{workers} on {device}, {_load(plan)}",
         ),
         (
             "model",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -90,16 +91,14 @@ class Varlen:
     @classmethod
     def of(cls, pieces: Pieces, device: torch.device) -> Varlen:
         """Return the offsets of `pieces` on `device`."""
-        queries = torch.tensor([0, *(piece.queries for piece in pieces.every)])
-        keys = torch.tensor([0, *(piece.keys for piece in pieces.every)])
+        queries = [piece.queries for piece in pieces.every]
+        keys = [piece.keys for piece in pieces.every]
         rows = None
         if not pieces.apart:
             runs = [torch.arange(p.key, p.key + p.keys) for p in pieces.every]
             rows = torch.cat(runs).to(device)
-        return cls(
-            queries.cumsum(0).to(device, torch.int32),
-            keys.cumsum(0).to(device, torch.int32),
-            rows,
-            int(queries.max()),
-            int(keys.max()),
-        )
+        offsets = [
+            torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(device)
+            for counts in (queries, keys)
+        ]
+        return cls(offsets[0], offsets[1], rows, max(queries), max(keys))

@@ -58,8 +58,6 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return the attention of one layer, (1, T, H, D), as transformers asks for it.
@@ -71,23 +69,23 @@ def _forward(
     if not _PRESENT:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     held = _PRESENT[-1]
-    _refuse(held, dropout, options)
+    _refuse(held, options)
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         wanted = torch.get_autocast_dtype(kind)
         query, key, value = (part.to(wanted) for part in (query, key, value))
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attention(query, key, value, held, scale=scaling)[None], None
+    return attention(query, key, value, held, scale=options.get("scaling"))[None], None
 
 
-def _refuse(held: Held, dropout: float, options: dict[str, Any]) -> None:
-    if dropout:
+def _refuse(held: Held, options: dict[str, Any]) -> None:
+    if options.get("dropout"):
         advice = "Set the model's attention dropout to 0"
-        raise TrainingError(problem("attention.dropout", dropout, "not supported", advice))
+        raise TrainingError(
+            problem("attention.dropout", options["dropout"], "not supported", advice)
+        )
     window = options.get("sliding_window")
     if window is not None and held.longest > window:
         wrong = f"shorter than a document of {held.longest} tokens"

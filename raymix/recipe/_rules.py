@@ -16,7 +16,7 @@ from raymix.recipe.corpus import CorpusConfig
 from raymix.recipe.mixer import MixerConfig
 from raymix.recipe.shares import MixerModel
 from raymix.recipe.specialists import SpecialistsConfig
-from raymix.recipe.training import ClusterConfig, DataConfig, PackedData
+from raymix.recipe.training import ClusterConfig, DataConfig, DocumentData, PackedData
 from raymix.recipe.tune import TuneConfig
 
 # Looking for a near name takes a while where there are thousands of domains.
@@ -96,6 +96,14 @@ def _rows_for_every_worker(data: DataConfig, cluster: ClusterConfig) -> Iterable
         yield Fault("data.rows_per_step", data.rows_per_step, wrong, (advice,))
 
 
+def _groups_of_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
+    # Without workers there is one process, and nothing to share.
+    if isinstance(data, DocumentData) and cluster.workers % data.assign.context:
+        wrong = f"the {cluster.workers} workers of cluster.workers do not make up groups of it"
+        advice = "Take a number that divides them"
+        yield Fault("data.assign.context", data.assign.context, wrong, (advice,))
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "mixer"), _weights_name_domains),
     (("corpus", "mixer"), _targets_are_held_out),
@@ -103,4 +111,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "tune"), _tuning_names_domains),
     (("corpus", "mixer", "specialists"), _specialists_are_trained),
     (("data", "cluster"), _rows_for_every_worker),
+    (("data", "cluster"), _groups_of_workers),
 )

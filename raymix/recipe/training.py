@@ -32,6 +32,31 @@ class PackedData(Model):
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
 
+PlannerName = Literal["refine", "default", "flexsp", "hdp", "milp", "packed", "skrull", "sorted"]
+
+
+class AssignmentConfig(Model):
+    """Which worker takes which document of a step."""
+
+    planner: PlannerName = "refine"
+    """How it is decided; see `raymix schedule simulate`."""
+    context: Whole = Field(default=1, ge=1, le=100_000)
+    """Workers that may share one document; they take it as a group. Divides `cluster.workers`."""
+    widths: tuple[Annotated[Whole, Field(ge=1)], ...] = ()
+    """Smaller groups that may share a document too; each divides `context`."""
+    exchange: Literal["gather", "ulysses"] = "gather"
+    """`gather`: keys and values to every worker of a group; `ulysses`: heads dealt out."""
+    cost: str | None = Field(default=None, min_length=1)
+    """File of a cost model fitted on the hardware; left out, assumed from the model's shape."""
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> AssignmentConfig:
+        odd = [width for width in self.widths if self.context % width]
+        wrong = f"{odd[0] if odd else 0} does not divide context = {self.context}"
+        raise_if(Fault("widths", self.widths, wrong) if odd else None)
+        return self
+
+
 class DocumentData(Model):
     """Whole documents, as in fine-tuning; a step is a budget of tokens."""
 
@@ -41,6 +66,8 @@ class DocumentData(Model):
     """Longest document in tokens; what is longer is cut off here."""
     tokens_per_step: Whole = Field(default=65_536, ge=8, le=2**40)
     """Tokens of documents in a global batch, over all workers: the last may go beyond."""
+    assign: AssignmentConfig = AssignmentConfig()
+    """Which worker takes which document; the gradient is the same whatever it says."""
     shuffle_blocks: Whole = Field(default=16, ge=1, le=65_536)
     """Groups of 1,024 documents of a domain that are shuffled among each other."""
     max_epochs: Epochs | dict[str, Epochs] | None = None
@@ -137,7 +164,8 @@ class TrainConfig(Model):
     clip_norm: Real | None = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     micro_batch_rows: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
-    """Rows per forward pass and worker; smaller ones accumulate gradients."""
+    """Rows per forward pass and worker; smaller ones accumulate gradients. In document mode a row
+    is what a worker must hold of the longest document: its tokens over `data.assign.context`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto`: bf16 autocast on a GPU, fp32 on a CPU."""
     parallel: Literal["ddp", "fsdp2"] = "ddp"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from raymix.errors import CorpusError, problem
+from raymix.parallel import Held, Part, Teams, attending
 from raymix.store import Block, Corpus
 from raymix.train.batches import MicroBatch, count_micro_batches, micro_batches
 from raymix.train.loss import IGNORED
@@ -180,7 +181,13 @@ class Evaluator:
     """Scores a model on the same held-out rows again and again."""
 
     def __init__(
-        self, corpus: Corpus, rows: HeldOutRows, *, world: World, rows_at_once: int
+        self,
+        corpus: Corpus,
+        rows: HeldOutRows,
+        *,
+        world: World,
+        rows_at_once: int,
+        by_document: bool = False,
     ) -> None:
         """Keep this rank's part of `rows`.
 
@@ -189,6 +196,8 @@ class Evaluator:
             rows: All rows, the same on every rank.
             world: This rank among the others.
             rows_at_once: Rows per forward pass.
+            by_document: The model runs the attention of `raymix.parallel`, to which rows are
+                documents one after the other: it needs no mask of every pair of tokens.
         """
         self._names: Sequence[str] = corpus.domain_names
         self._bytes_per_token = [_bytes_per_token(corpus, name) for name in self._names]
@@ -196,6 +205,7 @@ class Evaluator:
         self._rows = rows.part(world.rank, world.size)
         most = -(-len(rows.tokens) // world.size)
         self._passes = count_micro_batches(most, rows_at_once)
+        self._by_document = by_document
 
     @torch.no_grad()
     def evaluate(self, replica: Replica, precision: AbstractContextManager[object]) -> Table:
@@ -228,10 +238,23 @@ class Evaluator:
             offset_L = torch.arange(labels_BL.shape[1], device=labels_BL.device)
             padding_BL = offset_L >= length_B[:, None] - 1
             labels_BL = labels_BL.masked_fill(padding_BL, IGNORED)
-        _, loss_BL = replica.module(batch.tokens_BL, batch.positions_BL, labels_BL)
+        loss_BL = self._losses(replica, batch, labels_BL)
         if len(length_B):
             sums[0].index_add_(0, domain_B, loss_BL.double().sum(1))
             sums[1].index_add_(0, domain_B, (labels_BL != IGNORED).sum(1).double())
+
+    def _losses(self, replica: Replica, batch: MicroBatch, labels_BL: torch.Tensor) -> torch.Tensor:
+        """Return the loss of every token, (B, L)."""
+        tensors = batch.tokens_BL, batch.positions_BL, labels_BL
+        if not self._by_document:
+            loss_BL: torch.Tensor = replica.module(*tensors)[1]
+            return loss_BL
+        begins = (batch.positions_BL == 0).flatten().nonzero()[:, 0].tolist()
+        lengths = np.diff(begins, append=batch.positions_BL.numel()).tolist()
+        held = Held([Part(length, (0,)) for length in lengths], 0, Teams())
+        with attending(held):
+            _, loss_1N = replica.module(*(part.flatten()[None] for part in tensors))
+        return loss_1N.view(labels_BL.shape)
 
     def _scores(self, nats: float, tokens: int, domain: int) -> dict[str, float | int | None]:
         loss = nats / tokens

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from raymix.parallel import Held, Part, Teams, attending, register
 from raymix.recipe import ModelConfig, TrainConfig
 from raymix.train.loss import LOGIT_BYTES
 from raymix.train.model import CorpusFacts, resolve_config, skeleton
@@ -52,6 +53,10 @@ class Batch:
     """Whether it runs under bf16 autocast."""
     on_gpu: bool = False
     """Whether it runs on a GPU."""
+    documents: bool = False
+    """Whether its rows are documents one after the other, which need no mask of all pairs."""
+    sharing: int = 1
+    """Workers that may share a document: each gathers the keys and values of all of them."""
 
 
 def auto_micro_batch_rows(
@@ -98,6 +103,7 @@ def worker_memory(
         MemoryPart("gradients", share),
         MemoryPart("optimiser", 2 * share),
         MemoryPart("activations", activations),
+        MemoryPart("gathered keys", _gathered_bytes(model, facts, batch)),
         MemoryPart("logits", logits),
         MemoryPart("heap", 0 if batch.on_gpu else int(_HEAP_SLACK * (activations + logits))),
     )
@@ -114,6 +120,18 @@ def count_memory(config: PreTrainedConfig, batch: Batch) -> int:
                  _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
     kept = _count(config, batch)[1] + logits
     return kept if batch.on_gpu else int((1 + _HEAP_SLACK) * kept)
+
+
+def _gathered_bytes(model: ModelConfig, facts: CorpusFacts, batch: Batch) -> int:
+    """Return the bytes of keys and values from other workers, where all that is held is shared."""
+    if batch.sharing == 1:
+        return 0
+    config = resolve_config(model, facts)
+    heads = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    width = keys * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    tokens = batch.rows * batch.length * batch.sharing
+    return 2 * config.num_hidden_layers * tokens * width * (2 if batch.bf16 else _FP32)
 
 
 def _measure(
@@ -167,6 +185,11 @@ def _saved_bytes(model: PreTrainedModel, batch: Batch) -> int:
     positions_BL = (torch.arange(batch.length) % max(2, batch.length // 2)).expand_as(ids_BL)
     mixed = torch.autocast("cpu", torch.bfloat16) if batch.bf16 else contextlib.nullcontext()
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, mixed:
+    attends: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if batch.documents:
+        model.set_attn_implementation(register())
+        ids_BL, positions_BL = (part.reshape(1, -1) for part in (ids_BL, positions_BL))
+        attends = attending(Held([Part(batch.length, (0,))] * batch.rows, 0, Teams()))
+    with hooks, mixed, attends:
         model.base_model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, TrainingError, did_you_mean, problem
+from raymix.parallel import Held, Part, Teams, attending, register
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 
 if TYPE_CHECKING:
@@ -224,16 +225,21 @@ def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
     backward 4), and 6 * layers * width * length for causal attention scores and values.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    attention = 6.0 * layers * width * sequence_length
+    return ModelSize(parameters, 6.0 * multiplied_parameters(model) + attention)
+
+
+def multiplied_parameters(model: PreTrainedModel) -> int:
+    """Return how many parameters multiply a token; a table that is only looked up has none."""
     head = getattr(model.get_output_embeddings(), "weight", None)
-    # A table that is only looked up multiplies nothing; one tied to the head is multiplied there.
+    # One tied to the head is multiplied there.
     looked_up = sum(
         module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Embedding) and module.weight is not head
     )
-    width, layers = model.config.hidden_size, model.config.num_hidden_layers
-    attention = 6.0 * layers * width * sequence_length
-    return ModelSize(parameters, 6.0 * (parameters - looked_up) + attention)
+    return sum(parameter.numel() for parameter in model.parameters()) - looked_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +258,7 @@ def probe_model(model: PreTrainedModel) -> ModelTraits:
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
-        tokens_L = torch.arange(8, device=device) % model.config.vocab_size
-        positions_L = torch.arange(8, device=device) % 4
+        tokens_L, positions_L = _two_documents(model)
         packed_LV = _logits(model, tokens_L, positions_L)
         alone_LV = torch.cat(
             [_logits(model, tokens_L[s : s + 4], positions_L[s : s + 4]) for s in (0, 4)]
@@ -267,6 +271,41 @@ def probe_model(model: PreTrainedModel) -> ModelTraits:
         return ModelTraits(_close(packed_LV, alone_LV), linear)
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def switch_attention(model: PreTrainedModel, *, longest: int) -> bool:
+    """Return whether the model now runs the attention of `raymix.parallel`.
+
+    It is tried on a row of two four-token documents, told that they might be of `longest` tokens:
+    in training mode for what only that has (dropout), in evaluation mode for the numbers, and as
+    one document, which must give others. A model that computes anything else keeps its own.
+    """
+    before, was_training = model.config._attn_implementation, model.training
+    two, one = (Held([Part(4, (0,))] * 2, 0, Teams()), Held([Part(8, (0,))], 0, Teams()))
+    two.longest = longest
+    row = _two_documents(model)
+    try:
+        expected_LV = _logits(model.eval(), *row)
+        model.set_attn_implementation(register())
+        with attending(two):
+            _logits(model.train(), *row)
+            same = _close(_logits(model.eval(), *row), expected_LV)
+        with attending(one):
+            same = same and not _close(_logits(model, *row), expected_LV)
+    except (TrainingError, ValueError, KeyError):
+        same = False
+    finally:
+        model.train(was_training)
+    if not same and before is not None:
+        model.set_attn_implementation(before)
+    return same
+
+
+def _two_documents(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and positions of a row of two four-token documents."""
+    numbers_L = torch.arange(8, device=next(model.parameters()).device)
+    return numbers_L % model.config.vocab_size, numbers_L % 4
 
 
 def _logits(

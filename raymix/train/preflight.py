@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from raymix.errors import RaymixError, RecipeError
 from raymix.mixers import MixerContext, build_mixer, describe
 from raymix.recipe import (
     ByteTokenizer,
+    DocumentData,
     PackedData,
     PretrainedTokenizer,
     Recipe,
@@ -25,6 +26,7 @@ from raymix.recipe import (
 )
 from raymix.store import Corpus, files
 from raymix.store.manifest import MANIFEST
+from raymix.train.assigning import context_of, held_tokens
 from raymix.train.forecast import Forecast, Segment, forecast, segments
 from raymix.train.machine import Resources, disk_free, resources
 from raymix.train.memory import (
@@ -117,6 +119,8 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         tokens_per_step=shape.tokens,
         sequence_length=recipe.data.sequence_length,
         packed=isinstance(recipe.data, PackedData),
+        row_tokens=shape.row_tokens,
+        sharing=shape.sharing,
         rows_per_step=shape.rows,
         workers=recipe.cluster.workers,
         rows_per_worker=shape.rows_per_worker,
@@ -162,16 +166,22 @@ class _Shape:
     rows: int
     """Per step; of packed documents about as many."""
     rows_per_worker: tuple[int, int]
+    row_tokens: int
+    """What a worker holds of a row: of documents that workers share, a part."""
+    sharing: int
     on_gpu: bool
     bf16: bool
 
     @classmethod
     def of(cls, recipe: Recipe, has: Resources) -> _Shape:
         data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
+        row_tokens, sharing = data.sequence_length, 1
         if isinstance(data, PackedData):
             rows, tokens = data.rows_per_step, data.rows_per_step * data.sequence_length
         else:
-            rows, tokens = -(-data.tokens_per_step // data.sequence_length), data.tokens_per_step
+            row_tokens = held_tokens(data, recipe.cluster.workers)
+            sharing = context_of(data, recipe.cluster.workers)
+            rows, tokens = -(-data.tokens_per_step // row_tokens), data.tokens_per_step
         on_gpu = recipe.cluster.gpus_per_worker == 1 or (
             recipe.cluster.gpus_per_worker == "auto" and has.gpus >= workers
         )
@@ -180,6 +190,8 @@ class _Shape:
             tokens=tokens,
             rows=rows,
             rows_per_worker=(rows // workers, -(-rows // workers)),
+            row_tokens=row_tokens,
+            sharing=sharing,
             on_gpu=on_gpu,
             bf16=train.precision == "bf16" or (train.precision == "auto" and on_gpu),
         )
@@ -233,16 +245,18 @@ class _Weight:
         size = model_size(recipe.model, facts)
 
         def parts(rows: int) -> tuple[MemoryPart, ...]:
-            batch = Batch(rows, facts.sequence_length, shape.bf16, shape.on_gpu)
+            batch = Batch(rows, shape.row_tokens, shape.bf16, shape.on_gpu)
+            if isinstance(recipe.data, DocumentData):
+                batch = replace(batch, documents=True, sharing=shape.sharing)
             workers = recipe.cluster.workers
             return worker_memory(recipe.model, facts, recipe.train, batch, workers=workers)
 
-        rows, most = recipe.train.micro_batch_rows, shape.rows_per_worker[1]
+        rows, most = recipe.train.micro_batch_rows, max(1, shape.rows_per_worker[1])
         if rows == "auto":
             one, two = (sum(part.bytes for part in parts(n)) for n in (1, 2))
             rows = auto_micro_batch_rows(
                 most,
-                facts.sequence_length,
+                shape.row_tokens,
                 row_bytes=two - one,
                 room_bytes=_room(recipe, has, on_gpu=shape.on_gpu) - (2 * one - two),
                 on_gpu=shape.on_gpu,

@@ -43,6 +43,7 @@ _FREE_FIELDS = (
     "tune",
     "specialists",
     "data.accept_changed_corpus",
+    "data.assign",
     "data.cache_bytes",
     "train.checkpoint_every",
     "train.checkpoint_minutes",

@@ -39,7 +39,11 @@ class RunPlan:
     tokens_per_step: int
     sequence_length: int
     packed: bool
-    """Rows are filled to the brim; else whole documents are packed, in about as many rows."""
+    """Rows are filled to the brim; else a step has whole documents, about as much as its rows."""
+    row_tokens: int
+    """Tokens of a row on one worker; of a document that workers share, a part."""
+    sharing: int
+    """Workers that may share a document."""
     rows_per_step: int
     """Rows of a global batch."""
     workers: int
@@ -73,6 +77,11 @@ class RunPlan:
         return -(-self.rows_per_worker[1] // self.micro_batch_rows)
 
     @property
+    def micro_batch_tokens(self) -> int:
+        """Return the most tokens that a worker holds at once."""
+        return self.micro_batch_rows * self.row_tokens
+
+    @property
     def memory_bytes(self) -> int:
         """Return the memory of all workers and the block cache together."""
         per_worker = sum(part.bytes for part in self.worker_memory)
@@ -96,6 +105,8 @@ class RunPlan:
             "workers": self.workers,
             "rows_per_worker": list(self.rows_per_worker),
             "micro_batch_rows": self.micro_batch_rows,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "sharing": self.sharing,
             "accumulation": self.accumulation,
             "parameters": self.parameters,
             "flops": self.flops_per_token * self.tokens,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.optim import Optimizer
@@ -20,22 +20,33 @@ from raymix.control.source import BlockSource, LocalSource
 from raymix.control.stream import MixtureStream, row_tokens
 from raymix.errors import RecipeError, problem
 from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
-from raymix.recipe import PackedData, PretrainedModel, Recipe
+from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
+from raymix.train.assigning import assignments_of, context_parallel_of, whole_rows
 from raymix.train.batches import most_rows_of_a_rank
 from raymix.train.checkpoint import TrainingState, load_optimizer, newest_checkpoint
 from raymix.train.device import peak_flops, quiet_libraries, use_threads
+from raymix.train.documents import ContextParallel
 from raymix.train.evaluate import Evaluator, held_out_rows
 from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
-from raymix.train.model import CorpusFacts, build_model, measure_model, probe_model
+from raymix.train.model import (
+    CorpusFacts,
+    ModelTraits,
+    build_model,
+    measure_model,
+    probe_model,
+)
 from raymix.train.nearest import nearest_documents
 from raymix.train.optim import build_optimizer
 from raymix.train.parallel import Replica, World, place_model, training_precision
 from raymix.train.probing import Prober, ProbeReader
 from raymix.train.recorder import Recorder
 from raymix.train.rundir import RunDirectory, cut_metrics, identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,14 @@ def build_parts(
     recipe, state = job.recipe, start.state
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = _bf16(recipe, world)
-    replica, flops = _replica(recipe, corpus, world, start, bf16=bf16)
+    model, flops, traits = _model(recipe, corpus, start)
+    how, assign = ContextParallel(), None
+    if isinstance(recipe.data, DocumentData):
+        data, rows = recipe.data, start.micro_batch_rows
+        how = context_parallel_of(recipe, data, model, world)
+        assign = assignments_of(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
+    loss = PackedLoss(model, linear_head=traits.linear_head)
+    replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
     if start.checkpoint is not None:
         load_optimizer(start.checkpoint, replica, optimizer)
@@ -155,10 +173,11 @@ def build_parts(
             world_size=world.size,
             controller=control,
             source=source(corpus),
+            assignments=assign,
             state=state.sampler if state else None,
             limit=job.steps,
         ),
-        evaluator=_evaluator(recipe, corpus, world, start),
+        evaluator=_evaluator(recipe, corpus, world, start, how),
         recorder=_recorder(job, world, start),
         checkpoints=job.run.checkpoints,
         tokenizer_path=corpus.tokenizer_path,
@@ -174,7 +193,8 @@ def build_parts(
         on_checkpoint=on_checkpoint,
         stop_asked=stop_asked,
         push=control.push if mixer.needs else None,
-        prober=_prober(recipe, corpus, mixer, replica, optimizer, start.micro_batch_rows),
+        prober=_prober(recipe, corpus, mixer, replica, optimizer, start),
+        context_parallel=how,
     )
 
 
@@ -183,15 +203,20 @@ def _bf16(recipe: Recipe, world: World) -> bool:
     return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
 
 
-def _evaluator(recipe: Recipe, corpus: Corpus, world: World, start: Start) -> Evaluator:
+def _evaluator(
+    recipe: Recipe, corpus: Corpus, world: World, start: Start, how: ContextParallel
+) -> Evaluator:
     length, wanted = recipe.data.sequence_length, recipe.eval.rows_per_domain
     rows = held_out_rows(corpus, sequence_length=length, rows_per_domain=wanted)
-    return Evaluator(corpus, rows, world=world, rows_at_once=start.micro_batch_rows)
+    at_once = whole_rows(recipe, start.micro_batch_rows)
+    by_document = isinstance(recipe.data, DocumentData) and how.known
+    return Evaluator(corpus, rows, world=world, rows_at_once=at_once, by_document=by_document)
 
 
-def _replica(
-    recipe: Recipe, corpus: Corpus, world: World, start: Start, *, bf16: bool
-) -> tuple[Replica, float]:
+def _model(
+    recipe: Recipe, corpus: Corpus, start: Start
+) -> tuple[PreTrainedModel, float, ModelTraits]:
+    """Return the model, its operations per token, and what it can do."""
     info = corpus.manifest.tokenizer
     facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
     config = recipe.model
@@ -211,8 +236,7 @@ def _replica(
                 "qwen3 or gpt2",
             )
         )
-    loss = PackedLoss(model, linear_head=traits.linear_head)
-    return place_model(loss, recipe.train, world, bf16=bf16), flops
+    return model, flops, traits
 
 
 def _control(
@@ -234,7 +258,12 @@ def _control(
 
 
 def _prober(
-    recipe: Recipe, corpus: Corpus, mixer: Mixer, replica: Replica, optimizer: Optimizer, rows: int
+    recipe: Recipe,
+    corpus: Corpus,
+    mixer: Mixer,
+    replica: Replica,
+    optimizer: Optimizer,
+    start: Start,
 ) -> Prober | None:
     """Return what measures the gradients that the mixer needs; None where it needs none."""
     if not GRADIENT_STATISTICS & mixer.needs:
@@ -251,7 +280,7 @@ def _prober(
         n_domains=len(corpus.domain_names),
         targets=targets,
         group_ND=getattr(mixer, "probe_groups", None),
-        rows_at_once=rows,
+        rows_at_once=whole_rows(recipe, start.micro_batch_rows),
         precision=partial(training_precision, device, bf16=_bf16(recipe, replica.world)),
         metric=adam_preconditioner(optimizer) if config.precondition == "adam" else None,
     )

@@ -134,7 +134,9 @@ def test_whole_documents_through_the_plane(
     plane = start_plane(corpus, row_tokens=row_tokens(data), cache_bytes=10_000_000)
     opened(readers[:1], corpus, controller_of(fixed(SHARES)), plane, data=data)
     whole = read(local_stream(corpus, local(fixed(SHARES), corpus), data), 20)
-    same(read_all(readers[:1], 20), whole)
+    (alone,) = read_all(readers[:1], 20)
+    assert [seen.micro_batches for seen in alone] == [seen.micro_batches for seen in whole]
+    same([alone], whole)
     ray.kill(plane)
 
 

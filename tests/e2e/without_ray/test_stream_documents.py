@@ -1,19 +1,21 @@
-"""Document mode: whole documents, packed, dealt to ranks, the same for any number of them."""
+"""Document mode: whole documents, dealt to ranks by a schedule, the same for any number of them."""
 
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from raymix.control.documents import DocumentChunk
+from raymix.control.assign import planned_here
+from raymix.control.documents import DocumentChunk, DocumentFacts
+from raymix.control.stream import MixtureStream
 from raymix.recipe.training import DocumentData
-from raymix.sampling import batch_hash
+from raymix.sampling import DocumentStep, batch_hash
+from raymix.schedule import CostModel, Layout
 from raymix.store import Corpus
-from tests.streams import Seen, fixed, local, local_stream, read, small_corpus
+from tests.streams import fixed, local, local_stream, read, small_corpus
 
 SHARES = (0.5, 0.3, 0.2)
 LENGTH = 24
@@ -40,42 +42,36 @@ def all_documents(corpus: Corpus) -> list[list[list[int]]]:
     return result
 
 
-def in_rows(seen: Seen, padding: int) -> list[list[int]]:
-    """Return the documents found in the rows of a step."""
-    found = []
-    for row, starts in zip(seen.tokens, seen.starts, strict=True):
-        bounds = [*starts, LENGTH]
-        parts = [row[a:b].tolist() for a, b in pairwise(bounds)]
-        found += [part for part in parts if part != [padding]]
-    return found
+def plan_of(stream: MixtureStream, step: int) -> DocumentStep:
+    assert isinstance(stream._chunk, DocumentChunk)
+    facts = stream._chunk.batch(step).facts
+    assert isinstance(facts, DocumentFacts)
+    return facts.plan
 
 
-def test_rows_hold_the_planned_documents_whole(corpus: Corpus) -> None:
+def test_a_rank_alone_holds_the_planned_documents_whole(corpus: Corpus) -> None:
     known = all_documents(corpus)
-    padding = corpus.manifest.tokenizer.eos_id
     stream = local_stream(corpus, local(fixed(SHARES), corpus), documents())
     for _ in range(40):
         (seen,) = read(stream, 1)
-        assert isinstance(stream._chunk, DocumentChunk)
-        plan = stream._chunk._steps[seen.step - stream._chunk._first][1].plan
+        plan = plan_of(stream, seen.step)
         assert seen.batch_hash == batch_hash(plan.domain_N, plan.index_N)
         planned = [
-            known[domain][document]
+            (domain, (0,), known[domain][document])
             for domain, document in zip(plan.domain_N, plan.document_N, strict=True)
         ]
-        # One-token documents and padding look alike, and neither has a label.
-        found = sorted(in_rows(seen, padding))
-        assert found == sorted(document for document in planned if document != [padding])
-        assert seen.label_tokens == sum(len(document) - 1 for document in planned)
+        assert sorted(d for micro in seen.micro_batches for d in micro) == sorted(planned)
+        assert seen.label_tokens == sum(len(tokens) - 1 for _, _, tokens in planned)
         assert seen.counts == np.bincount(plan.domain_N, minlength=3).tolist()
         assert 90 <= plan.length_N.sum() < 90 + LENGTH
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_get_equally_many_rows_and_share_the_documents(
-    corpus: Corpus, world_size: int
-) -> None:
-    padding = corpus.manifest.tokenizer.eos_id
+@pytest.mark.parametrize(("groups", "context"), [(2, 1), (7, 1), (1, 2), (2, 2)])
+def test_ranks_hold_what_the_schedule_says(corpus: Corpus, groups: int, context: int) -> None:
+    layout = Layout(groups, context)
+    # So little memory that long documents must be shared where they can be.
+    memory = LENGTH if context == 1 else LENGTH // 2 + 1
+    cost = CostModel(quadratic_s=0.1, linear_s=1.0, memory_tokens=memory)
     whole = read(local_stream(corpus, local(fixed(SHARES), corpus), documents()), 20)
     parts = [
         read(
@@ -84,21 +80,35 @@ def test_ranks_get_equally_many_rows_and_share_the_documents(
                 local(fixed(SHARES), corpus),
                 documents(),
                 rank=rank,
-                world_size=world_size,
+                world_size=layout.ranks,
+                assignments=planned_here(layout, cost),
             ),
             20,
         )
-        for rank in range(world_size)
+        for rank in range(layout.ranks)
     ]
+    shared = 0
     for alone, *together in zip(whole, *parts, strict=True):
-        assert len({part.tokens.shape for part in together}) == 1
-        found = [document for part in together for document in in_rows(part, padding)]
-        assert sorted(found) == sorted(in_rows(alone, padding))
+        assert len({len(part.micro_batches) for part in together}) == 1
         assert {part.batch_hash for part in together} == {alone.batch_hash}
         assert {part.label_tokens for part in together} == {alone.label_tokens}
-        # Labels add up over ranks: tokens that the next one in the row follows in its document.
-        labels = sum(LENGTH - 1 - sum(s > 0 for s in row) for p in together for row in p.starts)
-        assert labels == alone.label_tokens
+        found = [
+            (domain, tokens)
+            for rank, part in enumerate(together)
+            for micro in part.micro_batches
+            for domain, team, tokens in micro
+            if rank == team[0]
+        ]
+        assert sorted(found) == sorted(d[::2] for micro in alone.micro_batches for d in micro)
+        for rank, part in enumerate(together):
+            for at, micro in enumerate(part.micro_batches):
+                assert sum(-(-len(tokens) // len(team)) for _, team, tokens in micro) <= memory
+                for document in micro:
+                    shared += len(document[1]) > 1
+                    others = [together[r].micro_batches[at] for r in document[1]]
+                    assert rank in document[1]
+                    assert all(document in other for other in others)
+    assert bool(shared) == (context > 1)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 9, 17])
@@ -116,9 +126,4 @@ def test_a_small_budget_changes_nothing(corpus: Corpus, tmp_path: Path) -> None:
     whole = read(local_stream(corpus, local(fixed(SHARES), corpus), documents()), 30)
     tight = local_stream(corpus, local(fixed(SHARES), corpus), documents(), budget_bytes=1000)
     for seen, alike in zip(read(tight, 30), whole, strict=True):
-        np.testing.assert_array_equal(seen.tokens, alike.tokens)
-
-
-def test_one_domain_rows_are_named_by_it(corpus: Corpus) -> None:
-    stream = local_stream(corpus, local(fixed((0, 1, 0)), corpus), documents())
-    assert set(stream.next().domain_rows.tolist()) == {1}
+        assert seen.micro_batches == alike.micro_batches
