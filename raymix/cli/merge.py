@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 _MOST_POINTS = 10
 _MOST_DOMAINS = 8
 
+_TrialsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --search: merges to try; else 11, of two options 25."),
+]
+
+_EvalOption = Annotated[
+    str | None,
+    typer.Option("--eval", metavar="RECIPE", help="With --search: whose held-out text to use."),
+]
+
+_SearchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OPTIONS",
+        help="Choose numbers by held-out loss: scale, drop, ..., or NAME=LOW:HIGH, by commas.",
+    ),
+]
+
 
 def command(
     source: Annotated[
@@ -48,21 +66,9 @@ def command(
         float | None,
         typer.Option(min=0, metavar="GB", help="Working memory; else a quarter of what is free."),
     ] = None,
-    search: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OPTIONS",
-            help="Choose numbers by held-out loss: scale, drop, ..., or NAME=LOW:HIGH, by commas.",
-        ),
-    ] = None,
-    evaluate: Annotated[
-        str | None,
-        typer.Option("--eval", metavar="RECIPE", help="With --search: whose held-out text to use."),
-    ] = None,
-    trials: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --search: merges to try; else 11, of two options 25."),
-    ] = None,
+    search: _SearchOption = None,
+    evaluate: _EvalOption = None,
+    trials: _TrialsOption = None,
     plot: Annotated[
         bool, typer.Option(help="Draw merge_report.svg; takes a second and a half.")
     ] = True,
@@ -87,30 +93,35 @@ def command(
         if search is not None or evaluate is not None or trials is not None:
             _refuse_options(search, evaluate, on, memory)
             how = {"search": search, "trials": trials, "workers": workers, "device": device}
-            return _search(source, out, str(evaluate), changes, how)
-        from raymix.merge.engine import merge, return_freed_memory, shown_bytes
-
-        return_freed_memory()
-        document = merge(
+            return _search(source, out, str(evaluate), changes, how, plot=plot)
+        return _merge(
             source,
             out,
+            plot=plot,
             overrides=changes,
             on=on,
             workers=workers,
             device=device,
             memory_bytes=None if memory is None else int(memory * 1e9),
-            progress=_progress(),
         )
-        document["plot"] = _drawn(document["out"]) if plot else None
-        for note in document["notes"]:
-            print(f"note: {note}")
-        print(
-            f"{document['out']}: {document['tensors']} tensors by {document['method']} in "
-            f"{document['seconds']:.1f} s, {shown_bytes(document['peak_bytes'])} of memory at most"
-        )
-        return document
 
     run_command(work, json=json)
+
+
+def _merge(source: str, out: str, *, plot: bool, **how: Any) -> dict[str, Any]:
+    """Return the document of one merge, shown to people; `how`: what `merge` takes."""
+    from raymix.merge.engine import merge, return_freed_memory, shown_bytes
+
+    return_freed_memory()
+    document = merge(source, out, progress=_progress(), **how)
+    document["plot"] = _drawn(document["out"]) if plot else None
+    for note in document["notes"]:
+        print(f"note: {note}")
+    print(
+        f"{document['out']}: {document['tensors']} tensors by {document['method']} in "
+        f"{document['seconds']:.1f} s, {shown_bytes(document['peak_bytes'])} of memory at most"
+    )
+    return document
 
 
 def _refuse_options(
@@ -137,7 +148,7 @@ def _refuse_options(
 
 
 def _search(
-    source: str, out: str, recipe: str, changes: list[str], how: dict[str, Any]
+    source: str, out: str, recipe: str, changes: list[str], how: dict[str, Any], *, plot: bool
 ) -> dict[str, Any]:
     """Return the document of a search, shown to people; `how`: what `search_merge` takes."""
     from rich.console import Console
@@ -146,6 +157,7 @@ def _search(
     from raymix.tune.merging import search_merge
 
     document = search_merge(source, out, recipe=load(recipe), overrides=changes, **how)
+    document["merge"]["plot"] = _drawn(document["merge"]["out"]) if plot else None
     draw_search(document, Console(highlight=False))
     return document
 

@@ -169,7 +169,7 @@ def test_commands() -> None:
     assert [list(commands) for commands in COMMANDS.values()] == [
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
-        ["export", "optimize", "merge", "report"],
+        ["export", "optimize", "merge", "specialists", "report"],
     ]
 
 
