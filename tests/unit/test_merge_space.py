@@ -191,6 +191,14 @@ def test_eleven_points_find_the_scale_to_a_fifth(best: float) -> None:
     assert abs(math.log(found / best)) < math.log(1.2)
 
 
+def test_a_scale_beyond_the_range_is_followed() -> None:
+    (scale,) = search_space(file(), "scale")
+    tried = searched((scale,), 11, {"scale": 0.07})
+    assert abs(math.log(min(tried, key=lambda pair: pair[1])[0]["scale"] / 0.07)) < math.log(1.2)
+    (given,) = search_space(file(), "scale=0.1:4")
+    assert min(point["scale"] for point, _ in searched((given,), 11, {"scale": 0.07})) == 0.1
+
+
 def test_rounds_come_nearer() -> None:
     tried = searched((SCALE, DROP), 25, {"scale": 0.5, "drop": 0.3})
     assert round_sizes(25) == [13, 6, 6]
