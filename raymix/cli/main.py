@@ -65,7 +65,7 @@ COMMANDS = {
         "compare": "Train under several mixers and seeds, and compare.",
         "fit": "Fit a law that predicts losses from shares to a table of runs.",
         "tune": "Find the best shares by small runs and a mixing law.",
-        "schedule": "Compare planners of long and short sequences on a corpus' lengths.",
+        "schedule": "Compare planners of long and short sequences on a corpus.",
     },
     "On a cluster": {
         "submit": "Run a command as a job of a Ray cluster.",
@@ -76,13 +76,14 @@ COMMANDS = {
     "Use the result": {
         "watch": "Show a run live, from its files.",
         "export": "Write a checkpoint as a Hugging Face model directory.",
-        "optimize": "Find the shares with the least predicted loss under a fitted law.",
+        "optimize": "Find the shares of least predicted loss under a fitted law.",
         "merge": "Merge models of one architecture by DRM and its peers.",
         "specialists": "Fine-tune a model per domain, merge them, and compare.",
         "report": "Draw a run's weights, losses and throughput as one HTML page.",
     },
 }
 
+_NAME = max(len(name) for section in COMMANDS.values() for name in section)
 _HELP = """Decide what a language model reads next: data mixing on Ray, exact and restartable.
 
 A recipe (one YAML file) describes the corpus, the mixture, the model and the run. Any field can
@@ -154,7 +155,7 @@ class LazyCommands(TyperGroup):
         """Write the commands section by section, importing none of them."""
         for section, commands in COMMANDS.items():
             with formatter.section(section):
-                formatter.write_dl([(name.ljust(8), line) for name, line in commands.items()])
+                formatter.write_dl([(name.ljust(_NAME), line) for name, line in commands.items()])
 
 
 def _print_version(asked: bool) -> None:

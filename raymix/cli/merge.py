@@ -6,10 +6,40 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from raymix.cli._run import Json, SetOverrides, run_command
+from raymix.cli._run import (
+    Json,
+    SetOverrides,
+    load,
+    plain_table,
+    ready_for_trials,
+    run_command,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from rich.console import Console
+
+_MOST_POINTS = 10
+_MOST_DOMAINS = 8
+
+_TrialsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --search: merges to try; else 11, of two options 25."),
+]
+
+_EvalOption = Annotated[
+    str | None,
+    typer.Option("--eval", metavar="RECIPE", help="With --search: whose held-out text to use."),
+]
+
+_SearchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OPTIONS",
+        help="Choose numbers by held-out loss: scale, drop, ..., or NAME=LOW:HIGH, by commas.",
+    ),
+]
 
 
 def command(
@@ -36,6 +66,9 @@ def command(
         float | None,
         typer.Option(min=0, metavar="GB", help="Working memory; else a quarter of what is free."),
     ] = None,
+    search: _SearchOption = None,
+    evaluate: _EvalOption = None,
+    trials: _TrialsOption = None,
     plot: Annotated[
         bool, typer.Option(help="Draw merge_report.svg; takes a second and a half.")
     ] = True,
@@ -48,32 +81,120 @@ def command(
     drm, knots, tsv, iso_c, iso_cts, ties, dare_ties, dare_linear, della, breadcrumbs,
     task_arithmetic, linear, slerp, multislerp, model_stock. LoRA adapters without a base give an
     adapter. Running it again goes on where it stopped.
+
+    With --search the merge is made at many values of its options, through Ray Tune, --workers at a
+    time; the values of the least mean loss on held-out rows of RECIPE's corpus are written (of the
+    domains in its section `specialists`, or all). Losses reported in the end are of other rows.
+    `scale` is a factor of the merged delta; `drop`, the part of the entries pruned.
     """
 
     def work() -> dict[str, Any]:
-        from raymix.merge.engine import merge, return_freed_memory, shown_bytes
-
-        return_freed_memory()
-        document = merge(
+        changes = [*(overrides or ()), *(set_overrides or ())]
+        if search is not None or evaluate is not None or trials is not None:
+            _refuse_options(search, evaluate, on, memory)
+            how = {"search": search, "trials": trials, "workers": workers, "device": device}
+            return _search(source, out, str(evaluate), changes, how, plot=plot)
+        return _merge(
             source,
             out,
-            overrides=[*(overrides or ()), *(set_overrides or ())],
+            plot=plot,
+            overrides=changes,
             on=on,
             workers=workers,
             device=device,
             memory_bytes=None if memory is None else int(memory * 1e9),
-            progress=_progress(),
         )
-        document["plot"] = _drawn(document["out"]) if plot else None
-        for note in document["notes"]:
-            print(f"note: {note}")
-        print(
-            f"{document['out']}: {document['tensors']} tensors by {document['method']} in "
-            f"{document['seconds']:.1f} s, {shown_bytes(document['peak_bytes'])} of memory at most"
-        )
-        return document
 
     run_command(work, json=json)
+
+
+def _merge(source: str, out: str, *, plot: bool, **how: Any) -> dict[str, Any]:
+    """Return the document of one merge, shown to people; `how`: what `merge` takes."""
+    from raymix.merge.engine import merge, return_freed_memory, shown_bytes
+
+    return_freed_memory()
+    document = merge(source, out, progress=_progress(), **how)
+    document["plot"] = _drawn(document["out"]) if plot else None
+    for note in document["notes"]:
+        print(f"note: {note}")
+    print(
+        f"{document['out']}: {document['tensors']} tensors by {document['method']} in "
+        f"{document['seconds']:.1f} s, {shown_bytes(document['peak_bytes'])} of memory at most"
+    )
+    return document
+
+
+def _refuse_options(
+    search: str | None, evaluate: str | None, on: str, memory: float | None
+) -> None:
+    """Raise MergeError for options that do not go together."""
+    from raymix.errors import MergeError, problem
+
+    problems: list[str] = []
+    if search is None:
+        advice = "Add e.g. --search scale,drop"
+        problems.append(problem("--search", None, "--eval and --trials are for a search", advice))
+    if evaluate is None:
+        wrong, advice = "a search needs held-out text to choose by", "Name a recipe"
+        problems.append(problem("--eval", None, wrong, advice))
+    if on != "local":
+        wrong, advice = "a search runs through Ray Tune already", "Leave --on out"
+        problems.append(problem("--on", on, wrong, advice))
+    if memory is not None:
+        wrong, advice = "a search shares the memory out by itself", "Use --workers for fewer"
+        problems.append(problem("--memory", memory, wrong, advice))
+    if problems:
+        raise MergeError(*problems)
+
+
+def _search(
+    source: str, out: str, recipe: str, changes: list[str], how: dict[str, Any], *, plot: bool
+) -> dict[str, Any]:
+    """Return the document of a search, shown to people; `how`: what `search_merge` takes."""
+    from rich.console import Console
+
+    ready_for_trials()
+    from raymix.tune.merging import search_merge
+
+    document = search_merge(source, out, recipe=load(recipe), overrides=changes, **how)
+    document["merge"]["plot"] = _drawn(document["merge"]["out"]) if plot else None
+    draw_search(document, Console(highlight=False))
+    return document
+
+
+def draw_search(document: Mapping[str, Any], console: Console) -> None:
+    """Print a search for people: the best points, the losses on the test rows, the files."""
+    if not console.is_terminal:
+        console.width = 140
+    fancy, names = console.is_terminal, list(document["search"])
+    console.print(f"\n{document['trials']} merges by {document['method']}, the best first")
+    table = plain_table("point", *names, "loss to choose by", fancy=fancy)
+    usable = [point for point in document["points"] if point["loss"] is not None]
+    for point in sorted(usable, key=lambda p: p["loss"])[:_MOST_POINTS]:
+        values = [f"{point['options'][name]:.4g}" for name in names]
+        given = "as given" if point["number"] == 0 else str(point["number"])
+        table.add_row(given, *values, f"{point['loss']:.4f}")
+    console.print(table)
+    held = document["held_out"]
+    console.print(
+        f"\nheld-out loss, nats per token, on the first {held['test_rows']} rows of each domain; "
+        f"none of the at most {held['search_rows']} rows chosen by is among them",
+        soft_wrap=True,
+    )
+    domains = held["domains"][:_MOST_DOMAINS]
+    table = plain_table("model", "mean", *domains, fancy=fancy)
+    for name, row in document["test"].items():
+        losses = [f"{row['domains'][domain]:.4f}" for domain in domains]
+        table.add_row(name, f"{row['mean']:.4f}", *losses)
+    console.print(table)
+    if held["shared"]:
+        told = f"one document is all that is held out of {', '.join(held['shared'])}: both parts "
+        console.print(f"note: {told}are of it", markup=False, soft_wrap=True)
+    if document["failed_points"]:
+        console.print(f"{document['failed_points']} merges could not be made; see the files")
+    chosen = ", ".join(f"{name} {value:.4g}" for name, value in document["best"].items())
+    console.print(f"{document['merge']['out']}: {chosen}", markup=False, soft_wrap=True)
+    console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
 
 
 def _drawn(out: str) -> str | None:

@@ -91,6 +91,9 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
         console.print(_differences(document, str(first), fancy=fancy))
     console.print("\nby domain, merges at their best scale")
     console.print(_domains(document, fancy=fancy))
+    if shared := ", ".join(document["held_out"]["shared"]):
+        told = f"note: one document is all that is held out of {shared}: it is chosen by, too"
+        console.print(told, markup=False, soft_wrap=True)
     for name, problem in document["problems"].items():
         console.print(f"{name}: {problem}", markup=False, soft_wrap=True)
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ Decomposition = Literal["gram", "svd", "gram_fp32", "svd_fp32", "randomised"]
 
 # Columns converted to fp64 at a time, and rows per block of the lower triangle.
 _COLUMNS = 2048
-_ROWS = 512
+_ROWS = 192
 _OVERSAMPLING = 10
 _POWER_ITERATIONS = 2
 

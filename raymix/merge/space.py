@@ -45,6 +45,8 @@ class Dimension:
     """The file's own value."""
     log: bool = False
     """Whether ratios count, not differences."""
+    open: bool = False
+    """Whether rounds after the first may leave the range, where the best point lies at its end."""
 
     def at(self, unit: float) -> float:
         """Return the value at a place between 0 and 1."""
@@ -120,7 +122,7 @@ def _dimension(file: MergeFile, method: MergeMethod, spec: str) -> Dimension:
         raise MergeError(problem(_FLAG, spec, wrong, allowed, did_you_mean(name, known)))
     low, high, log = _range(spec, name, match[2], match[3])
     start = 1.0 if name == SCALE else _start(file, method, name, option)
-    return Dimension(name, low, high, start, log)
+    return Dimension(name, low, high, start, log, open=name == SCALE and match[2] is None)
 
 
 def searchable(method: MergeMethod) -> list[str]:
@@ -275,7 +277,9 @@ def next_points(
         width *= _gap(len(space), sizes[at] - (at == 0), first=at == 0)
     best, _ = min(tried, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
     centre_D = np.array([dimension.unit(best[dimension.name]) for dimension in space])
-    low_D = np.clip(centre_D - width / 2, 0.0, 1.0 - width)
+    open_D = np.array([dimension.open for dimension in space])
+    low_D = centre_D - width / 2
+    low_D = np.where(open_D, low_D, np.clip(low_D, 0.0, 1.0 - width))
     return _values(space, low_D + width * _spread(len(space), sizes[number], number))
 
 

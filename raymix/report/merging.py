@@ -1,4 +1,4 @@
-"""The figure of a merge: per tensor, how the tasks agree and what was made of them."""
+"""The figures of a merge: per tensor, what was made of the tasks; of a search, what was tried."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _THEME = (
     "@media (prefers-color-scheme:dark){:root{--ink:#ececec;--muted:#9a9a9a;--grid:#333333;"
     "--paper:#161616;%s}}svg{background:var(--paper)}</style>"
 )
+# From this ratio of its ends on, an option's axis is logarithmic.
+_WIDE = 10.0
 _PANELS = {
     "delta norm / tasks' mean": "relative_norm",
     "alignment of tasks": "alignment",
@@ -54,10 +56,8 @@ def draw_merge(out: str | os.PathLike[str]) -> Path:
     ]
     shown = [(label, rows) for label, rows in panels if any(v is not None for _, _, v in rows)]
     svg = _drawn(shown or panels[:1], _kinds(tensors))
-    head = '<?xml version="1.0" encoding="utf-8"?>\n'
-    theme = _THEME % (css_variables(0), css_variables(1))
     target = Path(out, NAME)
-    atomic_write_text(str(target), head + svg.replace(">", ">" + theme, 1) + "\n")
+    atomic_write_text(str(target), _themed(svg))
     return target
 
 
@@ -97,3 +97,43 @@ def _relative_norm(tensor: Mapping[str, Any]) -> float | None:
     mean = sum(norms) / len(norms) if norms else 0.0
     norm = tensor.get("delta_norm")
     return norm / mean if mean and norm is not None else None
+
+
+def draw_search(document: Mapping[str, Any]) -> str:
+    """Return the picture of a search as SVG: the loss of every point, a panel per option.
+
+    Raises:
+        RecipeError: If matplotlib is not installed.
+    """
+    require_matplotlib()
+    names, points = list(document["search"]), document["points"]
+    usable = [point for point in points if point["loss"] is not None]
+    with figure(60 + 170.0 * len(names), ratios=[1.0] * len(names)) as (drawn, axes):
+        for axis, name in zip(axes, names, strict=True):
+            axis.plot(
+                [point["options"][name] for point in usable], [point["loss"] for point in usable],
+                linestyle="none", marker="o", markersize=3.5, color=COLOURS[0], label="tried",
+            )  # fmt: skip
+            for at, label, colour in ((0, "as given", COLOURS[1]), (None, "chosen", COLOURS[2])):
+                options = points[0]["options"] if at == 0 else document["best"]
+                loss = document["loss"][label]
+                if loss is not None:
+                    axis.plot(
+                        [options[name]], [loss], linestyle="none", marker="D", markersize=6,
+                        color=colour, label=label,
+                    )  # fmt: skip
+            low, high = document["search"][name]
+            if low > 0 and high / low > _WIDE:
+                axis.set_xscale("log")
+            axis.set_xlabel(name)
+            axis.set_ylabel("nats per token")
+        axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, frameon=False)
+        svg = to_svg(drawn, "search")
+    return _themed(svg)
+
+
+def _themed(svg: str) -> str:
+    """Return a whole SVG file that follows the viewer's light or dark theme."""
+    head = '<?xml version="1.0" encoding="utf-8"?>\n'
+    theme = _THEME % (css_variables(0), css_variables(1))
+    return head + svg.replace(">", ">" + theme, 1) + "\n"

@@ -72,12 +72,15 @@ def _facts(document: Document) -> str:
         else f"base trained on {document['base_tokens']:,} tokens"
     )
     held = document["held_out"]
+    shared = ", ".join(held["shared"])
+    note = f"; all that is held out of {shared} is one document, both parts are of it"
     return (
         f"{document['parameters']:,} parameters; seeds {', '.join(map(str, document['seeds']))}; "
         f"{base}; specialists {document['tokens']:,} tokens each; joint "
         f"{document['joint_tokens']:,} tokens of all domains; losses on the first "
         f"{held['test_rows']} held-out rows of each domain, scales chosen on at most "
         f"{held['search_rows']} others; corpus {document['corpus_fingerprint'][:12]}"
+        f"{note if shared else ''}"
     )
 
 
@@ -124,7 +127,7 @@ def _bars(document: Document) -> str:
     merges, rows = document["merges"], document["rows"]
     if not merges:
         return ""
-    with figure(60 + 22.0 * len(merges)) as (sheet, (axes,)):
+    with figure(110 + 22.0 * len(merges)) as (sheet, (axes,)):
         for at, row in enumerate(merges.values()):
             for which, colour, lift in (("given", COLOURS[1], -0.15), ("best", COLOURS[0], 0.15)):
                 values = list(row[which]["mean"]["by_seed"].values())
@@ -139,7 +142,7 @@ def _bars(document: Document) -> str:
         axes.invert_yaxis()
         axes.set_xlim(right=_right(document))
         axes.set_xlabel("nats per token")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=5, frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, frameon=False)
         svg = to_svg(sheet, "specialists-models")
     caption = "A dot per seed. Far worse than the base is right of the picture."
     return figure_card("Mean loss of every merge", svg, caption)
@@ -194,7 +197,7 @@ def _curves(document: Document) -> str:
     }
     if not found:
         return ""
-    with figure(300) as (sheet, (axes,)):
+    with figure(340 + 18.0 * (len(found) // 4)) as (sheet, (axes,)):
         for at, (name, points) in enumerate(found.items()):
             usable = [point for point in points if point["loss"] is not None]
             axes.plot(
@@ -207,7 +210,7 @@ def _curves(document: Document) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("scale")
         axes.set_ylabel("nats per token")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, frameon=False)
         svg = to_svg(sheet, "specialists-curves")
     caption = f"Seed {seed}, on the rows to choose by; every point is a merge that was made."
     return figure_card("Loss by scale", svg, caption)

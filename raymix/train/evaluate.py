@@ -85,30 +85,39 @@ def search_rows(
     rows_per_domain: int,
     test_rows: int,
     domains: Sequence[str],
-) -> HeldOutRows:
-    """Return rows to choose by: the last ones of the valid split of each of `domains`.
+) -> tuple[HeldOutRows, tuple[str, ...]]:
+    """Return rows to choose by, and the domains whose rows are of a document that is tested on.
 
-    None of them is among the first `test_rows`, which `held_out_rows` gives, nor of a document
-    that those have a part of.
+    The rows are the last ones of the valid split of each of `domains`: none is among the first
+    `test_rows`, which `held_out_rows` gives, nor of a document that those have a part of, unless
+    there are no others (one long document is all that is held out).
 
     Raises:
         CorpusError: If a domain has none, with a message each, or a shard is corrupt.
     """
     problems: list[str] = []
+    shared: list[str] = []
     rows: dict[str, list[_Row]] = {}
     for name in domains:
-        rows[name] = _rows_behind(corpus, name, sequence_length, rows_per_domain, test_rows)
+        per_block = corpus.manifest.block_tokens // sequence_length
+        end = divmod(test_rows, per_block) if per_block else (0, 0)
+        tested = end[0], end[1] * sequence_length
+        free = _first_start(corpus, name, *tested)
+        rows[name] = _rows_behind(corpus, name, sequence_length, rows_per_domain, free)
+        if not rows[name]:
+            rows[name] = _rows_behind(corpus, name, sequence_length, rows_per_domain, tested)
+            shared.append(name)
         if not rows[name]:
             tokens = corpus.split(name, "valid").tokens
             wrong = (
                 f"its {tokens:,} held-out tokens leave nothing to choose by behind the first "
-                f"{test_rows} rows of {sequence_length:,} and the document they end in"
+                f"{test_rows} rows of {sequence_length:,}"
             )
             advice = "Lower eval.rows_per_domain, or hold out more text"
             problems.append(problem("corpus.domains", name, wrong, advice))
     if problems:
         raise CorpusError(*problems)
-    return _stacked(corpus, sequence_length, rows)
+    return _stacked(corpus, sequence_length, rows), tuple(shared)
 
 
 def _stacked(
@@ -144,20 +153,17 @@ def _domain_rows(corpus: Corpus, name: str, length: int, wanted: int) -> list[_R
     return rows[:wanted]
 
 
-def _rows_behind(corpus: Corpus, name: str, length: int, wanted: int, test_rows: int) -> list[_Row]:
-    """Return the last `wanted` rows behind the first document that begins after the test rows."""
-    info = corpus.split(name, "valid")
-    per_block = corpus.manifest.block_tokens // length
-    if not per_block:
-        return []
-    free = _first_start(corpus, name, test_rows // per_block, test_rows % per_block * length)
+def _rows_behind(
+    corpus: Corpus, name: str, length: int, wanted: int, first: tuple[int, int] | None
+) -> list[_Row]:
+    """Return the last `wanted` rows that begin at or after a block and a place in it."""
     rows: list[_Row] = []
-    for number in range(info.blocks - 1, -1, -1):
-        if free is None or number < free[0] or len(rows) >= wanted:
+    for number in range(corpus.split(name, "valid").blocks - 1, -1, -1):
+        if first is None or number < first[0] or len(rows) >= wanted:
             break
         block = corpus.read_block(name, "valid", number)
         last = len(block.tokens) // length * length
-        begins = [at for at in range(0, last, length) if (number, at) >= free]
+        begins = [at for at in range(0, last, length) if (number, at) >= first]
         rows = [_row(block, at, at + length) for at in begins] + rows
     return rows[-wanted:]
 

@@ -16,7 +16,7 @@ from typing import Any
 from raymix.merge.space import Point, next_points, start_point
 from raymix.store import atomic_write_text
 from raymix.tune.attempt import told
-from raymix.tune.scoring import HeldOut, Search, best_of, tried
+from raymix.tune.scoring import Search, best_of, tried
 
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
@@ -143,18 +143,18 @@ def round_of(search: Search, points: list[dict[str, Any]]) -> list[tuple[int, Po
 
 @dataclass(frozen=True, slots=True)
 class ScoreTrial:
-    """A model as it is, on the test rows."""
+    """A model as it is, or the merge at a point, on the test rows of a search."""
 
     name: str
-    checkpoint: str
-    held_out: HeldOut
-    folder: Path
+    search: Search
     threads: int
+    checkpoint: str | None = None
+    point: Point | None = None
 
     @property
     def metrics(self) -> Path:
         """Return a file that is never there: scoring says nothing before its end."""
-        return self.folder / f"{self.name}.jsonl"
+        return self.path.with_suffix(".jsonl")
 
     @property
     def steps(self) -> int:
@@ -163,8 +163,9 @@ class ScoreTrial:
 
     @property
     def path(self) -> Path:
-        """Return the file of its losses."""
-        return self.folder / f"score-{self.name}.json"
+        """Return the file of its losses; that of a merge is named by its point."""
+        values = "".join(f" {name}={value:g}" for name, value in (self.point or {}).items())
+        return self.search.folder / f"test-{self.name}{values}.json"
 
     def result(self) -> dict[str, float] | None:
         """Return its losses by domain, None where it was not scored yet."""
@@ -174,8 +175,16 @@ class ScoreTrial:
         """Return how it ended, having scored the model."""
         if stop_asked():
             return {"state": "stopped"}
-        with told(self.folder) as end:
-            losses = self.held_out.losses(self.checkpoint, "test", threads=self.threads)
+        with told(self.search.folder) as end:
+            losses = self._losses()
             atomic_write_text(str(self.path), json.dumps(losses) + "\n")
             end["state"] = "done"
         return end
+
+    def _losses(self) -> dict[str, float]:
+        if self.checkpoint is not None:
+            held_out = self.search.held_out
+            return held_out.losses(self.checkpoint, "test", threads=self.threads)
+        return self.search.score(
+            self.point or {}, "test", threads=self.threads, number=self.path.stem
+        )

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class HeldOut:
     """Rows per domain at the beginning of the valid split: what is reported."""
     search_rows: int
     """Rows per domain, at most, at its end: what is chosen by."""
+    shared: tuple[str, ...] = ()
+    """Domains whose two parts are of one document: all that is held out of them."""
 
     @classmethod
     def of(
@@ -55,17 +57,17 @@ class HeldOut:
         Raises:
             RaymixError: If a domain has too little held-out text for two parts.
         """
+        tested = recipe.eval.rows_per_domain
         found = cls(
             corpus.path,
             corpus.fingerprint,
             recipe.data.sequence_length,
             tuple(domains),
-            recipe.eval.rows_per_domain,
-            rows or recipe.eval.rows_per_domain,
+            tested,
+            rows or tested,
         )
-        for part in ("test", "search"):
-            found.rows(part)
-        return found
+        _, shared = found._search_rows(corpus)
+        return replace(found, shared=shared)
 
     def rows(self, part: Part) -> HeldOutRows:
         """Return the rows of a part."""
@@ -77,9 +79,12 @@ class HeldOut:
                 rows_per_domain=self.test_rows,
                 domains=self.domains,
             )
+        return self._search_rows(corpus)[0]
+
+    def _search_rows(self, corpus: Corpus) -> tuple[HeldOutRows, tuple[str, ...]]:
         return search_rows(
             corpus,
-            sequence_length=length,
+            sequence_length=self.sequence_length,
             rows_per_domain=self.search_rows,
             test_rows=self.test_rows,
             domains=self.domains,
@@ -97,7 +102,7 @@ class HeldOut:
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
-        return {**asdict(self), "domains": list(self.domains)}
+        return {**asdict(self), "domains": list(self.domains), "shared": list(self.shared)}
 
 
 def mean_loss(losses: Mapping[str, float]) -> float:
@@ -114,6 +119,7 @@ class Search:
     trials: int
     held_out: HeldOut
     folder: Path
+    device: str = "cpu"
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for two searches to be one: files, models, text."""
@@ -171,7 +177,7 @@ class Search:
         out = self.folder / f"{_WORK}-{number}"
         shutil.rmtree(out, ignore_errors=True)
         try:
-            merge(applied(self.file, point), out, workers=threads, scratch=True)
+            merge(applied(self.file, point), out, workers=threads, device=self.device, scratch=True)
             return self.held_out.losses(out, part, threads=threads)
         finally:
             shutil.rmtree(out, ignore_errors=True)
@@ -218,6 +224,3 @@ def _finite(value: float) -> float | None:
 def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
     losses = {name: _finite(loss) for name, loss in found["losses"].items()}
     return {**found, "losses": losses}
-
-
-StopAsked = Callable[[], bool]

@@ -46,10 +46,11 @@ def finish(work: Any, *, json: bool = False, **options: Any) -> int:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == 0
     shown = capsys.readouterr().out
+    width = max(len(name) for commands in COMMANDS.values() for name in commands)
     for section, commands in COMMANDS.items():
         assert f"{section}:" in shown
         for name, line in commands.items():
-            assert f"  {name.ljust(8)}  {line}" in shown
+            assert f"  {name.ljust(width)}  {line}" in shown
     assert "Examples:\n    raymix init my.yaml" in shown
     assert max(map(len, shown.splitlines())) <= 100
 

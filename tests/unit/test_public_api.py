@@ -175,7 +175,7 @@ def test_commands() -> None:
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
         ["submit", "status", "logs", "stop"],
-        ["watch", "export", "optimize", "merge", "report"],
+        ["watch", "export", "optimize", "merge", "specialists", "report"],
     ]
 
 
