@@ -171,6 +171,9 @@ def make_table(
         seen = ", ".join(list(columns)[:8]) or "no columns"
         need = "Needed are share.<domain> and loss.<target> columns"
         raise LawError(problem(name, seen, f"no {kind} column", need))
+    if not len(columns[f"share.{domains[0]}"]):
+        advice = "Each run is a row: its shares, its losses"
+        raise LawError(problem("table", name, "holds columns and no row", advice))
     faults = _Faults(name, lines)
     share_RD = np.stack([_numbers(columns, f"share.{d}", faults) for d in domains], axis=1)
     loss_RV = np.stack(
