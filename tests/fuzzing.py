@@ -111,17 +111,18 @@ def outcome(work: Callable[[], T], told: str) -> T | None:
         work: What reads the damaged input.
         told: Which case it is.
     """
+    problems: tuple[str, ...] = ()
     try:
         with bounded_memory():
             return work()
     except RaymixError as error:
-        assert error.problems, f"{told}: an error without a message"
-        for message in error.problems:
-            assert FORM.fullmatch(message), f"{told}: {message!r}"
-        return None
+        problems = error.problems or ("an error without a message",)
     except BaseException as error:
         error.add_note(told)
         raise
+    for message in problems:
+        assert FORM.fullmatch(message), f"{told}: {message!r}"
+    return None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Sources and prepared corpora, damaged: prepared with rejects counted, or refused, whole or not."""
+"""Sources and prepared corpora, damaged: prepared with rejects counted, or refused."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_checkpoints(name: str, cases: int, run: Path, recipe: Recipe, tmp_path:
     "cases", [24, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 )
 def test_a_run_goes_on_from_what_is_whole(cases: int, recipe: Recipe, tmp_path: Path) -> None:
-    """Damage in the newest checkpoint or the logs: the run ends as it did, or says what is wrong."""
+    """Damage in the newest checkpoint or the logs: it ends as it did, or says what is wrong."""
     names = [*(f"checkpoint/{name}" for name in CHECKPOINT), "metrics.jsonl", "mixture_log.jsonl"]
     for case in range(cases):
         run = tmp_path / f"run-{case}"

@@ -69,5 +69,7 @@ def test_laws(cases: int, tmp_path: Path) -> None:
         path.write_bytes(damaged(raw, case))
         found = outcome(lambda: load_law(path), f"law case {case}")
         if found is not None:
-            outcome(lambda found=found: found.predict(share[:2]), f"predicting, law case {case}")
+            # A file may hold other numbers and be sound: what they predict is theirs.
+            with np.errstate(all="ignore"):
+                outcome(lambda found=found: found.predict(share[:2]), f"predicting, case {case}")
     assert json.loads(raw)
