@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start a hundred processes; each would compile all of raymix again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo demo-cluster test test-unit test-gpu test-slow lint lock clean \
+.PHONY: help install demo demo-cluster docs test test-unit test-gpu test-slow lint lock clean \
         bench-stream bench-prepare bench-loop bench-merge
 
 help:  ## Show this list
@@ -63,15 +63,19 @@ bench-%: install  ## Print one table and write bench-results/NAME.json (see READ
 	  "$$(grep -E '^torch==' requirements.lock | sed 's/+.*//')"
 	@mv $@.new $@
 
+docs: install  ## Build the documentation into docs/_build, warnings being errors
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build
+	@echo "docs/_build/index.html"
+
 lock:  ## Resolve the ranges of pyproject.toml afresh into requirements.lock
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install --quiet --upgrade pip
 	@.venv-lock/bin/python -m pip install --quiet torch==2.13.0
-	@.venv-lock/bin/python -m pip install --quiet --editable '.[plots,tensorboard]' \
-	  --group test --group lint hatchling editables
+	@.venv-lock/bin/python -m pip install --quiet --editable '.[cluster,plots,tensorboard]' \
+	  --group test --group lint --group docs hatchling editables
 	@{ echo '# Made by `make lock`; install with `pip install -r requirements.lock`.'; \
 	   .venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock.new
 	@mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
 clean:  ## Remove what the tests and benchmarks leave behind (not .venv, runs or corpora)
-	@rm -rf .pytest_cache .ruff_cache .hypothesis bench-results tests/.cache build dist
+	@rm -rf .pytest_cache .ruff_cache .hypothesis bench-results tests/.cache build dist docs/_build

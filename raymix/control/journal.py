@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from raymix.jsontext import parse_json
+
 LOG = "mixture_log.jsonl"
 STATE = "controller.json"
 
@@ -50,7 +52,7 @@ class Journal:
         """Return what `save` was last given, None if nothing."""
         if not self._state.exists():
             return None
-        state: dict[str, Any] = json.loads(self._state.read_text("utf-8"))
+        state: dict[str, Any] = parse_json(self._state.read_text("utf-8"))
         return state
 
     def append(self, line: str) -> None:

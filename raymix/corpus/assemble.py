@@ -25,6 +25,7 @@ from raymix.corpus.entropy import (
 )
 from raymix.corpus.select import CODES, read_documents
 from raymix.corpus.tokenise import part_base
+from raymix.jsontext import parse_json
 from raymix.store import ShardInfo, ShardWriter, Split, atomic_write_text, files, token_dtype
 
 SHARD_BYTES = 64 << 20
@@ -157,7 +158,7 @@ def _mark(job: ShardJob, info: ShardInfo, counts: ShardCounts) -> ShardResult:
 def finished_shard(job: ShardJob) -> ShardResult | None:
     """Return the description of a shard that was written before, or None if it must be done."""
     try:
-        stored = json.loads(files.read_bytes(job.base + ".json"))
+        stored = parse_json(files.read_bytes(job.base + ".json"))
     except (FileNotFoundError, ValueError):
         return None
     if stored["key"] != job.key or not files.exists(files.join(job.corpus, job.file)):

@@ -12,6 +12,7 @@ from raymix.corpus.progress import Reporter
 from raymix.corpus.runner import Runner, in_order
 from raymix.corpus.sample import TrainJob, train_tokenizer
 from raymix.corpus.tokenizer import LoadedTokenizer, byte_tokenizer, load_pretrained
+from raymix.jsontext import parse_json
 from raymix.recipe import CorpusConfig, PretrainedTokenizer, TrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text, files
 
@@ -62,7 +63,7 @@ def _trained(
 
 def _read_marker(marker: str) -> dict[str, Any]:
     try:
-        return json.loads(files.read_bytes(marker))
+        return parse_json(files.read_bytes(marker))
     except (FileNotFoundError, ValueError):
         return {}
 

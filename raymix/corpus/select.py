@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from raymix.corpus.parts import HeldOut
 from raymix.corpus.tokenise import DOCUMENT, part_base
+from raymix.jsontext import parse_json
 from raymix.store import SPLITS, Split, atomic_write_text, files
 from raymix.store.shard import write_length_pieces
 
@@ -96,7 +97,7 @@ def _marker(job: SelectJob) -> str:
 def finished_selection(job: SelectJob) -> Selection | None:
     """Return the selection that was made before, or None if it must be made."""
     try:
-        stored = json.loads(files.read_bytes(_marker(job)))
+        stored = parse_json(files.read_bytes(_marker(job)))
     except (FileNotFoundError, ValueError):
         return None
     if stored["key"] != job.key:

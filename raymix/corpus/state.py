@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from raymix.corpus.sources import DomainSources, SourceFile, find_sources
 from raymix.corpus.tokenizer import load_pretrained
 from raymix.errors import CorpusError, problem
+from raymix.jsontext import parse_json
 from raymix.recipe import CorpusConfig, PretrainedTokenizer
 from raymix.store import Manifest, atomic_write_text, files
 from raymix.store.manifest import MANIFEST, read_manifest
@@ -67,7 +68,7 @@ def _stamps(found: Iterable[SourceFile]) -> list[FileStamp]:
 def recorded(path: str) -> Recorded | None:
     """Return what `prepare.json` of the corpus at `path` says, or None where there is none."""
     try:
-        document = json.loads(files.read_bytes(files.join(path, STATE)))
+        document = parse_json(files.read_bytes(files.join(path, STATE)))
         return Recorded(document["config"], document["sources"])
     except FileNotFoundError:
         return None

@@ -20,6 +20,7 @@ import numpy as np
 from raymix.corpus.parts import Part
 from raymix.corpus.readers import TOO_LONG, Reject, TokenIds, Value, excerpt, read_slice
 from raymix.corpus.tokenizer import TokenArray, saved_encoder
+from raymix.jsontext import parse_json
 from raymix.recipe import DomainConfig
 from raymix.store import TokenizerInfo, atomic_write_text, files, token_dtype
 
@@ -106,7 +107,7 @@ def read_tally(base: str) -> Tally:
     Raises:
         FileNotFoundError: If the part has not been tokenised.
     """
-    return Tally(**json.loads(files.read_bytes(base + ".json")))
+    return Tally(**parse_json(files.read_bytes(base + ".json")))
 
 
 def tokenise_part(job: PartJob) -> Tally:

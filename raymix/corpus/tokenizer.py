@@ -21,6 +21,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.jsontext import parse_json
 from raymix.recipe import PretrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text, files
 
@@ -126,7 +127,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def fingerprint(serialised: str) -> str:
     """Return the hash of the canonical form of a tokenizer's JSON."""
-    canonical = json.dumps(json.loads(serialised), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(parse_json(serialised), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
@@ -158,7 +159,7 @@ class LoadedTokenizer:
         configuration: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            **json.loads(self._beside.get("tokenizer_config.json", "{}")),
+            **parse_json(self._beside.get("tokenizer_config.json", "{}")),
             "eos_token": self._eos,
         }
         texts = {**self._beside, "tokenizer_config.json": json.dumps(configuration, indent=2)}
@@ -250,7 +251,7 @@ def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict
 def _named_eos(beside: dict[str, str]) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
-            document = json.loads(beside.get(name, "{}"))
+            document = parse_json(beside.get(name, "{}"))
         except ValueError:
             continue
         token = document.get("eos_token") if isinstance(document, dict) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix.errors import LawError, problem
+from raymix.jsontext import parse_json
 from raymix.laws.base import FitReport, Law, build_law, law_from_dict, law_to_dict
 from raymix.laws.table import MixtureTable, read_table
 from raymix.store import atomic_write_text
@@ -51,7 +52,7 @@ def load_law(path: str | os.PathLike[str]) -> Law:
         LawError: If there is none.
     """
     try:
-        document = json.loads(Path(path).read_text("utf-8"))
+        document = parse_json(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise LawError(problem("law", os.fspath(path), f"cannot be read: {error}")) from error
     if not isinstance(document, dict):

@@ -168,6 +168,9 @@ def make_table(
         seen = ", ".join(list(columns)[:8]) or "no columns"
         need = "Needed are share.<domain> and loss.<target> columns"
         raise LawError(problem(name, seen, f"no {kind} column", need))
+    if not len(columns[f"share.{domains[0]}"]):
+        advice = "Each run is a row: its shares, its losses"
+        raise LawError(problem("table", name, "holds columns and no row", advice))
     faults = _Faults(name, lines)
     share_RD = np.stack([_numbers(columns, f"share.{d}", faults) for d in domains], axis=1)
     loss_RV = np.stack(
@@ -268,9 +271,10 @@ def _checked_shares(share_RD: Floats, domains: Sequence[str], faults: _Faults) -
     for row, at in zip(*np.nonzero((share_RD < 0) | (share_RD > 1 + SUM_TOLERANCE)), strict=True):
         value = float(share_RD[row, at])
         faults.add(int(row), f"share.{domains[at]}", value, "no share", "Allowed: 0 to 1")
-    total_R = share_RD.sum(axis=1)
+    with np.errstate(over="ignore"):
+        total_R = share_RD.sum(axis=1)
     for row in np.flatnonzero(np.abs(total_R - 1) > SUM_TOLERANCE):
-        total = float(round(total_R[row], 6))
+        total = round(float(total_R[row]), 6)
         faults.add(int(row), "share.*", total, "the shares do not sum to 1")
     return share_RD / np.where(total_R > 0, total_R, 1.0)[:, None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raymix.errors import MergeError, did_you_mean, problem
+from raymix.jsontext import parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -126,7 +126,7 @@ def read_json(path: str, field_path: str) -> dict[str, Any]:
         MergeError: If it is absent or is not a JSON object.
     """
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        data = parse_json(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         name = os.path.basename(path)
         wrong = f"there is no {name}"

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from raymix.errors import MergeError, problem
+from raymix.jsontext import parse_json
 from raymix.merge.adapter import CONFIG, merged_config
 from raymix.merge.models import Model
 from raymix.merge.plan import Plan
@@ -171,17 +172,23 @@ def _vocabulary(path: str) -> dict[str, Any] | None:
     file = Path(path, "tokenizer.json")
     if file.exists():
         try:
-            data = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise MergeError(problem("models", str(file), f"not valid JSON: {error}")) from None
-        vocabulary = data.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the place
-            vocabulary = {pair[0]: at for at, pair in enumerate(vocabulary)}
-        added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-        return {**vocabulary, **added}
+            data = parse_json(file.read_text("utf-8"))
+            return _token_ids(data)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            wrong = f"not a tokenizer: {error}"
+            raise MergeError(problem("models", str(file), wrong, "Download it again")) from None
     held = {name: Path(path, name) for name in _VOCABULARY}
     found = {name: file.read_bytes() for name, file in held.items() if file.exists()}
     return found or None
+
+
+def _token_ids(document: Any) -> dict[str, Any]:
+    """Return the ids by token of a `tokenizer.json`; any exception says that it is none."""
+    vocabulary = document["model"].get("vocab", {})
+    if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the place
+        vocabulary = {pair[0]: at for at, pair in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
+    return {**vocabulary, **added}
 
 
 def _first(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from raymix.errors import MergeError, problem
+from raymix.jsontext import parse_json
 from raymix.merge.checkpoint import DTYPE_NAMES
 
 JOURNAL = "progress.jsonl"
@@ -217,7 +218,7 @@ class Workspace:
         lines = []
         for text in journal.read_text("utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a line torn by the crash
-                lines.append(json.loads(text))
+                lines.append(parse_json(text))
         if not lines or lines[0] != {"identity": identity}:
             return False
         for line in lines[1:]:

@@ -92,7 +92,7 @@ class Settings:
             return Choice(method, method.options.model_validate(given))
         except ValidationError as error:
             messages = translate(error.errors(include_url=False), method.options)
-            raise MergeError(*(f"parameters.{m} (for {name})" for m in messages)) from None
+            raise MergeError(*(f"parameters.{m} It is {name}'s." for m in messages)) from None
 
     def _method(self, rules: Sequence[tuple[int, Rule]]) -> MergeMethod | None:
         for index, rule in rules:

@@ -6,7 +6,6 @@ Shapes: D domains, N histograms.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.jsontext import parse_json
 from raymix.mixers.base import MixerContext
 from raymix.mixers.simplex import Floats
 
@@ -85,7 +85,7 @@ def _read(path: str, context: MixerContext) -> Floats:
 
 
 def _read_json(path: str, context: MixerContext) -> Floats:
-    raw: Any = json.loads(Path(path).read_text("utf-8"))
+    raw: Any = parse_json(Path(path).read_text("utf-8"))
     return _by_name(raw, context)
 
 

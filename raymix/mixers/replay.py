@@ -5,7 +5,6 @@ Shapes: D domains, P entries.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from raymix.errors import RecipeError, problem
+from raymix.jsontext import parse_json
 from raymix.mixers.base import Mixer, MixerContext, Shares, mixer
 from raymix.mixers.named import shares_by_name, some
 from raymix.mixers.planned import Planned
@@ -83,7 +83,7 @@ def _read_log(path: str) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            raw = json.loads(line)
+            raw = parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 break

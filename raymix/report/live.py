@@ -7,7 +7,6 @@ the old one: everything is then read afresh.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -15,8 +14,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from raymix.jsontext import parse_json
 from raymix.report.exactness import usable_tokens
-from raymix.report.read import LOG, METRICS, Document, number, outline
+from raymix.report.read import LOG, METRICS, Document, is_step, number, outline
 
 _PACE_STEPS = 50
 _CURVE_POINTS = 400
@@ -110,7 +110,7 @@ class LiveRun:
         self._stride, self._since = 1, 0
 
     def _take(self, line: Document) -> None:
-        if not isinstance(line.get("step"), int):
+        if not is_step(line.get("step")):
             return
         table = line.get("eval")
         if isinstance(table, dict):
@@ -212,8 +212,8 @@ class _Tail:
 
 def _object(raw: bytes) -> Document | None:
     try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
+        line = parse_json(raw)
+    except ValueError:
         return None
     return line if isinstance(line, dict) else None
 

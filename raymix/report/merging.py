@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix.errors import RecipeError, problem
+from raymix.jsontext import parse_json
 from raymix.report.style import COLOURS, css_variables, figure, require_matplotlib, to_svg
 from raymix.store import atomic_write_text
 
@@ -44,7 +44,7 @@ def draw_merge(out: str | os.PathLike[str]) -> Path:
     require_matplotlib()
     path = Path(out, "merge_report.json")
     try:
-        tensors: dict[str, Any] = json.loads(path.read_text("utf-8"))["tensors"]
+        tensors: dict[str, Any] = parse_json(path.read_text("utf-8"))["tensors"]
         for tensor in tensors.values():
             tensor["relative_norm"] = _relative_norm(tensor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

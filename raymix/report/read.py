@@ -5,7 +5,6 @@ Shapes: S recorded steps, E evaluations, D domains.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from numpy.typing import NDArray
 
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
+from raymix.jsontext import parse_json
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 
@@ -145,7 +145,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> list[Document]:
     numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     for number, line in numbered:
         try:
-            lines.append(_metrics_line(json.loads(line)))
+            lines.append(_metrics_line(parse_json(line)))
         except (ValueError, TypeError):
             bad.append(number)
     if bad and bad[-1] == numbered[-1][0]:
@@ -158,7 +158,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> list[Document]:
 
 
 def _metrics_line(line: Any) -> Document:
-    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+    if not isinstance(line, dict) or not is_step(line.get("step")):
         raise TypeError("not an object with a step")
     if not isinstance(line.get("eval", {}), dict):
         raise TypeError("eval is not an object")
@@ -197,7 +197,7 @@ def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list
 
 
 def _read_json(path: Path) -> Document:
-    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    return _mapping(parse_json(path.read_text(encoding="utf-8")))
 
 
 def _read_recipe(path: Path) -> Document:
@@ -250,16 +250,27 @@ def _steps(records: Sequence[Document]) -> Steps:
         lr_S=_column(records, "lr"),
         tokens_per_s_S=_column(records, "tokens_per_s"),
         data_wait_S=_column(records, "data_wait"),
-        version_S=np.nan_to_num(_column(records, "mixture_version"), nan=-1).astype(np.int64),
+        version_S=_versions(records),
         records=records,
     )
+
+
+def _versions(records: Sequence[Document]) -> NDArray[np.int64]:
+    """Return the versions of the mixture, shape (S,), -1 where a line has none that can be."""
+    told_S = _column(records, "mixture_version")
+    return np.where((told_S >= 0) & (told_S < 2**53), told_S, -1.0).astype(np.int64)
 
 
 def _column(records: Sequence[Document], key: str) -> Floats:
     return np.array([number(record.get(key)) for record in records], dtype=np.float64)
 
 
+def is_step(value: Any) -> bool:
+    """Return whether `value` can be the number of a step."""
+    return type(value) is int and 0 <= value < 2**53
+
+
 def number(value: Any) -> float:
     """Return `value` as a float, NaN where it is none."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
+    good = isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
     return float(value) if good else float("nan")

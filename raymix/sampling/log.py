@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymix.errors import CorpusError, problem
+from raymix.jsontext import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class MixtureLog:
         log = cls(tuple(domains or ()))
         for number, text in enumerate(texts, start=1):
             try:
-                raw = json.loads(text)
+                raw = parse_json(text)
             except ValueError as error:
                 if number == len(texts):
                     break

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from raymix.errors import ScheduleError, problem
+from raymix.jsontext import parse_json
 from raymix.schedule.cost import CostModel, Link
 from raymix.schedule.layout import Floats
 
@@ -114,7 +115,7 @@ def load_cost_model(path: str | os.PathLike[str]) -> CostModel:
         ScheduleError: If there is no such file, or it holds no cost model.
     """
     try:
-        document = json.loads(Path(path).read_text("utf-8"))
+        document = parse_json(Path(path).read_text("utf-8"))
     except FileNotFoundError as error:
         raise ScheduleError(problem("cost", os.fspath(path), "no such file")) from error
     except (OSError, ValueError) as error:

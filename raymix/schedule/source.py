@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.jsontext import parse_json
 from raymix.schedule.layout import Ints
 from raymix.schedule.lengths import known_distributions, sample_lengths
 
@@ -75,7 +75,7 @@ def _from_csv(text: str, source: str) -> list[Any]:
 
 def _from_json(text: str, source: str) -> list[Any]:
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
         raise ScheduleError(problem("lengths", source, f"not JSON: {error}")) from error
     if isinstance(document, dict):

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raymix.errors import CorpusError, problem
+from raymix.jsontext import parse_json
 from raymix.store import files
 
 FORMAT = 1
@@ -147,7 +148,7 @@ def read_manifest(corpus: str) -> Manifest:
         CorpusError: If there is none, or it is damaged, or of a newer format.
     """
     try:
-        document = json.loads(files.read_bytes(files.join(corpus, MANIFEST)))
+        document = parse_json(files.read_bytes(files.join(corpus, MANIFEST)))
     except FileNotFoundError as error:
         raise CorpusError(
             problem(

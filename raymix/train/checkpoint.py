@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raymix.errors import RecipeError, TrainingError, problem
+from raymix.jsontext import parse_json
 from raymix.train.parallel import Replica, gathered, like_parameter
 
 _FORMAT = 1
@@ -127,7 +128,7 @@ def read_state(checkpoint: Path) -> TrainingState:
         TrainingError: If the checkpoint is damaged or of a newer format.
     """
     try:
-        document = json.loads((checkpoint / _STATE).read_text())
+        document = parse_json((checkpoint / _STATE).read_text())
         if document["format"] > _FORMAT:
             wrong = f"format {document['format']}, this raymix reads up to {_FORMAT}"
             raise TrainingError(problem("checkpoint", str(checkpoint), wrong, "Upgrade raymix"))

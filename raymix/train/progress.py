@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.status import Status
 
 from raymix.corpus.console import clock, short
+from raymix.jsontext import parse_json
 
 _LINE_EVERY_S = 10.0
 _FIRST_LINES = 3
@@ -57,7 +57,7 @@ class MetricsTail:
         marks = [zlib.crc32(line) for line in lines]
         self._seen += marks
         kept = _common(before, marks) if replaced else 0
-        return [json.loads(line) for line in lines[kept:]], replaced and kept < len(before)
+        return [parse_json(line) for line in lines[kept:]], replaced and kept < len(before)
 
 
 def _common(left: list[int], right: list[int]) -> int:

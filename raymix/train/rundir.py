@@ -15,7 +15,6 @@ RUN/report.html, report.json
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from raymix.errors import RecipeError, problem
+from raymix.jsontext import parse_json
 from raymix.recipe import Recipe
 from raymix.store import atomic_write_text
 
@@ -195,7 +195,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines()
-    return [json.loads(line) for line in lines if _step_of(line) < _TORN]
+    return [parse_json(line) for line in lines if _step_of(line) < _TORN]
 
 
 _TORN = 2**63
@@ -203,7 +203,7 @@ _TORN = 2**63
 
 def _step_of(line: bytes) -> int:
     try:
-        return int(json.loads(line)["step"])
+        return int(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return _TORN
 

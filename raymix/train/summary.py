@@ -65,8 +65,10 @@ def asked_shares(run: RunDirectory, steps: int) -> dict[str, float]:
     """Return the mean share asked of each domain over the first `steps` steps."""
     if not run.mixture_log.exists() or not steps:
         return {}
-    text = run.mixture_log.read_text("utf-8")
-    log = MixtureLog.from_lines(text.split("\n")[:-1])
+    text = run.mixture_log.read_text("utf-8", errors="replace")
+    log = MixtureLog.from_lines(text.split("\n")[:-1], path=str(run.mixture_log))
+    if not log.entries:
+        return {}
     starts = [min(entry.first_step, steps) for entry in log.entries]
     ends = [*starts[1:], steps]
     mean = dict.fromkeys(log.domains, 0.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raymix.errors import RecipeError, problem
+from raymix.jsontext import parse_json
 from raymix.recipe import Recipe
 from raymix.store import atomic_write_text
 from raymix.train.rundir import differences
@@ -116,7 +117,7 @@ def _identity(recipe: Recipe, space: Space, fingerprint: str) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """Return what the file holds, with its mixtures as such."""
     try:
-        stored = json.loads(path.read_text("utf-8"))
+        stored = parse_json(path.read_text("utf-8"))
         if stored["format"] == FORMAT and stored["mixtures"]:
             mixtures = [Mixture(**mixture) for mixture in stored["mixtures"]]
             return {"identity": dict(stored["identity"]), "mixtures": mixtures}
