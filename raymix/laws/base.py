@@ -239,7 +239,7 @@ def law_from_dict(document: Mapping[str, Any]) -> Law:
             raise LawError(problem("law.format", document["format"], wrong, "Fit it again"))
         fitted = build_law(document["law"])
         fitted.load_state_dict(document["state"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if isinstance(error, LawError):
             raise
         wrong = f"no law: {type(error).__name__} {error}"
