@@ -11,8 +11,8 @@
 6. Up to 24 sequences are annealed too (`anneal`): there a few must change places together.
 
 The plans of `hdp` and `packed` cost little to make: steps 4 and 5 go on from the former where it is
-the faster, in small batches from both, and whichever of all is fastest under the layout's barrier is returned. So by the
-cost model it is given `refine` is never slower than these two.
+the faster, in small batches from both, and whichever of all is fastest under the layout's barrier
+is returned. So by the cost model it is given `refine` is never slower than these two.
 """
 
 from __future__ import annotations
