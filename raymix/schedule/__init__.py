@@ -12,7 +12,7 @@ changes nothing about the gradient: the batch stays as it is, and only sums are 
 
 | planner | what it does | a batch of 256 on 32 ranks costs | when |
 |---|---|---|---|
-| refine | cut-offs of length, then moves that the cost model likes | tens of ms | the default |
+| refine | rules of width, then moves that the cost model likes | 10 to 25 ms | the default |
 | packed | work balanced over groups, everything sharded | 2 ms | all sequences long, fast network |
 | skrull | DACP and GDS (arXiv 2505.19609), repaired | 2 to 6 ms | to compare with the paper |
 | hdp | as few ranks per sequence as hold it (ByteScale) | 2 ms | no barrier, slow network |

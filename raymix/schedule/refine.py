@@ -4,13 +4,15 @@
 2. Each group is cut into the fewest micro-batches that hold it, in several ways; into more where
    that can still be faster (`cuts`).
 3. In each micro-batch sequences above a cut-off of length are sharded and the others local; of all
-   cut-offs the one that the cost model likes best (`seating`).
+   cut-offs, and of the rules for several widths, those that the cost model likes best (`rules`),
+   seated by LPT (`seating`).
 4. The best cuts of each group are improved by moves and swaps (`moves`), and the best is kept.
 5. While it helps, the slowest groups give sequences to the fastest, or swap some with them.
+6. Up to 24 sequences are annealed too (`anneal`): there a few must change places together.
 
-The plans of `hdp` and `packed` cost little to make: the former is another start for step 4 where
-it is any good, and whichever of all is fastest under the layout's barrier is returned. So by the
-cost model it is given `refine` is never slower than these two.
+The plans of `hdp` and `packed` cost little to make: steps 4 and 5 go on from the former where it is
+the faster, in small batches from both, and whichever of all is fastest under the layout's barrier
+is returned. So by the cost model it is given `refine` is never slower than these two.
 """
 
 from __future__ import annotations

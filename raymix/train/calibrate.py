@@ -321,8 +321,10 @@ def _gathers(setup: Setup) -> Iterator[Measurement]:
     heads, layers = Heads.of(setup.config), setup.config.num_hidden_layers
     row = 2 * heads.keys * heads.width
     sizes = [1 << power for power in range(8, 15, 2)]
-    times = gather_times(setup.ranks, setup.device.type, _widths(setup.ranks)[1:], sizes, row,
-                         bf16=setup.bf16)  # fmt: skip
+    widths = _widths(setup.ranks)[1:]
+    times = gather_times(
+        setup.ranks, setup.device.type, widths=widths, sizes=sizes, row=row, bf16=setup.bf16
+    )
     for (width, tokens), seconds in times.items():
         yield Measurement("gather", tokens, layers * seconds, width)
 

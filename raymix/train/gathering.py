@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,24 @@ from raymix.errors import ScheduleError, problem
 _REPEATS = 5
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Task:
+    ranks: int
+    device: str
+    widths: tuple[int, ...]
+    sizes: tuple[int, ...]
+    row: int
+    bf16: bool
+    out: str
+
+
 def gather_times(
     ranks: int,
     device: str,
+    *,
     widths: Sequence[int],
     sizes: Sequence[int],
     row: int,
-    *,
     bf16: bool = False,
 ) -> dict[tuple[int, int], float]:
     """Return seconds of an all-gather and a reduce-scatter by team width and tokens.
@@ -42,9 +54,17 @@ def gather_times(
     """
     with tempfile.TemporaryDirectory(prefix="raymix-calibrate-") as directory:
         out = Path(directory) / "times.pt"
-        given = (ranks, device, tuple(widths), tuple(sizes), row, bf16, str(out))
+        task = _Task(
+            ranks=ranks,
+            device=device,
+            widths=tuple(widths),
+            sizes=tuple(sizes),
+            row=row,
+            bf16=bf16,
+            out=str(out),
+        )
         try:
-            torch.multiprocessing.spawn(_rank, args=given, nprocs=ranks)
+            torch.multiprocessing.spawn(_rank, args=(task,), nprocs=ranks)
         except (
             torch.multiprocessing.ProcessRaisedException,
             torch.multiprocessing.ProcessExitedException,
@@ -56,18 +76,10 @@ def gather_times(
     return found
 
 
-def _rank(
-    rank: int,
-    ranks: int,
-    device: str,
-    widths: tuple[int, ...],
-    sizes: tuple[int, ...],
-    row: int,
-    bf16: bool,
-    out: str,
-) -> None:
+def _rank(rank: int, task: _Task) -> None:
     """Measure as one of the processes; rank 0 writes what it found."""
     torch.set_num_threads(1)
+    ranks, device, out = task.ranks, task.device, task.out
     place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(place)
@@ -75,15 +87,15 @@ def _rank(
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks
     )
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if task.bf16 else torch.float32
     times: dict[tuple[int, int], float] = {}
-    for width in widths:
+    for width in task.widths:
         begins = range(0, ranks - width + 1, width)
         # Every process makes every group, or they would wait for each other.
         groups = {first: dist.new_group(list(range(first, first + width))) for first in begins}
         first = rank // width * width
-        for tokens in sizes:
-            part = torch.zeros(-(-tokens // width), row, dtype=dtype, device=place)
+        for tokens in task.sizes:
+            part = torch.zeros(-(-tokens // width), task.row, dtype=dtype, device=place)
             seconds = _timed(_exchange(part, width, groups.get(first)), place)
             times[width, tokens] = seconds
     if rank == 0:

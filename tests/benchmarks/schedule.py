@@ -127,10 +127,10 @@ def cpu_ms(lengths: np.ndarray, layout: Layout, cost: CostModel, name: str) -> f
     return 1000 * (time.process_time() - begin)
 
 
-def instances(count: int) -> Iterator[tuple[np.ndarray, Layout, CostModel]]:
+def instances(count: int, base: int) -> Iterator[tuple[np.ndarray, Layout, CostModel]]:
     """Random small problems: up to 24 sequences, memory from loose to tight, 1 or 2 groups."""
-    rng = np.random.default_rng(0)
-    for seed in range(count):
+    rng = np.random.default_rng(base)
+    for seed in range(base * 100_000, base * 100_000 + count):
         cost = preset(rng.choice(list(MODELS)), rng.choice(list(NETWORKS)))
         name = str(rng.choice(known_distributions()))
         context, groups = int(rng.choice([2, 4, 8])), int(rng.choice([1, 1, 2]))
@@ -145,10 +145,10 @@ def instances(count: int) -> Iterator[tuple[np.ndarray, Layout, CostModel]]:
         yield lengths, layout, replace(cost, memory_tokens=int(np.ceil(room)))
 
 
-def exactness(count: int, nodes: int) -> Rows:
+def exactness(count: int, nodes: int, seed: int) -> Rows:
     """How much slower `refine` is than the best plan, and than the bound proved for all plans."""
     above_plan, above_bound, spent = [], [], []
-    for lengths, layout, cost in instances(count):
+    for lengths, layout, cost in instances(count, seed):
         begin = time.process_time()
         exact = solve_exact(lengths, layout, cost, gap=GAP, nodes=nodes)
         spent.append(time.process_time() - begin)
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--instances", type=int, default=100)
     parser.add_argument("--nodes", type=int, default=1_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the instances")
     parser.add_argument("--planners", default="")
     parser.add_argument("--only", choices=["table", "teams", "planning", "exactness"])
     given = parser.parse_args()
@@ -185,7 +186,7 @@ def main() -> None:
     if given.only in (None, "planning"):
         rows += planning(REPEATS)
     if given.only in (None, "exactness"):
-        rows += exactness(given.instances, given.nodes)
+        rows += exactness(given.instances, given.nodes, given.seed)
     print()
     print_table([line for line in rows if ":" not in line["name"] or line["unit"] == "ms"])
     write_results("schedule" if given.only is None else f"schedule-{given.only}", rows)
