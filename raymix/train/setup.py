@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.optim import Optimizer
 
+from raymix.control.assign import Assignments
 from raymix.control.client import LocalController, RemoteController
 from raymix.control.controller import MixtureController
 from raymix.control.source import BlockSource, LocalSource
@@ -147,11 +148,7 @@ def build_parts(
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = _bf16(recipe, world)
     model, flops, traits = _model(recipe, corpus, start)
-    how, assign = ContextParallel(), None
-    if isinstance(recipe.data, DocumentData):
-        data, rows = recipe.data, start.micro_batch_rows
-        how = context_parallel_of(recipe, data, model, world)
-        assign = assignments_of(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
+    how, assign = _assigned(job, world, start, model)
     loss = PackedLoss(model, linear_head=traits.linear_head)
     replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
@@ -196,6 +193,18 @@ def build_parts(
         prober=_prober(recipe, corpus, mixer, replica, optimizer, start),
         context_parallel=how,
     )
+
+
+def _assigned(
+    job: Job, world: World, start: Start, model: PreTrainedModel
+) -> tuple[ContextParallel, Assignments | None]:
+    """Return how ranks share documents and who assigns them; nothing of the kind for rows."""
+    recipe, data = job.recipe, job.recipe.data
+    if not isinstance(data, DocumentData):
+        return ContextParallel(), None
+    how = context_parallel_of(recipe, data, model, world)
+    rows = start.micro_batch_rows
+    return how, assignments_of(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
 
 
 def _bf16(recipe: Recipe, world: World) -> bool:
