@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.control.bucketer import LocalBucketer
-from raymix.control.bucketing import Assignment, BucketPlan
+from raymix.control.bucketing import Assignment, BucketPlan, StepPlans
 from raymix.recipe.training import DocumentData
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.schedule import CostModel, Layout, Link
@@ -54,11 +53,10 @@ def expected(
     corpus: Corpus, log: MixtureLog, steps: int, how: BucketPlan = HOW
 ) -> list[list[Assignment]]:
     """Return every rank's part of each step, planned in this process."""
-    ranks = [
-        LocalBucketer(corpus, DATA, how, log=log, origin=lambda _: start(corpus), rank=rank)
-        for rank in range(how.layout.ranks)
-    ]
-    return [[rank.assignment(step) for rank in ranks] for step in range(steps)]
+    plans = StepPlans(corpus, DATA, how)
+    plans.begin(start(corpus), log.entries, steps)
+    ranks = range(how.layout.ranks)
+    return [[plans.planned(step).of(rank) for rank in ranks] for step in range(steps)]
 
 
 def same(one: Assignment, two: Assignment) -> bool:

@@ -1,18 +1,36 @@
 """Who decides which rank takes which document of a step: the seam, and planning on the spot.
 
 A schedule is a pure function of the step's lengths, so every rank can work it out for itself and
-comes to the same. An actor that plans ahead takes the same place.
+comes to the same. The actor of `raymix.control.bucketer`, which plans ahead, takes the same place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from raymix.control.slab import Ints
-from raymix.schedule import CostModel, Layout, Schedule, plan_batch
+from raymix.sampling import DocumentStep, MixtureLog
+from raymix.schedule import CostModel, Layout, MicroBatch, plan_batch
 
-Assignments = Callable[[int, Ints], Schedule]
-"""Returns the schedule of a step, given the step and its documents' tokens, shape (N,)."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A rank, and what it knows of what it reads: all that assignments depend on."""
+
+    rank: int
+    log: MixtureLog
+    """The mixture log as far as the rank knows it; grows."""
+    until: Callable[[], int]
+    """Returns the step before which that log is final."""
+    origin: Callable[[int], Mapping[str, Any]]
+    """Returns the state of a `DocumentPlanner` at a step or before it."""
+
+
+Deal = Callable[[DocumentStep], tuple[MicroBatch, ...]]
+"""Returns what a rank holds of a step, as many micro-batches on every rank; asked step by step."""
+
+Assignments = Callable[[Reader], Deal]
 
 
 def planned_here(layout: Layout, cost: CostModel, planner: str = "refine") -> Assignments:
@@ -21,7 +39,13 @@ def planned_here(layout: Layout, cost: CostModel, planner: str = "refine") -> As
     Raises:
         ScheduleError: When asked, if a document is too long for a group of ranks.
     """
-    return lambda step, length_N: plan_batch(length_N, layout, cost, planner)
+
+    def assignments(reader: Reader) -> Deal:
+        return lambda step: plan_batch(step.length_N, layout, cost, planner).micro_batches(
+            reader.rank
+        )
+
+    return assignments
 
 
 def whole_documents(ranks: int, most_tokens: int) -> Assignments:

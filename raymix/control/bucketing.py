@@ -138,6 +138,11 @@ class StepPlans:
         self._plans: dict[int, PlannedStep] = {}
         self._documents: DocumentPlanner | None = None
 
+    @property
+    def ranks(self) -> int:
+        """Return the ranks planned for."""
+        return self._how.layout.ranks
+
     def begin(self, state: Mapping[str, Any], entries: Sequence[MixtureEntry], until: int) -> None:
         """Start afresh.
 

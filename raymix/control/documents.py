@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from raymix.control.ahead import Ahead
-from raymix.control.assign import Assignments
+from raymix.control.assign import Assignments, Reader
 from raymix.control.batch import DocumentBatch, HeldDocument
 from raymix.control.feed import Place
 from raymix.control.geometry import (
@@ -62,7 +62,6 @@ class DocumentFeed:
         order = CorpusOrder(geometries, seed=place.seed, window=data.shuffle_blocks)
         self._log = log
         self._place = place
-        self._assignments = assignments
         self._dtype = corpus.dtype
         self._block_tokens = corpus.manifest.block_tokens
         self._first_block_D = numbers.first_D[:-1]
@@ -77,6 +76,16 @@ class DocumentFeed:
             tokens_per_step=data.tokens_per_step,
             log=log,
             limit_D=epoch_limits(geometries, data.max_epochs),
+        )
+        self._origin = self._planner.state_dict()
+        self._until = 0
+        self._deal = assignments(
+            Reader(
+                rank=place.rank,
+                log=log,
+                until=lambda: self._until,
+                origin=lambda step: self._origin,
+            )
         )
         self._table = BlockTable(source, numbers.total)
         self._lookahead = Lookahead(
@@ -108,6 +117,7 @@ class DocumentFeed:
         owed_D = planner.carry_D / float(1 << planner.bits) / self._mean_D
         self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
         chunk = DocumentChunk(planner.step)
+        self._origin, self._until = planner.state_dict(), planner.step + max(1, n_steps)
         for _ in range(max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))):
             shares_D = np.array(self._log.at(planner.step).weights)
             before = planner.state_dict()
@@ -122,12 +132,10 @@ class DocumentFeed:
 
     def _held(self, plan: DocumentStep) -> tuple[tuple[HeldDocument, ...], ...]:
         """Return what this rank holds of a step, micro-batch by micro-batch."""
-        schedule = self._assignments(plan.step, plan.length_N)
-        mine = schedule.micro_batches(self._place.rank)
         teams = [
             dict.fromkeys(micro.local, (self._place.rank,))
             | {shard.sequence: shard.team for shard in micro.sharded}
-            for micro in mine
+            for micro in self._deal(plan)
         ]
         self._fetch(plan, [document for micro in teams for document in micro])
         return tuple(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from raymix.control.assign import Assignments, planned_here
+from raymix.control.bucketing import BucketPlan
 from raymix.errors import RecipeError, ScheduleError, problem
 from raymix.parallel import Teams, heads_fit
 from raymix.recipe import DocumentData, Recipe
@@ -58,10 +58,10 @@ def layout_of(recipe: Recipe, data: DocumentData) -> Layout:
     return Layout(max(1, workers) // context, context, barrier=barrier, widths=widths)
 
 
-def assignments_of(
+def bucket_plan(
     recipe: Recipe, data: DocumentData, model: PreTrainedModel, *, rows: int, on_gpu: bool
-) -> Assignments:
-    """Return what assigns the documents of a step.
+) -> BucketPlan:
+    """Return how the documents of a step are dealt out.
 
     Args:
         recipe: The run's.
@@ -78,7 +78,8 @@ def assignments_of(
         cost = assumed_cost(model, on_gpu=on_gpu, memory_tokens=memory)
     else:
         cost = replace(_measured(data.assign.cost), memory_tokens=memory)
-    return planned_here(layout_of(recipe, data), cost, data.assign.planner)
+    layout = layout_of(recipe, data)
+    return BucketPlan(seed=recipe.seed, layout=layout, cost=cost, planner=data.assign.planner)
 
 
 def _measured(path: str) -> CostModel:

@@ -17,10 +17,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+from raymix.control.bucketer import start_bucketer
 from raymix.control.client import start_controller
 from raymix.control.plane import start_plane
 from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
+from raymix.recipe import DocumentData
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint
 from raymix.train.cluster import no_room, worker_environment
@@ -59,7 +61,10 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
         cache_bytes=recipe.data.cache_bytes,
         name=f"raymix-plane-{job.session}",
     )
-    trainer = _trainer(replace(job, controller=controller, plane=plane))
+    bucketer = None
+    if isinstance(recipe.data, DocumentData):
+        bucketer = start_bucketer(corpus, recipe.data, name=f"raymix-bucketer-{job.session}")
+    trainer = _trainer(replace(job, controller=controller, plane=plane, bucketer=bucketer))
     try:
         watched(trainer.fit)
     except TrainingFailedError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.optim import Optimizer
 
-from raymix.control.assign import Assignments
+from raymix.control.assign import Assignments, planned_here
 from raymix.control.client import LocalController, RemoteController
 from raymix.control.controller import MixtureController
 from raymix.control.source import BlockSource, LocalSource
@@ -24,7 +24,7 @@ from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
 from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
-from raymix.train.assigning import assignments_of, context_parallel_of, whole_rows
+from raymix.train.assigning import bucket_plan, context_parallel_of, whole_rows
 from raymix.train.batches import most_rows_of_a_rank
 from raymix.train.checkpoint import TrainingState, load_optimizer, newest_checkpoint
 from raymix.train.device import peak_flops, quiet_libraries, use_threads
@@ -67,6 +67,8 @@ class Job:
     """The controller's actor; None without Ray."""
     plane: Any = None
     """The block plane's actor; None without Ray."""
+    bucketer: Any = None
+    """The actor that plans ranks; None without Ray, and where rows are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,12 @@ def _assigned(
         return ContextParallel(), None
     how = context_parallel_of(recipe, data, model, world)
     rows = start.micro_batch_rows
-    return how, assignments_of(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
+    plan = bucket_plan(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
+    if job.bucketer is None:
+        return how, planned_here(plan.layout, plan.cost, plan.planner)
+    from raymix.control.bucketer import planned_by
+
+    return how, planned_by(job.bucketer, plan, attempt=start.attempt)
 
 
 def _bf16(recipe: Recipe, world: World) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from raymix.control.assign import Reader
 from raymix.control.bucketer import PlanRequest, RemoteBucketer, start_bucketer
 from raymix.control.bucketing import BucketPlan
 from raymix.errors import TrainingError
@@ -30,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture
 def actor(ray_cluster: None, corpus: Corpus) -> Iterator[Any]:
-    handle = start_bucketer(corpus, DATA, HOW)
+    handle = start_bucketer(corpus, DATA)
     yield handle
     ray.kill(handle)
 
@@ -43,10 +44,10 @@ def clients(handle: Any, corpus: Corpus, log: MixtureLog, attempt: str = "a") ->
         # The log is final up to here: it is to change at step 4.
         return STEPS if len(log.entries) > 1 else 4
 
-    return [
-        RemoteBucketer(handle, attempt=attempt, rank=rank, log=log, until=until, origin=origin)
-        for rank in range(HOW.layout.ranks)
+    readers = [
+        Reader(rank=rank, log=log, until=until, origin=origin) for rank in range(HOW.layout.ranks)
     ]
+    return [RemoteBucketer(handle, HOW, reader, attempt=attempt) for reader in readers]
 
 
 def test_the_order_of_asking_does_not_matter(actor: Any, corpus: Corpus) -> None:
@@ -78,7 +79,7 @@ def test_it_plans_ahead_but_never_beyond_known_weights(actor: Any, corpus: Corpu
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=2, version=1, entries=tuple(log.entries),
-        state=start(corpus),
+        state=start(corpus), how=HOW,
     )  # fmt: skip
     ray.get(actor.plan.remote(request))
     held: list[int] = []
@@ -116,11 +117,11 @@ def test_an_earlier_attempt_is_refused(actor: Any, corpus: Corpus) -> None:
 def test_512_ranks_are_answered(corpus: Corpus, ray_cluster: None) -> None:
     how = BucketPlan(seed=1, layout=Layout(64, 8), cost=HOW.cost)
     data = DATA.model_copy(update={"tokens_per_step": 20_000})
-    handle = start_bucketer(corpus, data, how)
+    handle = start_bucketer(corpus, data)
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=3, version=1, entries=tuple(log.entries),
-        state=start(corpus),
+        state=start(corpus), how=how,
     )  # fmt: skip
     for step in range(3):
         asked = [handle.plan.remote(replace(request, rank=rank, step=step)) for rank in range(512)]

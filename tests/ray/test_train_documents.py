@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from raymix.recipe import DocumentData, Recipe
+from raymix.schedule import plan_batch
 from raymix.store import Corpus
 from raymix.train.api import train
-from raymix.train.assigning import assignments_of
+from raymix.train.assigning import bucket_plan
 from raymix.train.model import CorpusFacts, build_model
 from raymix.train.rundir import RunDirectory, read_metrics
+from tests.e2e.conftest import wait_for
 
 STEPS = 20
 LONGEST = 1536
@@ -78,9 +84,31 @@ def steps(directory: Path, name: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(RunDirectory(directory / name).metrics) if "loss" in line]
 
 
+def planner_pid() -> int:
+    """Return the process of the actor that plans ranks, 0 where it does not answer."""
+    for found in ray.util.list_named_actors(all_namespaces=True):
+        if found["name"].startswith("raymix-bucketer-"):
+            handle = ray.get_actor(found["name"], namespace=found["namespace"])
+            pid: int = ray.get(handle.status.remote(), timeout=60)["pid"]
+            return pid
+    return 0
+
+
 @pytest.fixture(scope="module")
 def two(ray_cluster: None, directory: Path, shared_data: Path) -> list[dict[str, Any]]:
+    """Train with two workers; the actor that plans for them is killed on the way."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: len(steps(directory, "two")) >= 6, seconds=300, what="step 6")
+        killed.append(planner_pid())
+        os.kill(killed[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
     train(recipe(directory, shared_data, "two", 2), report=False)
+    thread.join()
+    assert killed
     return steps(directory, "two")
 
 
@@ -110,11 +138,11 @@ def test_some_of_these_documents_are_shared_and_some_are_not(
     assert isinstance(used.data, DocumentData)
     corpus = Corpus.open(str(directory / "corpus"))
     model = build_model(used.model, CorpusFacts(257, 256, LONGEST), seed=1)
-    assign = assignments_of(used, used.data, model, rows=1, on_gpu=False)
+    how = bucket_plan(used, used.data, model, rows=1, on_gpu=False)
     lengths = np.concatenate(
         [corpus.document_lengths(name, "train") for name in ("books", "email")]
     )
-    schedule = assign(0, np.minimum(lengths, LONGEST).astype(np.int64))
+    schedule = plan_batch(np.minimum(lengths, LONGEST).astype(np.int64), how.layout, how.cost)
     widths = Counter(schedule.placed.width_K.tolist())
     assert widths[1] > 100
     assert widths[2] > 100
