@@ -184,8 +184,8 @@ def draw_search(document: Mapping[str, Any], console: Console) -> None:
     domains = held["domains"][:_MOST_DOMAINS]
     table = plain_table("model", "mean", *domains, fancy=fancy)
     for name, row in document["test"].items():
-        losses = [f"{row['domains'][domain]:.4f}" for domain in domains]
-        table.add_row(name, f"{row['mean']:.4f}", *losses)
+        losses = [row["mean"], *(row["domains"].get(domain) for domain in domains)]
+        table.add_row(name, *("-" if loss is None else f"{loss:.4f}" for loss in losses))
     console.print(table)
     if held["shared"]:
         told = f"one document is all that is held out of {', '.join(held['shared'])}: both parts "

@@ -87,7 +87,7 @@ def _model_lines(
             yield f"{indent}{name}:"
             yield from _kinds(spot, value, indent + "  ")
             yield from _model_lines(inner, value, indent + "  ", spot)
-        elif name == "domains":
+        elif name == "domains" and value:  # models; those of `specialists` are names, none given
             yield f"{indent}{name}:"
             yield from _domain_lines(spot, value, indent + "  ")
         else:

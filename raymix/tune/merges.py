@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raymix.errors import MergeError
 from raymix.merge.space import Point, next_points, start_point
 from raymix.store import atomic_write_text
 from raymix.tune.attempt import told
@@ -176,7 +178,9 @@ class ScoreTrial:
         if stop_asked():
             return {"state": "stopped"}
         with told(self.search.folder) as end:
-            losses = self._losses()
+            losses: dict[str, float] = {}
+            with suppress(MergeError):  # without a loss: its point in the search says why
+                losses = self._losses()
             atomic_write_text(str(self.path), json.dumps(losses) + "\n")
             end["state"] = "done"
         return end

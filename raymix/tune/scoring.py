@@ -105,9 +105,9 @@ class HeldOut:
         return {**asdict(self), "domains": list(self.domains), "shared": list(self.shared)}
 
 
-def mean_loss(losses: Mapping[str, float]) -> float:
-    """Return the mean over domains; not finite where there are none."""
-    return math.fsum(losses.values()) / len(losses) if losses else math.inf
+def mean_loss(losses: Mapping[str, float]) -> float | None:
+    """Return the mean over domains; None where there are none."""
+    return math.fsum(losses.values()) / len(losses) if losses else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +161,9 @@ class Search:
             found["losses"] = self.score(point, "search", threads=threads, number=number)
         except MergeError as error:
             found["problem"] = str(error)
-        found["loss"] = _finite(mean_loss(found["losses"]))
+        found["loss"] = mean_loss(found["losses"])
         path = self.folder / f"{number:03d}.json"
-        atomic_write_text(str(path), json.dumps(_plain(found), ensure_ascii=False) + "\n")
+        atomic_write_text(str(path), json.dumps(found, ensure_ascii=False) + "\n")
         return found
 
     def score(
@@ -172,15 +172,21 @@ class Search:
         """Return the losses by domain of the merge at a point.
 
         Raises:
-            RaymixError: If it cannot be made, or its model not be loaded.
+            MergeError: If it cannot be made, or has no finite loss.
+            RaymixError: If its model cannot be loaded.
         """
         out = self.folder / f"{_WORK}-{number}"
         shutil.rmtree(out, ignore_errors=True)
         try:
             merge(applied(self.file, point), out, workers=threads, device=self.device, scratch=True)
-            return self.held_out.losses(out, part, threads=threads)
+            losses = self.held_out.losses(out, part, threads=threads)
         finally:
             shutil.rmtree(out, ignore_errors=True)
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                wrong = f"the loss of {name} is not finite"
+                raise MergeError(problem("--search", dict(point), wrong, "Look at lower scales"))
+        return losses
 
     def points(self) -> list[dict[str, Any]]:
         """Return what was tried so far, up to the first point that was not."""
@@ -215,12 +221,3 @@ def refuse_another(folder: Path) -> RecipeError:
     wrong = "another search is here: of another merge file, other models, options or text"
     advice = "Give another --out, or remove the directory"
     return RecipeError(problem("--out", str(folder), wrong, advice))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
-    losses = {name: _finite(loss) for name, loss in found["losses"].items()}
-    return {**found, "losses": losses}
