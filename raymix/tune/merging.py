@@ -154,8 +154,8 @@ def _seats(plan: Plan, has: Resources, workers: int | None, points: int, *, on_g
     entries = sum(place.n_bytes // place.dtype.itemsize for place in plan.layout.places.values())
     largest = max(plan.job_bytes(job) for job in plan.choices)
     room = max(1, has.memory_bytes // (_FP32_COPIES * 4 * entries + largest))
-    gpu = on_gpu and has.gpus >= 1
-    return share_out(has, min(points, workers or room), gpu=gpu, crowded=workers is not None)
+    one = ClusterConfig(workers=0, gpus_per_worker="auto" if on_gpu else 0)
+    return share_out(has, min(points, workers or room), one, crowded=workers is not None)
 
 
 @dataclass(frozen=True, slots=True)
