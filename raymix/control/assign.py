@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymix.sampling import DocumentStep, MixtureLog
-from raymix.schedule import CostModel, Layout, MicroBatch, plan_batch
+from raymix.schedule import CostModel, Layout, MicroBatch, training_planner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +37,13 @@ def planned_here(layout: Layout, cost: CostModel, planner: str = "refine") -> As
     """Return assignments that this process plans when it is asked.
 
     Raises:
-        ScheduleError: When asked, if a document is too long for a group of ranks.
+        ScheduleError: If the planner is unknown; when asked, if a document is too long for a group
+            of ranks.
     """
+    chosen = training_planner(planner)
 
     def assignments(reader: Reader) -> Deal:
-        return lambda step: plan_batch(step.length_N, layout, cost, planner).micro_batches(
-            reader.rank
-        )
+        return lambda step: chosen.plan(step.length_N, layout, cost).micro_batches(reader.rank)
 
     return assignments
 

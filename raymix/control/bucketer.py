@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymix.control.actors import kept_here
 from raymix.control.assign import Assignments, Deal, Reader
 from raymix.control.bucketing import Assignment, BucketPlan, StepPlans
 from raymix.control.client import get
@@ -30,7 +30,6 @@ from raymix.schedule import MicroBatch
 from raymix.store import Corpus
 
 _AHEAD = 2
-_CALLS_AT_ONCE = 10_000
 _PATIENCE_S = 600.0
 
 
@@ -245,12 +244,4 @@ def start_bucketer(corpus: Corpus, data: DocumentData, *, name: str | None = Non
         data: The recipe's `data` section.
         name: Name to find it by; none needed where the handle is passed on.
     """
-    here = ray.get_runtime_context().get_node_id()
-    return RemoteLengthBucketer.options(
-        name=name,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=_CALLS_AT_ONCE,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-    ).remote(corpus.path, data)
+    return RemoteLengthBucketer.options(**kept_here(name)).remote(corpus.path, data)

@@ -26,7 +26,7 @@ from raymix.sampling import (
     MixtureLog,
     batch_hash,
 )
-from raymix.schedule import CostModel, Layout, MicroBatch, Schedule, get_planner
+from raymix.schedule import CostModel, Layout, MicroBatch, Schedule, training_planner
 from raymix.store import Corpus
 
 
@@ -127,7 +127,7 @@ class StepPlans:
         lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
         _check_room(lengths, data, how)
         self._how = how
-        self._planner = get_planner(how.planner)
+        self._planner = training_planner(how.planner)
         self._order = CorpusOrder(geometries, seed=how.seed, window=data.shuffle_blocks)
         self._lengths = lengths
         self._data = data

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymix.control.actors import kept_here
 from raymix.control.controller import MixtureController, RemoteMixtureController
 from raymix.control.leases import Lease
 from raymix.errors import ClusterError, RaymixError, TrainingError, problem
@@ -22,7 +22,6 @@ from raymix.mixers import DomainStats
 
 # The windows a restarted controller may have lost: the one in work and the two before it.
 _KEPT_WINDOWS = 3
-_CALLS_AT_ONCE = 10_000
 
 
 class Controller(Protocol):
@@ -237,12 +236,6 @@ def start_controller(*, name: str | None = None, **options: Any) -> Any:
         name: Name to find it by (`ray.get_actor`); none needed where the handle is passed on.
         options: Arguments of `MixtureController`, all but `session`.
     """
-    here = ray.get_runtime_context().get_node_id()
-    return RemoteMixtureController.options(
-        name=name,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=_CALLS_AT_ONCE,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
-    ).remote(session=uuid.uuid4().hex, **options)
+    return RemoteMixtureController.options(**kept_here(name, movable=False)).remote(
+        session=uuid.uuid4().hex, **options
+    )

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raymix.control.actors import kept_here
 from raymix.control.cache import BlockCache
 from raymix.control.geometry import BlockNumbers
 from raymix.errors import ClusterError, problem
@@ -27,7 +27,6 @@ Ints = npt.NDArray[np.int64]
 
 _AUTO_SHARE = 0.4
 _TRIES = 3
-_CALLS_AT_ONCE = 10_000
 # Bytes of a bundle, and bundles per execution of Ray Data.
 _SOON, _LARGE, _AT_ONCE = 8 << 20, 32 << 20, 4
 
@@ -222,16 +221,8 @@ def start_plane(
         split: The split to read.
         name: Name to find it by; none needed where the handle is passed on.
     """
-    here = ray.get_runtime_context().get_node_id()
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return RemoteBlockPlane.options(
-        name=name,
-        num_cpus=0,
-        max_restarts=-1,
-        max_task_retries=-1,
-        max_concurrency=_CALLS_AT_ONCE,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
-    ).remote(
+    return RemoteBlockPlane.options(**kept_here(name)).remote(
         corpus.path,
         row_tokens=row_tokens,
         cache_bytes=auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,

@@ -81,12 +81,20 @@ _LITTLE = Effort(
 @planner("refine")
 def refine(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
     """Return the placement found by cut-offs of length and improving moves."""
+    return _refined(length_K, layout, cost, _MUCH if length_K.size <= _SMALL else _LITTLE)
+
+
+def quickly_refined(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
+    """Return `refine`'s placement with as little search in small batches as in large ones."""
+    return _refined(length_K, layout, cost, _LITTLE)
+
+
+def _refined(length_K: Ints, layout: Layout, cost: CostModel, effort: Effort) -> Placement:
     bound = lower_bound(length_K, layout, cost) * (1 + _LEVEL)
     simple, merged = packed(length_K, layout, cost), hdp(length_K, layout, cost)
     plans = [_timed(length_K, plan, layout, cost) for plan in (simple, merged)]
     if min(plans, key=_seconds)[0] <= bound:
         return min(plans, key=_seconds)[1]
-    effort = _MUCH if length_K.size <= _SMALL else _LITTLE
     cutter = Cutter(length_K, layout, cost, effort)
     starts = [cutter.seated(cutter.split(over_groups(length_K, layout, cost)))]
     if effort.annealed:

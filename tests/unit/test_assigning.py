@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from raymix.errors import ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.recipe.training import PackedData
+from raymix.schedule import CostModel, Layout, get_planner, plan_batch, training_planner
 from raymix.train.assigning import context_of, held_tokens, layout_of, whole_rows
 
 
@@ -62,3 +65,20 @@ def test_rows_of_a_packed_run_are_rows() -> None:
 def test_groups_that_cannot_be_are_refused(workers: int, assign: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         recipe(workers, **assign)
+
+
+def test_the_whole_search_is_for_steps_that_last() -> None:
+    """Up to 24 documents `refine` anneals; a step of milliseconds would wait for it."""
+    lengths = np.random.default_rng(3).integers(2, 4000, 12)
+    layout = Layout(1, 2)
+    quick = CostModel(quadratic_s=1e-12, linear_s=1e-8, piece_s=1e-4, memory_tokens=9000)
+    slow = CostModel(quadratic_s=1e-8, linear_s=1e-4, piece_s=1.0, memory_tokens=9000)
+    planner = training_planner("refine")
+    whole = plan_batch(lengths, layout, slow)
+    assert planner.plan(lengths, layout, slow).seconds == whole.seconds > 1
+    assert (
+        planner.plan(lengths, layout, quick).seconds >= plan_batch(lengths, layout, quick).seconds
+    )
+    assert training_planner("packed") is get_planner("packed")
+    with pytest.raises(ScheduleError, match="Did you mean 'refine'"):
+        training_planner("refin")
