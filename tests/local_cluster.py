@@ -118,10 +118,13 @@ def _head(gcs: str, board: str, folder: Path) -> list[str]:
 
 
 def _start(name: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+    # Jobs go through the agents, and another cluster's may have the usual port.
+    (agent,) = _free_ports(1)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start"),
         *("--node-ip-address=127.0.0.1", "--object-store-memory=100000000"),
         "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={agent}",
         *arguments,
     ]
     log = folder / f"{name}.log"
