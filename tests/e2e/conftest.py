@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from raymix.train.rundir import read_metrics
+
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "pipelines" / "quickstart"
 DOMAINS = ("books", "python", "legal", "math")
@@ -119,8 +121,7 @@ def write_recipe(path: Path, **changes: Any) -> Path:
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """Return the step lines of a run's metrics, in file order."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
+    return [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
 def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> None:
