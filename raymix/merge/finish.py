@@ -184,7 +184,7 @@ def _vocabulary(path: str) -> dict[str, Any] | None:
 
 def _token_ids(document: Any) -> dict[str, Any]:
     """Return the ids by token of a `tokenizer.json`; any exception says that it is none."""
-    vocabulary = document["model"].get("vocab", {})
+    vocabulary = document.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the place
         vocabulary = {pair[0]: at for at, pair in enumerate(vocabulary)}
     added = {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
