@@ -105,6 +105,8 @@ class Here:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # Tests that a script runs in the background are deaf to Ctrl-C, and so are children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
