@@ -33,13 +33,13 @@ demo-cluster: install  ## Submit a run to a real two-node cluster on this machin
 	@$(BIN)/python -m tests.demo_cluster
 
 test: install  ## All tests but gpu and slow
-	@$(BIN)/python -m pytest -q -n 2 tests/unit
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 	@$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/e2e/without_ray
 	@$(BIN)/python -m pytest -q -m "not slow" tests/ray tests/e2e --ignore tests/e2e/without_ray
 	@$(MAKE) --no-print-directory lint
 
 test-unit: install  ## Tests without Ray, under a minute
-	@$(BIN)/python -m pytest -q -n 2 tests/unit
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 
 test-gpu: install  ## Tests that need a CUDA device (skipped without one)
 	@$(BIN)/python -m pytest -q tests/gpu
