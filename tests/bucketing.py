@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raymix.control.bucketing import Assignment, BucketPlan, StepPlans
 from raymix.recipe.training import DocumentData
 from raymix.sampling import MixtureEntry, MixtureLog
@@ -60,10 +58,13 @@ def expected(
 
 
 def same(one: Assignment, two: Assignment) -> bool:
-    arrays = ("position_S", "domain_S", "index_S", "document_S", "length_S")
-    return (
-        one.micro_batches == two.micro_batches
-        and (one.step, one.version, one.label_tokens) == (two.step, two.version, two.label_tokens)
-        and one.batch_hash == two.batch_hash
-        and all(np.array_equal(getattr(one, name), getattr(two, name)) for name in arrays)
-    )
+    return one == two
+
+
+def held_by(part: Assignment) -> list[int]:
+    """Return the documents that a rank holds, or a shard of, by their position in the step."""
+    return [
+        position
+        for micro in part.micro_batches
+        for position in (*micro.local, *(shard.sequence for shard in micro.sharded))
+    ]

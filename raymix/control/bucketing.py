@@ -4,7 +4,7 @@ What a step reads is a function of (seed, corpus, mixture log); who reads it, of
 planner, cost). So nothing here needs keeping: whoever asks brings the log as far as it knows it and
 the state of the order of documents, some hundred bytes, and plans are made again, the same.
 
-Legend: N documents of a step, S of them on one rank.
+Legend: N documents of a step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from raymix.control.geometry import Ints, document_geometry, epoch_limits
+from raymix.control.geometry import document_geometry, epoch_limits
 from raymix.errors import ScheduleError, problem
 from raymix.recipe.training import DocumentData
 from raymix.sampling import (
@@ -53,25 +51,10 @@ class Assignment:
     """Version of the log entry the step follows."""
     micro_batches: tuple[MicroBatch, ...]
     """As many on every rank; they name documents by their position in the step."""
-    position_S: Ints
-    """The rank's documents, local and sharded ones, rising."""
-    domain_S: Ints
-    index_S: Ints
-    """How many documents of its domain came before."""
-    document_S: Ints
-    """Position of the document in its domain's stream."""
-    length_S: Ints
-    """Tokens of the whole document, cut at the sequence length."""
     label_tokens: int
     """Labels of the global batch: all tokens but each document's first."""
     batch_hash: str
     """Names the global batch."""
-
-    def documents(self, micro_batch: MicroBatch) -> dict[int, int]:
-        """Return where each document of a micro-batch stands in the arrays here, by position."""
-        wanted = [*micro_batch.local, *(shard.sequence for shard in micro_batch.sharded)]
-        found = np.searchsorted(self.position_S, wanted)
-        return dict(zip(wanted, found.tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,23 +71,11 @@ class PlannedStep:
         Raises:
             ScheduleError: If the layout has no such rank.
         """
-        micro_batches = self.schedule.micro_batches(rank)
-        held = [
-            position
-            for micro in micro_batches
-            for position in (*micro.local, *(shard.sequence for shard in micro.sharded))
-        ]
-        mine = np.sort(np.array(held, dtype=np.int64))
         step = self.documents
         return Assignment(
             step=step.step,
             version=step.version,
-            micro_batches=micro_batches,
-            position_S=mine,
-            domain_S=step.domain_N[mine].astype(np.int64),
-            index_S=step.index_N[mine],
-            document_S=step.document_N[mine],
-            length_S=step.length_N[mine],
+            micro_batches=self.schedule.micro_batches(rank),
             label_tokens=int(step.length_N.sum()) - len(step.length_N),
             batch_hash=self.batch_hash,
         )

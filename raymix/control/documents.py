@@ -117,11 +117,11 @@ class DocumentFeed:
         owed_D = planner.carry_D / float(1 << planner.bits) / self._mean_D
         self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
         chunk = DocumentChunk(planner.step)
-        self._origin, self._until = planner.state_dict(), planner.step + max(1, n_steps)
+        self._until = planner.step + max(1, n_steps)
         for _ in range(max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))):
             shares_D = np.array(self._log.at(planner.step).weights)
-            before = planner.state_dict()
-            chunk.add(before, self._batch(planner.plan(1)[0], shares_D))
+            self._origin = planner.state_dict()
+            chunk.add(self._origin, self._batch(planner.plan(1)[0], shares_D))
         chunk.after = planner.state_dict()
         return chunk
 

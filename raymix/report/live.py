@@ -8,15 +8,16 @@ the old one: everything is then read afresh.
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from raymix.jsontext import parse_json
 from raymix.report.exactness import usable_tokens
 from raymix.report.read import LOG, METRICS, Document, is_step, number, outline
+from raymix.store.tail import LineTail
 
 _PACE_STEPS = 50
 _CURVE_POINTS = 400
@@ -34,8 +35,8 @@ class LiveRun:
         """
         self._path = Path(path)
         self._open()
-        self._tail = _Tail(self._path / METRICS)
-        self._log = _Tail(self._path / LOG)
+        self._tail = LineTail(self._path / METRICS)
+        self._log = LineTail(self._path / LOG)
         self._forget()
 
     @property
@@ -60,9 +61,9 @@ class LiveRun:
         if afresh:
             self._forget()
             self._open()
-        for line in lines:
+        for line in _objects(lines):
             self._take(line)
-        for entry in self._log.read()[0]:
+        for entry in _objects(self._log.read()[0]):
             stats = entry.get("stats")
             self._stats = stats if isinstance(stats, dict) else self._stats
         return bool(lines)
@@ -175,47 +176,13 @@ class LiveRun:
         return number(values[at]) if isinstance(values, list) and at < len(values) else math.nan
 
 
-class _Tail:
-    """The lines of a JSON-lines file that are new since the last look; damaged ones are left out.
-
-    A file that is put in its place, or cut short, is read from its beginning.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode, self._offset, self._changed = -1, 0, time.time()
-
-    def age(self) -> float:
-        """Return the seconds since the file was written to last."""
-        return max(0.0, time.time() - self._changed)
-
-    def read(self) -> tuple[list[Document], bool]:
-        """Return the new lines, and whether they are those of another file than before."""
-        try:
-            with self._path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                afresh = facts.st_ino != self._inode or facts.st_size < self._offset
-                known = self._inode
-                if afresh:
-                    self._inode, self._offset = facts.st_ino, 0
-                self._changed = facts.st_mtime
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return [], False
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        return [line for raw in data[:whole].splitlines() if (line := _object(raw))], (
-            afresh and known != -1
-        )
-
-
-def _object(raw: bytes) -> Document | None:
-    try:
-        line = parse_json(raw)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
+def _objects(lines: list[bytes]) -> Iterator[Document]:
+    """Yield the objects of JSON lines; damaged ones are left out."""
+    for raw in lines:
+        with suppress(ValueError):
+            line = parse_json(raw)
+            if isinstance(line, dict):
+                yield line
 
 
 def _mapping(line: Document, key: str) -> dict[str, Any]:

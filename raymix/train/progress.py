@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import zlib
@@ -17,6 +16,7 @@ from rich.status import Status
 
 from raymix.corpus.console import clock, short
 from raymix.jsontext import parse_json
+from raymix.store.tail import LineTail
 
 _LINE_EVERY_S = 10.0
 _FIRST_LINES = 3
@@ -34,30 +34,18 @@ class MetricsTail:
 
     def __init__(self, path: Path) -> None:
         """Begin after the present lines of the file at `path`."""
-        self._path = path
-        self._inode, self._offset = -1, 0
+        self._tail = LineTail(path)
         self._seen: list[int] = []
         self.read()
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """Return the new lines, and whether a new file took the place of one with more lines."""
-        try:
-            with self._path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                before, replaced = self._seen, inode != self._inode
-                if replaced:
-                    self._inode, self._offset, self._seen = inode, 0, list[int]()
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return [], False
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        lines = data[:whole].splitlines()
+        lines, replaced = self._tail.read()
+        before = self._seen if replaced else []
         marks = [zlib.crc32(line) for line in lines]
-        self._seen += marks
-        kept = _common(before, marks) if replaced else 0
-        return [parse_json(line) for line in lines[kept:]], replaced and kept < len(before)
+        self._seen = marks if replaced else self._seen + marks
+        kept = _common(before, marks)
+        return [parse_json(line) for line in lines[kept:]], kept < len(before)
 
 
 def _common(left: list[int], right: list[int]) -> int:

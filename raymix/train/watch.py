@@ -35,7 +35,7 @@ def watch(
         KeyboardInterrupt: At the second Ctrl-C, or one before the first step.
     """
     with ctrl_c() as pressed:
-        thread = _Work(work)
+        thread = Work(work)
         began = time.monotonic()
         asked = False
         while not thread.wait(_POLL_S):
@@ -47,15 +47,15 @@ def watch(
                 asked = True
                 run.stop_request.touch()
                 progress.say("Stopping with a checkpoint; Ctrl-C again stops at once.")
-    if thread.error is not None:
-        raise thread.error
+    thread.end()
 
 
-class _Work:
+class Work:
     """A call in a thread of its own."""
 
     def __init__(self, call: Callable[[], object]) -> None:
-        self.error: BaseException | None = None
+        """Begin it."""
+        self._error: BaseException | None = None
         self._call = call
         self._thread = threading.Thread(target=self._run, name="raymix-work", daemon=True)
         self._thread.start()
@@ -65,11 +65,17 @@ class _Work:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def end(self) -> None:
+        """Wait until it has ended, and raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
     def _run(self) -> None:
         try:
             self._call()
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
-            self.error = error
+        except BaseException as error:  # noqa: BLE001 - `end` raises it again
+            self._error = error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 import traceback
 import uuid
@@ -20,6 +19,7 @@ from raymix.train.cluster import joined
 from raymix.train.environment import environment
 from raymix.train.local import run_here
 from raymix.train.setup import Job
+from raymix.train.watch import Work
 from raymix.tune.planning import ERROR_LOG
 
 _POLL_S = 0.2
@@ -119,26 +119,15 @@ def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:
 
 def _stoppable(work: Callable[[], object], job: Job, stop_asked: Callable[[], bool]) -> None:
     """Do `work` in a thread; when a stop is asked for, have the workers end with a checkpoint."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="raymix-work", daemon=True)
-    thread.start()
+    training = Work(work)
     try:
-        while thread.is_alive() and not stop_asked():
-            thread.join(_POLL_S)
+        while not training.wait(_POLL_S) and not stop_asked():
+            pass
     finally:
         # Tune ends a run that its scheduler cut inside `stop_asked`, by an exception.
-        if thread.is_alive():
+        if not training.wait(0):
             job.run.stop_request.touch()
-        thread.join()
-    if errors:
-        raise errors[0]
+        training.end()
 
 
 def _now_and_then(stop_asked: Callable[[], bool]) -> Callable[[], bool]:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -317,7 +317,8 @@ def _merge(
     return run_trials(
         left,
         out=setting.out,
-        seats=seats,
+        # Whatever trains the models, a search of merges is one process.
+        seats=replace(seats, workers=0),
         cluster=setting.recipe.cluster,
         done=len(searches) - len(left),
     )

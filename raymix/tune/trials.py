@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from ray.tune.search import Searcher
 from raymix.recipe import ClusterConfig
 from raymix.train.cluster import joined, ray_notices_to
 from raymix.train.progress import MetricsTail
-from raymix.train.watch import ctrl_c
+from raymix.train.watch import Work, ctrl_c
 from raymix.tune.attempt import Piece
 from raymix.tune.planning import Seats
 from raymix.tune.progress import TrialsProgress
@@ -191,20 +190,10 @@ def _watch(
         requests: The files that ask runs to stop, and then Tune to end.
     """
     stop, end = requests
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            fit()
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the main thread
-            errors.append(error)
-
-    thread = threading.Thread(target=work, name="raymix-tune", daemon=True)
     with ctrl_c() as pressed:
-        thread.start()
+        work = Work(fit)
         waited_for: set[str] | None = None
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        while not work.wait(_POLL_S):
             progress.update(board.outcome.states.copy(), board.outcome.problems)
             if pressed() and waited_for is None:
                 waited_for = board.running()
@@ -218,8 +207,7 @@ def _watch(
         if pressed():
             progress.say("Stopped; the same command goes on from there.")
             raise KeyboardInterrupt
-    if errors:
-        raise errors[0]
+    work.end()
 
 
 class _Board(tune.Callback):

@@ -57,6 +57,7 @@ def process(share: Floats, step: Floats, loss: Floats, new: Floats, late: Floats
     middle, size = np.log(loss).mean(), np.log(loss).std()
     model = GaussianProcessRegressor(kernel, optimizer=_few_steps)
     with warnings.catch_warnings():
+        # A few steps are what the notes gave it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(np.sqrt(share), (np.log(loss) - middle) / size)
     return np.exp(model.predict(np.sqrt(new)) * size + middle)

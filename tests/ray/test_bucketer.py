@@ -18,7 +18,7 @@ from raymix.errors import TrainingError
 from raymix.sampling import MixtureLog
 from raymix.schedule import Layout
 from raymix.store import Corpus
-from tests.bucketing import DATA, HOW, expected, log_of, mixed_corpus, same, start
+from tests.bucketing import DATA, HOW, expected, held_by, log_of, mixed_corpus, same, start
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 10
@@ -127,6 +127,6 @@ def test_512_ranks_are_answered(corpus: Corpus, ray_cluster: None) -> None:
         asked = [handle.plan.remote(replace(request, rank=rank, step=step)) for rank in range(512)]
         parts = ray.get(asked, timeout=100)
         assert len({part.batch_hash for part in parts}) == 1
-        held = {position for part in parts for position in part.position_S.tolist()}
+        held = {position for part in parts for position in held_by(part)}
         assert held == set(range(len(held)))
     ray.kill(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,13 +17,7 @@ import yaml
 from tests.e2e.conftest import steps_of, wait_for
 from tests.local_cluster import LocalCluster, local_cluster
 
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        importlib.util.find_spec("aiohttp") is None,
-        reason="jobs need ray[default]: pip install 'raymix[cluster]'",
-    ),
-]
+pytestmark = pytest.mark.timeout(600)
 
 WORDS = "the quick brown fox jumps over the lazy dog and goes home to sleep until the morning. "
 

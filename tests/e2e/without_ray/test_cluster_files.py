@@ -6,8 +6,8 @@ import copy
 import json
 import os
 import re
-import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,9 +215,7 @@ def test_scripts_are_sound_and_refuse_an_empty_line(path: Path) -> None:
     done = subprocess.run([str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "usage" in done.stderr
-    checker = shutil.which("shellcheck")
-    if checker is not None:
-        subprocess.run([checker, str(path)], check=True)
+    subprocess.run([Path(sys.executable).with_name("shellcheck"), str(path)], check=True)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -66,10 +63,6 @@ def test_what_is_said_of_extending_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sphinx") is None or importlib.util.find_spec("myst_parser") is None,
-    reason="Sphinx is not installed (pip install --group docs)",
-)
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     build = [
         "-m",

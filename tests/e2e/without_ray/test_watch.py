@@ -29,7 +29,7 @@ def lines_of(run: Path) -> list[str]:
 
 
 def drawn(run: LiveRun) -> str:
-    console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - nothing
+    console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115 - nothing to close
     console.print(dashboard(run.document(), fancy=False))
     return console.export_text()
 
