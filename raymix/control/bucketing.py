@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymix.control.geometry import document_geometry, epoch_limits
+from raymix.control.labels import DocumentLabels
 from raymix.errors import ScheduleError, problem
 from raymix.recipe.training import DocumentData
 from raymix.sampling import (
@@ -52,7 +53,7 @@ class Assignment:
     micro_batches: tuple[MicroBatch, ...]
     """As many on every rank; they name documents by their position in the step."""
     label_tokens: int
-    """Labels of the global batch: all tokens but each document's first."""
+    """Labels of the global batch."""
     batch_hash: str
     """Names the global batch."""
 
@@ -63,6 +64,7 @@ class PlannedStep:
 
     documents: DocumentStep
     schedule: Schedule
+    label_tokens: int
     batch_hash: str
 
     def of(self, rank: int) -> Assignment:
@@ -76,7 +78,7 @@ class PlannedStep:
             step=step.step,
             version=step.version,
             micro_batches=self.schedule.micro_batches(rank),
-            label_tokens=int(step.length_N.sum()) - len(step.length_N),
+            label_tokens=self.label_tokens,
             batch_hash=self.batch_hash,
         )
 
@@ -101,6 +103,7 @@ class StepPlans:
         self._planner = training_planner(how.planner)
         self._order = CorpusOrder(geometries, seed=how.seed, window=data.shuffle_blocks)
         self._lengths = lengths
+        self._labels = DocumentLabels(corpus, lengths)
         self._data = data
         self._limit_D = epoch_limits(geometries, data.max_epochs)
         self._names = corpus.domain_names
@@ -171,6 +174,7 @@ class StepPlans:
             self._plans[found.step] = PlannedStep(
                 found,
                 self._planner.plan(found.length_N, self._how.layout, self._how.cost),
+                self._labels.count(found),
                 batch_hash(found.domain_N, found.index_N),
             )
         return self._plans[step]

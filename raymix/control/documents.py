@@ -23,6 +23,7 @@ from raymix.control.geometry import (
     document_geometry,
     epoch_limits,
 )
+from raymix.control.labels import DocumentLabels
 from raymix.control.lookahead import Floats, Lookahead
 from raymix.control.packed import ranges
 from raymix.control.slab import Tokens
@@ -67,6 +68,7 @@ class DocumentFeed:
         self._first_block_D = numbers.first_D[:-1]
         self._first_token = [np.cumsum(part, dtype=np.int64) - part for part in lengths]
         self._length = [np.minimum(part, data.sequence_length) for part in lengths]
+        self._labels = DocumentLabels(corpus, lengths)
         self._mean_D = np.array([part.mean() for part in self._length])
         self._rate_D = data.tokens_per_step / self._mean_D
         self._planner = DocumentPlanner(
@@ -127,7 +129,7 @@ class DocumentFeed:
 
     def _batch(self, plan: DocumentStep, shares_D: Floats) -> DocumentBatch:
         counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
-        facts = DocumentFacts(plan, shares_D.size)
+        facts = DocumentFacts(plan, shares_D.size, self._labels)
         return DocumentBatch(plan.step, plan.version, shares_D, counts_D, facts, self._held(plan))
 
     def _held(self, plan: DocumentStep) -> tuple[tuple[HeldDocument, ...], ...]:
@@ -146,7 +148,9 @@ class DocumentFeed:
     def _document(self, plan: DocumentStep, document: int, team: tuple[int, ...]) -> HeldDocument:
         tokens = np.empty(int(plan.length_N[document]), dtype=self._dtype)
         self._copy(plan, document, tokens)
-        return HeldDocument(int(plan.domain_N[document]), team, tokens)
+        domain = int(plan.domain_N[document])
+        learnt = self._labels.mask(domain, int(plan.document_N[document]), len(tokens))
+        return HeldDocument(domain, team, tokens, learnt)
 
     def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
         """Copy a document, whichever blocks it lies in, and return its tokens."""
@@ -223,9 +227,10 @@ class DocumentChunk:
 class DocumentFacts:
     """What is known of a step's documents, all ranks'."""
 
-    def __init__(self, plan: DocumentStep, n_domains: int) -> None:
+    def __init__(self, plan: DocumentStep, n_domains: int, labels: DocumentLabels) -> None:
         self.plan = plan
         self._n_domains = n_domains
+        self._labels = labels
 
     def tokens_by_domain(self, step: int) -> Ints:
         """Return the tokens of each domain in the whole batch."""
@@ -234,8 +239,8 @@ class DocumentFacts:
         return tokens_D.astype(np.int64)
 
     def label_tokens(self, step: int) -> int:
-        """Return the labels of the whole batch: all tokens but each document's first."""
-        return int(self.plan.length_N.sum()) - len(self.plan.length_N)
+        """Return the labels of the whole batch; see `raymix.control.labels`."""
+        return self._labels.count(self.plan)
 
     def batch_hash(self, step: int) -> str:
         """Return the name of the whole batch."""

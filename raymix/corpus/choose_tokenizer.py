@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymix.corpus import state
+from raymix.corpus.chat import save_template
 from raymix.corpus.parts import Part, digest
 from raymix.corpus.progress import Reporter
 from raymix.corpus.runner import Runner, in_order
@@ -19,35 +20,37 @@ from raymix.store import TokenizerInfo, atomic_write_text, files
 
 def ready_tokenizer(
     config: CorpusConfig, parts: Mapping[str, Sequence[Part]], runner: Runner, report: Reporter
-) -> TokenizerInfo:
-    """Return the description of the corpus' tokenizer, having saved it in the corpus.
+) -> tuple[TokenizerInfo, str]:
+    """Return the corpus' tokenizer and the name of its chat template, having saved both in it.
 
     Raises:
         CorpusError: If the one the recipe names cannot be used.
     """
     chosen = config.tokenizer
     if isinstance(chosen, TrainedTokenizer):
-        return _trained(config, chosen, parts, runner, report)
+        template = save_template(config)
+        return _trained(config, chosen, parts, template, runner, report), template
     if isinstance(chosen, PretrainedTokenizer):
         loaded = load_pretrained(chosen)
     else:
         loaded = LoadedTokenizer.made(byte_tokenizer(), "byte")
     loaded.save(config.path)
-    return loaded.info
+    return loaded.info, save_template(config)
 
 
 def _trained(
     config: CorpusConfig,
     chosen: TrainedTokenizer,
     parts: Mapping[str, Sequence[Part]],
+    template: str,
     runner: Runner,
     report: Reporter,
 ) -> TokenizerInfo:
-    job = _train_job(config, chosen, parts)
+    job = _train_job(config, chosen, parts, template)
     keys = [part.key() for _, found in job.domains for part in found]
     columns = [domain.model_dump(mode="json") for domain, _ in job.domains]
     limits = [config.min_characters, config.max_characters, config.valid_fraction]
-    key = digest([chosen.model_dump(), keys, columns, limits])
+    key = digest([chosen.model_dump(), keys, columns, limits, template])
     marker = files.join(config.path, state.WORK, "tokenizer.json")
     before = _read_marker(marker)
     if before.get("key") == key:
@@ -69,7 +72,10 @@ def _read_marker(marker: str) -> dict[str, Any]:
 
 
 def _train_job(
-    config: CorpusConfig, chosen: TrainedTokenizer, parts: Mapping[str, Sequence[Part]]
+    config: CorpusConfig,
+    chosen: TrainedTokenizer,
+    parts: Mapping[str, Sequence[Part]],
+    template: str,
 ) -> TrainJob:
     domains = [
         (domain, tuple(part for part in parts[domain.name] if part.held_out != "yes"))
@@ -83,4 +89,5 @@ def _train_job(
         max_characters=config.max_characters,
         valid_fraction=config.valid_fraction,
         corpus=config.path,
+        template=template,
     )

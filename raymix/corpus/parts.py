@@ -140,7 +140,7 @@ def _slices(domain: DomainConfig, found: tuple[SourceFile, ...]) -> list[Slice]:
 
 
 def _file_slices(domain: DomainConfig, file: SourceFile) -> list[Slice]:
-    column = domain.tokens_column or domain.text_column
+    column = domain.column
     if file.format == "parquet":
         return _guarded(file, lambda: _parquet_slices(domain, file, column))
     if file.format == "arrow":
@@ -209,11 +209,14 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
     Raises:
         CorpusError: If not; it lists the columns found.
     """
-    field = f"{domain.name}.{'tokens_column' if domain.tokens_column else 'text_column'}"
+    field = f"{domain.name}.{domain.column_field}"
     if column not in schema.names:
         raise no_column(field, column, file, schema.names)
     kind: Any = schema.field(column).type
-    if domain.tokens_column:
+    if domain.messages_column:
+        fits = _is_list(kind) and pa.types.is_struct(kind.value_type)
+        wanted = "a list of messages (role, content)"
+    elif domain.tokens_column:
         fits = _is_list(kind) and pa.types.is_integer(kind.value_type)
         wanted = "a list of integers"
     else:

@@ -172,8 +172,8 @@ class _Preparation:
 
     def run(self) -> Manifest:
         """Return the manifest, having written everything."""
-        tokenizer = ready_tokenizer(self.config, self.parts, self.runner, self.report)
-        tallies = self._tokenise(tokenizer)
+        tokenizer, template = ready_tokenizer(self.config, self.parts, self.runner, self.report)
+        tallies = self._tokenise(tokenizer, template)
         self._judge(tallies)
         selections = self._select(tallies)
         splits, block_tokens = self._assemble(selections, tokenizer)
@@ -193,7 +193,7 @@ class _Preparation:
         atomic_write_text(files.join(self.config.path, MANIFEST), text)
         return manifest
 
-    def _tokenise(self, tokenizer: TokenizerInfo) -> dict[str, list[Tally]]:
+    def _tokenise(self, tokenizer: TokenizerInfo, template: str) -> dict[str, list[Tally]]:
         domains = {domain.name: domain for domain in self.config.domains}
         jobs = [
             PartJob(
@@ -204,6 +204,7 @@ class _Preparation:
                 self.work,
                 self.config.min_characters,
                 self.config.max_characters,
+                template,
             )
             for name, found in self.parts.items()
             for part in found
@@ -253,6 +254,7 @@ class _Preparation:
 
     def _select(self, tallies: dict[str, list[Tally]]) -> dict[str, Selection]:
         jobs = []
+        answers = {domain.name: bool(domain.messages_column) for domain in self.config.domains}
         for name, found in tallies.items():
             keys = [tally.key for tally in found]
             options = [self.config.valid_fraction, self.config.deduplicate]
@@ -266,6 +268,7 @@ class _Preparation:
                     corpus=self.config.path,
                     work=self.work,
                     key=digest([keys, options]),
+                    answers=answers[name],
                 )
             )
         found = self._run(
@@ -363,6 +366,8 @@ class _Preparation:
                 length_histogram=selection.length_histogram,
                 unigram_entropy=unigram,
                 bigram_entropy=bigram,
+                learnt=selection.learnt,
+                learnt_tokens=selection.learnt_tokens,
             )
         return splits
 

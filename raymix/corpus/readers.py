@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from raymix.corpus.chat import Conversation, conversation
 from raymix.corpus.lines import lines_between
 from raymix.corpus.parts import Slice, check_column, is_arrow_file, no_column, unreadable
 from raymix.recipe import DomainConfig
@@ -47,7 +48,7 @@ class Reject:
 TOO_LONG = Reject("too long", "")
 """Stands for a document that was not read to its end, being longer than any that is wanted."""
 
-Value = str | TokenIds | Reject
+Value = str | TokenIds | Conversation | Reject
 Records = Iterator[tuple[int, Value | None]]
 
 
@@ -90,7 +91,7 @@ def _opened(piece: Slice) -> Iterator[pa.NativeFile]:
 
 
 def _parquet(piece: Slice, domain: DomainConfig) -> Records:
-    column = domain.tokens_column or domain.text_column
+    column = domain.column
     filesystem, path = files.locate(piece.file.url)
     remote = not isinstance(filesystem, pafs.LocalFileSystem)
     with filesystem.open_input_file(path) as source:
@@ -111,7 +112,7 @@ def _arrow(piece: Slice, domain: DomainConfig) -> Records:
 
 
 def _arrow_values(source: pa.NativeFile, piece: Slice, domain: DomainConfig) -> Iterator[Value]:
-    column = domain.tokens_column or domain.text_column
+    column = domain.column
     for records in _arrow_batches(source, piece):
         check_column(domain, piece.file, records.schema, column)
         index = records.schema.get_field_index(column)
@@ -141,6 +142,9 @@ def _arrow_batches(source: pa.NativeFile, piece: Slice) -> Iterator[pa.RecordBat
 
 
 def _column(values: pa.Array, domain: DomainConfig) -> Iterator[Value]:
+    if domain.messages_column:
+        yield from (_messages(value) for value in values.to_pylist())
+        return
     if domain.tokens_column:
         for scalar in values:
             yield scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else _null()
@@ -199,15 +203,23 @@ def json_value(line: bytes, domain: DomainConfig) -> Value:
         return Reject("invalid JSON", excerpt(line))
     if not isinstance(record, dict):
         return Reject("not a JSON object", excerpt(line))
-    column = domain.tokens_column or domain.text_column
+    column = domain.column
     if column not in record:
         return Reject(f"no {column!r} key", excerpt(line))
     value = record[column]
     if value is None:
         return Reject("null", excerpt(line))
+    if domain.messages_column:
+        return _messages(value)
     if domain.tokens_column:
         return _token_ids(value, line)
     return value if isinstance(value, str) else Reject("not text", excerpt(line))
+
+
+def _messages(value: object) -> Conversation | Reject:
+    if value is None:
+        return _null()
+    return conversation(value) or Reject("not a list of messages", excerpt(value))
 
 
 def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
@@ -276,7 +288,6 @@ def check_first_line(piece: Slice, domain: DomainConfig) -> None:
     with contextlib.suppress(OSError, ValueError, RecursionError), _opened(piece) as source:
         line, _ = next(lines_between(source.read, 0, None, limit=1 << 24), (b"null", True))
         record = json.loads(line.decode("utf-8-sig"))
-    column = domain.tokens_column or domain.text_column
+    column = domain.column
     if isinstance(record, dict) and column not in record:
-        field = f"{domain.name}.{'tokens_column' if domain.tokens_column else 'text_column'}"
-        raise no_column(field, column, piece.file, record)
+        raise no_column(f"{domain.name}.{domain.column_field}", column, piece.file, record)

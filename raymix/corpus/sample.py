@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raymix.corpus.chat import Conversation, TemplateRefused, saved_template
 from raymix.corpus.parts import SMALLEST_PART, Part
 from raymix.corpus.readers import read_slice
 from raymix.corpus.select import is_held_out
@@ -28,6 +29,7 @@ class TrainJob:
     max_characters: int
     valid_fraction: float
     corpus: str
+    template: str
 
 
 def train_tokenizer(job: TrainJob) -> TokenizerInfo:
@@ -75,7 +77,8 @@ def _domain_texts(
 
 def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str]:
     for piece in part.slices:
-        for _, text in read_slice(piece, domain, max_characters=job.max_characters):
+        for _, value in read_slice(piece, domain, max_characters=job.max_characters):
+            text = _rendered(job, value) if isinstance(value, Conversation) else value
             if not isinstance(text, str) or len(text) > job.max_characters:
                 continue
             if len(text.strip()) < max(job.min_characters, 1):
@@ -87,6 +90,13 @@ def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str
             if part.held_out == "by hash" and _held_out(raw, job.valid_fraction):
                 continue
             yield text
+
+
+def _rendered(job: TrainJob, chat: Conversation) -> str | None:
+    try:
+        return saved_template(job.corpus, job.template).render(chat)[0]
+    except TemplateRefused:
+        return None
 
 
 def _held_out(raw: bytes, fraction: float) -> bool:

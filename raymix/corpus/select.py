@@ -22,6 +22,7 @@ from raymix.corpus.parts import HeldOut
 from raymix.corpus.tokenise import DOCUMENT, part_base
 from raymix.jsontext import parse_json
 from raymix.store import SPLITS, Split, atomic_write_text, files
+from raymix.store.learnt import LEARNT, write_learnt
 from raymix.store.shard import write_length_pieces
 
 DROPPED, TRAIN, VALID = 0, 1, 2
@@ -50,11 +51,17 @@ class SelectJob:
     corpus: str
     work: str
     key: str
+    answers: bool = False
+    """Whether only answers are learnt."""
 
 
 @dataclass(frozen=True)
 class SplitSelection:
-    """What a split is made of; `part_tokens` are the ids that each part contributes."""
+    """What a split is made of; `part_tokens` are the ids that each part contributes.
+
+    `learnt` is the hash of the file that says what is learnt, `learnt_tokens` how many tokens
+    are; None where all but the first of each document are.
+    """
 
     documents: int
     tokens: int
@@ -62,6 +69,8 @@ class SplitSelection:
     part_tokens: list[int]
     length_quantiles: dict[str, int]
     length_histogram: dict[str, int]
+    learnt: str | None
+    learnt_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,9 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
             size += int(chosen["bytes"].sum(dtype=np.int64))
             yield chosen["tokens"]
 
-    write_length_pieces(files.join(job.corpus, job.domain, split, "documents.arrow"), pieces())
+    directory = files.join(job.corpus, job.domain, split)
+    write_length_pieces(files.join(directory, "documents.arrow"), pieces())
+    learnt, learnt_tokens = _write_learnt(job, split, codes, directory)
     return SplitSelection(
         documents=lengths.total(),
         tokens=sum(part_tokens),
@@ -213,7 +224,35 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
         part_tokens=part_tokens,
         length_quantiles=length_quantiles(lengths),
         length_histogram=length_histogram(lengths),
+        learnt=learnt,
+        learnt_tokens=learnt_tokens,
     )
+
+
+def _write_learnt(
+    job: SelectJob, split: Split, codes: Sequence[Codes], directory: str
+) -> tuple[str | None, int | None]:
+    """Write which tokens of a split's stream are learnt; return the file's hash and how many."""
+    if not job.answers:
+        return None, None
+    before = learnt = 0
+
+    def pieces() -> Iterator[npt.NDArray[np.int64]]:
+        nonlocal before, learnt
+        for number, piece in enumerate(codes):
+            documents = read_documents(job.work, job.domain, number)
+            kept_N = piece == CODES[split]
+            raw = files.read_bytes(part_base(job.work, job.domain, number) + ".edges")
+            edge_E = np.frombuffer(raw, "<u4").astype(np.int64)
+            kept_E = np.repeat(kept_N, 2 * documents["spans"])
+            length_N = np.where(kept_N, documents["tokens"], 0).astype(np.int64)
+            start_N = before + np.cumsum(length_N) - length_N
+            edges = (edge_E + np.repeat(start_N, 2 * documents["spans"]))[kept_E]
+            before += int(length_N.sum())
+            learnt += int((edges[1::2] - edges[::2]).sum())
+            yield edges
+
+    return write_learnt(files.join(directory, LEARNT), pieces()), learnt
 
 
 def length_quantiles(lengths: Counter[int]) -> dict[str, int]:

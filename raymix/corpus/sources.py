@@ -113,9 +113,9 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
     if domain.format != "auto":
         return domain.format, compression
     kind = _FORMATS.get(endings[-1]) if endings else None
-    if kind == "text" and domain.tokens_column:
-        wrong = f"a text file has no column {domain.tokens_column!r}"
-        raise CorpusError(problem(path, url, wrong, "token ids come from parquet, jsonl or arrow"))
+    if kind == "text" and domain.column_field != "text_column":
+        wrong = f"a text file has no column {domain.column!r}"
+        raise CorpusError(problem(path, url, wrong, "columns come in parquet, jsonl or arrow"))
     if kind is None:
         raise CorpusError(
             problem(

@@ -1,10 +1,12 @@
 """The first pass: one part in, its clean documents out as tokens, hashes and counts.
 
-A part's result is three files in the work directory, written as the part is read, so that the
+A part's result is some files in the work directory, written as the part is read, so that the
 memory a part needs is that of a batch:
 
 - `NAME.tokens`: the ids of all documents, end-of-text after each, little-endian;
-- `NAME.documents`: one `DOCUMENT` record each: hash, ids, bytes;
+- `NAME.documents`: one `DOCUMENT` record each: hash, ids, bytes, stretches to learn;
+- `NAME.edges`: of conversations, the edges of the stretches to learn, counted in ids from the
+  beginning of each document, uint32;
 - `NAME.json`: the tally, written last: its presence, under the right key, means done.
 """
 
@@ -17,15 +19,17 @@ from typing import Any
 
 import numpy as np
 
+from raymix.corpus.chat import Conversation, TemplateRefused, saved_template
 from raymix.corpus.parts import Part
 from raymix.corpus.readers import TOO_LONG, Reject, TokenIds, Value, excerpt, read_slice
-from raymix.corpus.tokenizer import TokenArray, saved_encoder
+from raymix.corpus.tokenizer import Ints, TokenArray, saved_encoder
 from raymix.jsontext import parse_json
 from raymix.recipe import DomainConfig
 from raymix.store import TokenizerInfo, atomic_write_text, files, token_dtype
 
-DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("tokens", "<u4"), ("bytes", "<u4")])
-"""A document of a part: BLAKE2b-128 of its content, ids (end-of-text included), UTF-8 bytes."""
+DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("tokens", "<u4"), ("bytes", "<u4"), ("spans", "<u4")])
+"""A document of a part: BLAKE2b-128 of its content, ids (end-of-text included), UTF-8 bytes, and
+stretches to learn, of which there are none where all is."""
 
 REJECTS_KEPT = 100
 """Bad records of a domain that are shown in `rejects.jsonl`."""
@@ -46,6 +50,8 @@ class PartJob:
     work: str
     min_characters: int
     max_characters: int
+    template: str = ""
+    """Name of the chat template; see `raymix.corpus.chat`."""
 
     @property
     def base(self) -> str:
@@ -54,8 +60,12 @@ class PartJob:
 
     def key(self) -> str:
         """Return the hash of everything the result depends on."""
-        kept = self.domain.model_dump(include={"text_column", "tokens_column", "text_unit"})
+        kept = self.domain.model_dump(
+            include={"text_column", "tokens_column", "messages_column", "text_unit"}
+        )
         limits = [self.min_characters, self.max_characters]
+        if self.domain.messages_column:
+            limits = [*limits, self.template]
         return self.part.key(kept, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)
 
 
@@ -142,12 +152,14 @@ class _Writer:
         self._encoder = saved_encoder(job.corpus, job.tokenizer)
         self._dtype = token_dtype(job.tokenizer.vocab_size)
         self._texts: list[str] = []
+        self._edges: list[Ints] = []
         self._ids: list[TokenArray] = []
         self._hashes: list[bytes] = []
         self._sizes: list[int] = []
         self._pending = 0
         self._tokens = files.AtomicFile(job.base + ".tokens")
         self._documents = files.AtomicFile(job.base + ".documents")
+        self._learnt = files.AtomicFile(job.base + ".edges") if job.domain.messages_column else None
 
     def add(self, value: Value) -> Reject | None:
         """Take one record; return why it is bad, if it is."""
@@ -157,21 +169,46 @@ class _Writer:
             return value
         elif isinstance(value, str):
             return self._add_text(value)
+        elif isinstance(value, Conversation):
+            return self._add_chat(value)
         else:
             return self._add_ids(value)
         return None
 
     def _add_text(self, text: str) -> Reject | None:
-        if len(text.strip()) < self._job.min_characters:
-            self._tally.too_short += 1
-        elif len(text) > self._job.max_characters:
-            self._tally.too_long += 1
-        else:
+        if self._fits(text):
             try:
                 raw = text.encode()
             except UnicodeEncodeError:
                 return Reject("invalid UTF-8", excerpt(text))
             self._texts.append(text)
+            self._take(raw, len(raw), len(raw))
+        return None
+
+    def _fits(self, text: str) -> bool:
+        """Return whether a text is of a length that is wanted, having counted it if it is not."""
+        if len(text.strip()) < self._job.min_characters:
+            self._tally.too_short += 1
+        elif len(text) > self._job.max_characters:
+            self._tally.too_long += 1
+        else:
+            return True
+        return False
+
+    def _add_chat(self, chat: Conversation) -> Reject | None:
+        try:
+            text, spans = saved_template(self._job.corpus, self._job.template).render(chat)
+            raw = text.encode()
+        except TemplateRefused as error:
+            return Reject(f"chat template: {error}", excerpt(chat.messages[0]))
+        except UnicodeEncodeError:
+            return Reject("invalid UTF-8", excerpt(chat.messages[0]))
+        if not spans:
+            return Reject("no answer to learn", excerpt(text))
+        if self._fits(text):
+            tokens, edges = self._encoder.encode_chat(text, spans)
+            self._ids.append(tokens.astype(self._dtype))
+            self._edges.append(edges)
             self._take(raw, len(raw), len(raw))
         return None
 
@@ -213,11 +250,14 @@ class _Writer:
         documents["hash"] = np.frombuffer(b"".join(self._hashes), "<u8").reshape(-1, 2)
         documents["tokens"] = lengths
         documents["bytes"] = self._sizes
+        documents["spans"] = [len(edges) // 2 for edges in self._edges] or 0
         self._documents.write(documents.tobytes())
+        if self._learnt is not None:
+            self._learnt.write(np.concatenate(self._edges).astype("<u4").tobytes())
         self._tally.documents += len(documents)
         self._tally.tokens += len(tokens)
         self._tally.bytes += sum(self._sizes)
-        for pending in (self._texts, self._ids, self._hashes, self._sizes):
+        for pending in (self._texts, self._ids, self._edges, self._hashes, self._sizes):
             pending.clear()
         self._pending = 0
 
@@ -228,8 +268,12 @@ class _Writer:
         try:
             if kind is None:
                 self._flush()
-                self._tokens.commit()
-                self._documents.commit()
+                for file in self._files():
+                    file.commit()
         finally:
-            self._tokens.abort()
-            self._documents.abort()
+            for file in self._files():
+                file.abort()
+
+    def _files(self) -> list[files.AtomicFile]:
+        every = (self._tokens, self._documents, self._learnt)
+        return [file for file in every if file is not None]

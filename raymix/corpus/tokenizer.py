@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from raymix.corpus.chat import Span
 from raymix.errors import CorpusError, did_you_mean, problem
 from raymix.jsontext import parse_json
 from raymix.recipe import PretrainedTokenizer
@@ -35,6 +36,7 @@ _NEVER = b"\xff"
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 TokenArray = npt.NDArray[np.unsignedinteger]
+Ints = npt.NDArray[np.int64]
 
 
 class Encoder(Protocol):
@@ -42,6 +44,20 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
+        ...
+
+    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
+        """Return the ids of one text, end-of-text last, and the edges of some of its characters.
+
+        Args:
+            text: A conversation.
+            spans: First character and the one behind the last, rising and apart.
+
+        Returns:
+            The ids, and the first id and the one behind the last of each span, shape (E,). An id
+            is of the span in which its first character lies. Where nothing but space follows the
+            last span, end-of-text is part of it, or a span of its own.
+        """
         ...
 
 
@@ -55,6 +71,14 @@ class ByteEncoder:
         tokens = joined.astype(np.uint16)
         tokens[joined == _NEVER[0]] = _BYTE_EOS
         return tokens, np.fromiter((len(item) + 1 for item in raw), np.int64, len(raw))
+
+    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
+        """See `Encoder`."""
+        tokens, _ = self.encode([text])
+        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
+        first_C = np.concatenate([[0], np.cumsum(sizes)])
+        edges = [int(first_C[place]) for span in spans for place in span]
+        return tokens, _with_end(edges, text, spans, len(tokens))
 
 
 class HuggingFaceEncoder:
@@ -75,6 +99,31 @@ class HuggingFaceEncoder:
             ids.append(self._eos)
             lengths[number] = len(encoding) + 1
         return np.frombuffer(ids, dtype=np.uint32), lengths
+
+    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
+        """See `Encoder`."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        first_T = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
+        edges = np.searchsorted(first_T, [place for span in spans for place in span]).tolist()
+        # Some templates end a conversation with the token that ends a document.
+        ended = encoding.ids[-1:] == [self._eos]
+        tokens = np.array(encoding.ids if ended else [*encoding.ids, self._eos], dtype=np.uint32)
+        return tokens, _with_end(edges, text, spans, len(tokens))
+
+
+def _with_end(edges: list[int], text: str, spans: Sequence[Span], size: int) -> Ints:
+    """Return the edges, those of end-of-text among them where an answer comes last."""
+    if spans and not text[spans[-1][1] :].strip():
+        edges = [*edges, size - 1, size]
+    found: list[int] = []
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        # Nothing comes before the first token that it could be predicted from.
+        first = max(first, 1)
+        if found and first <= found[-1]:
+            found[-1] = max(last, found[-1])
+        elif first < last:
+            found += [first, last]
+    return np.array(found, dtype=np.int64)
 
 
 @contextlib.contextmanager

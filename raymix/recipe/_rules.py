@@ -104,12 +104,36 @@ def _groups_of_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fau
         yield Fault("data.assign.context", data.assign.context, wrong, (advice,))
 
 
+def _answers_are_of_documents(corpus: CorpusConfig, data: DataConfig) -> Iterable[Fault]:
+    chats = [number for number, domain in enumerate(corpus.domains) if domain.messages_column]
+    if chats and isinstance(data, PackedData):
+        wrong = "rows that are cut without regard to documents are learnt whole, not answers only"
+        advice = "Set data.mode to documents"
+        path = f"corpus.domains.{chats[0]}.messages_column"
+        yield Fault(path, corpus.domains[chats[0]].messages_column, wrong, (advice,))
+
+
+def _fewest_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
+    fewest = cluster.min_workers
+    if fewest is None:
+        return
+    if fewest > cluster.workers:
+        wrong = f"more than the {cluster.workers} of cluster.workers, the most there are"
+        yield Fault("cluster.min_workers", fewest, wrong, ("Take that many or fewer",))
+    elif isinstance(data, DocumentData) and fewest < cluster.workers:
+        wrong = "documents are assigned to a number of workers (data.mode) that must not change"
+        advice = "Leave it out, or pack the documents into rows"
+        yield Fault("cluster.min_workers", fewest, wrong, (advice,))
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "mixer"), _weights_name_domains),
     (("corpus", "mixer"), _targets_are_held_out),
     (("corpus", "data"), _caps_name_domains),
     (("corpus", "tune"), _tuning_names_domains),
+    (("corpus", "data"), _answers_are_of_documents),
     (("corpus", "mixer", "specialists"), _specialists_are_trained),
     (("data", "cluster"), _rows_for_every_worker),
     (("data", "cluster"), _groups_of_workers),
+    (("data", "cluster"), _fewest_workers),
 )

@@ -94,24 +94,47 @@ class DomainConfig(Model):
     """Column that holds the text (Parquet, JSONL, Arrow)."""
     tokens_column: str | None = Field(default=None, min_length=1)
     """Column of ready token ids, such as `input_ids`; then nothing is tokenised."""
+    messages_column: str | None = Field(default=None, min_length=1)
+    """Column of conversations, such as `messages`: lists of {role, content}; only the assistant's
+    answers are learnt."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
+
+    @property
+    def column_field(self) -> Literal["text_column", "tokens_column", "messages_column"]:
+        """Return the name of the field that says which column is read."""
+        if self.messages_column:
+            return "messages_column"
+        return "tokens_column" if self.tokens_column else "text_column"
+
+    @property
+    def column(self) -> str:
+        """Return the column that is read."""
+        return self.messages_column or self.tokens_column or self.text_column
 
     @model_validator(mode="after")
     def _rules(self) -> DomainConfig:
         reserved = self.name.lower() in RESERVED_NAMES
-        columnless = self.format == "text" and self.tokens_column is not None
+        columnless = self.format == "text" and self.column_field != "text_column"
         raise_if(
             Fault("name", self.name, "reserved for a file of the prepared corpus", ("Rename it",))
             if reserved
             else None,
             Fault(
-                "tokens_column",
-                self.tokens_column,
+                self.column_field,
+                self.column,
                 "plain text has no columns",
                 ("Leave it out, or choose another format",),
             )
             if columnless
+            else None,
+            Fault(
+                "messages_column",
+                self.messages_column,
+                f"tokens_column = {self.tokens_column!r} is given as well",
+                ("Give one of the two",),
+            )
+            if self.messages_column and self.tokens_column
             else None,
         )
         return self
@@ -124,6 +147,9 @@ class CorpusConfig(Model):
     """Directory of the prepared corpus, local or any fsspec URL."""
     tokenizer: TokenizerConfig = ByteTokenizer()
     """`byte`, a path, or `{train: bpe, vocab_size: N}`."""
+    chat_template: str | None = Field(default=None, min_length=1)
+    """How conversations are written out: a Jinja file, local or any fsspec URL (a relative one
+    starts at the recipe), or `chatml`; left out, the tokenizer's own."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains; left out, the corpus at `path` must have been prepared before."""
     valid_fraction: Real = Field(default=0.02, gt=0, lt=1)

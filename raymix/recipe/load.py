@@ -126,6 +126,8 @@ def _corpus_paths(corpus: CorpusConfig, start: str, here: str) -> CorpusConfig:
     if isinstance(corpus.tokenizer, PretrainedTokenizer):
         path = absolute(corpus.tokenizer.path, start)
         changes["tokenizer"] = corpus.tokenizer.model_copy(update={"path": path})
+    if corpus.chat_template not in (None, "chatml"):
+        changes["chat_template"] = absolute(corpus.chat_template, start)
     return corpus.model_copy(update=changes)
 
 

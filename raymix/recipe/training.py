@@ -223,6 +223,9 @@ class ClusterConfig(Model):
 
     workers: Whole = Field(default=1, ge=0, le=100_000)
     """Training workers; 0 trains in this process without Ray."""
+    min_workers: Whole | None = Field(default=None, ge=1, le=100_000)
+    """Workers to make do with where nodes are lost: the run goes on from its last checkpoint with
+    as many as there is room for, and grows again up to `workers`. Left out, it waits for all."""
     workers_per_trial: Whole = Field(default=0, ge=0, le=100_000)
     """Training workers of each of the runs that `compare` and `tune` make side by side; 0 trains
     each in one process, which starts sooner."""

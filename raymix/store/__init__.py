@@ -5,6 +5,7 @@ CORPUS/manifest.json                            written last: its presence means
 CORPUS/tokenizer/                               Hugging Face files
 CORPUS/DOMAIN/{train,valid}/shard-00000.arrow   Arrow IPC file, one row per record batch = block
 CORPUS/DOMAIN/{train,valid}/documents.arrow     tokens of each document
+CORPUS/DOMAIN/{train,valid}/learnt.arrow        where only answers are learnt: which tokens
 CORPUS/DOMAIN/rejects.jsonl                     sample of the bad records
 ```
 
@@ -15,6 +16,7 @@ into blocks of exactly `block_tokens` tokens; only the last block may be shorter
 from raymix.store.block import Block, StartArray, TokenArray, block_schema
 from raymix.store.corpus import Corpus
 from raymix.store.files import atomic_write_bytes, atomic_write_text
+from raymix.store.learnt import Learnt
 from raymix.store.manifest import (
     SPLITS,
     DomainInfo,
@@ -36,6 +38,7 @@ __all__ = [
     "Block",
     "Corpus",
     "DomainInfo",
+    "Learnt",
     "Manifest",
     "ShardInfo",
     "ShardWriter",

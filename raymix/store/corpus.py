@@ -14,6 +14,7 @@ import pyarrow as pa
 from raymix.errors import CorpusError, did_you_mean, problem
 from raymix.store import files
 from raymix.store.block import Block
+from raymix.store.learnt import LEARNT, Learnt, read_learnt
 from raymix.store.manifest import Manifest, SplitInfo, read_manifest
 from raymix.store.shard import ShardReader, read_lengths
 
@@ -34,6 +35,7 @@ class Corpus:
         self.manifest = manifest
         self.domain_names: tuple[str, ...] = tuple(manifest.domains)
         self._ends: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
+        self._learnt: dict[tuple[str, str], Learnt] = {}
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -133,6 +135,26 @@ class Corpus:
         if len(lengths) != wanted:
             raise self._corrupt(file, None, f"{len(lengths)} documents, {wanted} expected")
         return lengths
+
+    def learnt(self, domain: str, split: str) -> Learnt | None:
+        """Return which tokens of a split are learnt; None: all but each document's first.
+
+        Raises:
+            CorpusError: If the file that says so is missing or corrupt.
+        """
+        info = self.split(domain, split)
+        if info.learnt is None:
+            return None
+        kept = self._learnt.get((domain, split))
+        if kept is not None:
+            return kept
+        file = f"{domain}/{split}/{LEARNT}"
+        found = self._guarded(file, None, lambda: read_learnt(files.join(self.path, file)))
+        tokens = int(found.count(np.zeros(1, np.int64), np.array([info.tokens]))[0])
+        if tokens != info.learnt_tokens:
+            raise self._corrupt(file, None, f"{tokens} tokens, {info.learnt_tokens} expected")
+        self._learnt[domain, split] = found
+        return found
 
     def _read(self, file: str, row: int) -> Block:
         with self._lock:

@@ -77,6 +77,10 @@ class SplitInfo(_Model):
     """Entropy of the token distribution, nats per token."""
     bigram_entropy: float
     """Entropy of the next token given the current one, nats per token."""
+    learnt: str | None = None
+    """Hash of the file that says which tokens are learnt; None: all but each document's first."""
+    learnt_tokens: int | None = None
+    """How many are."""
 
 
 class DomainInfo(_Model):
@@ -133,12 +137,16 @@ def corpus_fingerprint(
         "tokenizer": tokenizer.fingerprint,
         "block_tokens": block_tokens,
         "domains": [
-            [name, *([shard.sha256 for shard in getattr(info, split).shards] for split in SPLITS)]
+            [name, *(_hashes(getattr(info, split)) for split in SPLITS)]
             for name, info in domains.items()
         ],
     }
     canonical = json.dumps(content, separators=(",", ":"), sort_keys=True)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+def _hashes(info: SplitInfo) -> list[str]:
+    return [shard.sha256 for shard in info.shards] + ([info.learnt] if info.learnt else [])
 
 
 def read_manifest(corpus: str) -> Manifest:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymix.store import Corpus, Split
 from raymix.train.loss import IGNORED
 
 
@@ -27,6 +28,11 @@ class Rows(Protocol):
     @property
     def row_starts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Offsets, shape (B + 1,), into positions, shape (S,): where documents begin in a row."""
+        ...
+
+    @property
+    def learnt(self) -> npt.NDArray[np.bool_] | None:
+        """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
         ...
 
 
@@ -66,6 +72,36 @@ def positions_and_labels(
     return offset_L - begun_BL, labels_BL
 
 
+def learnt_rows(
+    corpus: Corpus,
+    split: Split,
+    domain_B: npt.NDArray[np.int64],
+    place_B: npt.NDArray[np.int64],
+    length: int,
+) -> npt.NDArray[np.bool_] | None:
+    """Return which tokens of rows of a split are to be predicted, shape (B, L); None: all.
+
+    Args:
+        corpus: Where they are from.
+        split: `train` or `valid`.
+        domain_B: The domain of each row.
+        place_B: The first token of each row, counted from the beginning of its split.
+        length: Tokens per row, L.
+    """
+    learnt_of = {
+        domain: corpus.learnt(corpus.domain_names[domain], split)
+        for domain in np.unique(domain_B).tolist()
+    }
+    if not any(learnt_of.values()):
+        return None
+    found = np.ones((len(domain_B), length), dtype=np.bool_)
+    for row, (domain, place) in enumerate(zip(domain_B.tolist(), place_B.tolist(), strict=True)):
+        learnt = learnt_of[domain]
+        if learnt is not None:
+            found[row] = learnt.mask(place, place + length)
+    return found
+
+
 def starts_mask(
     shape: tuple[int, int], offsets: npt.NDArray[np.integer], positions: npt.NDArray[np.integer]
 ) -> npt.NDArray[np.bool_]:
@@ -85,6 +121,8 @@ def micro_batches(batch: Rows, count: int, device: torch.device) -> Iterator[Mic
     rows, length = tokens_BL.shape
     mask_BL = starts_mask((rows, length), *batch.row_starts)
     positions_BL, labels_BL = positions_and_labels(tokens_BL, mask_BL)
+    if batch.learnt is not None:
+        labels_BL[:, :-1][~batch.learnt[:, 1:]] = IGNORED
     for index in range(count):
         part = slice(rows * index // count, rows * (index + 1) // count)
         if part.start == part.stop:

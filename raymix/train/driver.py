@@ -22,7 +22,7 @@ from raymix.control.client import start_controller
 from raymix.control.plane import start_plane
 from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
-from raymix.recipe import DocumentData
+from raymix.recipe import ClusterConfig, DocumentData
 from raymix.store import Corpus
 from raymix.train.checkpoint import newest_checkpoint
 from raymix.train.cluster import no_room, worker_environment
@@ -31,6 +31,8 @@ from raymix.train.setup import Job, mixer_context
 from raymix.train.worker import StopWhereHopeless, train_worker
 
 _START_TRIES = 2
+_RESIZE_S = 30.0
+"""How often a run with `cluster.min_workers` looks for room for more; a start takes as long."""
 
 
 def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> None:
@@ -77,16 +79,19 @@ def _trainer(job: Job) -> Any:
     # that may be gone; which checkpoint to start from is decided by the workers.
     job.run.checkpoints.mkdir(parents=True, exist_ok=True)
     (job.run.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    data = job.recipe.data
+    group = data.assign.context if isinstance(data, DocumentData) else 1
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if job.on_gpu else {})}
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if job.on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
+            num_workers=_workers(cluster),
             use_gpu=job.on_gpu,
             resources_per_worker=resources,
-            **placement_options(resources, group_size=1, groups=cluster.workers),
+            elastic_resize_monitor_interval_s=_RESIZE_S,
+            **placement_options(resources, group_size=group, groups=cluster.workers // group),
         ),
         run_config=RunConfig(
             name=job.run.checkpoints.name,
@@ -99,6 +104,12 @@ def _trainer(job: Job) -> Any:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def _workers(cluster: ClusterConfig) -> int | tuple[int, int]:
+    """Return how many workers to ask for, or the fewest and the most."""
+    fewest, most = cluster.min_workers, cluster.workers
+    return most if fewest is None or fewest == most else (fewest, most)
 
 
 def explained(error: BaseException, job: Job) -> BaseException:

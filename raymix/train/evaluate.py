@@ -18,7 +18,7 @@ import torch
 from raymix.errors import CorpusError, problem
 from raymix.parallel import Held, Part, Teams, attending
 from raymix.store import Block, Corpus
-from raymix.train.batches import MicroBatch, count_micro_batches, micro_batches
+from raymix.train.batches import MicroBatch, count_micro_batches, learnt_rows, micro_batches
 from raymix.train.loss import IGNORED
 from raymix.train.parallel import PendingSum, Replica, World
 
@@ -37,6 +37,8 @@ class HeldOutRows:
     """Domain of each row."""
     length_B: npt.NDArray[np.int64]
     """Tokens of each row; what follows them is padding."""
+    learnt: npt.NDArray[np.bool_] | None
+    """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
 
     def part(self, rank: int, world_size: int) -> HeldOutRows:
         """Return the rows of one rank."""
@@ -46,11 +48,13 @@ class HeldOutRows:
         own = offsets[first : last + 1]
         starts = own - own[0], positions[own[0] : own[-1]]
         part = slice(first, last)
-        return HeldOutRows(self.tokens[part], starts, self.domain_B[part], self.length_B[part])
+        learnt = self.learnt if self.learnt is None else self.learnt[part]
+        own_B = self.domain_B[part], self.length_B[part]
+        return HeldOutRows(self.tokens[part], starts, *own_B, learnt)
 
 
-_Row = tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]
-"""Tokens of a row, and the places in it at which documents begin."""
+_Row = tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64], int]
+"""Tokens of a row, the places in it at which documents begin, and its place in the split."""
 
 
 def held_out_rows(
@@ -126,18 +130,22 @@ def _stacked(
     rows: list[npt.NDArray[np.unsignedinteger]] = []
     starts: list[npt.NDArray[np.int64]] = []
     domains: list[int] = []
+    places: list[int] = []
     for domain, name in enumerate(corpus.domain_names):
-        for tokens, begun in rows_of.get(name, ()):
+        for tokens, begun, place in rows_of.get(name, ()):
             rows.append(tokens)
             starts.append(begun)
             domains.append(domain)
+            places.append(place)
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     tokens_BL = np.zeros((len(rows), sequence_length), dtype=corpus.dtype)
     for index, row in enumerate(rows):
         tokens_BL[index, : len(row)] = row
     offsets = np.concatenate([[0], np.cumsum([len(begun) for begun in starts])]).astype(np.int64)
     positions = np.concatenate(starts).astype(np.int64) if starts else np.empty(0, np.int64)
-    return HeldOutRows(tokens_BL, (offsets, positions), np.array(domains, dtype=np.int64), lengths)
+    domain_B = np.array(domains, dtype=np.int64)
+    learnt = learnt_rows(corpus, "valid", domain_B, np.array(places, np.int64), sequence_length)
+    return HeldOutRows(tokens_BL, (offsets, positions), domain_B, lengths, learnt)
 
 
 def _domain_rows(corpus: Corpus, name: str, length: int, wanted: int) -> list[_Row]:
@@ -149,7 +157,8 @@ def _domain_rows(corpus: Corpus, name: str, length: int, wanted: int) -> list[_R
         block = corpus.read_block(name, "valid", number)
         # A tail shorter than a row counts only where the whole split is that short.
         last = len(block.tokens) if info.tokens < length else len(block.tokens) // length * length
-        rows += [_row(block, at, min(at + length, last)) for at in range(0, last, length)]
+        begin = number * corpus.manifest.block_tokens
+        rows += [_row(block, at, min(at + length, last), begin) for at in range(0, last, length)]
     return rows[:wanted]
 
 
@@ -164,7 +173,8 @@ def _rows_behind(
         block = corpus.read_block(name, "valid", number)
         last = len(block.tokens) // length * length
         begins = [at for at in range(0, last, length) if (number, at) >= first]
-        rows = [_row(block, at, at + length) for at in begins] + rows
+        begin = number * corpus.manifest.block_tokens
+        rows = [_row(block, at, at + length, begin) for at in begins] + rows
     return rows[-wanted:]
 
 
@@ -178,9 +188,10 @@ def _first_start(corpus: Corpus, name: str, number: int, at: int) -> tuple[int, 
     return None
 
 
-def _row(block: Block, first: int, last: int) -> _Row:
+def _row(block: Block, first: int, last: int, begin: int) -> _Row:
+    """Return tokens [first, last) of a block that begins at a place of the split."""
     inside = block.starts[(block.starts >= first) & (block.starts < last)]
-    return block.tokens[first:last], inside.astype(np.int64) - first
+    return block.tokens[first:last], inside.astype(np.int64) - first, begin + first
 
 
 class Evaluator:

@@ -24,7 +24,7 @@ from raymix.recipe.training import ProbeConfig
 from raymix.sampling import CorpusOrder
 from raymix.signals import GradientProbe, GradientStats, Preconditioner, statistics
 from raymix.store import Corpus
-from raymix.train.batches import micro_batches
+from raymix.train.batches import learnt_rows, micro_batches
 from raymix.train.device import seed_everything
 from raymix.train.parallel import Replica
 
@@ -44,6 +44,8 @@ class ProbeRows:
     """Token ids, shape (B, L)."""
     row_starts: tuple[Ints, Ints]
     """Offsets, shape (B + 1,), into the in-row positions at which documents begin."""
+    learnt: npt.NDArray[np.bool_] | None
+    """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
 
 
 class ProbeReader:
@@ -85,7 +87,10 @@ class ProbeReader:
             tokens.append(found.tokens[first : first + self._length])
             starts.append(inside.astype(np.int64) - first)
         offsets = np.concatenate([[0], np.cumsum([len(begun) for begun in starts])])
-        return ProbeRows(np.stack(tokens), (offsets.astype(np.int64), np.concatenate(starts)))
+        place_B = block_B * self._corpus.manifest.block_tokens + unit_B * self._length
+        learnt = learnt_rows(self._corpus, "train", domain_B, place_B, self._length)
+        row_starts = offsets.astype(np.int64), np.concatenate(starts)
+        return ProbeRows(np.stack(tokens), row_starts, learnt)
 
     def draw(self, group_ND: Floats, group_B: Ints, number_B: Ints) -> Ints:
         """Return a domain for each row, drawn from its group's distribution, shape (B,)."""

@@ -63,6 +63,11 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
                 "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
             )
         )
+    answers = [name for name, info in corpus.manifest.domains.items() if info.train.learnt]
+    if isinstance(recipe.data, PackedData) and answers:
+        wrong = f"of {answers[0]!r} only answers are learnt, which packed rows do not tell"
+        advice = "allowed here: documents"
+        found.append(problem("data.mode", recipe.data.mode, wrong, advice))
     return found
 
 

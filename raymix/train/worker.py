@@ -17,6 +17,7 @@ from raymix.control.source import BlockSource
 from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
 from raymix.store import Corpus
+from raymix.train.checkpoint import disk_full
 from raymix.train.loop import TrainingLoop
 from raymix.train.parallel import World
 from raymix.train.rundir import read_metrics
@@ -30,6 +31,13 @@ def train_worker(config: dict[str, Any]) -> None:
         RaymixError: What the user can act on.
     """
     job: Job = config["job"]
+    try:
+        _train(job)
+    except OSError as error:
+        raise disk_full(error, job.run.path) from error
+
+
+def _train(job: Job) -> None:
     world = _world(job)
     start = begin(job, world)
     parts = build_parts(
