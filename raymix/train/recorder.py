@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from raymix.train.checkpoint import disk_full
 from raymix.train.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from raymix.train.board import Board
 
 _BOARD_INTERVAL_S = 0.2
 _MOST_SHARES_EACH_STEP = 100
@@ -25,66 +27,76 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, *, start_step: int, tensorboard: bool) -> None:
-        """Append to the files of `run`; `start_step` is the step that a resumed run starts from."""
-        self._run = run
-        # Unbuffered: the driver reads along, and a killed worker loses nothing.
-        self._file = run.metrics.open("ab", buffering=0)
-        self._board = _board(run.path / "tensorboard", start_step) if tensorboard else None
-        self._board_due = 0.0
-        self._version: int | None = None
-
-    def step(self, line: Mapping[str, Any]) -> None:
-        """Write the numbers of one step.
+        """Append to the files of `run`; `start_step` is the step that a resumed run starts from.
 
         Raises:
-            RecipeError: If the disk is full.
+            RecipeError: If the disk is full; so do all methods.
         """
+        self._run = run
+        self._board: Board | None = None
+        self._board_due = 0.0
+        self._version: int | None = None
+        with self._told():
+            # Unbuffered: the driver reads along, and a killed worker loses nothing.
+            self._file = run.metrics.open("ab", buffering=0)
+            if tensorboard:
+                from raymix.train.board import Board
+
+                self._board = Board(run.path / "tensorboard", start_step=start_step)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """Write the numbers of one step."""
         kept = dict(line)
         shares: Mapping[str, float] = kept.get("shares", {})
         if len(shares) > _MOST_SHARES_EACH_STEP and kept["mixture_version"] == self._version:
             del kept["shares"]
         self._version = kept.get("mixture_version")
         self._write(kept)
-        if self._board is not None and time.monotonic() >= self._board_due:
+        if time.monotonic() >= self._board_due:
             self._board_due = time.monotonic() + _BOARD_INTERVAL_S
-            for key in ("loss", "lr", "tokens_per_s", "data_wait", "grad_norm", "mfu"):
-                if line.get(key) is not None:
-                    self._board.add_scalar(f"train/{key}", line[key], line["step"])
+            numbers = {
+                f"train/{key}": line[key]
+                for key in ("loss", "lr", "tokens_per_s", "data_wait", "grad_norm", "mfu")
+                if line.get(key) is not None
+            }
             if len(shares) <= _MOST_SHARES_EACH_STEP:
-                for name, share in shares.items():
-                    self._board.add_scalar(f"shares/{name}", share, line["step"])
+                numbers |= {f"shares/{name}": share for name, share in shares.items()}
+            self._show(line["step"], numbers)
 
     def evaluation(self, step: int, table: Mapping[str, Mapping[str, float | int | None]]) -> None:
-        """Write the held-out losses after `step` steps.
-
-        Raises:
-            RecipeError: If the disk is full.
-        """
+        """Write the held-out losses after `step` steps."""
         self._write({"step": step, "eval": table})
-        if self._board is not None:
-            for name, row in table.items():
-                self._board.add_scalar(f"eval/{name}", row["loss"], step)
+        losses = {f"eval/{name}": row["loss"] for name, row in table.items()}
+        self._show(step, {name: loss for name, loss in losses.items() if loss is not None})
 
     def probe(self, step: int, seconds: float) -> None:
-        """Write what measuring gradients after `step` steps took.
-
-        Raises:
-            RecipeError: If the disk is full.
-        """
+        """Write what measuring gradients after `step` steps took."""
         self._write({"step": step, "probe": {"seconds": rounded(seconds)}})
-        if self._board is not None:
-            self._board.add_scalar("train/probe_seconds", seconds, step)
+        self._show(step, {"train/probe_seconds": seconds})
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._file.close()
+        with self._told():
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._board is not None:
-            self._board.close()
+            with self._told():
+                for name, value in numbers.items():
+                    self._board.scalar(name, value, step)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, separators=(",", ":"), allow_nan=False, default=_finite)
-        try:
+        with self._told():
             self._file.write(text.encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Have a full disk told in the words of the house."""
+        try:
+            yield
         except OSError as error:
             raise disk_full(error, self._run.path) from error
 
@@ -98,11 +110,3 @@ def _finite(value: object) -> object:
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} in a line of metrics")
-
-
-def _board(path: Path, start_step: int) -> Any:
-    from tensorboardX import SummaryWriter
-
-    os.makedirs(path, exist_ok=True)
-    # Points of the steps that are about to be repeated are dropped by TensorBoard.
-    return SummaryWriter(str(path), purge_step=start_step + 1 if start_step else None)
