@@ -100,10 +100,11 @@ class Scene:
         return self.process.wait()
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + BOUND_S
+        began = time.monotonic()
         while not condition():
-            if time.monotonic() > deadline:
-                raise Hung(f"{self.name}: waited {BOUND_S:g} s for {what}\n{self.said()[-2000:]}")
+            if time.monotonic() > max(began, self._since) + BOUND_S:
+                wrong = f"{self.name}: no new step for {BOUND_S:g} s, waiting for {what}"
+                raise Hung(f"{wrong}\n{self.said()[-2000:]}")
             time.sleep(0.05)
 
     def said(self) -> str:
