@@ -39,7 +39,7 @@ tests.benchmarks.merge --sizes accuracy`; in brackets CPU seconds per matrix on 
 
 | decomposition | 768 x 768 | 768 x 2048 | 2048 x 768 |
 |---|---|---|---|
-| `gram` (the default) | 4e-7 (0.24) | 4e-7 (0.49) | 4e-4 (3.8) |
+| `gram` (the default) | 4e-7 (0.25) | 4e-7 (0.43) | 4e-4 (2.7) |
 | `svd`, fp64, the reference | 4e-7 (1.6) | 4e-7 (5.2) | 4e-4 (10.6) |
 | `gram_fp32` | 2.8 % (0.18) | 5.6 % (0.35) | 9.8 % (2.0) |
 | `svd_fp32`, as published | 0.5 % (0.90) | 0.8 % (3.6) | 0.7 % (5.7) |

@@ -10,13 +10,15 @@ directions kept, p directions asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from raymix.errors import MergeError, problem
+from raymix.merge.eigen import eigh
+from raymix.merge.registry import Deltas, as_deltas
 
 Decomposition = Literal["gram", "svd", "gram_fp32", "svd_fp32", "randomised"]
 
@@ -31,7 +33,13 @@ class Transposed(Sequence[Tensor]):
     """The same matrices transposed, still read one at a time."""
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
-        self._matrices = matrices
+        self._matrices = as_deltas(matrices)
+        self.shape = self._matrices.shape[::-1]
+        self.dtype, self.device = self._matrices.dtype, self._matrices.device
+
+    def in_turn(self) -> Iterator[Tensor]:
+        """Yield the matrices to be read; each lasts until the next is asked for."""
+        return (matrix.T for matrix in self._matrices.in_turn())
 
     def __len__(self) -> int:
         return len(self._matrices)
@@ -44,6 +52,11 @@ class Transposed(Sequence[Tensor]):
         if isinstance(index, slice):
             return [matrix.T for matrix in self._matrices[index]]
         return self._matrices[index].T
+
+
+def to_read(matrices: Sequence[Tensor]) -> Deltas | Transposed:
+    """Return the matrices as what has a shape before they are read, and gives them in turn."""
+    return matrices if isinstance(matrices, Transposed) else as_deltas(matrices)
 
 
 def left_basis(
@@ -69,33 +82,45 @@ def left_basis(
     Raises:
         MergeError: If `randomised` is not told a rank.
     """
-    first = matrices[0]
+    tasks = to_read(matrices)
     if decomposition == "randomised":
-        u, sigma = _randomised(matrices, rank)
+        u, sigma = _randomised(tasks, rank)
     elif decomposition in ("svd", "svd_fp32"):
         work = torch.float64 if decomposition == "svd" else torch.float32
-        stacked = torch.cat([matrices[k].to(work) for k in range(len(matrices))], dim=1)
-        u, sigma, _ = torch.linalg.svd(stacked, full_matrices=False)
+        u, sigma, _ = torch.linalg.svd(_stacked(tasks, work), full_matrices=False)
     else:
         work = torch.float64 if decomposition == "gram" else torch.float32
-        return _by_gram(matrices, work, tolerance)
+        return _by_gram(tasks, work, tolerance)
     count = _rank(sigma, tolerance)
-    return u[:, :count].to(first.dtype), sigma[:count].double()
+    return u[:, :count].to(tasks.dtype), sigma[:count].double()
 
 
 def gram(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
     """Return sum_k D_k D_k^T, shape (m, m), in `dtype`; only its lower triangle is filled."""
-    first = matrices[0]
-    m, n = first.shape
-    total = torch.zeros(m, m, dtype=dtype, device=first.device)
-    for k in range(len(matrices)):
-        matrix = matrices[k]
+    tasks = to_read(matrices)
+    m, n = tasks.shape
+    total = torch.zeros(m, m, dtype=dtype, device=tasks.device)
+    buffer: Tensor | None = None
+    for matrix in tasks.in_turn():
         for start in range(0, n, _COLUMNS):
-            part = matrix[:, start : start + _COLUMNS].to(dtype)
+            part = matrix[:, start : start + _COLUMNS]
+            if part.dtype != dtype:
+                if buffer is None or buffer.shape != part.shape:
+                    buffer = torch.empty_like(part, dtype=dtype)
+                part = buffer.copy_(part)
             for row in range(0, m, _ROWS):
                 end = min(m, row + _ROWS)
                 total[row:end, :end].addmm_(part[row:end], part[:end].T)
     return total
+
+
+def _stacked(tasks: Deltas | Transposed, dtype: torch.dtype) -> Tensor:
+    """Return [D_1 | ... | D_K], shape (m, K n)."""
+    m, n = tasks.shape
+    stack = torch.empty(m, len(tasks) * n, dtype=dtype, device=tasks.device)
+    for part, matrix in zip(stack.split(n, dim=1), tasks.in_turn(), strict=True):
+        part.copy_(matrix)
+    return stack
 
 
 def _rank(sigma: Tensor, tolerance: float) -> int:
@@ -107,58 +132,46 @@ def _rank(sigma: Tensor, tolerance: float) -> int:
 
 
 def _by_gram(
-    matrices: Sequence[Tensor], dtype: torch.dtype, tolerance: float
+    tasks: Deltas | Transposed, dtype: torch.dtype, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    m, n = matrices[0].shape
-    out = matrices[0].dtype
-    if m <= len(matrices) * n:
-        vectors, sigma = _eigh(gram(matrices, dtype))
+    m, n = tasks.shape
+    if m <= len(tasks) * n:
+        eigenvalues, vectors = eigh(gram(tasks, dtype))
+        sigma = _sigma(eigenvalues)
         count = _rank(sigma, tolerance)
         # Cut before turning around: at this size each copy counts.
-        return vectors[:, m - count :].to(out).flip(1), sigma[:count].double()
+        return vectors[:, m - count :].to(tasks.dtype).flip(1), sigma[:count].double()
     # More rows than columns in all: the same within the span of the columns.
-    stacked = torch.cat([matrices[k].to(dtype) for k in range(len(matrices))], dim=1)
-    q, r = torch.linalg.qr(stacked)
+    q, r = torch.linalg.qr(_stacked(tasks, dtype))
     u, sigma = _descending(r @ r.T)
     count = _rank(sigma, tolerance)
-    return (q @ u[:, :count]).to(out), sigma[:count].double()
+    return (q @ u[:, :count]).to(tasks.dtype), sigma[:count].double()
 
 
-def _eigh(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvectors (ascending) in the place of the matrix, and sigma descending.
-
-    The transposed matrix is column-major, as LAPACK wants it, so it is not copied.
-    """
-    if gram_matrix.device.type != "cpu":
-        eigenvalues, vectors = torch.linalg.eigh(gram_matrix, UPLO="L")
-        return vectors, eigenvalues.flip(0).clamp_min(0).sqrt()
-    vectors = gram_matrix.mT
-    eigenvalues = torch.empty_like(gram_matrix[0])
-    torch.linalg.eigh(vectors, UPLO="U", out=(eigenvalues, vectors))
-    return vectors, eigenvalues.flip(0).clamp_min(0).sqrt()
+def _sigma(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
 def _descending(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
-    vectors, sigma = _eigh(gram_matrix)
-    return vectors.flip(1), sigma
+    eigenvalues, vectors = eigh(gram_matrix)
+    return vectors.flip(1), _sigma(eigenvalues)
 
 
-def _randomised(matrices: Sequence[Tensor], rank: int | None) -> tuple[Tensor, Tensor]:
+def _randomised(tasks: Deltas | Transposed, rank: int | None) -> tuple[Tensor, Tensor]:
     if rank is None:
         advice = "Set rank to at least the rank of all tasks together"
         raise MergeError(problem("parameters.rank", rank, "randomised needs a rank", advice))
-    m, n = matrices[0].shape
-    size = min(m, n * len(matrices), rank + _OVERSAMPLING)
+    m, n = tasks.shape
+    size = min(m, n * len(tasks), rank + _OVERSAMPLING)
     generator = torch.Generator().manual_seed(0)
-    y = torch.randn(m, size, generator=generator).to(matrices[0])
+    y = torch.randn(m, size, generator=generator).to(tasks.device, tasks.dtype)
     for _ in range(_POWER_ITERATIONS + 1):
         basis = torch.linalg.qr(y)[0]
         y = torch.zeros_like(basis)
-        for k in range(len(matrices)):
-            matrix = matrices[k]
+        for matrix in tasks.in_turn():
             y += matrix @ (matrix.T @ basis)
     basis = torch.linalg.qr(y)[0]
-    small = [basis.T @ matrices[k] for k in range(len(matrices))]
+    small = [basis.T @ matrix for matrix in tasks.in_turn()]
     u, sigma = _descending(gram(small))
     found = min(rank, size)
     return (basis.double() @ u)[:, :found], sigma[:found]

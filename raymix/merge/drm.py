@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raymix.merge.agree import agreeing_mean
-from raymix.merge.decompose import Decomposition, Transposed, left_basis
+from raymix.merge.decompose import Decomposition, Transposed, left_basis, to_read
 from raymix.merge.registry import (
     EachReal,
     EachShare,
@@ -160,10 +160,22 @@ class _Shared:
 
     def chunks(self) -> Iterator[slice]:
         """Yield ranges of directions whose entries stay in a core's cache."""
-        r, n = self.x_K[0].shape
-        step = max(1, _CHUNK // max(1, n))
-        for start in range(0, r, step):
-            yield slice(start, min(r, start + step))
+        return _chunks(self.x_K[0])
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    rows, columns = x.shape
+    step = max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Return the norms of rows, fp64: in chunks, as `vector_norm` is slow to widen by itself."""
+    norm = x.new_empty(len(x), dtype=torch.float64)
+    for rows in _chunks(x):
+        norm[rows] = torch.linalg.vector_norm(x[rows].double(), dim=1)
+    return norm
 
 
 _Coordinates = Callable[[_Shared, Any], tuple[Tensor, float | None]]
@@ -202,20 +214,20 @@ def _merged(
     matrices: Sequence[Tensor], options: _SharedOptions, merge: _Coordinates
 ) -> tuple[Tensor, Tensor, float | None]:
     """Return U (m, r), X (r, n) and the kept part of the entries."""
+    tasks = to_read(matrices)
     u, sigma = left_basis(
-        matrices,
+        tasks,
         decomposition=options.decomposition,
         tolerance=options.rank_tolerance,
         rank=options.rank,
     )
     if not sigma.numel():  # frozen in every task
-        return u, u.new_zeros(0, matrices[0].shape[1]), None
+        return u, u.new_zeros(0, tasks.shape[1]), None
     x_K: list[Tensor] = []
     norm_K: list[Tensor] = []
-    for k in range(len(matrices)):
-        matrix = matrices[k]
+    for matrix in tasks.in_turn():
         x = u.T @ matrix
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        norm = _row_norms(x)
         floor = _ROUNDING[x.dtype] * torch.linalg.vector_norm(matrix)
         x[norm <= floor] = 0
         x_K.append(x)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from raymix.errors import MergeError, problem
+from raymix.merge.eigen import one_thread
 from raymix.merge.finish import check_tokenizers, finish_files
 from raymix.merge.output import Workspace
 from raymix.merge.plan import Plan, plan_merge
@@ -132,7 +133,9 @@ def run_local(
     pool = ThreadPoolExecutor(
         count, "raymix-merge", initializer=torch.set_num_threads, initargs=(1,)
     )
+    limit = contextlib.ExitStack()
     try:
+        limit.enter_context(scipy_limited(plan))
         while waiting or running:
             while len(running) < count:
                 job = _next(waiting, plan, budget - sum(size for _, size in running.values()))
@@ -147,7 +150,15 @@ def run_local(
                 yield job, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        limit.close()
         torch.set_num_threads(before)
+
+
+def scipy_limited(plan: Plan) -> contextlib.AbstractContextManager[None]:
+    """Return what keeps scipy's BLAS to one thread, if there is a matrix to decompose with it."""
+    methods = (choice.method for choice in plan.choices.values())
+    decomposes = plan.device == "cpu" and any(method and method.matrix for method in methods)
+    return one_thread() if decomposes else contextlib.nullcontext()
 
 
 def _next(waiting: deque[str], plan: Plan, budget: int) -> str | None:

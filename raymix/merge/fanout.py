@@ -16,7 +16,7 @@ import ray
 import torch
 
 from raymix.errors import MergeError, problem
-from raymix.merge.engine import Lines, run_job
+from raymix.merge.engine import Lines, run_job, scipy_limited
 from raymix.merge.plan import Plan
 
 # Tasks in flight per core: enough to hide the way to the driver and back.
@@ -30,7 +30,8 @@ def _task(plan: Plan, job: str, folder: str) -> dict[str, Any]:
         advice = "Choose a directory on a file system that all nodes share"
         raise MergeError(problem("out", folder, wrong, advice))
     torch.set_num_threads(1)
-    line = run_job(plan, job, folder)
+    with scipy_limited(plan):
+        line = run_job(plan, job, folder)
     # Resident memory, mapped inputs among it: the kernel keeps no peak of the rest.
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**line, "peak_bytes": most}

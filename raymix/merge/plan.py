@@ -86,7 +86,8 @@ class Plan:
         """Return a hash of the merge, of the state of its input files, and of who computes."""
         files = [file for _, found in self.sources() for file in found]
         states = [(f, s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(f)]]
-        made_by = [metadata.version("raymix"), torch.__version__, self.device]
+        packages = [metadata.version(name) for name in ("raymix", "torch", "scipy")]
+        made_by = [*packages, self.device]
         text = json.dumps([self.file.model_dump(mode="json"), states, made_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

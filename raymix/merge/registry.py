@@ -105,10 +105,27 @@ class Deltas(Sequence[Tensor]):
     def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        # bf16 and fp16 convert exactly, so the difference is that of the stored values.
-        part = self._parts[index].to(self.device, self.dtype, copy=True)
-        base = self._base[index]
-        return part if base is None else part.sub_(base.to(self.device, self.dtype))
+        return self._read(index, self.new_matrix())
+
+    def in_turn(self) -> Iterator[Tensor]:
+        """Yield the deltas to be read, not changed; each lasts until the next is asked for.
+
+        What is not stored as it is asked for goes through one buffer: to be given new memory takes
+        longer than to fill it.
+        """
+        buffer: Tensor | None = None
+        for k, (part, base) in enumerate(zip(self._parts, self._base, strict=True)):
+            if base is None and part.dtype == self.dtype and part.device == self.device:
+                yield part
+            else:
+                buffer = self.new_matrix() if buffer is None else buffer
+                yield self._read(k, buffer)
+
+    def _read(self, k: int, out: Tensor) -> Tensor:
+        """Fill `out`, shape `matrix_shape`, with delta k and return it in its own shape."""
+        for rows in self.chunks():
+            self.chunk(k, rows, out=out[rows])
+        return out.view(self.shape)
 
     def chunks(self) -> Iterator[slice]:
         """Yield ranges of rows that cover the parameter, each some ten thousand entries."""
@@ -124,6 +141,7 @@ class Deltas(Sequence[Tensor]):
         part = (
             torch.empty_like(stored, dtype=self.dtype, device=self.device) if out is None else out
         )
+        # bf16 and fp16 convert exactly, so the difference is that of the stored values.
         part.copy_(stored)
         base = self._base[k]
         return part if base is None else part.sub_(self._base_chunk(base, rows))

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raymix.merge.decompose import gram
+from raymix.merge.eigen import eigh
 from raymix.merge.entrywise import LinearOptions, linear
 from raymix.merge.registry import EachReal, Factors, Merged, Options, each, merge_method
 from raymix.recipe._base import Real
@@ -115,7 +116,7 @@ def orthogonalised(columns: Tensor) -> Tensor:
 
     Directions in which the columns are dependent are left out rather than invented.
     """
-    eigenvalues, vectors = torch.linalg.eigh(columns.T @ columns)
+    eigenvalues, vectors = eigh(columns.T @ columns)
     largest = float(eigenvalues[-1]) if eigenvalues.numel() else 0.0
     sound = eigenvalues > _RESOLVED**2 * largest
     inverse = torch.where(sound, eigenvalues.clamp_min(1e-300).rsqrt(), 0.0)
@@ -137,7 +138,7 @@ def _svd(matrix: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor, Te
     if matrix.shape[0] > matrix.shape[1]:
         v, sigma, u = _svd(matrix.T, scale)
         return u, sigma, v
-    eigenvalues, vectors = torch.linalg.eigh(gram([matrix]), UPLO="L")
+    eigenvalues, vectors = eigh(gram([matrix]))
     sigma = eigenvalues.flip(0).clamp_min(0).sqrt()
     count = int((sigma > _RESOLVED * (scale or float(sigma[0]))).sum()) if len(sigma) else 0
     u, sigma = vectors.flip(1)[:, :count], sigma[:count]

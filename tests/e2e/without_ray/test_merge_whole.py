@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import raymix
+from tests.benchmarks import _merge_inputs
 from tests.e2e.conftest import Shell, wait_for
 from tests.merging import NORM, digests, read_model, write_family
 
@@ -129,17 +130,15 @@ def test_the_plot_is_drawn_and_says_what_it_shows(tmp_path: Path) -> None:
     assert "#0a00" not in text  # every stand-in has become a colour of the theme
 
 
+# In a process that only merges, as the command does: what others freed is not counted then.
 GROWING = """
 import json, sys
-from tests.benchmarks._merge_inputs import Size, write_family
-from pathlib import Path
 import raymix
-folder, layers = Path(sys.argv[1]), int(sys.argv[2])
-base, *tasks = write_family(folder, Size(512, layers, 1024, 8, 8, 64), 3)
-import gc; gc.collect()
-file = {"merge_method": sys.argv[3], "base_model": str(base),
-        "models": [{"model": str(task)} for task in tasks]}
-print(json.dumps(raymix.merge(file, folder / "out", workers=1)))
+from raymix.merge.engine import return_freed_memory
+return_freed_memory()
+out, method, base, *tasks = sys.argv[1:]
+file = {"merge_method": method, "base_model": base, "models": [{"model": task} for task in tasks]}
+print(json.dumps(raymix.merge(file, out, workers=1)))
 """
 
 
@@ -147,10 +146,14 @@ print(json.dumps(raymix.merge(file, folder / "out", workers=1)))
 @pytest.mark.parametrize("method", ["ties", "drm"])
 def test_memory_does_not_grow_with_the_layers(method: str, tmp_path: Path) -> None:
     def grown(layers: int) -> float:
-        """Return the memory that a merge took beyond what its process had before."""
+        """Return the most memory that a process had while it merged."""
         folder = tmp_path / f"{method}{layers}"
+        family = _merge_inputs.write_family(
+            folder, _merge_inputs.Size(512, layers, 1024, 8, 8, 64), 3
+        )
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-        command = [sys.executable, "-c", GROWING, str(folder), str(layers), method]
+        places = [str(place) for place in (folder / "out", method, *family)]
+        command = [sys.executable, "-c", GROWING, *places]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return float(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
