@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raymix.errors import RecipeError
-from raymix.recipe import Recipe, load_recipe
+from raymix.recipe import Recipe, load_recipe, recipe_schema
+from tests.schemas import documents
 from tests.unit.recipes import DOCUMENT
 
 FORM = re.compile(r"[^\n]+ = .+: .+[.?!]", re.DOTALL)
@@ -91,6 +92,28 @@ def file() -> Path:
 def test_changed_documents(file: Path, document: dict[str, Any]) -> None:
     file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
     check(file)
+
+
+SCHEMA = documents(recipe_schema())
+
+
+def check_document(file: Path, document: dict[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
+    check(file)
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(document=SCHEMA)
+def test_documents_of_the_schema(file: Path, document: dict[str, Any]) -> None:
+    check_document(file, document)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@settings(max_examples=5000, suppress_health_check=list(HealthCheck))
+@given(document=SCHEMA | mutated())
+def test_many_documents(file: Path, document: dict[str, Any]) -> None:
+    check_document(file, document)
 
 
 @settings(max_examples=120)
