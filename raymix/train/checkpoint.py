@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from raymix.errors import RecipeError, TrainingError, problem
 from raymix.jsontext import parse_json
+from raymix.store import files
 from raymix.train.parallel import Replica, gathered, like_parameter
 
 _FORMAT = 1
@@ -202,8 +203,5 @@ def _remove_old(directory: Path, keep: int) -> None:
 
 
 def _copy_tokenizer(source: str, target: Path) -> None:
-    from fsspec.core import url_to_fs
-
-    files, root = url_to_fs(source)
-    for path in files.ls(root, detail=False) if files.isdir(root) else ():
-        (target / Path(path).name).write_bytes(files.cat_file(path))
+    for name in files.list_directory(source):
+        (target / name).write_bytes(files.read_bytes(files.join(source, name)))
