@@ -23,15 +23,6 @@ from tests.e2e.conftest import DOMAINS, QUICKSTART, recipe_document
 
 
 @pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    """Start the server, and return the URL of its bucket."""
-    with buckets.bucket() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield f"s3://{buckets.BUCKET}"
-
-
-@pytest.fixture(scope="module")
 def texts(store: str) -> str:
     """Return the URL of the texts of four real domains."""
     buckets.put(f"{store}/texts", QUICKSTART)
