@@ -14,6 +14,7 @@ from rich.console import Console
 from raymix.errors import CorpusError, problem
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text, files
+from raymix.train.claim import claimed
 from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
@@ -58,7 +59,7 @@ def train(
     has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
     corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, has))
     plan = preflight(loaded, corpus, has)
-    with run.locked():
+    with claimed(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPES, *LOGS)
         if not _finished(run, plan.steps, corpus, loaded):

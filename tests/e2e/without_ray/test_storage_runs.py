@@ -21,6 +21,7 @@ from raymix.report.live import LiveRun
 from raymix.report.read import read_run
 from raymix.store import Corpus, files
 from raymix.train.api import train
+from raymix.train.claim import claimed
 from raymix.train.export import export
 from raymix.train.kept import newest
 from raymix.train.rundir import RunDirectory
@@ -204,6 +205,30 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
     assert told(url, *SAME) == told(calm, *SAME)
     output = (tmp_path / "background.log").read_text()
     assert buckets.SECRET not in output
+
+
+def test_a_run_is_worked_on_by_one_machine_at_a_time(
+    kept: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raymix.train.claim.BEAT_S", 0.3)
+    url = f"{store}/runs/claimed"
+    buckets.copy(kept, url)
+    said: list[str] = []
+    with monkeypatch.context() as other, claimed(RunDirectory.at(url), note=said.append):
+        other.setattr(tempfile, "tempdir", str(tmp_path))  # as on another machine
+        with pytest.raises(
+            RecipeError, match=rf"run.dir = '{url}': in use by process {os.getpid()}"
+        ):
+            train(recipe(f"{store}/corpus", url), report=False)
+        left = files.read_bytes(f"{url}/.lock")
+    assert not files.exists(f"{url}/.lock")
+    files.atomic_write_bytes(f"{url}/.lock", left)  # of one that was killed
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with claimed(RunDirectory.at(url), note=said.append):
+        pass
+    assert len(said) == 1
+    assert "still works on" in said[0]
+    assert not files.exists(f"{url}/.lock")
 
 
 def test_stores_that_cannot_be_used_are_errors_of_the_input(
