@@ -18,7 +18,7 @@ from raymix.train.claim import claimed
 from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
-from raymix.train.kept import LOGS, RECIPES, STOP, Keeper, newest
+from raymix.train.kept import LOGS, RECIPES, STOP, Keeper, newest, tidy
 from raymix.train.machine import resources
 from raymix.train.preflight import preflight
 from raymix.train.progress import Progress
@@ -67,6 +67,7 @@ def train(
             _train(loaded, run, plan)
     document = summary(run)
     _show(run, document, report=report)
+    tidy(run)
     return document
 
 

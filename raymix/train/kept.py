@@ -158,6 +158,12 @@ def keep_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
         files.remove(files.join(above, name))
 
 
+def tidy(run: RunDirectory) -> None:
+    """Delete the files on this machine of a run that is finished and kept elsewhere."""
+    if run.url is not None:
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
 def _each(names: Sequence[str], move: Callable[[str], None]) -> None:
     """Call `move` for every name, some at a time."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -195,6 +201,8 @@ class Keeper:
         if self._mirror is None:
             return
         self._ended.set()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            return  # the second Ctrl-C does not wait
         self._thread.join()
         # What ended the work is the better error.
         with suppress(*(() if kind is None else (StorageError, OSError))):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from raymix.train.kept import keep_checkpoint
-from raymix.train.loop import LoopEnd, TrainingLoop
+from raymix.train.loop import LoopEnd, Parts, TrainingLoop
 from raymix.train.parallel import World
 from raymix.train.setup import Job, begin, build_parts, local_source
 
@@ -33,6 +33,15 @@ def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
         on_checkpoint=lambda path, step: keep_checkpoint(job.run, path, keep=keep),
         stop_asked=stop_asked,
     )
+    return looped(parts)
+
+
+def looped(parts: Parts) -> LoopEnd:
+    """Return how the loop of a rank ended; its files are closed then.
+
+    Raises:
+        RaymixError: If the job cannot be done.
+    """
     try:
         return TrainingLoop(parts).run()
     finally:

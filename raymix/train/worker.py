@@ -18,8 +18,8 @@ from raymix.control.source import BlockSource
 from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
 from raymix.store import Corpus, files
-from raymix.train.kept import STOP, Keeper, keep_checkpoint
-from raymix.train.loop import TrainingLoop
+from raymix.train.kept import STOP, Keeper, keep_checkpoint, tidy
+from raymix.train.local import looped
 from raymix.train.parallel import World
 from raymix.train.rundir import RunDirectory, read_metrics
 from raymix.train.setup import Job, begin, build_parts
@@ -46,15 +46,14 @@ def train_worker(config: dict[str, Any]) -> None:
     kept = ("metrics.jsonl", "tensorboard") if world.is_writer else ()
     try:
         with Keeper(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
-            TrainingLoop(parts).run()
+            end = looped(parts)
+        if world.is_writer and not end.stopped:
+            tidy(job.run)
     except torch.OutOfMemoryError as error:
         wrong = f"a worker ran out of GPU memory: {str(error).splitlines()[0]}"
         advice = "Lower it, or set train.activation_checkpointing"
         path, rows = "train.micro_batch_rows", parts.micro_batch_rows
         raise TrainingError(problem(path, rows, wrong, advice)) from error
-    finally:
-        if parts.recorder is not None:
-            parts.recorder.close()
 
 
 def _world(job: Job) -> World:

@@ -42,6 +42,7 @@ def steps(place: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, raw.splitlines()) if "loss" in line]
 
 
+@pytest.mark.timeout(900)  # starts two clusters
 def test_two_workers_on_a_bucket_killed_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +63,7 @@ def test_two_workers_on_a_bucket_killed_and_gone_on_with(
         scratch.mkdir()
         process = shell.start("train", "run.yaml", "--no-report")
         checkpoint = f"{two}/checkpoints/step-00000010/state.json"
-        wait_for(lambda: files.exists(checkpoint), seconds=200, what="a checkpoint in the bucket")
+        wait_for(lambda: files.exists(checkpoint), seconds=400, what="a checkpoint in the bucket")
         os.kill(process.pid, signal.SIGKILL)
         process.wait(30)
         assert len(steps(two)) < STEPS, "the run was over before it could be killed"
