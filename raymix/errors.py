@@ -7,13 +7,21 @@ command line prints it without a traceback and leaves with the class' `exit_code
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# A name and a password in front of a URL's host.
+_USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
 
 
 def problem(path: str, value: object, wrong: str, *advice: str) -> str:
-    """Return one message in the house form; `advice` says what is allowed and what to do."""
+    """Return one message in the house form; `advice` says what is allowed and what to do.
+
+    What a URL says of a user is left out.
+    """
     sentences = [wrong, *advice]
-    return f"{path} = {value!r}: " + " ".join(_sentence(part) for part in sentences if part)
+    text = f"{path} = {value!r}: " + " ".join(_sentence(part) for part in sentences if part)
+    return _USER.sub("", text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -47,6 +55,14 @@ class RecipeError(RaymixError, ValueError):
 
 class CorpusError(RaymixError, ValueError):
     """Input data or a prepared corpus that cannot be used as it is."""
+
+
+class StorageError(RaymixError, RuntimeError):
+    """A store behind a URL that will not do what it is asked: no such bucket, no permission."""
+
+
+class UnreachableError(StorageError):
+    """A store behind a URL that does not answer, which may pass."""
 
 
 class LawError(RaymixError, ValueError):

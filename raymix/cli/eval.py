@@ -12,7 +12,7 @@ from raymix.cli._run import Json, run_command
 def command(
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="A run directory, or a checkpoint's directory."),
+        typer.Argument(metavar="RUN", help="A run or a checkpoint: directory or URL."),
     ],
     recipe: Annotated[
         str | None,

@@ -42,8 +42,8 @@ def command(
     storage: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR",
-            help="A directory that all nodes see: relative corpus and run directories go there.",
+            metavar="PLACE",
+            help="A directory that all nodes see, or a URL: relative results go there.",
         ),
     ] = None,
     token_in_clear: TokenInClear = False,

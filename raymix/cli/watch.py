@@ -22,7 +22,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def command(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory or its URL.")],
     every: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks.")
     ] = 1.0,

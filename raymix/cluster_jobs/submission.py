@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -12,9 +13,16 @@ from itertools import takewhile
 from pathlib import Path
 
 from raymix.cluster_jobs.files import Listing, find_project, list_files
-from raymix.cluster_jobs.references import check_results, check_sources, shipped_inputs
+from raymix.cluster_jobs.references import (
+    check_results,
+    check_sources,
+    results,
+    shipped_inputs,
+)
 from raymix.errors import RecipeError, did_you_mean, problem
-from raymix.recipe import read_recipe
+from raymix.recipe import Recipe, read_recipe
+from raymix.store import files
+from raymix.store.trouble import is_remote
 
 # Command, and whether it leaves results behind.
 COMMANDS = {
@@ -25,6 +33,7 @@ COMMANDS = {
     "compare": True,
     "tune": True,
 }
+_MANY_RUNS = ("compare", "tune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +49,7 @@ class Submission:
     listing: Listing
     """What travels."""
     storage: str | None
-    """The cluster's directory of its results; None where the recipe gives absolute ones."""
+    """The cluster's directory or URL of its results; None where the recipe gives absolute ones."""
 
 
 def prepare_submission(
@@ -59,7 +68,8 @@ def prepare_submission(
         arguments: What follows the recipe: `FIELD=VALUE` and options of the command.
         project: The directory that travels; left out, the nearest from the recipe upwards that
             git or a pyproject.toml marks, else the recipe's own.
-        storage: A directory that all nodes of the cluster see. Relative results go below it.
+        storage: A directory that all nodes of the cluster see, or a URL for commands of one run.
+            Relative results go below it.
 
     Raises:
         RecipeError: If the command or the recipe cannot work there; names every fault found.
@@ -75,12 +85,34 @@ def prepare_submission(
     moved = shipped_inputs(model, listing)
     if COMMANDS[command] and storage is None:
         check_results(model)
-    if storage is not None and not storage.startswith("/"):
-        wrong, advice = "not an absolute path", "Name a directory that all nodes of the cluster see"
-        raise RecipeError(problem("storage", storage, wrong, advice))
-    line = _entrypoint(command, _place(recipe, listing), arguments, moved, storage)
+    below = _below(command, model, storage) if storage is not None else []
+    words = [*arguments, *below]
+    directory = storage if storage is not None and storage.startswith("/") else None
+    line = _entrypoint(command, _place(recipe, listing), words, moved, directory)
     name = f"raymix-{command}-{model.name}-{secrets.token_hex(4)}"
     return Submission(name=name, command=command, entrypoint=line, listing=listing, storage=storage)
+
+
+def _below(command: str, recipe: Recipe, storage: str) -> list[str]:
+    """Return the changes to a recipe that put its relative results below a URL; none for a path.
+
+    Raises:
+        RecipeError: If it is neither a path nor a URL, or the command needs a directory.
+    """
+    if storage.startswith("/"):
+        return []
+    advice = "Name a directory that all nodes of the cluster see"
+    if not is_remote(storage):
+        wrong = "neither an absolute path nor a URL"
+        raise RecipeError(problem("storage", storage, wrong, advice))
+    if command in _MANY_RUNS:
+        wrong = f"`raymix {command}` writes to a directory, not to a URL"
+        raise RecipeError(problem("storage", storage, wrong, advice))
+    return [
+        f"{reference.field}={files.join(storage, posixpath.normpath(reference.path))}"
+        for reference in results(recipe)
+        if reference.relative
+    ]
 
 
 def _place(recipe: str, listing: Listing) -> str:

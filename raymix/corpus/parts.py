@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymix.corpus.sources import DomainSources, SourceFile
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, RaymixError, problem
 from raymix.recipe import DomainConfig
 from raymix.store import files
+from raymix.store.trouble import trouble
 
 SMALLEST_PART = 4 << 20
 """Bytes of text in a part of a small corpus: a few seconds of tokenising on one core."""
@@ -158,10 +159,10 @@ def _guarded(file: SourceFile, read: Callable[[], list[Slice]]) -> list[Slice]:
         raise unreadable(file, error) from error
 
 
-def unreadable(file: SourceFile, error: BaseException) -> CorpusError:
+def unreadable(file: SourceFile, error: BaseException) -> RaymixError:
     """Return the error for a file that cannot be read as what its name says."""
     first = (str(error) or type(error).__name__).splitlines()[0]
-    return CorpusError(
+    return trouble(file.url, error, "file") or CorpusError(
         problem(
             "file",
             file.url,

@@ -85,6 +85,7 @@ def prepare(
         ClusterError: If the Ray cluster does not answer or has no CPU.
     """
     report = Reporter(progress)
+    files.check_store(config.path, "corpus.path")
     if not config.domains:
         return Corpus.open(config.path).manifest
     there = state.manifest_of(config.path)

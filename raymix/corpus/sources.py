@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 from raymix.errors import CorpusError, did_you_mean, problem
 from raymix.recipe import CorpusConfig, DomainConfig
 from raymix.store import files
+from raymix.store.trouble import trouble
 
 Format = Literal["parquet", "jsonl", "text", "arrow"]
 
@@ -170,19 +171,24 @@ def expand(
     """
     root, segments = _split(pattern)
     try:
-        filesystem, base = files.locate(root)
+        filesystem, base = files.locate(root, path)
         if isinstance(filesystem, pafs.LocalFileSystem):
             root = base  # workers have another working directory
         if not segments:
-            return [(root, _plain_file(path, root, filesystem.get_file_info(base)))]
+            info = filesystem.get_file_info(base)
+            if info.type == pafs.FileType.NotFound:
+                files.check_store(root, path)
+            return [(root, _plain_file(path, root, info))]
         deep = len(segments) > 1 or "**" in segments
         tails = (listings or Listings()).files(filesystem, base, deep=deep)
     except (OSError, pa.ArrowException) as error:
-        raise CorpusError(problem(path, pattern, f"cannot be listed: {error}")) from error
+        known = trouble(root, error, path)
+        raise known or CorpusError(problem(path, pattern, f"cannot be listed: {error}")) from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")
     found = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
     if not found:
+        files.check_store(root, path)  # nothing is listed of a bucket that does not exist
         raise CorpusError(problem(path, pattern, "no file matches", _what_is_there(pattern)))
     return found
 

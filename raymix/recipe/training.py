@@ -245,7 +245,7 @@ class RunConfig(Model):
     """Where results go."""
 
     dir: str = Field(default="runs/{name}", min_length=1)
-    """Run directory; `{name}` and `{seed}` are filled in; relative to the working directory."""
+    """Run directory or URL, `{name}` and `{seed}` filled in; it starts at the working directory."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
 

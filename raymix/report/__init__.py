@@ -16,6 +16,7 @@ from raymix.errors import RecipeError, problem
 from raymix.report.read import Document, read_run
 from raymix.report.summary import summarise
 from raymix.store import atomic_write_text
+from raymix.store.trouble import is_remote
 
 __all__ = ["write_report"]
 
@@ -27,9 +28,10 @@ def write_report(run_dirs: AnyPath | Sequence[AnyPath], out: AnyPath | None = No
     """Return the path of the page drawn from `run_dirs`; its data lie beside it as `.json`.
 
     Args:
-        run_dirs: A run directory, or several to be drawn side by side. Runs may still go on.
+        run_dirs: A run directory or its URL, or several to be drawn side by side. Runs may still
+            go on.
         out: The page, `*.html`, or a directory for it. Left out, `report.html` in the run
-            directory, or in the working directory where there are several.
+            directory, or in the working directory where there are several or it is a URL.
 
     Raises:
         RecipeError: If a directory is no run or holds no step yet, or matplotlib is absent.
@@ -53,7 +55,8 @@ def write_report(run_dirs: AnyPath | Sequence[AnyPath], out: AnyPath | None = No
 
 def _page_path(paths: Sequence[AnyPath], out: AnyPath | None) -> Path:
     if out is None:
-        return Path(paths[0] if len(paths) == 1 else ".") / "report.html"
+        alone = len(paths) == 1 and not is_remote(os.fspath(paths[0]))
+        return Path(paths[0] if alone else ".") / "report.html"
     path = Path(out)
     if path.is_dir():
         return path / "report.html"

@@ -8,6 +8,8 @@ the old one: everything is then read afresh.
 from __future__ import annotations
 
 import math
+import tempfile
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,8 +18,10 @@ from typing import Any
 
 from raymix.jsontext import parse_json
 from raymix.report.exactness import usable_tokens
-from raymix.report.read import LOG, METRICS, Document, is_step, number, outline
+from raymix.report.read import LOG, METRICS, Document, fetch_run, is_step, number, outline
+from raymix.store.mirror import SHORTEST_S, Mirror
 from raymix.store.tail import LineTail
+from raymix.store.trouble import is_remote
 
 _PACE_STEPS = 50
 _CURVE_POINTS = 400
@@ -28,12 +32,20 @@ class LiveRun:
     """What the files of a run say, brought up to date by `look`."""
 
     def __init__(self, path: str | Path) -> None:
-        """Watch the run directory at `path`; its first step may be yet to come.
+        """Watch the run directory at `path`, or the URL of one; its first step may be yet to come.
 
         Raises:
             RecipeError: If there is no such directory, or it is no run's.
+            StorageError: If it is a URL and the store cannot be used.
         """
-        self._path = Path(path)
+        self._where = str(path).rstrip("/") if is_remote(str(path)) else str(path)
+        self._path, self._mirror = Path(path), None
+        if is_remote(self._where):
+            self._above = tempfile.TemporaryDirectory(prefix="raymix-")
+            self._path = Path(self._above.name) / self._where.rsplit("/", 1)[-1]
+            self._mirror = Mirror(self._where, self._path)
+            fetch_run(self._where, self._mirror)
+        self._fetched = time.monotonic()
         self._open()
         self._tail = LineTail(self._path / METRICS)
         self._log = LineTail(self._path / LOG)
@@ -57,6 +69,9 @@ class LiveRun:
 
     def look(self) -> bool:
         """Take in what is new; return whether anything is."""
+        if self._mirror is not None and time.monotonic() - self._fetched >= SHORTEST_S:
+            fetch_run(self._where, self._mirror)
+            self._fetched = time.monotonic()
         lines, afresh = self._tail.read()
         if afresh:
             self._forget()
@@ -75,7 +90,7 @@ class LiveRun:
         left = None if self.steps is None else max(0, self.steps - self._step)
         per_step = seconds / len(self._recent) if self._recent else math.nan
         return {
-            "run": str(self._path),
+            "run": self._where,
             "name": self.name,
             "state": self._state(),
             "step": self._step,

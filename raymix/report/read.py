@@ -5,8 +5,10 @@ Shapes: S recorded steps, E evaluations, D domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +19,15 @@ from numpy.typing import NDArray
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
 from raymix.jsontext import parse_json
 from raymix.sampling import MixtureLog
-from raymix.store import Corpus
+from raymix.store import Corpus, files
+from raymix.store.mirror import Mirror
+from raymix.store.trouble import is_remote
 
 METRICS = "metrics.jsonl"
 RECIPE = "resolved.yaml"
 LOG = "mixture_log.jsonl"
+FILES = (RECIPE, "environment.json", LOG, METRICS)
+"""What is read of a run; the last tells how far it is."""
 
 Floats = NDArray[np.float64]
 Document = dict[str, Any]
@@ -65,6 +71,8 @@ class RunRecord:
     """One run directory."""
 
     path: Path
+    where: str
+    """Its path as it was given, or its URL."""
     recipe: Document
     environment: Document
     domains: tuple[str, ...]
@@ -93,13 +101,52 @@ def outline(path: str | Path) -> RunRecord:
     return _record(directory, [], [], [])
 
 
+@contextmanager
+def on_this_machine(place: str | Path) -> Iterator[Path]:
+    """Yield the directory of a run; what a report reads of a run at a URL is fetched before.
+
+    Raises:
+        RecipeError: If there is no run at the URL.
+        StorageError: If the store cannot be used.
+    """
+    url = str(place).rstrip("/")
+    if not is_remote(url):
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="raymix-") as above:
+        directory = Path(above) / url.rsplit("/", 1)[-1]
+        fetch_run(url, Mirror(url, directory))
+        yield directory
+
+
+def fetch_run(url: str, mirror: Mirror) -> None:
+    """Bring the copies of what a report reads of the run at `url` up to date.
+
+    Raises:
+        RecipeError: If there is no run.
+        StorageError: If the store cannot be used.
+    """
+    if not (mirror.fetch(*FILES)):
+        files.check_store(url, "run")
+        wrong = f"not a run directory: no {METRICS} in it"
+        raise RecipeError(problem("run", url, wrong, "`raymix train` makes one"))
+
+
 def read_run(path: str | Path) -> RunRecord:
-    """Return what the run directory at `path` holds; what is missing is noted, not fatal.
+    """Return what the run at `path` holds; what is missing is noted, not fatal.
+
+    Args:
+        path: A run directory, or the URL of one.
 
     Raises:
         RecipeError: If it is no run directory, or holds neither a step nor an evaluation.
+        StorageError: If it is a URL and the store cannot be used.
     """
-    directory = Path(path)
+    with on_this_machine(path) as directory:
+        return replace(_read_run(directory, str(path)), where=str(path))
+
+
+def _read_run(directory: Path, path: str) -> RunRecord:
     notes: list[str] = []
     lines = _read_metrics(directory, notes)
     evaluations = tuple(
@@ -109,7 +156,7 @@ def read_run(path: str | Path) -> RunRecord:
     records = _last_per_step(lines, "loss")
     if not records and not evaluations:
         wrong = f"{METRICS} holds no step yet"
-        raise RecipeError(problem("run", str(path), wrong, "Try again once training has begun"))
+        raise RecipeError(problem("run", path, wrong, "Try again once training has begun"))
     return _record(directory, records, evaluations, notes)
 
 
@@ -124,6 +171,7 @@ def _record(
     corpus = _read_corpus(recipe or {}, notes)
     return RunRecord(
         path=directory,
+        where=str(directory),
         recipe=recipe or {},
         environment=_tolerant(_read_json, directory, "environment.json", notes) or {},
         domains=_domains(log, corpus, records, evaluations),

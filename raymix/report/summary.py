@@ -29,7 +29,7 @@ def summarise(run: RunRecord) -> Document:
     domains = _domains(run, counted)
     document = {
         "name": run.name,
-        "path": str(run.path),
+        "path": run.where,
         "state": _state(run),
         "header": _header(run),
         "domains": domains,

@@ -17,6 +17,7 @@ from raymix.store.block import Block
 from raymix.store.learnt import LEARNT, Learnt, read_learnt
 from raymix.store.manifest import Manifest, SplitInfo, read_manifest
 from raymix.store.shard import ShardReader, read_lengths
+from raymix.store.trouble import is_remote, patiently, trouble
 
 _OPEN_SHARDS = 64
 
@@ -32,6 +33,7 @@ class Corpus:
     def __init__(self, path: str, manifest: Manifest) -> None:
         """Stand for the corpus at `path`; use `Corpus.open`, which reads the manifest."""
         self.path = path
+        self._remote = is_remote(path)
         self.manifest = manifest
         self.domain_names: tuple[str, ...] = tuple(manifest.domains)
         self._ends: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
@@ -174,11 +176,18 @@ class Corpus:
             raise self._corrupt(file, row, f"{said}, {wanted} of {self.dtype} expected")
 
     def _guarded(self, file: str, row: int | None, read: Callable[[], _Result]) -> _Result:
+        if not self._remote:
+            return self._read_or_explain(file, row, read)
+        return patiently(lambda: self._read_or_explain(file, row, read))
+
+    def _read_or_explain(self, file: str, row: int | None, read: Callable[[], _Result]) -> _Result:
         try:
             return read()
         except FileNotFoundError as error:
             raise self._corrupt(file, row, "the file is missing") from error
         except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
+            if known := trouble(files.join(self.path, file), error):
+                raise known from error
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise self._corrupt(file, row, first) from error
 

@@ -1,15 +1,18 @@
-"""Files by URL: one way to read, write and replace them, local or on any fsspec store.
+"""Files by URL: one way to read, write and replace them, local or on any store.
 
 Everything raymix writes appears under its name whole or not at all: it is written to a
-temporary name in the same directory and renamed when it is complete.
+temporary name in the same directory and renamed when it is complete. Where a store is and who may
+use it comes from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a URL.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import posixpath
+import re
 import shutil
 import uuid
 from types import TracebackType
@@ -19,38 +22,60 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from typing_extensions import Buffer
 
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, StorageError, problem
+from raymix.store.trouble import asking, is_remote, trouble
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What is the place's fault rather than the program's: too large a file, or one may not write.
 _REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
+_PASSWORD = re.compile(r"^[A-Za-z][\w+.-]*://[^/@]*:[^/@]*@")
 
-def locate(url: str) -> tuple[pafs.FileSystem, str]:
+
+def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
     """Return the file system of `url` and the path in it; a plain path is a local one.
 
     pyarrow's own file systems are preferred (S3, GCS, HDFS, ABFS); any other scheme goes to
-    fsspec.
+    fsspec. `field` is what holds the URL, for messages.
 
     Raises:
         CorpusError: If nothing installed understands the scheme.
+        StorageError: If the URL holds a password, or the store will not have it.
     """
     if "://" not in url:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
+    if _PASSWORD.match(url):
+        wrong = "a password in a URL would end up in logs and in the run's files"
+        raise StorageError(problem(field, url, wrong, "give it by the environment"))
     try:
         return pafs.FileSystem.from_uri(url)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return _fsspec(url)
+        return _fsspec(url, field)
+    except OSError as error:  # where a bucket is: that is asked of the store
+        raise trouble(url, error, field) or error from error
 
 
-def _fsspec(url: str) -> tuple[pafs.FileSystem, str]:
+def _fsspec(url: str, field: str) -> tuple[pafs.FileSystem, str]:
     import fsspec.core
 
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise CorpusError(problem("path", url, f"cannot be opened: {error}")) from error
+        raise CorpusError(problem(field, url, f"cannot be opened: {error}")) from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def check_store(url: str, field: str) -> None:
+    """Check that the store behind `url` answers and has the bucket; a path passes unseen.
+
+    Raises:
+        RaymixError: If it does not; the message names `field`.
+    """
+    if not is_remote(url):
+        return
+    filesystem, path = locate(url, field)
+    with asking(url, field), contextlib.suppress(FileNotFoundError):
+        filesystem.get_file_info(pafs.FileSelector(path))
 
 
 def join(url: str, *parts: str) -> str:
@@ -61,7 +86,8 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Return whether a file or directory lies at `url`."""
     filesystem, path = locate(url)
-    return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+    with asking(url):
+        return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
 
 def read_bytes(url: str) -> bytes:
@@ -71,7 +97,7 @@ def read_bytes(url: str) -> bytes:
         FileNotFoundError: If there is none.
     """
     filesystem, path = locate(url)
-    with filesystem.open_input_file(path) as source:
+    with asking(url), filesystem.open_input_file(path) as source:
         return source.read()
 
 
@@ -80,7 +106,8 @@ def open_mapped(url: str) -> pa.NativeFile:
     filesystem, path = locate(url)
     if isinstance(filesystem, pafs.LocalFileSystem):
         return pa.memory_map(path, "r")
-    return filesystem.open_input_file(path)
+    with asking(url):
+        return filesystem.open_input_file(path)
 
 
 def make_directory(url: str) -> None:
@@ -99,18 +126,20 @@ def make_directory(url: str) -> None:
 def remove(url: str) -> None:
     """Delete the file or the whole directory at `url`; what is absent is no error."""
     filesystem, path = locate(url)
-    kind = filesystem.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        filesystem.delete_dir(path)
-    elif kind != pafs.FileType.NotFound:
-        filesystem.delete_file(path)
+    with asking(url):
+        kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(path)
+        elif kind != pafs.FileType.NotFound:
+            filesystem.delete_file(path)
 
 
 def list_directory(url: str) -> list[str]:
     """Return the sorted names of what lies directly in the directory `url`."""
     filesystem, path = locate(url)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    return sorted(info.base_name for info in filesystem.get_file_info(selector))
+    with asking(url):
+        return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
 def free_bytes(url: str) -> int | None:
@@ -145,7 +174,7 @@ def write_error(url: str, error: OSError, needed: int) -> Exception:
     if error.errno in _REFUSED:
         why = os.strerror(error.errno or 0)
         return CorpusError(problem("path", url, f"cannot be written: {why}", "choose another path"))
-    return error
+    return trouble(url, error) or error
 
 
 class AtomicFile:
@@ -191,9 +220,9 @@ class AtomicFile:
         """Give the file its name; what had that name before is replaced."""
         try:
             self._stream.close()
+            self._filesystem.move(self._temporary, self._path)
         except OSError as error:
             raise write_error(self.url, error, self.size) from error
-        self._filesystem.move(self._temporary, self._path)
         self.closed = True
 
     def abort(self) -> None:

@@ -13,11 +13,12 @@ from rich.console import Console
 
 from raymix.errors import CorpusError, problem
 from raymix.recipe import Recipe, load_recipe
-from raymix.store import Corpus, atomic_write_text
-from raymix.train.checkpoint import newest_checkpoint
+from raymix.store import Corpus, atomic_write_text, files
+from raymix.train.claim import claimed
 from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
+from raymix.train.kept import LOGS, RECIPES, STOP, Keeper, newest, tidy
 from raymix.train.machine import resources
 from raymix.train.preflight import preflight
 from raymix.train.progress import Progress
@@ -58,12 +59,15 @@ def train(
     has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
     corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, has))
     plan = preflight(loaded, corpus, has)
-    with run.locked():
+    with claimed(run, note=_say):
+        if run.url is not None:
+            run.mirror().fetch(*RECIPES, *LOGS)
         if not _finished(run, plan.steps, corpus, loaded):
             _write_run(run, loaded, plan)
             _train(loaded, run, plan)
     document = summary(run)
     _show(run, document, report=report)
+    tidy(run)
     return document
 
 
@@ -73,7 +77,7 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
     Raises:
         CorpusError: If the run's checkpoint was made with another corpus.
     """
-    found = newest_checkpoint(run.checkpoints, note=_say)
+    found = newest(run, note=_say)
     if found is None:
         return False
     state = found[1]
@@ -82,9 +86,9 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
         advice = "Restore the corpus, set data.accept_changed_corpus, or use --if-exists new"
         raise CorpusError(problem("corpus.path", recipe.corpus.path, wrong, advice))
     if state.step < steps:
-        _say(f"going on from step {state.step:,} of {steps:,} in {run.path}")
+        _say(f"going on from step {state.step:,} of {steps:,} in {run.where}")
         return False
-    _say(f"the run in {run.path} is finished; --if-exists new would train afresh")
+    _say(f"the run in {run.where} is finished; --if-exists new would train afresh")
     return True
 
 
@@ -93,6 +97,9 @@ def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
     run.stop_request.unlink(missing_ok=True)
     about = environment(steps=plan.steps, parameters=plan.parameters, workers=plan.workers)
     atomic_write_text(str(run.path / "environment.json"), json.dumps(about, indent=1))
+    if run.url is not None:
+        files.remove(files.join(run.url, STOP))
+        run.mirror().send(*RECIPES)
 
 
 def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
@@ -105,7 +112,11 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
         threads=asked_threads(),
         session=uuid.uuid4().hex[:12],
     )
-    with ray_notices_to(run.path / "ray.log"), Progress(run.metrics, steps=plan.steps) as progress:
+    with (
+        ray_notices_to(run.path / "ray.log"),
+        Progress(run.metrics, steps=plan.steps) as progress,
+        _kept(run, on_ray=recipe.cluster.workers > 0),
+    ):
         if recipe.cluster.workers:
             progress.waiting("starting or joining Ray")
             with joined(recipe.cluster):
@@ -120,11 +131,20 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
                 keep_freed_memory()
             work = partial(run_here, job, stop_asked=run.stop_request.exists)
             watch(work, run, progress, starting="the model")
-    found = newest_checkpoint(run.checkpoints)
+    found = newest(run)
     done = found[1].step if found else 0
     if done < plan.steps:
         _say(f"stopped at step {done:,} of {plan.steps:,}; the same command goes on from there")
         raise KeyboardInterrupt
+
+
+def _kept(run: RunDirectory, *, on_ray: bool) -> Keeper:
+    """Return what keeps the files that this process writes, and fetches those it only reads."""
+    written = [*LOGS, "tensorboard", "error.log", STOP]
+    if not on_ray:
+        return Keeper(run, send=written[:-1])
+    written.remove("metrics.jsonl")
+    return Keeper(run, send=written, fetch=["metrics.jsonl"])
 
 
 def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:
@@ -141,7 +161,10 @@ def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:
         return
     from raymix.report import write_report
 
-    _say(f"report: {write_report([run.path])}")
+    page = write_report([run.where], run.path / "report.html")
+    if run.url is not None:
+        run.mirror().send(page.name, page.with_suffix(".json").name)
+    _say(f"report: {files.join(run.where, page.name)}")
 
 
 def _say(text: str) -> None:

@@ -27,10 +27,12 @@ from safetensors.torch import load_file, save_file
 
 from raymix.errors import RecipeError, TrainingError, problem
 from raymix.jsontext import parse_json
+from raymix.store import files
 from raymix.train.parallel import Replica, gathered, like_parameter
 
 _FORMAT = 1
-_STATE = "state.json"
+STATE = "state.json"
+"""The file that makes a directory a checkpoint."""
 _OPTIMIZER = "optimizer.safetensors"
 
 
@@ -93,7 +95,7 @@ def save_checkpoint(
         _copy_tokenizer(tokenizer_path, temporary)
         sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
         document = {"format": _FORMAT, **_fields(state), "files": sizes}
-        (temporary / _STATE).write_text(json.dumps(document))
+        (temporary / STATE).write_text(json.dumps(document))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except Exception as error:
@@ -128,19 +130,40 @@ def read_state(checkpoint: Path) -> TrainingState:
         TrainingError: If the checkpoint is damaged or of a newer format.
     """
     try:
-        document = parse_json((checkpoint / _STATE).read_text())
+        raw = (checkpoint / STATE).read_bytes()
+    except OSError as error:
+        raise _damaged(str(checkpoint), error) from error
+    return parse_state(raw, lambda name: (checkpoint / name).stat().st_size, str(checkpoint))
+
+
+def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingState:
+    """Return the state that `state.json` holds, where all files beside it are as it says.
+
+    Args:
+        raw: The content of the file.
+        size: Returns the bytes of a file beside it; raises OSError or KeyError if there is none.
+        place: The checkpoint, for messages.
+
+    Raises:
+        TrainingError: If the checkpoint is damaged or of a newer format.
+    """
+    try:
+        document = parse_json(raw)
         if document["format"] > _FORMAT:
             wrong = f"format {document['format']}, this raymix reads up to {_FORMAT}"
-            raise TrainingError(problem("checkpoint", str(checkpoint), wrong, "Upgrade raymix"))
+            raise TrainingError(problem("checkpoint", place, wrong, "Upgrade raymix"))
         sizes: dict[str, int] = document.pop("files")
-        for name, size in sizes.items():
-            if (checkpoint / name).stat().st_size != size:
-                raise ValueError(f"{name} is not {size} bytes long")
+        for name, wanted in sizes.items():
+            if size(name) != wanted:
+                raise ValueError(f"{name} is not {wanted} bytes long")
         del document["format"]
         return TrainingState(**document)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = f"damaged: {error}"
-        raise TrainingError(problem("checkpoint", str(checkpoint), wrong)) from error
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: str, error: Exception) -> TrainingError:
+    return TrainingError(problem("checkpoint", place, f"damaged: {error}"))
 
 
 def newest_checkpoint(
@@ -202,8 +225,5 @@ def _remove_old(directory: Path, keep: int) -> None:
 
 
 def _copy_tokenizer(source: str, target: Path) -> None:
-    from fsspec.core import url_to_fs
-
-    files, root = url_to_fs(source)
-    for path in files.ls(root, detail=False) if files.isdir(root) else ():
-        (target / Path(path).name).write_bytes(files.cat_file(path))
+    for name in files.list_directory(source):
+        (target / name).write_bytes(files.read_bytes(files.join(source, name)))

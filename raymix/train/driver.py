@@ -23,9 +23,9 @@ from raymix.control.plane import start_plane
 from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
 from raymix.recipe import ClusterConfig, DocumentData
-from raymix.store import Corpus
-from raymix.train.checkpoint import newest_checkpoint
+from raymix.store import Corpus, files
 from raymix.train.cluster import no_room, worker_environment
+from raymix.train.kept import newest
 from raymix.train.placement import placement_options
 from raymix.train.setup import Job, mixer_context
 from raymix.train.worker import StopWhereHopeless, train_worker
@@ -48,7 +48,7 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
     """
     recipe = job.recipe
     corpus = Corpus.open(recipe.corpus.path)
-    found = newest_checkpoint(job.run.checkpoints)
+    found = newest(job.run)
     controller = start_controller(
         name=f"raymix-controller-{job.session}",
         recipe_mixer=recipe.mixer,
@@ -77,8 +77,10 @@ def _trainer(job: Job) -> Any:
     cluster = job.recipe.cluster
     # Ray Train would take the snapshot of an earlier start for its own and look for checkpoints
     # that may be gone; which checkpoint to start from is decided by the workers.
-    job.run.checkpoints.mkdir(parents=True, exist_ok=True)
-    (job.run.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    checkpoints = files.join(job.run.where, job.run.checkpoints.name)
+    files.make_directory(checkpoints)
+    files.remove(files.join(checkpoints, "checkpoint_manager_snapshot.json"))
+    filesystem, place = files.locate(job.run.where)
     data = job.recipe.data
     group = data.assign.context if isinstance(data, DocumentData) else 1
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if job.on_gpu else {})}
@@ -95,11 +97,12 @@ def _trainer(job: Job) -> Any:
         ),
         run_config=RunConfig(
             name=job.run.checkpoints.name,
-            storage_path=str(job.run.path),
+            storage_path=place,
+            storage_filesystem=filesystem if job.run.url else None,
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=_START_TRIES
             ),
-            callbacks=[StopWhereHopeless(job.run.metrics)],
+            callbacks=[StopWhereHopeless(job.run)],
             worker_runtime_env={"env_vars": worker_environment(on_gpu=job.on_gpu)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -125,7 +128,7 @@ def explained(error: BaseException, job: Job) -> BaseException:
     said = (str(inner).strip().splitlines() or [""])[-1]
     wrong = f"the workers failed: {type(inner).__name__}: {said[:300]}"
     advice = f"The whole of it is in {where}. The same command goes on from the last checkpoint"
-    return TrainingError(problem("run", str(job.run.path), wrong, advice))
+    return TrainingError(problem("run", job.run.where, wrong, advice))
 
 
 def _inside(error: BaseException) -> Iterator[BaseException]:

@@ -48,7 +48,7 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
         raise disk_full(error, place) from error
     return {
         "out": str(place),
-        "checkpoint": str(target.checkpoint),
+        "checkpoint": target.where,
         "step": target.state.step if target.state else None,
         "files": sorted(file.name for file in place.iterdir()),
     }

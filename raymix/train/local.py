@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from raymix.train.loop import LoopEnd, TrainingLoop
+from raymix.train.kept import keep_checkpoint
+from raymix.train.loop import LoopEnd, Parts, TrainingLoop
 from raymix.train.parallel import World
 from raymix.train.setup import Job, begin, build_parts, local_source
 
@@ -21,6 +22,7 @@ def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
     Raises:
         RaymixError: If the job cannot be done.
     """
+    keep = job.recipe.train.keep_checkpoints
     world = World(device=torch.device("cuda" if job.on_gpu else "cpu"))
     start = begin(job, world)
     parts = build_parts(
@@ -28,9 +30,18 @@ def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
         world,
         start,
         source=local_source(job.recipe),
-        on_checkpoint=lambda path, step: None,
+        on_checkpoint=lambda path, step: keep_checkpoint(job.run, path, keep=keep),
         stop_asked=stop_asked,
     )
+    return looped(parts)
+
+
+def looped(parts: Parts) -> LoopEnd:
+    """Return how the loop of a rank ended; its files are closed then.
+
+    Raises:
+        RaymixError: If the job cannot be done.
+    """
     try:
         return TrainingLoop(parts).run()
     finally:

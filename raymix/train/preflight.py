@@ -48,6 +48,7 @@ from raymix.train.refusals import (
     probe_problems,
     room_problems,
 )
+from raymix.train.rundir import RunDirectory
 from raymix.train.runplan import DomainPlan, RunPlan
 from raymix.train.supply import Supply, estimated_supply, prepared_supply
 
@@ -106,7 +107,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         found.problems += cap_problems(
             recipe, supply, mixture.forecast, steps=shape.steps, tokens=shape.tokens
         )
-    free = disk_free(recipe.run_dir)
+    free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     if weight is not None:
         found.problems += disk_problems(recipe, checkpoint_bytes(weight.parameters), free)
     if found.problems or mixture is None or weight is None:

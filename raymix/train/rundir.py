@@ -10,25 +10,31 @@ RUN/checkpoints/step-XXXXXXXX/
 RUN/tensorboard/
 RUN/report.html, report.json
 ```
+
+One whose place is a URL is worked on in a directory of this machine; see `raymix.train.kept`.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 
 from raymix.errors import RecipeError, problem
 from raymix.jsontext import parse_json
 from raymix.recipe import Recipe
-from raymix.store import atomic_write_text
+from raymix.store import atomic_write_text, files
+from raymix.store.mirror import Mirror
+from raymix.store.trouble import is_remote
 
 IfExists = Literal["resume", "fail", "new"]
 
@@ -60,6 +66,36 @@ class RunDirectory:
     """The paths of a run."""
 
     path: Path
+    """Where its files are on this machine."""
+    url: str | None = None
+    """Where they are kept, if that is elsewhere."""
+
+    @classmethod
+    def at(cls, place: str, role: str = "run") -> Self:
+        """Return the run at a path or a URL; what a URL holds is worked on in a directory here.
+
+        Args:
+            place: The path or URL.
+            role: Names the directory here: two processes of a run may not write to the same files.
+        """
+        if not is_remote(place):
+            return cls(Path(os.path.abspath(place)))
+        url = place.rstrip("/")
+        return cls(_scratch(url) / role / url.rsplit("/", 1)[-1], url)
+
+    def on_worker(self) -> RunDirectory:
+        """Return the same run as a worker, maybe on another machine, works on it."""
+        return self if self.url is None else RunDirectory.at(self.url, "worker")
+
+    @property
+    def where(self) -> str:
+        """Return where the run is kept: its path or URL."""
+        return self.url or str(self.path)
+
+    def mirror(self) -> Mirror:
+        """Return what sends and fetches the files of a run with a URL."""
+        assert self.url is not None
+        return Mirror(self.url, self.path)
 
     @property
     def metrics(self) -> Path:
@@ -96,7 +132,7 @@ class RunDirectory:
 
         if not self.resolved.is_file():
             wrong = "not a run directory: it has no resolved.yaml"
-            raise RecipeError(problem("run", str(self.path), wrong, "Name a directory of a run"))
+            raise RecipeError(problem("run", self.where, wrong, "Name a directory of a run"))
         return load_recipe(self.resolved)
 
     def write_recipe(self, recipe: Recipe) -> None:
@@ -122,7 +158,7 @@ class RunDirectory:
                 holder = lock.read().strip() or "another process"
                 wrong = f"in use by {holder}"
                 advice = "Wait for it, stop it, or give another run.dir"
-                raise RecipeError(problem("run.dir", str(self.path), wrong, advice)) from error
+                raise RecipeError(problem("run.dir", self.where, wrong, advice)) from error
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -136,13 +172,14 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
         RecipeError: If the directory is taken: by anything but a run, by a run of another
             recipe, or by any run when `if_exists` is `fail`.
     """
-    run = RunDirectory(_directory(recipe))
-    if not run.path.exists() or not any(_visible(run.path)):
+    run = RunDirectory.at(_place(recipe))
+    names = _visible(run)
+    if not names:
         return run
     if if_exists == "new":
-        return RunDirectory(_next_free(run.path))
-    where = str(run.path)
-    if not run.resolved.is_file():
+        return RunDirectory.at(_next_free(run.where))
+    where = run.where
+    if run.resolved.name not in names:
         wrong = "the directory holds files but no run"
         raise RecipeError(problem("run.dir", where, wrong, "Give another run.dir"))
     if if_exists == "fail":
@@ -208,40 +245,53 @@ def _step_of(line: bytes) -> int:
         return _TORN
 
 
-def _directory(recipe: Recipe) -> Path:
+def _place(recipe: Recipe) -> str:
     template = recipe.run.dir
     try:
         filled = template.format(name=recipe.name, seed=recipe.seed)
     except (KeyError, IndexError, ValueError) as error:
         advice = "Allowed in braces: name, seed"
         raise RecipeError(problem("run.dir", template, f"{error} is unknown", advice)) from error
-    if "://" in filled:
-        wrong = "a run directory must be on a file system that all workers see, not a URL"
-        raise RecipeError(problem("run.dir", template, wrong))
-    return Path(os.path.abspath(filled))
+    return filled
 
 
-def _visible(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        raise RecipeError(problem("run.dir", str(path), "a file, not a directory"))
-    return (entry for entry in path.iterdir() if not entry.name.startswith("."))
+def _scratch(url: str) -> Path:
+    """Return the directory of this machine for what is kept at `url`, which only we can read.
+
+    Raises:
+        RecipeError: If somebody else made it.
+    """
+    above = Path(tempfile.gettempdir()) / f"raymix-{os.getuid()}"
+    above.mkdir(mode=0o700, parents=True, exist_ok=True)
+    facts = above.lstat()
+    if facts.st_uid != os.getuid() or not above.is_dir() or above.is_symlink():
+        wrong = f"{above}, where it would be worked on, belongs to somebody else"
+        raise RecipeError(problem("run.dir", url, wrong, "Set TMPDIR to a directory of your own"))
+    return above / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
 
-def _next_free(path: Path) -> Path:
+def _visible(run: RunDirectory) -> list[str]:
+    """Return the names of what the run's place holds, hidden files left out."""
+    files.check_store(run.where, "run.dir")
+    if run.url is None and run.path.exists() and not run.path.is_dir():
+        raise RecipeError(problem("run.dir", run.where, "a file, not a directory"))
+    return [name for name in files.list_directory(run.where) if not name.startswith(".")]
+
+
+def _next_free(place: str) -> str:
     number = 2
-    while (candidate := path.with_name(f"{path.name}-{number}")).exists():
+    while files.exists(candidate := f"{place}-{number}"):
         number += 1
     return candidate
 
 
 def _stored(run: RunDirectory) -> dict[str, Any]:
     try:
-        return Recipe.model_validate(yaml.safe_load(run.resolved.read_text())).model_dump(
-            mode="json"
-        )
+        text = files.read_bytes(files.join(run.where, run.resolved.name))
+        return Recipe.model_validate(yaml.safe_load(text)).model_dump(mode="json")
     except (yaml.YAMLError, ValueError) as error:
         wrong = "resolved.yaml cannot be read; it was written by another version or damaged"
-        raise RecipeError(problem("run.dir", str(run.path), wrong)) from error
+        raise RecipeError(problem("run.dir", run.where, wrong)) from error
 
 
 def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,7 @@ def score(
     )
     table = score_on(rows, target.checkpoint, corpus)
     return {
-        "checkpoint": str(target.checkpoint),
+        "checkpoint": target.where,
         "step": target.state.step if target.state else None,
         "corpus": used.corpus.path,
         "domains": table,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,11 @@ from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
 from raymix.train.assigning import bucket_plan, context_parallel_of, whole_rows
 from raymix.train.batches import most_rows_of_a_rank
-from raymix.train.checkpoint import TrainingState, load_optimizer, newest_checkpoint
+from raymix.train.checkpoint import TrainingState, load_optimizer
 from raymix.train.device import peak_flops, quiet_libraries, use_threads
 from raymix.train.documents import ContextParallel
 from raymix.train.evaluate import Evaluator, held_out_rows
+from raymix.train.kept import STOP, clear_checkpoints, fetch_checkpoint, newest
 from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
 from raymix.train.model import (
@@ -110,7 +111,7 @@ def begin(job: Job, world: World) -> Start:
     """Return where to go on, the same on every rank; rank 0 looks for the newest checkpoint."""
     start: Start | None = None
     if world.is_writer:
-        found = newest_checkpoint(job.run.checkpoints)
+        found = newest(job.run)
         path, state = found if found else (None, None)
         rows = job.micro_batch_rows
         if state is not None and state.world_size == world.size:
@@ -118,8 +119,15 @@ def begin(job: Job, world: World) -> Start:
             auto = job.recipe.train.micro_batch_rows == "auto"
             rows = state.micro_batch_rows if auto else rows
         start = Start(uuid.uuid4().hex[:12], path, state, rows)
+        if job.run.url is not None:
+            job.run.path.mkdir(parents=True, exist_ok=True)
+            job.run.mirror().fetch(job.run.metrics.name, STOP)
+            clear_checkpoints(job.run, but=path)
         cut_metrics(job.run.metrics, state.step if state else -1)
-    return world.agree(start)
+    agreed = world.agree(start)
+    if agreed.checkpoint is None:
+        return agreed
+    return replace(agreed, checkpoint=fetch_checkpoint(job.run, agreed.checkpoint))
 
 
 def build_parts(

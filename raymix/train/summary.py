@@ -12,7 +12,7 @@ from raymix.corpus.console import short
 from raymix.errors import RecipeError, problem
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
-from raymix.train.checkpoint import newest_checkpoint
+from raymix.train.kept import newest
 from raymix.train.rundir import RunDirectory, read_metrics
 from raymix.train.supply import Supply, prepared_supply
 
@@ -25,10 +25,10 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     Raises:
         RecipeError: If the run has no checkpoint yet.
     """
-    found = newest_checkpoint(run.checkpoints)
+    found = newest(run)
     if found is None:
         wrong = "the run has no whole checkpoint"
-        raise RecipeError(problem("run", str(run.path), wrong, "Train it first"))
+        raise RecipeError(problem("run", run.where, wrong, "Train it first"))
     _, state = found
     recipe = run.recipe()
     corpus = Corpus.open(recipe.corpus.path)
@@ -51,7 +51,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     }
     seconds = sum(line.get("seconds") or 0.0 for line in steps)
     return {
-        "run": str(run.path),
+        "run": run.where,
         "steps": state.step,
         "tokens": total,
         "tokens_per_s": total / seconds if seconds else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from raymix.control.plane_source import PlaneSource
 from raymix.control.source import BlockSource
 from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
-from raymix.store import Corpus
+from raymix.store import Corpus, files
 from raymix.train.checkpoint import disk_full
-from raymix.train.loop import TrainingLoop
+from raymix.train.kept import STOP, Keeper, keep_checkpoint, tidy
+from raymix.train.local import looped
 from raymix.train.parallel import World
-from raymix.train.rundir import read_metrics
+from raymix.train.rundir import RunDirectory, read_metrics
 from raymix.train.setup import Job, begin, build_parts
 
 
@@ -31,6 +33,7 @@ def train_worker(config: dict[str, Any]) -> None:
         RaymixError: What the user can act on.
     """
     job: Job = config["job"]
+    job = replace(job, run=job.run.on_worker())
     try:
         _train(job)
     except OSError as error:
@@ -45,19 +48,20 @@ def _train(job: Job) -> None:
         world,
         start,
         source=_plane_source(job, world),
-        on_checkpoint=_reporter(world),
+        on_checkpoint=_reporter(job, world),
         stop_asked=job.run.stop_request.exists,
     )
+    kept = ("metrics.jsonl", "tensorboard") if world.is_writer else ()
     try:
-        TrainingLoop(parts).run()
+        with Keeper(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
+            end = looped(parts)
+        if world.is_writer and not end.stopped:
+            tidy(job.run)
     except torch.OutOfMemoryError as error:
         wrong = f"a worker ran out of GPU memory: {str(error).splitlines()[0]}"
         advice = "Lower it, or set train.activation_checkpointing"
         path, rows = "train.micro_batch_rows", parts.micro_batch_rows
         raise TrainingError(problem(path, rows, wrong, advice)) from error
-    finally:
-        if parts.recorder is not None:
-            parts.recorder.close()
 
 
 def _world(job: Job) -> World:
@@ -81,11 +85,17 @@ def _plane_source(job: Job, world: World) -> Callable[[Corpus], BlockSource]:
     )
 
 
-def _reporter(world: World) -> Callable[[Path, int], None]:
-    """Return what tells Ray Train of a checkpoint; it is written already, so nothing is copied."""
+def _reporter(job: Job, world: World) -> Callable[[Path, int], None]:
+    """Return what keeps a checkpoint and tells Ray Train of it, which has nothing to copy."""
+    keep = job.recipe.train.keep_checkpoints
 
     def report(path: Path, step: int) -> None:
-        checkpoint = Checkpoint.from_directory(str(path)) if world.is_writer else None
+        checkpoint = None
+        if world.is_writer:
+            keep_checkpoint(job.run, path, keep=keep)
+            place = files.join(job.run.where, job.run.checkpoints.name, path.name)
+            filesystem, inside = files.locate(place)
+            checkpoint = Checkpoint(inside, filesystem)
         ray.train.report(
             {"step": step},
             checkpoint=checkpoint,
@@ -103,9 +113,9 @@ class StopWhereHopeless(UserCallback):
     exception in a callback ends the run, and reaches the driver.
     """
 
-    def __init__(self, metrics: Path) -> None:
+    def __init__(self, run: RunDirectory) -> None:
         """Judge progress by the run's metrics."""
-        self._metrics = metrics
+        self._run = run
         self._last: tuple[int, str] | None = None
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -118,7 +128,9 @@ class StopWhereHopeless(UserCallback):
             if isinstance(error, RaymixError):
                 raise error
         first = next(iter(worker_exceptions.values()))
-        lines = read_metrics(self._metrics)
+        if self._run.url is not None:
+            self._run.mirror().fetch(self._run.metrics.name)
+        lines = read_metrics(self._run.metrics)
         seen = (lines[-1]["step"] if lines else 0, f"{type(first).__name__}: {first}"[:500])
         if seen == self._last:
             said = "".join(traceback.format_exception_only(first)).strip().splitlines()[-1]

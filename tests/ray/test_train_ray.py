@@ -99,17 +99,17 @@ def test_resumed_on_one_worker_it_reads_the_same(
 
 
 def test_what_starting_again_cannot_mend_ends_a_run(tmp_path: Path) -> None:
-    stop = StopWhereHopeless(tmp_path / "metrics.jsonl")
+    stop = StopWhereHopeless(RunDirectory(tmp_path))
     with pytest.raises(CorpusError, match="shard"):
         stop.after_exception(None, {0: RuntimeError("gloo"), 1: CorpusError("shard x is corrupt")})
 
 
 def test_the_same_failure_twice_ends_a_run(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    stop = StopWhereHopeless(metrics)
+    run = RunDirectory(tmp_path)
+    stop = StopWhereHopeless(run)
     failure: dict[int, Exception] = {1: ValueError("no such kernel")}
     stop.after_exception(None, failure)
-    metrics.write_text('{"step": 4, "loss": 1.0}\n')
+    run.metrics.write_text('{"step": 4, "loss": 1.0}\n')
     stop.after_exception(None, failure)  # it got further meanwhile
     with pytest.raises(TrainingError, match="twice in the same way: ValueError: no such kernel"):
         stop.after_exception(None, failure)

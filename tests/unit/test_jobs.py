@@ -139,6 +139,18 @@ def test_every_fault_is_told_at_once(project: Path) -> None:
     assert submit(project, both, command="plan").entrypoint
 
 
+def test_relative_results_go_below_a_url(project: Path) -> None:
+    both = document(corpus__path="corpora/my", run__dir="runs/{name}")
+    line = submit(project, both, storage="s3://bucket/team").entrypoint
+    assert "corpus.path=s3://bucket/team/corpora/my " in line
+    assert "'run.dir=s3://bucket/team/runs/{name}' " in line
+    assert "cd " not in line
+    mine = document(corpus__path="/data/my", run__dir="gs://mine/{name}")
+    assert (
+        "s3://" not in submit(project, mine, storage="s3://bucket").entrypoint.split("my.yaml")[1]
+    )
+
+
 def test_a_shipped_model_is_read_from_the_project(project: Path) -> None:
     write(project, {"models/tiny/config.json": "{}"})
     recipe = document(model={"kind": "pretrained", "path": "models/tiny"})
@@ -152,8 +164,8 @@ def test_a_shipped_model_is_read_from_the_project(project: Path) -> None:
     [
         ({"command": "trian"}, "Did you mean 'train'?"),
         ({"command": "merge"}, "Allowed: validate, plan"),
-        ({"storage": "relative"}, "not an absolute path"),
-        ({"storage": "s3://bucket"}, "not an absolute path"),
+        ({"storage": "relative"}, "neither an absolute path nor a URL"),
+        ({"storage": "s3://bucket", "command": "tune"}, "writes to a directory, not to a URL"),
         ({"project": "/"}, "everything in it"),
         ({"project": "recipes/nowhere"}, "not a directory"),
         ({"project": "hidden"}, "outside of the project"),

@@ -218,6 +218,7 @@ def test_errors_are_standard_types_too() -> None:
     assert issubclass(kinds["MergeError"], ValueError)
     assert issubclass(kinds["ScheduleError"], ValueError)
     assert issubclass(kinds["ClusterError"], RuntimeError)
+    assert issubclass(kinds["StorageError"], RuntimeError)
     assert {name: kind.exit_code for name, kind in kinds.items()} == {
         "RaymixError": 2,
         "RecipeError": 2,
@@ -227,4 +228,6 @@ def test_errors_are_standard_types_too() -> None:
         "ClusterError": 2,
         "LawError": 2,
         "TrainingError": 1,
+        "StorageError": 2,
+        "UnreachableError": 2,
     }

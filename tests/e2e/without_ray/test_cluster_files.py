@@ -63,7 +63,7 @@ def pods(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield document["spec"]["submitterPodTemplate"]["spec"]
 
 
-@pytest.fixture(params=["raycluster.yaml", "rayjob.yaml"])
+@pytest.fixture(params=["raycluster.yaml", "rayjob.yaml", "rayjob-bucket.yaml"])
 def manifest(request: pytest.FixtureRequest) -> dict[str, Any]:
     return load(CLUSTER / "kubernetes" / request.param)
 
@@ -129,10 +129,29 @@ def test_pods_are_bounded_and_have_no_rights(manifest: dict[str, Any]) -> None:
     assert spec["enableInTreeAutoscaling"] is True
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         assert group["rayStartParams"]["object-spilling-directory"] == "/spill"
-        assert "/shared" in str(group["template"]["spec"]["containers"][0]["volumeMounts"])
+        mounts = str(group["template"]["spec"]["containers"][0]["volumeMounts"])
+        assert ("/shared" in mounts) is ("/scratch" not in mounts)
 
 
-def test_the_volume_is_the_one_that_pods_mount(manifest: dict[str, Any]) -> None:
+def test_a_run_in_a_bucket_shares_no_volume_and_holds_no_key() -> None:
+    manifest = load(CLUSTER / "kubernetes" / "rayjob-bucket.yaml")
+    *nodes, _ = pods(manifest)
+    for pod in nodes:
+        assert pod["serviceAccountName"] == "raymix"
+        assert "persistentVolumeClaim" not in str(pod)
+        (container,) = pod["containers"]
+        assert container["env"] == [{"name": "TMPDIR", "value": "/scratch"}]
+    given = parse(manifest["spec"]["entrypoint"])
+    assert given["overrides"] == [
+        "cluster.address=auto",
+        "corpus.path=s3://BUCKET/corpus",
+        "run.dir=s3://BUCKET/runs/{name}",
+    ]
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_the_volume_is_the_one_that_pods_mount(name: str) -> None:
+    manifest = load(CLUSTER / "kubernetes" / name)
     claim = load(CLUSTER / "kubernetes" / "storage.yaml")
     assert claim["kind"] == "PersistentVolumeClaim"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]

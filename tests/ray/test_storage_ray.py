@@ -1,0 +1,85 @@
+"""Two workers and the block plane on a corpus in a bucket, the run kept there: as on a disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raymix.recipe import Recipe
+from raymix.store import files
+from raymix.train.api import train
+from tests import buckets
+from tests.e2e.conftest import Shell, wait_for
+from tests.training import train_corpus
+
+STEPS = 60
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+def document(corpus: str, run: str, workers: int) -> dict[str, Any]:
+    return {
+        "name": "run",
+        "corpus": {"path": corpus},
+        "data": {"sequence_length": 128, "rows_per_step": 9},
+        "mixer": {"kind": "static", "weights": {"a": 0.5, "b": 0.3, "c": 0.2}},
+        "model": {"config": {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}},
+        "train": {"steps": STEPS, "lr": 0.003, "checkpoint_every": 10},
+        "eval": {"every": 15, "rows_per_domain": 3},
+        "cluster": {"workers": workers, "gpus_per_worker": 0, "cpus_per_worker": 0.5},
+        "run": {"dir": run},
+    }
+
+
+def steps(place: str) -> list[dict[str, Any]]:
+    raw = files.read_bytes(files.join(place, "metrics.jsonl"))
+    return [line for line in map(json.loads, raw.splitlines()) if "loss" in line]
+
+
+@pytest.mark.timeout(900)  # starts two clusters
+def test_two_workers_on_a_bucket_killed_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = train_corpus(tmp_path / "corpus", {"a": 90_000, "b": 60_000, "c": 30_000})
+    one = str(tmp_path / "one")
+    train(Recipe.model_validate(document(corpus.path, one, 0)), report=False)
+    with buckets.bucket() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        store = f"s3://{buckets.BUCKET}"
+        buckets.put(f"{store}/corpus", Path(corpus.path))
+        two = f"{store}/two"
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(document(f"{store}/corpus", two, 2)))
+        # A cluster of its own, whose processes have this environment; its sockets' paths are short.
+        scratch, short = tmp_path / "scratch", tempfile.gettempdir()
+        environment = {"TMPDIR": str(scratch), "RAY_TMPDIR": short, "RAY_ADDRESS": "local"}
+        shell = Shell(tmp_path, env=environment)
+        scratch.mkdir()
+        process = shell.start("train", "run.yaml", "--no-report")
+        checkpoint = f"{two}/checkpoints/step-00000010/state.json"
+        wait_for(lambda: files.exists(checkpoint), seconds=400, what="a checkpoint in the bucket")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+        assert len(steps(two)) < STEPS, "the run was over before it could be killed"
+        scratch.rename(tmp_path / "lost")
+        scratch.mkdir()
+        done = shell.json("train", "run.yaml", "--no-report")
+        assert done["run"] == two
+        assert done["steps"] == STEPS
+        found, wanted = steps(two), steps(one)
+        for key in ("step", "batch_hash", "mixture_version", "tokens"):
+            assert [line[key] for line in found] == [line[key] for line in wanted], key
+        assert [line["loss"] for line in found] == pytest.approx(
+            [line["loss"] for line in wanted], abs=1e-5
+        )
+        held = files.list_directory(f"{two}/checkpoints")
+        assert [name for name in held if name.startswith("step-")] == [
+            "step-00000050",
+            "step-00000060",
+        ]
