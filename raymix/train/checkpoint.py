@@ -134,6 +134,8 @@ def read_state(checkpoint: Path) -> TrainingState:
             raise TrainingError(problem("checkpoint", str(checkpoint), wrong, "Upgrade raymix"))
         sizes: dict[str, int] = document.pop("files")
         for name, size in sizes.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no name of a file in it")
             if (checkpoint / name).stat().st_size != size:
                 raise ValueError(f"{name} is not {size} bytes long")
         del document["format"]
