@@ -1,4 +1,4 @@
-"""Where a run's numbers go: one JSON object per step, and TensorBoard."""
+"""Where a run's numbers go: one JSON object per step, TensorBoard, the cluster's gauges."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix.train.checkpoint import disk_full
+from raymix.train.gauges import Gauges
 from raymix.train.rundir import RunDirectory
 
 _BOARD_INTERVAL_S = 0.2
@@ -24,9 +25,24 @@ class Recorder:
     version as the line before.
     """
 
-    def __init__(self, run: RunDirectory, *, start_step: int, tensorboard: bool) -> None:
-        """Append to the files of `run`; `start_step` is the step that a resumed run starts from."""
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        start_step: int,
+        tensorboard: bool,
+        gauges: Gauges | None = None,
+    ) -> None:
+        """Append to the files of `run`.
+
+        Args:
+            run: Its directory.
+            start_step: The step that a resumed run starts from.
+            tensorboard: Whether to write for TensorBoard.
+            gauges: What tells the cluster; None where there is none that listens.
+        """
         self._run = run
+        self._gauges = gauges
         # Unbuffered: the driver reads along, and a killed worker loses nothing.
         self._file = run.metrics.open("ab", buffering=0)
         self._board = _board(run.path / "tensorboard", start_step) if tensorboard else None
@@ -45,6 +61,8 @@ class Recorder:
             del kept["shares"]
         self._version = kept.get("mixture_version")
         self._write(kept)
+        if self._gauges is not None:
+            self._gauges.step(line)
         if self._board is not None and time.monotonic() >= self._board_due:
             self._board_due = time.monotonic() + _BOARD_INTERVAL_S
             for key in ("loss", "lr", "tokens_per_s", "data_wait", "grad_norm", "mfu"):
@@ -61,6 +79,8 @@ class Recorder:
             RecipeError: If the disk is full.
         """
         self._write({"step": step, "eval": table})
+        if self._gauges is not None:
+            self._gauges.evaluation(table)
         if self._board is not None:
             for name, row in table.items():
                 self._board.add_scalar(f"eval/{name}", row["loss"], step)

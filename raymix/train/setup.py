@@ -30,6 +30,7 @@ from raymix.train.checkpoint import TrainingState, load_optimizer, newest_checkp
 from raymix.train.device import peak_flops, quiet_libraries, use_threads
 from raymix.train.documents import ContextParallel
 from raymix.train.evaluate import Evaluator, held_out_rows
+from raymix.train.gauges import cluster_gauges
 from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
 from raymix.train.model import (
@@ -177,7 +178,7 @@ def build_parts(
             limit=job.steps,
         ),
         evaluator=_evaluator(recipe, corpus, world, start, how),
-        recorder=_recorder(job, world, start),
+        recorder=_recorder(job, world, start, corpus),
         checkpoints=job.run.checkpoints,
         tokenizer_path=corpus.tokenizer_path,
         corpus_fingerprint=corpus.fingerprint,
@@ -309,11 +310,17 @@ def _most_rows(recipe: Recipe, world: World) -> int | None:
     return None
 
 
-def _recorder(job: Job, world: World, start: Start) -> Recorder | None:
+def _recorder(job: Job, world: World, start: Start, corpus: Corpus) -> Recorder | None:
     if not world.is_writer:
         return None
-    step = start.state.step if start.state else 0
-    return Recorder(job.run, start_step=step, tensorboard=job.recipe.run.tensorboard)
+    held = {name: corpus.split(name, "train").tokens for name in corpus.domain_names}
+    read = start.state.tokens if start.state else {}
+    return Recorder(
+        job.run,
+        start_step=start.state.step if start.state else 0,
+        tensorboard=job.recipe.run.tensorboard,
+        gauges=cluster_gauges(job.run.path.name, held, read=read),
+    )
 
 
 def local_source(recipe: Recipe) -> Callable[[Corpus], BlockSource]:
