@@ -110,6 +110,7 @@ def _head(run: Document, *, several: bool) -> str:
         ("trained on", _trained(head)),
         ("corpus", _corpus(head)),
         ("mixer", head.get("mixer")),
+        ("law", _law(run["law"])),
         ("machine", _join(head.get("machine"), _workers(head.get("workers")))),
         ("versions", ", ".join(f"{k} {v}" for k, v in head.get("versions", {}).items())),
         ("started", head.get("started")),
@@ -131,6 +132,17 @@ def _head(run: Document, *, several: bool) -> str:
 def _model(head: Document) -> str:
     size = head.get("parameters")
     return _join(head.get("model"), f"{_amount(size)} parameters" if size else None)
+
+
+def _law(law: Document | None) -> str | None:
+    if law is None:
+        return None
+    error, unseen = law["error"], law["unseen"].get("r2")
+    return _join(
+        f"{law['kind']}, of the search that this run belongs to",
+        None if unseen is None else f"R2 {unseen:.3f} on runs it has not seen",
+        None if error is None else f"off by {error:.2%} at the end of this run",
+    )
 
 
 def _trained(head: Document) -> str:
@@ -289,8 +301,10 @@ def _panels(panels: Sequence[Picture], runs: Sequence[Document]) -> str:
     )
     left_out = max(run["heldout"]["left_out"] for run in runs)
     rest = f" The {left_out:,} smaller domains are in the table's data only." if left_out else ""
+    foretold = any(run["law"] for run in runs)
+    law = " Dashed: what the law of the search foretells for the run's shares." * foretold
     return (
         '<h2>Held-out loss per domain</h2><p class="quiet">Dotted: the unigram entropy, what '
-        f"knowing only how often each token occurs would reach.{rest}</p>"
+        f"knowing only how often each token occurs would reach.{law}{rest}</p>"
         f'<div class="panels">{cards}</div>'
     )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Recorder:
         start_step: int,
         tensorboard: bool,
         gauges: Gauges | None = None,
+        scheduled: Mapping[str, Any] | None = None,
     ) -> None:
         """Append to the files of `run`.
 
@@ -39,10 +40,12 @@ class Recorder:
             run: Its directory.
             start_step: The step that a resumed run starts from.
             tensorboard: Whether to write for TensorBoard.
+            scheduled: Planner, layout and cost model that documents are dealt out by.
             gauges: What tells the cluster; None where there is none that listens.
         """
         self._run = run
         self._gauges = gauges
+        self._scheduled = dict(scheduled or {})
         # Unbuffered: the driver reads along, and a killed worker loses nothing.
         self._file = run.metrics.open("ab", buffering=0)
         self._board = _board(run.path / "tensorboard", start_step) if tensorboard else None
@@ -84,6 +87,22 @@ class Recorder:
         if self._board is not None:
             for name, row in table.items():
                 self._board.add_scalar(f"eval/{name}", row["loss"], step)
+
+    def lengths(self, step: int, length_N: Sequence[int]) -> None:
+        """Write the documents of a step where reports show its schedule: steps 1, 2, 4, 8, ...
+
+        Raises:
+            RecipeError: If the disk is full.
+        """
+        if step & (step - 1):
+            return
+        line = {**self._scheduled, "step": step, "lengths": length_N}
+        text = json.dumps(line, separators=(",", ":"), default=_finite)
+        try:
+            with self._run.schedule.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise disk_full(error, self._run.path) from error
 
     def probe(self, step: int, seconds: float) -> None:
         """Write what measuring gradients after `step` steps took.
