@@ -26,13 +26,15 @@ h3{font-size:1rem;margin:0 0 .3em}p{margin:.3em 0}
 .grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .panels{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(min(46%,200px),1fr))}
 .panels .card{padding:8px}.panels h3{display:flex;justify-content:space-between;gap:6px;
-font-size:.9rem;overflow-wrap:anywhere}.panels h3 span{color:var(--muted);font-weight:400}
+font-size:.9rem;overflow-wrap:break-word}.panels h3 span{color:var(--muted);font-weight:400;
+text-align:right}.panels h3>*{min-width:min-content}
 figure{margin:0}figcaption{color:var(--muted);font-size:.9rem}
 svg{display:block;width:100%;height:auto;max-width:620px;margin:0 auto}
 .scroll{overflow-x:auto}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:4px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
-th{font-weight:600;vertical-align:bottom}th small{font-weight:400;color:var(--muted);display:block}
+th{font-weight:600;vertical-align:bottom;white-space:normal}
+th small{font-weight:400;color:var(--muted);display:block}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 td.good{color:var(--good)}td.warn{color:var(--warn)}td.best{font-weight:700}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:0;font-size:.9rem}

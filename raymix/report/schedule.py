@@ -141,10 +141,12 @@ def planned_pictures(run: Mapping[str, Any]) -> list[Picture]:
         step, took = planned["step"], planned["measured_s"]
         assumed = " (assumed)" if planned["cost"]["hardware"] == "assumed" else ""
         measured = "" if took is None else f"; the whole step took {1e3 * took:.4g} ms"
+        plural = "s" * (planned["micro_steps"] != 1)
         caption = (
             f"{planned['documents']:,} documents, {planned['shared']:,} of them shared, "
-            f"{planned['tokens']:,} tokens, {planned['micro_steps']} micro-steps; ranks at work "
-            f"{planned['busy_share']:.0%} of the time. Planned by the cost model{assumed}: "
+            f"{planned['tokens']:,} tokens, {planned['micro_steps']} micro-step{plural}; "
+            f"ranks at work {planned['busy_share']:.0%} of the time. "
+            f"Planned by the cost model{assumed}: "
             f"{1e3 * planned['planned_s']:.4g} ms{measured}."
         )
         name = f"gantt-{run['name']}-{step}"
