@@ -7,8 +7,6 @@ import http.server
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version as ray_version
@@ -33,7 +31,7 @@ from raymix.store import Corpus
 from raymix.train.api import train
 from raymix.train.export import export
 from raymix.train.score import score
-from tests.e2e.conftest import QUICKSTART, Shell, write_recipe
+from tests.e2e.conftest import QUICKSTART, Shell, typed, write_recipe
 from tests.fuzzing import outcome
 from tests.merging import weights, write_family
 from tests.training import train_corpus
@@ -434,38 +432,6 @@ def echo() -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-# One process for all commands: each alone spends most of its time on imports.
-TYPE = """
-import shlex, sys
-from raymix.cli.main import app
-for line in sys.stdin.read().splitlines():
-    try:
-        app(shlex.split(line), prog_name="raymix")
-    except SystemExit as leave:
-        print("exit", leave.code or 0, file=sys.stderr)
-    print("=" * 9, flush=True)
-    print("=" * 9, file=sys.stderr, flush=True)
-"""
-
-
-def typed(shell: Shell, lines: list[tuple[str, int]]) -> Iterator[tuple[str, int, str]]:
-    """Yield each command line, the exit code it should have, and all that it said."""
-    done = subprocess.run(
-        [sys.executable, "-c", TYPE],
-        input="\n".join(line for line, _ in lines),
-        cwd=shell.cwd,
-        env=shell.environment(),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=True,
-    )
-    out, error = (text.split("=" * 9 + "\n") for text in (done.stdout, done.stderr))
-    assert len(out) == len(error) == len(lines) + 1
-    for at, (line, code) in enumerate(lines):
-        yield line, code, out[at] + error[at]
 
 
 @pytest.mark.parametrize("kept", ["environment", "file"])
