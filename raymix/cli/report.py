@@ -10,7 +10,10 @@ from raymix.cli._run import Json, run_command
 
 
 def command(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run directories or URLs.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Run directories or URLs, or that of a search."),
+    ],
     out: Annotated[
         str | None,
         typer.Option("--out", metavar="FILE", help="The page, *.html, or a directory for it."),

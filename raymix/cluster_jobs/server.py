@@ -10,6 +10,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import re
 import socket
 import tempfile
 import time
@@ -34,6 +35,7 @@ _POLL_S = 0.5
 _RECONNECT_S = 60.0
 # What a run may take to write its checkpoint after `stop`; Ray's own default is 3 seconds.
 _STOP_S = 120
+_BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"<>,;]+")
 _ENDS = {"SUCCEEDED": 0, "STOPPED": 130}
 
 
@@ -275,7 +277,8 @@ def _refusals(field: str, value: str) -> Iterator[None]:
 
 def _brief(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    # A server, or a proxy before it, may answer with what it was sent.
+    return _BEARER.sub(r"\1...", lines[0] if lines else type(error).__name__)[:300]
 
 
 def _stream(client: JobSubmissionClient, job: str, *, skip: int) -> Iterator[str]:

@@ -110,3 +110,5 @@ class DocumentBatch(_Step):
 
     micro_batches: tuple[tuple[HeldDocument, ...], ...]
     """What it holds in each micro-batch; every rank has as many of them, some of them empty."""
+    lengths: Ints | None = None
+    """Tokens of each document of the whole batch, in the order that schedules name them by."""

@@ -10,7 +10,7 @@ Legend: N documents of a step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymix.control.geometry import document_geometry, epoch_limits
@@ -41,6 +41,14 @@ class BucketPlan:
     """Times and memory of the model on the hardware."""
     planner: str = "refine"
     """One of `raymix.schedule.known_planners()`."""
+
+    def document(self) -> dict[str, Any]:
+        """Return what a schedule follows from, beside the lengths of a step, in JSON types."""
+        return {
+            "planner": self.planner,
+            "layout": asdict(self.layout),
+            "cost": self.cost.document(),
+        }
 
 
 @dataclass(frozen=True, slots=True)

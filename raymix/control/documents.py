@@ -130,7 +130,10 @@ class DocumentFeed:
     def _batch(self, plan: DocumentStep, shares_D: Floats) -> DocumentBatch:
         counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
         facts = DocumentFacts(plan, shares_D.size, self._labels)
-        return DocumentBatch(plan.step, plan.version, shares_D, counts_D, facts, self._held(plan))
+        held = self._held(plan)
+        return DocumentBatch(
+            plan.step, plan.version, shares_D, counts_D, facts, held, lengths=plan.length_N
+        )
 
     def _held(self, plan: DocumentStep) -> tuple[tuple[HeldDocument, ...], ...]:
         """Return what this rank holds of a step, micro-batch by micro-batch."""

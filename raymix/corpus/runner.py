@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from raymix.corpus.tokenizer import rust_threads
 from raymix.errors import ClusterError, RaymixError, problem
+from raymix.loopback import start_private
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,6 +161,7 @@ def choose_runner(
 
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
+    address = None if address == "local" else address
     reachable = connected or address
     if parallelism == 0 or (parallelism is None and not reachable and source_bytes < SMALL_CORPUS):
         yield InProcess()
@@ -176,22 +178,26 @@ SMALL_CORPUS = 32 << 20
 def _cluster(parallelism: int | None, address: str | None) -> Iterator[None]:
     import ray
 
-    private = {
-        "num_cpus": parallelism or len(os.sched_getaffinity(0)),
-        "object_store_memory": _PRIVATE_STORE_BYTES,
-        "include_dashboard": False,
-    }
-    options: dict[str, Any] = {"address": address} if address else private
-    try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        wrong = "no Ray cluster answers there"
-        advice = "start it, or leave the address out"
-        raise ClusterError(problem("cluster.address", address, wrong, advice)) from error
+    if not address:
+        cpus = parallelism or len(os.sched_getaffinity(0))
+        start_private(num_cpus=cpus, object_store_memory=_PRIVATE_STORE_BYTES)
+    else:
+        _join(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        wrong = "no Ray cluster answers there"
+        advice = "start it, or leave the address out"
+        raise ClusterError(problem("cluster.address", address, wrong, advice)) from error
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from raymix.errors import MergeError, problem
+from raymix.loopback import start_private
 from raymix.merge.engine import Lines, run_job, scipy_limited
 from raymix.merge.plan import Plan
 
@@ -40,7 +41,7 @@ def _task(plan: Plan, job: str, folder: str) -> dict[str, Any]:
 def run_on_ray(plan: Plan, jobs: Sequence[str], folder: str, workers: int | None) -> Lines:
     """Yield finished jobs and their lines; joins the running cluster, or starts one here."""
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        _join_or_start()
     gpus = 1 if plan.device == "cuda" else 0
     run = ray.remote(_task).options(num_cpus=1, num_gpus=gpus, max_retries=3)
     shared = ray.put(plan)
@@ -61,3 +62,13 @@ def run_on_ray(plan: Plan, jobs: Sequence[str], folder: str, workers: int | None
     finally:
         for reference in running:
             ray.cancel(reference)
+
+
+def _join_or_start() -> None:
+    if os.environ.get("RAY_ADDRESS") == "local":
+        start_private()
+        return
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except ConnectionError:
+        start_private()

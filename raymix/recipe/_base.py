@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,24 @@ def no_bool(value: Any) -> Any:
     return value
 
 
+_SECRET_USER = re.compile(r"(?<=://)[^/@]*:[^/@]*(?=@)")
+_SECRET_WORDS = "secret|token|password|signature|access_?key"
+_SECRET_QUERY = re.compile(rf"(?i)([?&][\w.-]*(?:{_SECRET_WORDS})[\w.-]*)=[^&]+")
+
+
+def no_secret(value: str) -> str:
+    """Return a path or URL that holds no password: runs keep their recipe, reports show it."""
+    if "://" not in value:
+        return value
+    shown = _SECRET_QUERY.sub(r"\1=...", _SECRET_USER.sub("...", value))
+    if shown != value:
+        wrong = "a recipe is no place for a password: runs keep it and pass it on"
+        advice = "Give it by the environment or the files that the storage's own tools read"
+        raise Faults(Fault("", shown, wrong, (advice,)))
+    return value
+
+
+Place = Annotated[str, AfterValidator(no_secret)]
 Whole = Annotated[int, BeforeValidator(no_bool)]
 Real = Annotated[float, BeforeValidator(no_bool)]
 

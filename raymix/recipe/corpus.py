@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from raymix.recipe._base import Fault, Model, Real, Whole, Words, raise_if
+from raymix.recipe._base import Fault, Model, Place, Real, Whole, Words, raise_if
 
 NAME = Words("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
 # Entries of a prepared corpus' directory that are no domains.
@@ -35,7 +35,7 @@ class TrainedTokenizer(Model):
 class PretrainedTokenizer(Model):
     """A Hugging Face `tokenizer.json`, or a directory that holds one."""
 
-    path: str = Field(min_length=1)
+    path: Place = Field(min_length=1)
     """The file or directory, local or any fsspec URL; a relative one starts at the recipe."""
     eos_token: str | None = None
     """The token that ends a document; needed only where the directory does not name one."""
@@ -71,7 +71,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Glob = Annotated[str, Field(min_length=1)]
+Glob = Annotated[Place, Field(min_length=1)]
 Globs = Annotated[
     tuple[Glob, ...],
     BeforeValidator(_listed, json_schema_input_type=tuple[Glob, ...] | Glob),
@@ -143,7 +143,7 @@ class DomainConfig(Model):
 class CorpusConfig(Model):
     """The corpus: its sources, its tokenizer, and where the prepared form lies."""
 
-    path: str = Field(min_length=1)
+    path: Place = Field(min_length=1)
     """Directory of the prepared corpus, local or any fsspec URL."""
     tokenizer: TokenizerConfig = ByteTokenizer()
     """`byte`, a path, or `{train: bpe, vocab_size: N}`."""

@@ -236,6 +236,10 @@ def _heldout_panel(name: str, runs: Sequence[Document], axis: XAxis) -> Picture:
             x = axis.of(run["heldout"])
             axes.plot(x, loss, color=colour, marker="o", markersize=2.2, linewidth=1.3)
             last.append(loss[np.isfinite(loss)][-1])
+            law = run["law"] or {"loss": {}}
+            if name in law["loss"]:
+                foretold = floats(law["loss"][name])
+                axes.plot(axis.of(law), foretold, color=colour, dashes=(4, 2), linewidth=1.1)
         entropies = {(run["domains"].get(name) or {}).get("unigram_entropy") for run in runs}
         for entropy in sorted(value for value in entropies if value is not None):
             axes.axhline(entropy, color=INK, linestyle=(0, (1, 1.6)), linewidth=1.4)

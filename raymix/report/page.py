@@ -26,13 +26,15 @@ h3{font-size:1rem;margin:0 0 .3em}p{margin:.3em 0}
 .grid{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .panels{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(min(46%,200px),1fr))}
 .panels .card{padding:8px}.panels h3{display:flex;justify-content:space-between;gap:6px;
-font-size:.9rem;overflow-wrap:anywhere}.panels h3 span{color:var(--muted);font-weight:400}
+font-size:.9rem;overflow-wrap:break-word}.panels h3 span{color:var(--muted);font-weight:400;
+text-align:right}.panels h3>*{min-width:min-content}
 figure{margin:0}figcaption{color:var(--muted);font-size:.9rem}
 svg{display:block;width:100%;height:auto;max-width:620px;margin:0 auto}
 .scroll{overflow-x:auto}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:4px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
-th{font-weight:600;vertical-align:bottom}th small{font-weight:400;color:var(--muted);display:block}
+th{font-weight:600;vertical-align:bottom;white-space:normal}
+th small{font-weight:400;color:var(--muted);display:block}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper)}
 td.good{color:var(--good)}td.warn{color:var(--warn)}td.best{font-weight:700}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 14px;margin:0;font-size:.9rem}
@@ -110,6 +112,7 @@ def _head(run: Document, *, several: bool) -> str:
         ("trained on", _trained(head)),
         ("corpus", _corpus(head)),
         ("mixer", head.get("mixer")),
+        ("law", _law(run["law"])),
         ("machine", _join(head.get("machine"), _workers(head.get("workers")))),
         ("versions", ", ".join(f"{k} {v}" for k, v in head.get("versions", {}).items())),
         ("started", head.get("started")),
@@ -131,6 +134,17 @@ def _head(run: Document, *, several: bool) -> str:
 def _model(head: Document) -> str:
     size = head.get("parameters")
     return _join(head.get("model"), f"{_amount(size)} parameters" if size else None)
+
+
+def _law(law: Document | None) -> str | None:
+    if law is None:
+        return None
+    error, unseen = law["error"], law["unseen"].get("r2")
+    return _join(
+        f"{law['kind']}, of the search that this run belongs to",
+        None if unseen is None else f"R2 {unseen:.3f} on runs it has not seen",
+        None if error is None else f"off by {error:.2%} at the end of this run",
+    )
 
 
 def _trained(head: Document) -> str:
@@ -289,8 +303,10 @@ def _panels(panels: Sequence[Picture], runs: Sequence[Document]) -> str:
     )
     left_out = max(run["heldout"]["left_out"] for run in runs)
     rest = f" The {left_out:,} smaller domains are in the table's data only." if left_out else ""
+    foretold = any(run["law"] for run in runs)
+    law = " Dashed: what the law of the search foretells for the run's shares." * foretold
     return (
         '<h2>Held-out loss per domain</h2><p class="quiet">Dotted: the unigram entropy, what '
-        f"knowing only how often each token occurs would reach.{rest}</p>"
+        f"knowing only how often each token occurs would reach.{law}{rest}</p>"
         f'<div class="panels">{cards}</div>'
     )

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raymix.report.figures import Picture
 from raymix.report.page import whole_page
+from raymix.report.planned import schedule_of
 from raymix.report.style import (
     BAND_COLOURS,
     COLOURS,
@@ -25,6 +27,7 @@ from raymix.schedule.plan import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Document = Mapping[str, Any]
 
@@ -65,11 +68,8 @@ def schedule_page(document: Document, schedules: Mapping[str, Schedule], *, twin
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{escape(_facts(document))}</p>',
         _table(document),
-        '<h2>Ranks over time, last step</h2><p class="legend">'
-        f"{_key(_LOCAL)}local sequences{_key(_SHARDED)}sharded sequences and the layers they share"
-        f"{_key(_WAITING)}communication that is waited for</p>"
-        '<div class="grid">',
-        *(_card(name, _gantt(schedules[name], end)) for name in shown),
+        f'<h2>Ranks over time, last step</h2>{gantt_legend()}<div class="grid">',
+        *(_card(name, gantt(schedules[name], end, f"gantt-{name}")) for name in shown),
         '</div><h2>Memory and communication</h2><div class="grid">',
         _card("Most tokens per rank, last step", _memory(document, schedules)),
         _card("Tokens gathered per rank and step", _gathered(document)),
@@ -117,19 +117,59 @@ def _table(document: Document) -> str:
 
 def _key(colour: str) -> str:
     style = f"background:{css_colour(colour)}"
-    return f'<span><span class="key" style="{style}"></span></span>'
+    return f'<span class="key" style="{style}"></span>'
 
 
 def _card(title: str, svg: str) -> str:
     return f'<figure class="card"><h3>{escape(title)}</h3>{svg}</figure>'
 
 
-def _gantt(schedule: Schedule, end: float) -> str:
-    """Return ranks against time: one bar per rank and micro-step, by what fills it."""
+def gantt_legend() -> str:
+    """Return what the colours of `gantt` mean, as HTML."""
+    return (
+        f'<p class="legend"><span>{_key(_LOCAL)}local sequences</span>'
+        f"<span>{_key(_SHARDED)}sharded sequences and the layers they share</span>"
+        f"<span>{_key(_WAITING)}communication that is waited for</span></p>"
+    )
+
+
+def planned_pictures(run: Mapping[str, Any]) -> list[Picture]:
+    """Return ranks over time in some steps of a run, as its schedules planned them."""
+    drawn: list[Picture] = []
+    for planned in run["schedules"]:
+        schedule = schedule_of(planned)
+        step, took = planned["step"], planned["measured_s"]
+        assumed = " (assumed)" if planned["cost"]["hardware"] == "assumed" else ""
+        measured = "" if took is None else f"; the whole step took {1e3 * took:.4g} ms"
+        plural = "s" * (planned["micro_steps"] != 1)
+        caption = (
+            f"{planned['documents']:,} documents, {planned['shared']:,} of them shared, "
+            f"{planned['tokens']:,} tokens, {planned['micro_steps']} micro-step{plural}; "
+            f"ranks at work {planned['busy_share']:.0%} of the time. "
+            f"Planned by the cost model{assumed}: "
+            f"{1e3 * planned['planned_s']:.4g} ms{measured}."
+        )
+        name = f"gantt-{run['name']}-{step}"
+        svg = gantt(schedule, schedule.seconds, name, legend=True)
+        title = f"Schedule of step {step:,}, by {planned['planner']}"
+        drawn.append(Picture(title=title, caption=caption, svg=svg))
+    return drawn
+
+
+def gantt(schedule: Schedule, end: float, name: str, *, legend: bool = False) -> str:
+    """Return ranks against time as SVG: one bar per rank and micro-step, by what fills it.
+
+    Args:
+        schedule: What is drawn.
+        end: Where the axis of time ends, in seconds.
+        name: Keeps the picture's ids apart.
+        legend: Say below it what the colours mean.
+    """
     ranks = min(schedule.layout.ranks, _MOST_RANKS)
+    height = (90 if legend else 70) + 5.0 * ranks
     local_MR, wait_MR = _split(schedule)
     timing = schedule.timing
-    with figure(70 + 5.0 * ranks) as (drawn, (axes,)):
+    with figure(height) as (drawn, (axes,)):
         for micro in range(schedule.micro_steps):
             begin = 1e3 * timing.start_MR[micro, :ranks]
             for colour, part in (
@@ -148,7 +188,17 @@ def _gantt(schedule: Schedule, end: float) -> str:
         _group_lines(axes, schedule, ranks)
         axes.set(xlim=(0, 1e3 * end), ylim=(ranks - 0.5, -0.5), ylabel="rank")
         axes.set_xlabel(f"ms; done after {1e3 * schedule.seconds:.4g}")
-        return to_svg(drawn, f"gantt-{schedule.planner}")
+        if legend:
+            _key_below(drawn)
+        return to_svg(drawn, name)
+
+
+def _key_below(drawn: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    colours = {"local": _LOCAL, "shared": _SHARDED, "waiting for others' part": _WAITING}
+    patches = [Patch(color=colour, label=label) for label, colour in colours.items()]
+    drawn.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
 def _group_lines(axes: Axes, schedule: Schedule, ranks: int) -> None:

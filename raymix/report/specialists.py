@@ -142,7 +142,7 @@ def _bars(document: Document) -> str:
         axes.invert_yaxis()
         axes.set_xlim(right=_right(document))
         axes.set_xlabel("nats per token")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=3, frameon=False)
+        sheet.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
         svg = to_svg(sheet, "specialists-models")
     caption = "A dot per seed. Far worse than the base is right of the picture."
     return figure_card("Mean loss of every merge", svg, caption)
@@ -197,7 +197,7 @@ def _curves(document: Document) -> str:
     }
     if not found:
         return ""
-    with figure(340 + 18.0 * (len(found) // 4)) as (sheet, (axes,)):
+    with figure(340 + 18.0 * (len(found) // 3)) as (sheet, (axes,)):
         for at, (name, points) in enumerate(found.items()):
             usable = [point for point in points if point["loss"] is not None]
             axes.plot(
@@ -210,7 +210,7 @@ def _curves(document: Document) -> str:
         axes.set_xscale("log")
         axes.set_xlabel("scale")
         axes.set_ylabel("nats per token")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, frameon=False)
+        sheet.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
         svg = to_svg(sheet, "specialists-curves")
     caption = f"Seed {seed}, on the rows to choose by; every point is a merge that was made."
     return figure_card("Loss by scale", svg, caption)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from raymix.report import planned
 from raymix.report.exactness import Account, account, bound, usable_tokens
 from raymix.report.read import Document, Floats, RunRecord, number
 from raymix.store import Manifest
@@ -27,6 +28,8 @@ def summarise(run: RunRecord) -> Document:
     shares_VD = _shares(run)
     counted = account(run, _asked(run, shares_VD))
     domains = _domains(run, counted)
+    notes = list(run.notes)
+    scheduled = planned.schedules(run, notes)
     document = {
         "name": run.name,
         "path": run.where,
@@ -38,9 +41,12 @@ def summarise(run: RunRecord) -> Document:
         "heldout": _heldout(run, domains),
         "signals": _signals(run),
         "exactness": _exactness(run, counted, shares_VD),
-        "notes": list(run.notes),
+        "law": planned.law_of(run, notes),
+        "notes": notes,
     }
-    return _plain(document)
+    # Costs keep all their digits: schedules are made again from them.
+    exact = [{**step, "measured_s": _plain(step["measured_s"])} for step in scheduled]
+    return {**_plain(document), "schedules": exact}
 
 
 def _shares(run: RunRecord) -> Floats:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from raymix.errors import CorpusError, problem
 from raymix.jsontext import parse_json
@@ -30,6 +31,18 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
+def _inside(path: str) -> str:
+    """Return `path` if it stays in the directory that it starts at."""
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    # A colon starts a scheme, or names a drive.
+    if not parts or parts[0] == "/" or ".." in parts or ":" in path or "\0" in path:
+        raise ValueError(f"{path!r} leads out of the corpus; do not trust this download")
+    return path
+
+
+_Inside = Annotated[str, AfterValidator(_inside)]
+
+
 class TokenizerInfo(_Model):
     """The tokenizer that made the ids; its files lie under `CORPUS/tokenizer`."""
 
@@ -46,7 +59,7 @@ class TokenizerInfo(_Model):
 class ShardInfo(_Model):
     """One shard: consecutive blocks of a split in one Arrow IPC file."""
 
-    file: str
+    file: _Inside
     """Path under the corpus directory, with slashes."""
     blocks: int
     """Blocks in it."""
@@ -115,7 +128,7 @@ class Manifest(_Model):
     """What made the ids."""
     block_tokens: int
     """Tokens per block; the last block of a split may be shorter."""
-    domains: dict[str, DomainInfo]
+    domains: dict[_Inside, DomainInfo]
     """The domains, in the order of the recipe."""
 
     @property
@@ -190,6 +203,9 @@ def _check_format(corpus: str, found: int) -> None:
 
 def _damaged(corpus: str, error: Exception) -> CorpusError:
     first = str(error).splitlines()[0]
+    if isinstance(error, ValidationError):
+        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
     return CorpusError(
         problem(
             "corpus.path",

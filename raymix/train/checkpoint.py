@@ -154,6 +154,8 @@ def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingS
             raise TrainingError(problem("checkpoint", place, wrong, "Upgrade raymix"))
         sizes: dict[str, int] = document.pop("files")
         for name, wanted in sizes.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no name of a file in it")
             if size(name) != wanted:
                 raise ValueError(f"{name} is not {wanted} bytes long")
         del document["format"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from raymix.errors import ClusterError, problem
+from raymix.loopback import start_private
 from raymix.recipe import ClusterConfig
 from raymix.train.machine import check_reachable, cores, ray_address
 
@@ -108,31 +109,25 @@ def joined(config: ClusterConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(**_options(config))
+    if private:
+        start_private(
+            namespace="raymix", num_cpus=cores(), object_store_memory=config.object_store_bytes
+        )
+    else:
+        _join(config)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _options(config: ClusterConfig) -> dict[str, Any]:
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "namespace": "raymix",
-    }
+def _join(config: ClusterConfig) -> None:
+    import ray
+
     address = ray_address(config.address)
-    if address is not None:
-        check_reachable(address)
-        return {**quiet, "address": address}
-    return {
-        **quiet,
-        # `local`: RAY_ADDRESS may name a cluster that the recipe does not want.
-        "address": "local",
-        "num_cpus": cores(),
-        "include_dashboard": False,
-        "object_store_memory": config.object_store_bytes,
-    }
+    assert address is not None
+    check_reachable(address)
+    ray.init(address=address, namespace="raymix", log_to_driver=False, logging_level=logging.ERROR)
 
 
 def free_resources() -> str:

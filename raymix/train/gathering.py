@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -53,7 +54,7 @@ def gather_times(
         ScheduleError: If a process fails.
     """
     with tempfile.TemporaryDirectory(prefix="raymix-calibrate-") as directory:
-        out = Path(directory) / "times.pt"
+        out = Path(directory) / "times.json"
         task = _Task(
             ranks=ranks,
             device=device,
@@ -72,8 +73,8 @@ def gather_times(
             last = str(error).strip().splitlines()[-1]
             wrong = f"they could not gather from each other: {last}"
             raise ScheduleError(problem("ranks", ranks, wrong)) from error
-        found: dict[tuple[int, int], float] = torch.load(out)
-    return found
+        rows: list[tuple[int, int, float]] = json.loads(out.read_text())
+    return {(width, tokens): seconds for width, tokens, seconds in rows}
 
 
 def _rank(rank: int, task: _Task) -> None:
@@ -99,7 +100,8 @@ def _rank(rank: int, task: _Task) -> None:
             seconds = _timed(_exchange(part, width, groups.get(first)), place)
             times[width, tokens] = seconds
     if rank == 0:
-        torch.save(times, out)
+        rows = [(width, tokens, seconds) for (width, tokens), seconds in times.items()]
+        Path(out).write_text(json.dumps(rows))
     dist.destroy_process_group()
 
 

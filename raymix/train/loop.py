@@ -232,6 +232,8 @@ class TrainingLoop:
         seconds, self._clock = now - self._clock, now
         if self._parts.recorder is not None:
             self._parts.recorder.step(self._line(flying, sums, loss, seconds))
+            if isinstance(batch, DocumentBatch) and batch.lengths is not None:
+                self._parts.recorder.lengths(batch.step + 1, batch.lengths.tolist())
 
     def _blown_up(self, wrong: str) -> TrainingError:
         advice = "Lower train.lr, warm up longer, or clip harder"

@@ -129,7 +129,7 @@ def _checkpoint_config(model: PretrainedModel) -> PreTrainedConfig:
             )
         )
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(problem("model.path", model.path, _one_line(error))) from error
 
@@ -201,7 +201,11 @@ def load_model(path: str | Path) -> PreTrainedModel:
     hf_logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # any of a dozen libraries may object to the files
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: one JSON object per step, and TensorBoard."""
+"""Where a run's numbers go: one JSON object per step, TensorBoard, the cluster's gauges."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raymix.train.checkpoint import disk_full
+from raymix.train.gauges import Gauges
 from raymix.train.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -26,13 +27,30 @@ class Recorder:
     version as the line before.
     """
 
-    def __init__(self, run: RunDirectory, *, start_step: int, tensorboard: bool) -> None:
-        """Append to the files of `run`; `start_step` is the step that a resumed run starts from.
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        start_step: int,
+        tensorboard: bool,
+        gauges: Gauges | None = None,
+        scheduled: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append to the files of `run`.
+
+        Args:
+            run: Its directory.
+            start_step: The step that a resumed run starts from.
+            tensorboard: Whether to write for TensorBoard.
+            scheduled: Planner, layout and cost model that documents are dealt out by.
+            gauges: What tells the cluster; None where there is none that listens.
 
         Raises:
             RecipeError: If the disk is full; so do all methods.
         """
         self._run = run
+        self._gauges = gauges
+        self._scheduled = dict(scheduled or {})
         self._board: Board | None = None
         self._board_due = 0.0
         self._version: int | None = None
@@ -52,6 +70,8 @@ class Recorder:
             del kept["shares"]
         self._version = kept.get("mixture_version")
         self._write(kept)
+        if self._gauges is not None:
+            self._gauges.step(line)
         if time.monotonic() >= self._board_due:
             self._board_due = time.monotonic() + _BOARD_INTERVAL_S
             numbers = {
@@ -66,8 +86,19 @@ class Recorder:
     def evaluation(self, step: int, table: Mapping[str, Mapping[str, float | int | None]]) -> None:
         """Write the held-out losses after `step` steps."""
         self._write({"step": step, "eval": table})
+        if self._gauges is not None:
+            self._gauges.evaluation(table)
         losses = {f"eval/{name}": row["loss"] for name, row in table.items()}
         self._show(step, {name: loss for name, loss in losses.items() if loss is not None})
+
+    def lengths(self, step: int, length_N: Sequence[int]) -> None:
+        """Write the documents of a step where reports show its schedule: steps 1, 2, 4, 8, ..."""
+        if step & (step - 1):
+            return
+        line = {**self._scheduled, "step": step, "lengths": length_N}
+        text = json.dumps(line, separators=(",", ":"), default=_finite)
+        with self._told(), self._run.schedule.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
     def probe(self, step: int, seconds: float) -> None:
         """Write what measuring gradients after `step` steps took."""

@@ -6,6 +6,7 @@ RUN/resolved.yaml         every field; its presence makes the directory a run
 RUN/environment.json      versions, machine, code revision of the last start
 RUN/mixture_log.jsonl     the weights and the steps they start at (written by the controller)
 RUN/metrics.jsonl         one object per step; `step` counts the optimiser steps done
+RUN/schedule.jsonl        in document mode: lengths of some steps, and what deals them out
 RUN/checkpoints/step-XXXXXXXX/
 RUN/tensorboard/
 RUN/report.html, report.json
@@ -106,6 +107,11 @@ class RunDirectory:
     def mixture_log(self) -> Path:
         """Return the path of the mixture log."""
         return self.path / "mixture_log.jsonl"
+
+    @property
+    def schedule(self) -> Path:
+        """Return the path of the lengths of some steps, from which their schedules follow."""
+        return self.path / "schedule.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 from torch.optim import Optimizer
 
 from raymix.control.assign import Assignments, planned_here
+from raymix.control.bucketing import BucketPlan
 from raymix.control.client import LocalController, RemoteController
 from raymix.control.controller import MixtureController
 from raymix.control.source import BlockSource, LocalSource
@@ -30,6 +31,7 @@ from raymix.train.checkpoint import TrainingState, load_optimizer
 from raymix.train.device import peak_flops, quiet_libraries, use_threads
 from raymix.train.documents import ContextParallel
 from raymix.train.evaluate import Evaluator, held_out_rows
+from raymix.train.gauges import cluster_gauges
 from raymix.train.kept import STOP, clear_checkpoints, fetch_checkpoint, newest
 from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
@@ -158,7 +160,7 @@ def build_parts(
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = _bf16(recipe, world)
     model, flops, traits = _model(recipe, corpus, start)
-    how, assign = _assigned(job, world, start, model)
+    how, assign, scheduled = _assigned(job, world, start, model)
     loss = PackedLoss(model, linear_head=traits.linear_head)
     replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
@@ -185,7 +187,7 @@ def build_parts(
             limit=job.steps,
         ),
         evaluator=_evaluator(recipe, corpus, world, start, how),
-        recorder=_recorder(job, world, start),
+        recorder=_recorder(job, world, start, corpus, scheduled),
         checkpoints=job.run.checkpoints,
         tokenizer_path=corpus.tokenizer_path,
         corpus_fingerprint=corpus.fingerprint,
@@ -207,19 +209,19 @@ def build_parts(
 
 def _assigned(
     job: Job, world: World, start: Start, model: PreTrainedModel
-) -> tuple[ContextParallel, Assignments | None]:
-    """Return how ranks share documents and who assigns them; nothing of the kind for rows."""
+) -> tuple[ContextParallel, Assignments | None, BucketPlan | None]:
+    """Return how ranks share documents, who assigns them, and by what; for rows, nothing."""
     recipe, data = job.recipe, job.recipe.data
     if not isinstance(data, DocumentData):
-        return ContextParallel(), None
+        return ContextParallel(), None, None
     how = context_parallel_of(recipe, data, model, world)
     rows = start.micro_batch_rows
     plan = bucket_plan(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
     if job.bucketer is None:
-        return how, planned_here(plan.layout, plan.cost, plan.planner)
+        return how, planned_here(plan.layout, plan.cost, plan.planner), plan
     from raymix.control.bucketer import planned_by
 
-    return how, planned_by(job.bucketer, plan, attempt=start.attempt)
+    return how, planned_by(job.bucketer, plan, attempt=start.attempt), plan
 
 
 def _bf16(recipe: Recipe, world: World) -> bool:
@@ -317,11 +319,20 @@ def _most_rows(recipe: Recipe, world: World) -> int | None:
     return None
 
 
-def _recorder(job: Job, world: World, start: Start) -> Recorder | None:
+def _recorder(
+    job: Job, world: World, start: Start, corpus: Corpus, scheduled: BucketPlan | None
+) -> Recorder | None:
     if not world.is_writer:
         return None
-    step = start.state.step if start.state else 0
-    return Recorder(job.run, start_step=step, tensorboard=job.recipe.run.tensorboard)
+    held = {name: corpus.split(name, "train").tokens for name in corpus.domain_names}
+    read = start.state.tokens if start.state else {}
+    return Recorder(
+        job.run,
+        start_step=start.state.step if start.state else 0,
+        tensorboard=job.recipe.run.tensorboard,
+        gauges=cluster_gauges(job.run.path.name, held, read=read),
+        scheduled=scheduled.document() if scheduled is not None else None,
+    )
 
 
 def local_source(recipe: Recipe) -> Callable[[Corpus], BlockSource]:

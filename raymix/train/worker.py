@@ -51,7 +51,7 @@ def _train(job: Job) -> None:
         on_checkpoint=_reporter(job, world),
         stop_asked=job.run.stop_request.exists,
     )
-    kept = ("metrics.jsonl", "tensorboard") if world.is_writer else ()
+    kept = ("metrics.jsonl", "schedule.jsonl", "tensorboard") if world.is_writer else ()
     try:
         with Keeper(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
             end = looped(parts)

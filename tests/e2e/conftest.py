@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,3 +164,35 @@ def shell(workspace: Path, ray_cluster: None) -> Shell:
     import ray
 
     return Shell(workspace, ray.get_runtime_context().gcs_address)
+
+
+# One process for all commands: each alone spends most of its time on imports.
+TYPE = """
+import shlex, sys
+from raymix.cli.main import app
+for line in sys.stdin.read().splitlines():
+    try:
+        app(shlex.split(line), prog_name="raymix")
+    except SystemExit as leave:
+        print("exit", leave.code or 0, file=sys.stderr)
+    print("=" * 9, flush=True)
+    print("=" * 9, file=sys.stderr, flush=True)
+"""
+
+
+def typed(shell: Shell, lines: list[tuple[str, int]]) -> Iterator[tuple[str, int, str]]:
+    """Yield each command line, the exit code it should have, and all that it said."""
+    done = subprocess.run(
+        [sys.executable, "-c", TYPE],
+        input="\n".join(line for line, _ in lines),
+        cwd=shell.cwd,
+        env=shell.environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    out, error = (text.split("=" * 9 + "\n") for text in (done.stdout, done.stderr))
+    assert len(out) == len(error) == len(lines) + 1
+    for at, (line, code) in enumerate(lines):
+        yield line, code, out[at] + error[at]

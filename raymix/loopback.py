@@ -1,0 +1,47 @@
+"""A Ray cluster of our own, which nobody but this machine can reach.
+
+Whoever reaches the sockets of Ray's processes can run code in them, and Ray listens on all
+addresses of a machine, unless it takes that machine for one that cannot be part of a cluster. A
+private cluster is just that, so it is started as Ray starts one there: on the loopback address.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def start_private(**options: Any) -> None:
+    """Start and join a Ray cluster whose processes listen on the loopback address only.
+
+    It has no dashboard. Clusters that are joined later are not touched by this.
+
+    Args:
+        options: Further ones of `ray.init`.
+    """
+    import ray
+
+    told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    # `local`: RAY_ADDRESS may name a cluster that is not wanted.
+    told |= {"address": "local", "include_dashboard": False, **options}
+    with _one_machine():
+        ray.init(**told)
+
+
+@contextmanager
+def _one_machine() -> Iterator[None]:
+    """Have Ray take this machine for one that cannot be part of a cluster.
+
+    Ray reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which says so, at its first import only, and
+    turns any loopback address that it is given into the machine's own.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
