@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import re
@@ -29,8 +28,6 @@ def bucket() -> Iterator[dict[str, str]]:
 
     Like any user's, it holds address and credentials; nothing else in a test names them.
     """
-    if importlib.util.find_spec("moto") is None:
-        pytest.skip("moto's server is not installed")
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],

@@ -18,7 +18,7 @@ from raymix.train.claim import claimed
 from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
-from raymix.train.kept import LOGS, RECIPES, STOP, Keeper, newest, tidy
+from raymix.train.kept import LOGS, RECIPES, STOP, WORKERS, Keeper, newest, tidy
 from raymix.train.machine import resources
 from raymix.train.preflight import preflight
 from raymix.train.progress import Progress
@@ -140,11 +140,11 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
 
 def _kept(run: RunDirectory, *, on_ray: bool) -> Keeper:
     """Return what keeps the files that this process writes, and fetches those it only reads."""
-    written = [*LOGS, "tensorboard", "error.log", STOP]
+    written = [*LOGS, "tensorboard", "error.log"]
     if not on_ray:
-        return Keeper(run, send=written[:-1])
-    written.remove("metrics.jsonl")
-    return Keeper(run, send=written, fetch=["metrics.jsonl"])
+        return Keeper(run, send=written)
+    mine = [name for name in written if name not in WORKERS]
+    return Keeper(run, send=[*mine, STOP], fetch=WORKERS)
 
 
 def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:

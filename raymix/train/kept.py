@@ -41,7 +41,9 @@ from raymix.train.checkpoint import (
 from raymix.train.rundir import RunDirectory
 
 RECIPES = ("recipe.yaml", "environment.json", "resolved.yaml")
-LOGS = ("metrics.jsonl", "mixture_log.jsonl", "controller.json")
+WORKERS = ("metrics.jsonl", "schedule.jsonl")
+"""Files that the first worker writes."""
+LOGS = (*WORKERS, "mixture_log.jsonl", "controller.json")
 STOP = ".stop"
 _WRITTEN = (*LOGS, "tensorboard")
 _AT_ONCE = 4

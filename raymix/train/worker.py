@@ -19,7 +19,7 @@ from raymix.control.stream import row_tokens
 from raymix.errors import RaymixError, TrainingError, problem
 from raymix.store import Corpus, files
 from raymix.train.checkpoint import disk_full
-from raymix.train.kept import STOP, Keeper, keep_checkpoint, tidy
+from raymix.train.kept import STOP, WORKERS, Keeper, keep_checkpoint, tidy
 from raymix.train.local import looped
 from raymix.train.parallel import World
 from raymix.train.rundir import RunDirectory, read_metrics
@@ -51,7 +51,7 @@ def _train(job: Job) -> None:
         on_checkpoint=_reporter(job, world),
         stop_asked=job.run.stop_request.exists,
     )
-    kept = ("metrics.jsonl", "schedule.jsonl", "tensorboard") if world.is_writer else ()
+    kept = (*WORKERS, "tensorboard") if world.is_writer else ()
     try:
         with Keeper(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
             end = looped(parts)
