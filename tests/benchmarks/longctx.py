@@ -9,6 +9,10 @@ difference is a row of the table, and the run fails beyond 1e-4. A step's time i
 worker; its CPU time is the sum over workers. On two cores that others use, look at CPU time.
 
     python -m tests.benchmarks.longctx [--quick] [--steps 6] [--repeats 5] [--longest 4096]
+                                       [--cost FILE]
+
+`raymix schedule calibrate pipelines/longctx.yaml --out FILE` measures the costs to plan by; without
+it `packed` and `refine` plan by assumed ones.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ import torch
 from raymix.control.batch import DocumentBatch, HeldDocument
 from raymix.parallel import Teams, register
 from raymix.recipe import ConfigModel, TrainConfig
-from raymix.schedule import Layout, Schedule, plan_batch
+from raymix.schedule import Layout, Schedule, load_cost_model, plan_batch
 from raymix.train.assigning import assumed_cost
 from raymix.train.documents import ContextParallel, document_passes
 from raymix.train.loss import PackedLoss
@@ -66,6 +70,8 @@ class Setting:
     """Tokens of a step; the last document may go beyond."""
     memory: int
     """Tokens a worker can hold at once."""
+    cost: str | None = None
+    """File of the cost model to plan by; None: assumed."""
 
 
 def documents(setting: Setting) -> list[list[np.ndarray]]:
@@ -134,6 +140,9 @@ class Trainer:
         replica = place_model(loss, config, self.world, bf16=False)
         optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
         cost = assumed_cost(model, on_gpu=False, memory_tokens=self.setting.memory)
+        if self.setting.cost is not None:
+            measured = load_cost_model(self.setting.cost)
+            cost = replace(measured, memory_tokens=self.setting.memory)
         found: dict[str, Any] = {"wall": [], "cpu": [], "loss": [], "plan": [], "shape": []}
         for batch in self.batches:
             lengths = np.array([len(document) for document in batch])
@@ -212,12 +221,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--longest", type=int, default=4096)
+    parser.add_argument("--cost", help="what `raymix schedule calibrate` measured; else assumed")
     parser.add_argument("--quick", action="store_true", help="two repeats of two small steps")
     given = parser.parse_args()
     steps, repeats, longest = given.steps, given.repeats, given.longest
     if given.quick:
         steps, repeats, longest = 2, 2, min(longest, 1024)
-    setting = Setting(steps, repeats, longest, tokens=3 * longest, memory=longest)
+    cost = given.cost and str(Path(given.cost).resolve())
+    setting = Setting(steps, repeats, longest, tokens=3 * longest, memory=longest, cost=cost)
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "found.pt"
         (out.parent / "setting.json").write_text(json.dumps(vars(setting)))
