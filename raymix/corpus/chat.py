@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ _ADVICE = "Name a Jinja file, or `chatml`"
 _ANSWERS = "assistant"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
+# transformers compiles a template once per process, and what notes its marks is part of that.
+_RENDERING = threading.Lock()
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -127,7 +130,8 @@ class ChatTemplate:
                 "return_assistant_tokens_mask": marks,
                 **self._special,
             }
-            found: Any = render_jinja_template(conversations=[messages], **given)
+            with _RENDERING:
+                found: Any = render_jinja_template(conversations=[messages], **given)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise TemplateRefused(said) from error

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
 from raymix.jsontext import parse_json
@@ -32,6 +33,31 @@ FILES = (RECIPE, "environment.json", LOG, METRICS)
 Floats = NDArray[np.float64]
 Document = dict[str, Any]
 T = TypeVar("T")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    kind: str | None = None
+    type: str | None = None
+    mode: str | None = None
+    path: str | None = None
+    workers: int | None = None
+    steps: int | None = None
+    sequence_length: Annotated[int, Field(ge=1)] | None = None
+    max_epochs: float | dict[str, float | None] | None = None
+
+
+class _Shown(BaseModel):
+    """What reports look at in a recipe; it may be of another version, and say much besides."""
+
+    corpus: _Section | None = None
+    data: _Section | None = None
+    mixer: _Section | None = None
+    model: _Section | None = None
+    train: _Section | None = None
+    cluster: _Section | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +264,7 @@ def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list
         return read(directory / name)
     except FileNotFoundError:
         notes.append(f"{name} is missing.")
-    except (OSError, ValueError, yaml.YAMLError, RaymixError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, RaymixError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         notes.append(f"{name} is damaged ({first}).")
     return None
@@ -249,7 +275,9 @@ def _read_json(path: Path) -> Document:
 
 
 def _read_recipe(path: Path) -> Document:
-    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+    document = _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+    _Shown.model_validate(document)
+    return document
 
 
 def _mapping(value: Any) -> Document:

@@ -295,7 +295,7 @@ def _stored(run: RunDirectory) -> dict[str, Any]:
     try:
         text = files.read_bytes(files.join(run.where, run.resolved.name))
         return Recipe.model_validate(yaml.safe_load(text)).model_dump(mode="json")
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         wrong = "resolved.yaml cannot be read; it was written by another version or damaged"
         raise RecipeError(problem("run.dir", run.where, wrong)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def test_answers_are_found_with_marks_and_without(source: str) -> None:
 def test_a_template_that_rewrites_answers_is_refused(chat: list[dict[str, str]]) -> None:
     with pytest.raises(TemplateRefused, match="rewrites earlier turns"):
         ChatTemplate(FORGETFUL, {}).render(Conversation(tuple(chat)))
+
+
+def test_threads_may_render_at_once() -> None:
+    template, chats = ChatTemplate(CHATML, {}), [Conversation(tuple(chat)) for chat in sums(200)]
+    alone = [template.render(chat) for chat in chats]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(template.render, chats)) == alone
 
 
 @pytest.mark.parametrize("tokenizer", [

@@ -43,7 +43,8 @@ def rows_of_rank(rank: int, world_size: int) -> tuple[SimpleNamespace, int]:
     labels = sum(LENGTH - 1 - int((row > 0).sum()) for row in starts)
     part = slice(ROWS * rank // world_size, ROWS * (rank + 1) // world_size)
     offsets = np.cumsum([0, *(len(row) for row in starts[part])])
-    own = SimpleNamespace(tokens=tokens[part], row_starts=(offsets, np.concatenate(starts[part])))
+    row_starts = offsets, np.concatenate(starts[part])
+    own = SimpleNamespace(tokens=tokens[part], row_starts=row_starts, learnt=None)
     return own, labels
 
 
