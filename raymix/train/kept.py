@@ -27,7 +27,7 @@ from typing import Self
 
 import pyarrow.fs as pafs
 
-from raymix.errors import StorageError, TrainingError
+from raymix.errors import StorageError, TrainingError, problem
 from raymix.store import files
 from raymix.store.mirror import Mirror, download, upload
 from raymix.store.trouble import asking, patiently
@@ -142,9 +142,14 @@ def keep_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
 
     Raises:
         StorageError: If the store cannot be used; what was there before is still there.
+        TrainingError: If the run's metrics are gone from this machine; nothing is sent then, as
+            a checkpoint without them would leave a gap.
     """
     if run.url is None:
         return
+    if not run.metrics.exists():
+        wrong = f"its files were removed from {run.path} while it was working on them"
+        raise TrainingError(problem("run.dir", run.url, wrong, "Give the same command again"))
     run.mirror().send(*_WRITTEN)
     above = files.join(run.url, "checkpoints")
     there = files.join(above, checkpoint.name)

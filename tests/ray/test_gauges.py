@@ -31,12 +31,14 @@ ray.init(
 recipe = Recipe.model_validate(document)
 thread = threading.Thread(target=lambda: train(recipe, report=False), daemon=True)
 thread.start()
-url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
 run, found = Path(recipe.run_dir), {}
 deadline = time.monotonic() + 150
 while time.monotonic() < deadline and thread.is_alive() and len(found) < wanted:
     time.sleep(0.5)
-    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    port = ray.nodes()[0]["MetricsExportPort"]
+    if port <= 0:  # the node has not yet said where it listens
+        continue
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
     found = {
         line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
         for line in text.splitlines() if line.startswith("ray_raymix_") and 'run="scraped"' in line

@@ -17,6 +17,7 @@ from raymix.store import files
 from raymix.train.api import train
 from tests import buckets
 from tests.e2e.conftest import Shell, wait_for
+from tests.scenes import descendants
 from tests.training import train_corpus
 
 STEPS = 60
@@ -64,7 +65,9 @@ def test_two_workers_on_a_bucket_killed_and_gone_on_with(
         process = shell.start("train", "run.yaml", "--no-report")
         checkpoint = f"{two}/checkpoints/step-00000010/state.json"
         wait_for(lambda: files.exists(checkpoint), seconds=400, what="a checkpoint in the bucket")
-        os.kill(process.pid, signal.SIGKILL)
+        # The machine is gone, with all that works on it.
+        for pid in (process.pid, *descendants(process.pid)):
+            os.kill(pid, signal.SIGKILL)
         process.wait(30)
         assert len(steps(two)) < STEPS, "the run was over before it could be killed"
         scratch.rename(tmp_path / "lost")
