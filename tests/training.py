@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from raymix.recipe import Recipe
 from raymix.store import Corpus, Manifest, SplitInfo, atomic_write_text, corpus_fingerprint
+from raymix.train.api import train
 from tests.corpora import write_corpus
 
 VOCAB = 61
@@ -85,3 +88,23 @@ def _moved(root: Path, corpus: Corpus, name: str, split: str) -> SplitInfo:
             "unigram_entropy": entropy,
         }
     )
+
+
+def smallest_run(folder: Path) -> Recipe:
+    """Return the recipe of a run of four steps in this process, and of its corpus, in `folder`."""
+    corpus = train_corpus(folder / "corpus", {"a": 3000, "b": 2000})
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
+    document: dict[str, Any] = {
+        "name": "run",
+        "corpus": {"path": corpus.path},
+        "data": {"sequence_length": 16, "rows_per_step": 2},
+        "model": {"type": "llama", "config": shape},
+        "train": {"steps": 4, "checkpoint_every": 2},
+        "eval": {"rows_per_domain": 1},
+        "cluster": {"workers": 0},
+        "run": {"dir": str(folder / "run"), "tensorboard": False},
+    }
+    made = Recipe.model_validate(document)
+    train(made, report=False)
+    return made

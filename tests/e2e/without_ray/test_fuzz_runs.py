@@ -17,7 +17,7 @@ from raymix.train.api import train
 from raymix.train.export import export
 from raymix.train.score import score
 from tests.fuzzing import damaged, outcome
-from tests.training import train_corpus
+from tests.training import smallest_run
 
 CASES = [60, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
 READ = [200, pytest.param(1500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
@@ -27,23 +27,7 @@ CHECKPOINT = ("state.json", "optimizer.safetensors", "model.safetensors", "confi
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder = tmp_path_factory.mktemp("fuzz")
-    corpus = train_corpus(folder / "corpus", {"a": 3000, "b": 2000})
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-             "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
-    document: dict[str, Any] = {
-        "name": "run",
-        "corpus": {"path": corpus.path},
-        "data": {"sequence_length": 16, "rows_per_step": 2},
-        "model": {"type": "llama", "config": shape},
-        "train": {"steps": 4, "checkpoint_every": 2},
-        "eval": {"rows_per_domain": 1},
-        "cluster": {"workers": 0},
-        "run": {"dir": str(folder / "run"), "tensorboard": False},
-    }
-    made = Recipe.model_validate(document)
-    train(made, report=False)
-    return made
+    return smallest_run(tmp_path_factory.mktemp("fuzz"))
 
 
 @pytest.fixture

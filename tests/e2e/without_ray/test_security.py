@@ -34,7 +34,7 @@ from raymix.train.score import score
 from tests.e2e.conftest import QUICKSTART, Shell, typed, write_recipe
 from tests.fuzzing import outcome
 from tests.merging import weights, write_family
-from tests.training import train_corpus
+from tests.training import smallest_run
 
 ROOT = Path(__file__).parents[3]
 SECRET = "hunter2-0123456789-abcdef"
@@ -150,23 +150,7 @@ def test_the_pickles_would_run(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    folder = tmp_path_factory.mktemp("trained")
-    corpus = train_corpus(folder / "corpus", {"a": 3000, "b": 2000})
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-             "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
-    document: dict[str, Any] = {
-        "name": "run",
-        "corpus": {"path": corpus.path},
-        "data": {"sequence_length": 16, "rows_per_step": 2},
-        "model": {"type": "llama", "config": shape},
-        "train": {"steps": 4, "checkpoint_every": 2},
-        "eval": {"rows_per_domain": 1},
-        "cluster": {"workers": 0},
-        "run": {"dir": str(folder / "run"), "tensorboard": False},
-    }
-    made = Recipe.model_validate(document)
-    train(made, report=False)
-    return made
+    return smallest_run(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
