@@ -64,7 +64,12 @@ def test_two_workers_on_a_bucket_killed_and_gone_on_with(
         scratch.mkdir()
         process = shell.start("train", "run.yaml", "--no-report")
         checkpoint = f"{two}/checkpoints/step-00000010/state.json"
-        wait_for(lambda: files.exists(checkpoint), seconds=400, what="a checkpoint in the bucket")
+        wait_for(
+            lambda: process.poll() is not None or files.exists(checkpoint),
+            seconds=400,
+            what="a checkpoint in the bucket",
+        )
+        assert process.poll() is None, (tmp_path / "background.log").read_text()
         # The machine is gone, with all that works on it.
         for pid in (process.pid, *descendants(process.pid)):
             os.kill(pid, signal.SIGKILL)
