@@ -1,6 +1,7 @@
 """What happens to a run leaves no trace in what it reads: rows of `make bench-faults`, one each.
 
-Those not marked slow are of faults that no other test has; `make test-slow` has all of them.
+A row takes one to three minutes, so they are run by `make test-slow`; the faults that matter most
+are in every run by `tests/e2e/test_faults.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,8 @@ from tests.benchmarks.faults import workspace
 from tests.e2e.conftest import Shell
 from tests.faults import FAULTS, STEPS, endure
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
-ALWAYS = {
-    "disk full",
-    "node lost, none to spare",
-    "preemption notice (SIGTERM)",
-    "shard turns corrupt under way",
-}
 CHECKPOINT_EVERY = 12
 
 
@@ -32,9 +27,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Shell, Path]:
     return workspace(tmp_path_factory.mktemp("faults"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.slow) for n in FAULTS]
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_no_token_is_lost_or_read_twice(
     calm: tuple[Shell, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
