@@ -48,7 +48,7 @@ def _write_split(
             for block in blocks[first : first + shard_blocks]:
                 writer.write(block)
         shards.append(writer.info)
-    write_lengths(str(root / where / "documents.arrow"), lengths.astype(np.uint32))
+    write_lengths(str(root / where / "documents.arrow"), [lengths])
     return SplitInfo(
         documents=len(lengths),
         tokens=len(tokens),

@@ -183,9 +183,9 @@ def rounded(shares: Mapping[str, float]) -> dict[str, float]:
 
 def mixer_yaml(document: Mapping[str, Any]) -> str:
     """Return the mixer section of a recipe."""
-    import yaml
+    from raymix.yamltext import dump_yaml
 
-    return yaml.safe_dump({"mixer": document["mixer"]}, sort_keys=False, allow_unicode=True)
+    return dump_yaml({"mixer": document["mixer"]})
 
 
 def _write(path: str, document: Mapping[str, Any]) -> None:

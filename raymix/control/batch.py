@@ -79,8 +79,6 @@ class StepBatch(_Step):
     domain_rows: npt.NDArray[np.int32]
     """Domain of each of this rank's rows, shape (B,)."""
     rows: RowFacts
-    learnt: npt.NDArray[np.bool_] | None = None
-    """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
 
     @property
     def row_starts(self) -> RowStarts:

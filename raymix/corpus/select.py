@@ -23,7 +23,7 @@ from raymix.corpus.tokenise import DOCUMENT, part_base
 from raymix.jsontext import parse_json
 from raymix.store import SPLITS, Split, atomic_write_text, files
 from raymix.store.learnt import LEARNT, write_learnt
-from raymix.store.shard import write_length_pieces
+from raymix.store.numbers import write_lengths
 
 DROPPED, TRAIN, VALID = 0, 1, 2
 CODES: dict[Split, int] = {"train": TRAIN, "valid": VALID}
@@ -215,7 +215,7 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
             yield chosen["tokens"]
 
     directory = files.join(job.corpus, job.domain, split)
-    write_length_pieces(files.join(directory, "documents.arrow"), pieces())
+    write_lengths(files.join(directory, "documents.arrow"), pieces())
     learnt, learnt_tokens = _write_learnt(job, split, codes, directory)
     return SplitSelection(
         documents=lengths.total(),

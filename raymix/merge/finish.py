@@ -10,13 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raymix.errors import MergeError, problem
 from raymix.jsontext import parse_json
 from raymix.merge.adapter import CONFIG, merged_config
 from raymix.merge.models import Model
 from raymix.merge.plan import Plan
+from raymix.yamltext import dump_yaml
 
 REPORT = "merge_report.json"
 """The report's file name."""
@@ -220,14 +219,14 @@ def _card(plan: Plan, parents: Sequence[Mapping[str, Any]]) -> str:
     what = "A LoRA adapter" if adapter else "A model"
     return "\n".join(
         [
-            f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
+            f"---\n{dump_yaml(head)}---\n",
             f"# {plan.file.name or 'Merged model'}\n",
             f"{what} merged with raymix {_version()} by `{plan.file.merge_method}`; "
             f"`{REPORT}` says per tensor what became of the parents.\n",
             "## Parents\n",
             "| model | file | SHA-256 |\n|---|---|---|\n" + "\n".join(rows) + "\n",
             "## Merge\n",
-            f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n",
+            f"```yaml\n{dump_yaml(recipe)}```\n",
             "## Licence\n",
             "The licence of these weights is for whoever publishes them to state: replace `other` "
             "above, and see to it that it fits the licences of all parents.\n",

@@ -32,10 +32,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from raymix.errors import MergeError, RecipeError, problem
-from raymix.recipe import _yaml
 from raymix.recipe._base import Fault, Faults, Model, Whole
 from raymix.recipe._overrides import apply_overrides
 from raymix.recipe._translate import translate
+from raymix.yamltext import parse_yaml
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 KEEP_BASE = "base"
@@ -178,7 +178,7 @@ def _read(path: str) -> dict[str, Any]:
         raise MergeError(problem("merge", path, wrong)) from None
     except UnicodeDecodeError:
         raise MergeError(problem("merge", path, "not UTF-8 text")) from None
-    data = _yaml.parse(text, name="merge", value=path)
+    data = parse_yaml(text, name="merge", value=path)
     if not isinstance(data, dict):
         raise MergeError(problem("merge", path, "not a mapping of keys to values"))
     return data

@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from raymix.errors import RecipeError, problem
-from raymix.recipe import _yaml
 from raymix.recipe._describe import Spot, tag_of
 from raymix.recipe._translate import brief
 from raymix.recipe.plugins import OpenTo, PluginMixer
 from raymix.recipe.recipe import Recipe
+from raymix.yamltext import parse_yaml
 
 
 def apply_overrides(
@@ -43,7 +43,7 @@ def _split(override: str) -> tuple[str, Any]:
         advice = "Write FIELD=VALUE, e.g. train.steps=200"
         raise RecipeError(problem("override", override, "not a change of a field", advice))
     try:
-        return path, _yaml.parse(text, name=path, value=text)
+        return path, parse_yaml(text, name=path, value=text)
     except RecipeError:
         if text[:1] in ("{", "[", '"', "'"):
             raise

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from raymix.errors import RecipeError, did_you_mean, problem
-from raymix.recipe import _yaml
 from raymix.recipe._overrides import apply_overrides
 from raymix.recipe._rules import broken_rules
 from raymix.recipe._translate import fault_message, translate
@@ -29,6 +28,7 @@ from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
 from raymix.recipe.mixer import DgaMixer, MixerConfig, ReplayMixer
 from raymix.recipe.recipe import Recipe
 from raymix.recipe.training import ModelConfig, PretrainedModel
+from raymix.yamltext import MAX_BYTES, dump_yaml, parse_yaml
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -74,7 +74,7 @@ def read_recipe(
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the whole recipe, defaults included, as YAML that loads to an equal recipe."""
-    return _yaml.dump(recipe.model_dump(mode="json"))
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
@@ -135,10 +135,10 @@ def _read(path: str) -> dict[str, Any]:
     """Return the mapping that a YAML file holds."""
     try:
         size = os.path.getsize(path)
-        raw = Path(path).read_bytes() if size <= _yaml.MAX_BYTES else b""
+        raw = Path(path).read_bytes() if size <= MAX_BYTES else b""
     except (OSError, ValueError) as error:
         raise RecipeError(_unreadable(path, error)) from None
-    if size > _yaml.MAX_BYTES:
+    if size > MAX_BYTES:
         wrong = f"{size:,} bytes is too large for a recipe"
         raise RecipeError(problem("recipe", path, wrong, "Data belongs in files that it names"))
     try:
@@ -147,7 +147,7 @@ def _read(path: str) -> dict[str, Any]:
         line = raw.count(b"\n", 0, error.start) + 1
         wrong = f"not UTF-8 text: byte {raw[error.start]:#04x} at line {line}"
         raise RecipeError(problem("recipe", path, wrong, "A recipe is a YAML file")) from None
-    data = _yaml.parse(text, name="recipe", value=path)
+    data = parse_yaml(text, name="recipe", value=path)
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds a {type(data).__name__}, not a mapping"
         advice = "Write a new one with `raymix init FILE`"

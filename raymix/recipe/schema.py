@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from raymix.recipe import _yaml
 from raymix.recipe._describe import Spot, describe, tag_of
 from raymix.recipe.recipe import Recipe
+from raymix.yamltext import dump_yaml
 
 SCHEMA_FILE = "raymix.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
@@ -155,7 +155,7 @@ def _flow(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_flow(item) for item in value) + "]"
-    return _yaml.dump(value).removesuffix("\n").removesuffix("\n...")
+    return dump_yaml(value).removesuffix("\n").removesuffix("\n...")
 
 
 def _comment(text: str, indent: str, hang: int = 0) -> list[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +22,7 @@ from raymix.sampling import MixtureLog
 from raymix.store import Corpus, files
 from raymix.store.mirror import Mirror
 from raymix.store.trouble import is_remote
+from raymix.yamltext import parse_yaml
 
 METRICS = "metrics.jsonl"
 RECIPE = "resolved.yaml"
@@ -264,7 +264,7 @@ def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list
         return read(directory / name)
     except FileNotFoundError:
         notes.append(f"{name} is missing.")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, RaymixError) as error:
+    except (OSError, ValueError, RaymixError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         notes.append(f"{name} is damaged ({first}).")
     return None
@@ -275,7 +275,7 @@ def _read_json(path: Path) -> Document:
 
 
 def _read_recipe(path: Path) -> Document:
-    document = _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+    document = _mapping(parse_yaml(path.read_text(encoding="utf-8"), name=RECIPE, value=str(path)))
     _Shown.model_validate(document)
     return document
 

@@ -74,7 +74,7 @@ def _asked(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
     for step, version in zip(run.steps.step_S.tolist(), versions, strict=True):
         # A line without a version follows the log by its step; `step` counts the steps done.
         at = version - first if version >= first else run.log.at(max(step - 1, 0)).version - first
-        yield shares_VD[min(int(at), len(shares_VD) - 1)]
+        yield shares_VD[min(at, len(shares_VD) - 1)]
 
 
 def _asked_by_metrics(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:

@@ -15,6 +15,8 @@ from typing import Any
 from raymix.errors import CorpusError, problem
 from raymix.jsontext import parse_json
 
+_TOLERANCE = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class MixtureEntry:
@@ -138,7 +140,7 @@ class MixtureLog:
             try:
                 log.domains = log.domains or tuple(raw["shares"])
                 log.append(_entry(raw, log.domains))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise CorpusError(_bad_line(path, number, text, str(error))) from error
         return log
 
@@ -153,10 +155,16 @@ def _entry(raw: dict[str, Any], domains: tuple[str, ...]) -> MixtureEntry:
     shares = raw["shares"]
     if set(shares) != set(domains):
         raise ValueError(f"its domains are {sorted(shares)}, not {sorted(domains)}")
+    weights = tuple(float(shares[name]) for name in domains)
+    if not (min(weights) >= 0 and abs(sum(weights) - 1) <= _TOLERANCE):
+        raise ValueError("its shares are not shares: 0 or more, adding up to 1")
+    for key in ("version", "first_step"):
+        if type(raw[key]) is not int:
+            raise ValueError(f"its {key} is {raw[key]!r}, not a whole number")
     return MixtureEntry(
         version=raw["version"],
         first_step=raw["first_step"],
-        weights=tuple(float(shares[name]) for name in domains),
+        weights=weights,
         mixer=raw["mixer"],
         stats=raw.get("stats"),
     )

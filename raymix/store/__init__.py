@@ -28,7 +28,8 @@ from raymix.store.manifest import (
     corpus_fingerprint,
     token_dtype,
 )
-from raymix.store.shard import ShardWriter, read_lengths, write_lengths
+from raymix.store.numbers import read_lengths, write_lengths
+from raymix.store.shard import ShardWriter
 
 BLOCK_SCHEMA = block_schema
 

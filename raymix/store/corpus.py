@@ -16,7 +16,8 @@ from raymix.store import files
 from raymix.store.block import Block
 from raymix.store.learnt import LEARNT, Learnt, read_learnt
 from raymix.store.manifest import Manifest, SplitInfo, read_manifest
-from raymix.store.shard import ShardReader, read_lengths
+from raymix.store.numbers import read_lengths
+from raymix.store.shard import ShardReader
 from raymix.store.trouble import is_remote, patiently, trouble
 
 _OPEN_SHARDS = 64

@@ -10,17 +10,13 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from raymix.store import files
-from raymix.store.block import as_numpy
+from raymix.store.numbers import read_numbers, write_numbers
 
 LEARNT = "learnt.arrow"
 """Name of the file in the directory of a split."""
 
 Ints = npt.NDArray[np.int64]
-
-_SCHEMA = pa.schema([pa.field("edge", pa.int64())])
 
 
 class Learnt:
@@ -65,14 +61,7 @@ def write_learnt(url: str, pieces: Iterable[Ints]) -> str:
     Raises:
         CorpusError: If the disk is full.
     """
-    with (
-        files.AtomicFile(url) as file,
-        pa.ipc.new_file(pa.PythonFile(file, "w"), _SCHEMA) as writer,
-    ):
-        for piece in pieces:
-            edges = pa.array(np.ascontiguousarray(piece, dtype=np.int64))
-            writer.write_batch(pa.RecordBatch.from_arrays([edges], schema=_SCHEMA))
-    return file.sha256.hexdigest()
+    return write_numbers(url, "edge", np.int64, pieces)
 
 
 def read_learnt(url: str) -> Learnt:
@@ -82,11 +71,4 @@ def read_learnt(url: str) -> Learnt:
         OSError: If the file is absent or not an Arrow file.
         ValueError: If it holds something else.
     """
-    reader = pa.ipc.open_file(files.open_mapped(url))
-    if reader.schema != _SCHEMA:
-        raise ValueError(f"columns {reader.schema.names}, not those of spans to learn")
-    column = reader.read_all().column("edge")
-    pieces = [as_numpy(chunk) for chunk in column.chunks if len(chunk)]
-    if len(pieces) == 1:
-        return Learnt(pieces[0])
-    return Learnt(np.concatenate([*pieces, np.empty(0, np.int64)]))
+    return Learnt(read_numbers(url, "edge", np.int64))

@@ -8,8 +8,6 @@ in its metadata, and reading a block checks it: a flipped bit is found before it
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -22,7 +20,6 @@ from raymix.store.manifest import ShardInfo
 
 _CHECKSUM = b"crc32"
 _SCHEMAS = (block_schema(np.uint16), block_schema(np.uint32))
-_LENGTHS = pa.schema([pa.field("length", pa.uint32())])
 
 
 def checksum(block: Block) -> int:
@@ -69,12 +66,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.close()
@@ -113,33 +105,3 @@ class ShardReader:
         if wanted != found:
             raise ValueError(f"checksum {found.decode()} is not the one written")
         return block
-
-
-def write_lengths(url: str, lengths: npt.NDArray[np.uint32]) -> None:
-    """Write the tokens of each document, in stream order, as an Arrow IPC file.
-
-    Raises:
-        CorpusError: If the disk is full.
-    """
-    write_length_pieces(url, [lengths])
-
-
-def write_length_pieces(url: str, pieces: Iterable[npt.NDArray[np.uint32]]) -> None:
-    """Do as `write_lengths`, for lengths that come in pieces and need not be held at once.
-
-    Raises:
-        CorpusError: If the disk is full.
-    """
-    with (
-        files.AtomicFile(url) as file,
-        pa.ipc.new_file(pa.PythonFile(file, "w"), _LENGTHS) as writer,
-    ):
-        for piece in pieces:
-            lengths = pa.array(np.ascontiguousarray(piece, dtype=np.uint32))
-            writer.write_batch(pa.RecordBatch.from_arrays([lengths], schema=_LENGTHS))
-
-
-def read_lengths(url: str) -> npt.NDArray[np.uint32]:
-    """Return what `write_lengths` wrote, shape (documents,)."""
-    table = pa.ipc.open_file(files.open_mapped(url)).read_all()
-    return table.column("length").to_numpy()

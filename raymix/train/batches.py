@@ -30,11 +30,6 @@ class Rows(Protocol):
         """Offsets, shape (B + 1,), into positions, shape (S,): where documents begin in a row."""
         ...
 
-    @property
-    def learnt(self) -> npt.NDArray[np.bool_] | None:
-        """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -111,18 +106,25 @@ def starts_mask(
     return mask_BL
 
 
-def micro_batches(batch: Rows, count: int, device: torch.device) -> Iterator[MicroBatch]:
+def micro_batches(
+    batch: Rows,
+    count: int,
+    device: torch.device,
+    *,
+    learnt_BL: npt.NDArray[np.bool_] | None = None,
+) -> Iterator[MicroBatch]:
     """Yield exactly `count` micro-batches of nearly equal size.
 
     A rank with fewer rows than `count` yields stand-ins of one row without labels: their loss
-    and gradient are zero, but all ranks make the same number of passes.
+    and gradient are zero, but all ranks make the same number of passes. Where `learnt_BL` is given,
+    shape (B, L), only tokens that it says are predicted; else all that something precedes.
     """
     tokens_BL = batch.tokens.astype(np.int64)
     rows, length = tokens_BL.shape
     mask_BL = starts_mask((rows, length), *batch.row_starts)
     positions_BL, labels_BL = positions_and_labels(tokens_BL, mask_BL)
-    if batch.learnt is not None:
-        labels_BL[:, :-1][~batch.learnt[:, 1:]] = IGNORED
+    if learnt_BL is not None:
+        labels_BL[:, :-1][~learnt_BL[:, 1:]] = IGNORED
     for index in range(count):
         part = slice(rows * index // count, rows * (index + 1) // count)
         if part.start == part.stop:

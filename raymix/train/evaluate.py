@@ -7,7 +7,7 @@ domains, B rows, L tokens per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -236,7 +236,7 @@ class Evaluator:
         replica.module.eval()
         try:
             with precision:
-                for batch in micro_batches(self._rows, self._passes, self._world.device):
+                for batch in self._batches():
                     self._score(replica, batch, sums)
         finally:
             replica.module.train()
@@ -246,6 +246,10 @@ class Evaluator:
             if tokens_D[index]:
                 table[name] = self._scores(nats_D[index], int(tokens_D[index]), index)
         return table
+
+    def _batches(self) -> Iterator[MicroBatch]:
+        rows, device = self._rows, self._world.device
+        return micro_batches(rows, self._passes, device, learnt_BL=rows.learnt)
 
     def _score(self, replica: Replica, batch: MicroBatch, sums: torch.Tensor) -> None:
         labels_BL = batch.labels_BL

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raymix.errors import RecipeError, problem
 from raymix.train.checkpoint import disk_full
 from raymix.train.environment import raymix_version
 from raymix.train.summary import summary
 from raymix.train.target import Target, find_target
+from raymix.yamltext import dump_yaml
 
 _NOT_FOR_EXPORT = ("optimizer.safetensors", "state.json")
 
@@ -63,7 +62,7 @@ def _card(target: Target) -> str:
         "license": "other",
     }
     name = target.run.path.name if target.run else target.checkpoint.name
-    parts = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n", f"# {name}\n"]
+    parts = [f"---\n{dump_yaml(head)}---\n", f"# {name}\n"]
     if target.run is None or target.state is None:
         parts.append("A causal language model in Hugging Face format.\n")
         return "\n".join(parts)

@@ -88,8 +88,9 @@ class Gauges:
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Take a step's line of `metrics.jsonl`."""
-        for name, tokens in line.get("counts", {}).items():
-            self._read[name] = self._read.get(name, 0) + tokens
+        if self._few:
+            for name, tokens in line.get("counts", {}).items():
+                self._read[name] = self._read.get(name, 0) + tokens
         now = time.monotonic()
         if now < self._due:
             return

@@ -233,7 +233,7 @@ class TrainingLoop:
         if self._parts.recorder is not None:
             self._parts.recorder.step(self._line(flying, sums, loss, seconds))
             if isinstance(batch, DocumentBatch) and batch.lengths is not None:
-                self._parts.recorder.lengths(batch.step + 1, batch.lengths.tolist())
+                self._parts.recorder.lengths(batch.step + 1, batch.lengths)
 
     def _blown_up(self, wrong: str) -> TrainingError:
         advice = "Lower train.lr, warm up longer, or clip harder"

@@ -186,10 +186,11 @@ class Prober:
                 self._group_ND, domain_B[drawn], number * _HALVES + half_B[drawn]
             )
         rows = self._reader.rows(domain_B, self._reader.numbers(domain_B, number, half_B))
-        (batch,) = micro_batches(rows, 1, self._replica.world.device)
+        device = self._replica.world.device
+        (batch,) = micro_batches(rows, 1, device, learnt_BL=rows.learnt)
         piece_B = torch.from_numpy(half_B * self._n_groups + member_B)
         # Dropout draws the same whoever makes the pass.
-        seed_everything(self._reader.seed, number, 0, self._replica.world.device)
+        seed_everything(self._reader.seed, number, 0, device)
         with self._precision():
             pieces = self._probe.measure(
                 batch.tokens_BL, batch.positions_BL, batch.labels_BL, piece_B

@@ -6,8 +6,11 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from raymix.train.checkpoint import disk_full
 from raymix.train.gauges import Gauges
@@ -72,7 +75,7 @@ class Recorder:
         self._write(kept)
         if self._gauges is not None:
             self._gauges.step(line)
-        if time.monotonic() >= self._board_due:
+        if self._board is not None and time.monotonic() >= self._board_due:
             self._board_due = time.monotonic() + _BOARD_INTERVAL_S
             numbers = {
                 f"train/{key}": line[key]
@@ -91,11 +94,11 @@ class Recorder:
         losses = {f"eval/{name}": row["loss"] for name, row in table.items()}
         self._show(step, {name: loss for name, loss in losses.items() if loss is not None})
 
-    def lengths(self, step: int, length_N: Sequence[int]) -> None:
+    def lengths(self, step: int, length_N: npt.NDArray[np.integer]) -> None:
         """Write the documents of a step where reports show its schedule: steps 1, 2, 4, 8, ..."""
         if step & (step - 1):
             return
-        line = {**self._scheduled, "step": step, "lengths": length_N}
+        line = {**self._scheduled, "step": step, "lengths": length_N.tolist()}
         text = json.dumps(line, separators=(",", ":"), default=_finite)
         with self._told(), self._run.schedule.open("a", encoding="utf-8") as file:
             file.write(text + "\n")

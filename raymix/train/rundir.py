@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
 from raymix.errors import RecipeError, problem
 from raymix.jsontext import parse_json
-from raymix.recipe import Recipe
+from raymix.recipe import Recipe, recipe_to_yaml
 from raymix.store import atomic_write_text, files
 from raymix.store.mirror import Mirror
 from raymix.store.trouble import is_remote
+from raymix.yamltext import dump_yaml, parse_yaml
 
 IfExists = Literal["resume", "fail", "new"]
 
@@ -145,8 +144,8 @@ class RunDirectory:
         """Write both forms of the recipe; `resolved.yaml` last."""
         self.path.mkdir(parents=True, exist_ok=True)
         given = recipe.model_dump(mode="json", exclude_unset=True)
-        atomic_write_text(str(self.path / "recipe.yaml"), _yaml(given))
-        atomic_write_text(str(self.resolved), _yaml(recipe.model_dump(mode="json")))
+        atomic_write_text(str(self.path / "recipe.yaml"), dump_yaml(given))
+        atomic_write_text(str(self.resolved), recipe_to_yaml(recipe))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -293,9 +292,10 @@ def _next_free(place: str) -> str:
 
 def _stored(run: RunDirectory) -> dict[str, Any]:
     try:
-        text = files.read_bytes(files.join(run.where, run.resolved.name))
-        return Recipe.model_validate(yaml.safe_load(text)).model_dump(mode="json")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = files.read_bytes(files.join(run.where, run.resolved.name)).decode()
+        document = parse_yaml(text, name="run.dir", value=run.where)
+        return Recipe.model_validate(document).model_dump(mode="json")
+    except (ValueError, RecipeError) as error:
         wrong = "resolved.yaml cannot be read; it was written by another version or damaged"
         raise RecipeError(problem("run.dir", run.where, wrong)) from error
 
@@ -306,7 +306,3 @@ def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{path}.{key}" if path else str(key))
     else:
         yield path, node
-
-
-def _yaml(document: dict[str, Any]) -> str:
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)

@@ -32,7 +32,7 @@ from raymix.train.device import peak_flops, quiet_libraries, use_threads
 from raymix.train.documents import ContextParallel
 from raymix.train.evaluate import Evaluator, held_out_rows
 from raymix.train.gauges import cluster_gauges
-from raymix.train.kept import STOP, clear_checkpoints, fetch_checkpoint, newest
+from raymix.train.kept import STOP, WORKERS, clear_checkpoints, fetch_checkpoint, newest
 from raymix.train.loop import Parts
 from raymix.train.loss import PackedLoss
 from raymix.train.model import (
@@ -123,7 +123,7 @@ def begin(job: Job, world: World) -> Start:
         start = Start(uuid.uuid4().hex[:12], path, state, rows)
         if job.run.url is not None:
             job.run.path.mkdir(parents=True, exist_ok=True)
-            job.run.mirror().fetch(job.run.metrics.name, STOP)
+            job.run.mirror().fetch(*WORKERS, STOP)
             clear_checkpoints(job.run, but=path)
         cut_metrics(job.run.metrics, state.step if state else -1)
     agreed = world.agree(start)

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raymix.errors import MergeError, RecipeError, TrainingError, problem
 from raymix.merge.engine import merge
 from raymix.merge.models import only_adapters
@@ -35,6 +33,7 @@ from raymix.tune.merges import PointTrial, ScoreTrial, round_of
 from raymix.tune.planning import Seats, share_out
 from raymix.tune.scoring import HeldOut, Search, best_of, mean_loss, refuse_another
 from raymix.tune.trials import Piece, run_trials
+from raymix.yamltext import dump_yaml
 
 FORMAT = 1
 TRIALS = {1: 11}
@@ -248,7 +247,7 @@ def _write(document: Mapping[str, Any], search: Search, best: Mapping[str, float
     chosen = applied(search.file, best).model_dump(
         mode="json", exclude_unset=True, exclude_none=True
     )
-    atomic_write_text(str(folder / "merge.yaml"), yaml.safe_dump(chosen, sort_keys=False))
+    atomic_write_text(str(folder / "merge.yaml"), dump_yaml(chosen))
     text = json.dumps(document, ensure_ascii=False, indent=1)
     atomic_write_text(str(folder / "search_result.json"), text + "\n")
     written = [str(folder / name) for name in ("search_result.json", "merge.yaml")]

@@ -22,7 +22,8 @@ from typing import Any
 
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
 from raymix.mixers import known_mixers
-from raymix.recipe import PackedData, Recipe, _yaml, load_recipe
+from raymix.recipe import PackedData, Recipe, load_recipe
+from raymix.yamltext import parse_yaml
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pike-balanced": {"kind": "pike", "tau": 3.0},
@@ -149,7 +150,7 @@ def _fields(spec: str, text: str) -> dict[str, Any]:
         if not equals or not key.isidentifier():
             wrong = f"{part!r} is not FIELD=VALUE"
             raise RecipeError(problem("--mixers", spec, wrong, "Write e.g. pike(tau=3)"))
-        fields[key] = _yaml.parse(value, name="--mixers", value=spec)
+        fields[key] = parse_yaml(value, name="--mixers", value=spec)
     return fields
 
 
@@ -159,7 +160,7 @@ def _read_section(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         wrong = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise RecipeError(problem("--mixers", path, wrong)) from None
-    section = _yaml.parse(text, name="--mixers", value=path)
+    section = parse_yaml(text, name="--mixers", value=path)
     if isinstance(section, dict) and isinstance(section.get("mixer"), dict):
         section = section["mixer"]
     if not isinstance(section, dict) or "kind" not in section:

@@ -64,8 +64,11 @@ SAMPLE_S = 10.0
 STEPS = 10_000_000
 
 
+@dataclass
 class Soak(Scene):
     """A run that is watched by the lines it adds, of which there are many in an hour."""
+
+    tail: LineTail = field(init=False)
 
     def __post_init__(self) -> None:
         self.tail = LineTail(self.run / "metrics.jsonl")

@@ -322,9 +322,9 @@ def test_yaml_round_trip(
         train=TrainConfig(steps=steps, lr=lr),
     )
     recipe = resolve_paths(recipe, "/")
-    from raymix.recipe import _yaml
+    from raymix.yamltext import parse_yaml
 
-    data = _yaml.parse(recipe_to_yaml(recipe), name="recipe", value="text")
+    data = parse_yaml(recipe_to_yaml(recipe), name="recipe", value="text")
     assert Recipe.model_validate(data) == recipe
 
 

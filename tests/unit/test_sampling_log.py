@@ -78,10 +78,11 @@ def test_a_copy_goes_its_own_way() -> None:
     assert len(twin.entries) == 1
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_lines_keep_every_float_exactly(weights: list[float]) -> None:
+@given(st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=5))
+def test_lines_keep_every_float_exactly(given: list[float]) -> None:
+    weights = tuple(weight / sum(given) for weight in given)
     log = MixtureLog(tuple(f"d{at}" for at in range(len(weights))))
-    log.append(MixtureEntry(4, 0, tuple(weights), "static", {"a": 1}))
+    log.append(MixtureEntry(4, 0, weights, "static", {"a": 1}))
     again = MixtureLog.from_lines(log.to_lines())
     assert again.entries == log.entries
     assert again.domains == log.domains
@@ -118,6 +119,22 @@ def test_a_torn_last_line_and_empty_lines_are_left_out() -> None:
         (
             '{"version": 1, "first_step": 0, "shares": {"web": 1, "books": 0}, "mixer": "x"}',
             "not after",
+        ),
+        *(
+            (f'{{"version": 1, "first_step": 5, "shares": {shares}, "mixer": "x"}}', "adding up")
+            for shares in (
+                '{"web": 2, "books": -1}',
+                '{"web": 0, "books": 0}',
+                '{"web": 0.5, "books": NaN}',
+            )
+        ),
+        (
+            '{"version": 1, "first_step": 5.5, "shares": {"web": 1, "books": 0}, "mixer": "x"}',
+            "first_step is 5.5, not a whole number",
+        ),
+        (
+            f'{{"version": 1, "first_step": 5, "shares": {{"web": {10**400}, "books": 0}}}}',
+            "not an entry",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def write_corpus(path: str, lengths: list[int], *, vocab: int = 257, per_shard: 
             for block in blocks[low : low + per_shard]:
                 writer.write(block)
         shards.append(writer.info)
-    write_lengths(files.join(path, "d/train/documents.arrow"), np.array(lengths, dtype=np.uint32))
+    write_lengths(files.join(path, "d/train/documents.arrow"), [np.array(lengths)])
     tokenizer = TokenizerInfo(kind="byte", fingerprint="f", vocab_size=vocab, eos_id=vocab - 1)
     domain = DomainInfo(
         train=split_info(shards, len(lengths)),
@@ -218,7 +218,7 @@ def test_shard_of_wrong_size_is_found(corpus: Corpus) -> None:
 
 
 def test_wrong_lengths_file_is_found(corpus: Corpus) -> None:
-    write_lengths(corpus.path + "/d/train/documents.arrow", np.array([3], np.uint32))
+    write_lengths(corpus.path + "/d/train/documents.arrow", [np.array([3])])
     with pytest.raises(CorpusError, match="1 documents, 5 expected"):
         corpus.document_lengths("d", "train")
 

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def rows_of(tokens: np.ndarray, starts: list[list[int]]) -> SimpleNamespace:
     offsets = np.cumsum([0, *(len(row) for row in starts)])
     positions = np.array([at for row in starts for at in row], dtype=np.int64)
-    return SimpleNamespace(tokens=tokens, row_starts=(offsets, positions), learnt=None)
+    return SimpleNamespace(tokens=tokens, row_starts=(offsets, positions))
 
 
 def test_positions_restart_and_labels_stop_at_documents() -> None:

@@ -44,7 +44,7 @@ def rows_of_rank(rank: int, world_size: int) -> tuple[SimpleNamespace, int]:
     part = slice(ROWS * rank // world_size, ROWS * (rank + 1) // world_size)
     offsets = np.cumsum([0, *(len(row) for row in starts[part])])
     row_starts = offsets, np.concatenate(starts[part])
-    own = SimpleNamespace(tokens=tokens[part], row_starts=row_starts, learnt=None)
+    own = SimpleNamespace(tokens=tokens[part], row_starts=row_starts)
     return own, labels
 
 

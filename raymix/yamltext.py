@@ -56,7 +56,7 @@ for _name, _pattern, _first in _PLAIN_SCALARS:
     _Dumper.add_implicit_resolver(_TAG + _name, _pattern, _first)
 
 
-def parse(text: str, *, name: str, value: object) -> Any:
+def parse_yaml(text: str, *, name: str, value: object) -> Any:
     """Return the plain data of one YAML document: dicts with text keys, lists, scalars.
 
     Args:
@@ -89,8 +89,8 @@ def parse(text: str, *, name: str, value: object) -> Any:
     return data
 
 
-def dump(data: Any) -> str:
-    """Return `data` as YAML that `parse` reads back unchanged."""
+def dump_yaml(data: Any) -> str:
+    """Return `data` as YAML that `parse_yaml` reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
