@@ -124,26 +124,31 @@ def anonymous_mb(pid: int) -> float | None:
 
 
 def endure(scene: Soak, samples: Samples, *, minutes: float, every: float, seed: int) -> None:
-    """Train for so long, with a fault about every so many seconds; end with a checkpoint."""
+    """Train for so long, with a fault about every so many seconds; end with a checkpoint.
+
+    A fault waits until a new step has been done since the one before.
+    """
     drawn = random.Random(seed)
     scene.start()
     sampled = 0.0
     due = every * drawn.uniform(0.5, 1.5)
     stuck = time.monotonic() + BOUND_S
+    struck = most = 0
     while samples.now() < 60 * minutes:
-        before = scene.farthest
-        if scene.step() > before:
-            stuck = time.monotonic() + BOUND_S
+        if scene.step() > most:
+            most, stuck = scene.farthest, time.monotonic() + BOUND_S
         if time.monotonic() > stuck:
             raise Hung(f"no step for {BOUND_S:g} s\n{scene.said()[-2000:]}")
         if samples.now() - sampled >= SAMPLE_S:
             sampled = samples.now()
             samples.take(scene)
-        if samples.now() >= due and scene.step() > 0 and scene.pids(TITLES["worker"]):
+        if samples.now() >= due and most > struck and scene.pids(TITLES["worker"]):
             name = drawn.choice(list(FAULTS))
             samples.events.append((samples.now(), name, scene.farthest))
             print(f"{samples.now():6.0f} s  step {scene.farthest:7,d}  {name}", flush=True)
             FAULTS[name](scene)
+            struck = most = max(most, scene.farthest)
+            stuck = time.monotonic() + BOUND_S
             due = samples.now() + every * drawn.uniform(0.5, 1.5)
         if scene.ended:
             assert scene.process is not None
@@ -229,7 +234,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raymix-soak-") as directory:
         shell = Shell(Path(directory))
         # Steps of a tenth of a second and more: an hour of them fits a file and a plot.
-        train = {"steps": STEPS, "lr": 1e-3, "checkpoint_every": 50}
+        train = {"steps": STEPS, "lr": 1e-3, "warmup_ratio": 0, "checkpoint_every": 50}
         data = {"sequence_length": 256, "rows_per_step": 16}
         write_recipe(shell.cwd / RECIPE, train=train, data=data, cluster__max_failures=10_000)
         shell.ok("prepare", RECIPE)

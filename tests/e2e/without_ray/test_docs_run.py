@@ -7,6 +7,7 @@ where Ray is.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,22 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests import buckets
 from tests.commands import raymix_lines
 from tests.e2e.conftest import DOMAINS, QUICKSTART, Shell, typed, write_recipe
 from tests.merging import write_family
 
 ROOT = Path(__file__).parents[3]
-PAGES = ("README.md", "docs/systems/laws.md")
+PAGES = {
+    "README.md": [],
+    "docs/quickstart.md": [],
+    # Runs that Slurm's script and the one for a single node make.
+    "docs/clusters.md": ["train my.yaml", "train my.yaml name=other"],
+    "docs/systems/laws.md": [],
+    "docs/systems/merge.md": [],
+    "docs/systems/schedule.md": ["prepare my.yaml"],
+}
+"""Pages, and what has been typed before."""
 ELSEWHERE = ("submit", "status", "logs", "stop", "compare", "tune", "specialists")
 LITTLE = {
     "seed": 1,
@@ -89,6 +100,7 @@ def lines_of(page: Path) -> list[str]:
         if line.startswith("init "):
             line = "init fresh.yaml"
         # The last word counts.
+        line = line.replace("s3://bucket/", f"s3://{buckets.BUCKET}/")
         found.append(re.sub(r"train\.tokens=\S+ cluster\.workers=\d+", "train.lr=0.001", line))
     return found
 
@@ -113,8 +125,11 @@ def test_what_a_page_tells_to_type_works(name: str, tmp_path: Path) -> None:
         table(tmp_path / file, at)
     family = write_family(tmp_path, tasks=2)
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump({"merge_method": "drm", **family}))
-    shell = Shell(tmp_path)
     lines = lines_of(page)
     assert lines
-    for line, code, text in typed(shell, [(line, 0) for line in lines]):
+    with contextlib.ExitStack() as stack:
+        stored = any("s3://" in line for line in lines)
+        shell = Shell(tmp_path, env=stack.enter_context(buckets.bucket()) if stored else {})
+        told = list(typed(shell, [(line, 0) for line in (*PAGES[name], *lines)]))
+    for line, code, text in told:
         assert f"exit {code}" in text, f"{name}: raymix {line}: {text}"
