@@ -20,6 +20,9 @@ _CANDIDATES_PER_RUN = 16
 _LEAST_ALPHA = 0.02
 _TINY = 1e-300
 _SAME = 1e-6
+_MOST_ROUNDS = 100
+_ROUNDS_IN_VAIN = 5
+_LEAST_DRAWS = 256
 _EXCHANGES = 20
 # Prior information per feature, in runs: with fewer runs than features the determinant is 0
 # without it (DuMouchel and Jones 1994, "Bayesian D-optimal designs").
@@ -208,13 +211,19 @@ def _different(
 ) -> Floats:
     """Return `count` different draws within the limits, at least `enough` if there are no more."""
     found_ND = np.empty((0, floor_D.size))
-    for _ in range(5):
-        free_ND = floor_D + (1 - floor_D.sum()) * draw(count)
+    in_vain = 0
+    for _ in range(_MOST_ROUNDS):
+        known = len(found_ND)
+        free_ND = floor_D + (1 - floor_D.sum()) * draw(max(count, _LEAST_DRAWS))
         over_N = (free_ND > cap_D).any(axis=1)
         free_ND[over_N] = within_limits(free_ND[over_N], floor_D, cap_D)
         found_ND = _distinct(np.vstack([found_ND, free_ND]))
         if len(found_ND) >= count:
             return found_ND[:count]
+        # Under narrow caps most draws move to the same few mixtures, so new ones are rare.
+        in_vain = in_vain + 1 if len(found_ND) == known else 0
+        if in_vain == _ROUNDS_IN_VAIN:
+            break
     if enough is not None and len(found_ND) >= enough:
         return found_ND
     wrong = f"between the floors and caps only {len(found_ND)} different mixtures were found"
