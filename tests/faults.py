@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -257,8 +258,9 @@ class Ending:
     """Greatest relative difference of a step's loss."""
 
 
-def endure(shell: Shell, name: str, fault: Fault, at: int, expected: Path) -> Ending:
-    """Return what comes of a fault after step `at`."""
+def endure(shell: Shell, run: str, fault: Fault, at: int, expected: Path) -> Ending:
+    """Return what comes of a fault after step `at` of a run that is named, nearly, `run`."""
+    name = re.sub(r"\W+", "-", run)
     with ExitStack() as stack:
         nodes = stack.enter_context(Nodes.up(fault.nodes)) if fault.nodes else None
         if nodes is not None:
@@ -269,6 +271,7 @@ def endure(shell: Shell, name: str, fault: Fault, at: int, expected: Path) -> En
         stack.callback(scene.close)
         scene.start()
         scene.reaches(at)
+        assert not scene.ended, scene.said()[-3000:]
         before = scene.farthest
         scene.begin_watch()
         fault.happens(scene)

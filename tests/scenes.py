@@ -118,8 +118,15 @@ class Scene:
 
     def kill_one(self, title: str) -> None:
         """Kill a process of this run by -9."""
-        self._wait(lambda: bool(self.pids(title)) or self.ended, f"a process {title}")
-        os.kill(self.pids(title)[0], signal.SIGKILL)
+        found: list[int] = []
+
+        def there() -> bool:
+            found[:] = self.pids(title)
+            return bool(found) or self.ended
+
+        self._wait(there, f"a process {title}")
+        assert found, f"{self.name} ended before a process {title} could be killed"
+        os.kill(found[0], signal.SIGKILL)
 
     def kill_driver(self, *titles: str) -> None:
         """Kill the command by -9, with processes of it where titles are given."""

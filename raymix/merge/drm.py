@@ -128,6 +128,7 @@ def _low_rank_knots(factors_K: Sequence[Factors], options: KnotsOptions) -> Fact
     "drm",
     options=DrmOptions,
     matrix=True,
+    copies=(8, 0),
     otherwise=_other,
     factored=_low_rank_drm,
     scale_option="weight",  # applied after the election, so a common factor comes out
@@ -138,7 +139,12 @@ def drm(base: Tensor | None, deltas: Sequence[Tensor], options: DrmOptions) -> M
 
 
 @merge_method(
-    "knots", options=KnotsOptions, matrix=True, otherwise=_other, factored=_low_rank_knots
+    "knots",
+    options=KnotsOptions,
+    matrix=True,
+    copies=(4, 0),
+    otherwise=_other,
+    factored=_low_rank_knots,
 )
 def knots(base: Tensor | None, deltas: Sequence[Tensor], options: KnotsOptions) -> Merged:
     """Return the KnOTS-TIES merge of K weight matrices, shape (m, n)."""

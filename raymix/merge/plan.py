@@ -23,7 +23,7 @@ from raymix.merge.models import Model, Models, only_adapters, open_adapters, ope
 from raymix.merge.output import Layout, plan_layout
 from raymix.merge.recipe import MergeFile
 from raymix.merge.registry import MergeMethod
-from raymix.merge.settings import Choice, Settings, layer_of
+from raymix.merge.settings import Choice, Settings, is_matrix, layer_of
 
 _TORCH = {
     "float64": torch.float64,
@@ -62,10 +62,14 @@ class Plan:
         choice = self.choices[job]
         sizes = [self.layout.places[name] for name in self.tensors(job)]
         entries = max(place.n_bytes // place.dtype.itemsize for place in sizes)
-        copies = 3
-        if choice.method is not None and choice.method.matrix:
-            copies += 3 * len(self.members(choice.method))
-        return entries * self.dtype.itemsize * copies
+        needed = 3 * self.dtype.itemsize * entries
+        shape = sizes[0].shape
+        if choice.method is not None and is_matrix(job, shape):
+            at_once = entries // shape[0] if len(shape) == 3 else entries
+            some, per_model = choice.method.copies
+            copies = some + per_model * len(self.members(choice.method))
+            needed += torch.float64.itemsize * copies * at_once
+        return needed
 
     def members(self, method: MergeMethod) -> Sequence[Any]:
         """Return the models that a method merges, in the order of their options."""

@@ -225,6 +225,9 @@ class MergeMethod:
     most: int | None = None
     matrix: bool = False
     """Whether it is for weight matrices; `otherwise` then serves everything else."""
+    copies: tuple[int, int] = (0, 0)
+    """How many fp64 matrices of a weight matrix's size it takes to merge one, about, at most: so
+    many, and so many more per model."""
     otherwise: Function | None = None
     factored: Factored | None = None
     """The same on factors: what makes LoRA in, LoRA out exact."""

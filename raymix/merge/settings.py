@@ -16,6 +16,9 @@ from raymix.recipe._translate import translate
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
+# What is a table of vectors rather than a map from inputs to outputs.
+_TABLES = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|\bshared\b|rotary|position")
+
 Scope = Mapping[str, Any]
 
 
@@ -23,6 +26,13 @@ def layer_of(name: str) -> int | None:
     """Return the number of the layer that a parameter belongs to, or None."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a parameter is a weight matrix, or a stack of them (experts)."""
+    if len(shape) == 2:
+        return min(shape) > 1 and not _TABLES.search(name)
+    return len(shape) == 3 and "experts" in name
 
 
 @dataclass(frozen=True, slots=True)

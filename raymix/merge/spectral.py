@@ -145,28 +145,29 @@ def _svd(matrix: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor, Te
     return u, sigma, (matrix.T @ u) / sigma
 
 
-def _about(core: _Core) -> dict[str, Any]:
+def _about(core: _Core, copies: tuple[int, int]) -> dict[str, Any]:
     return {
         "matrix": True,
+        "copies": copies,
         "otherwise": _mean,
         "factored": partial(_factored, core=core),
         "scale_option": "weight",  # `lambda` is of matrices alone; both are in proportion to this
     }
 
 
-@merge_method("tsv", options=TsvOptions, **_about(_tsv_core))
+@merge_method("tsv", options=TsvOptions, **_about(_tsv_core, (6, 3)))
 def tsv(base: Tensor | None, deltas: Sequence[Tensor], options: TsvOptions) -> Merged:
     """Return TSV-M's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _tsv_core)
 
 
-@merge_method("iso_c", options=IsoOptions, **_about(_iso_core))
+@merge_method("iso_c", options=IsoOptions, **_about(_iso_core, (10, 0)))
 def iso_c(base: Tensor | None, deltas: Sequence[Tensor], options: IsoOptions) -> Merged:
     """Return Iso-C's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _iso_core)
 
 
-@merge_method("iso_cts", options=IsoCtsOptions, **_about(_iso_cts_core))
+@merge_method("iso_cts", options=IsoCtsOptions, **_about(_iso_cts_core, (6, 3)))
 def iso_cts(base: Tensor | None, deltas: Sequence[Tensor], options: IsoCtsOptions) -> Merged:
     """Return Iso-CTS's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _iso_cts_core)

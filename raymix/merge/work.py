@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,17 +15,7 @@ from raymix.merge.models import Model, Models
 from raymix.merge.output import write_tensor
 from raymix.merge.plan import Plan
 from raymix.merge.registry import Deltas, Factors, Merged, MergeMethod, Options
-from raymix.merge.settings import Choice
-
-# What is a table of vectors rather than a map from inputs to outputs.
-_TABLES = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|\bshared\b|rotary|position")
-
-
-def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Return whether a parameter is a weight matrix, or a stack of them (experts)."""
-    if len(shape) == 2:
-        return min(shape) > 1 and not _TABLES.search(name)
-    return len(shape) == 3 and "experts" in name
+from raymix.merge.settings import Choice, is_matrix
 
 
 def merge_job(plan: Plan, job: str, folder: str) -> dict[str, Any]:

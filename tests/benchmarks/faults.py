@@ -92,10 +92,11 @@ def main() -> None:
             endings, failures = [], []
             for moment in range(options.moments):
                 at = drawn.randrange(5, STEPS - 25)
-                run = f"{name.replace(' ', '-').replace(',', '')}-{moment}"
+                run = f"{name}-{moment}"
                 try:
                     endings.append(endure(shell, run, FAULTS[name], at, calm))
-                except AssertionError as error:  # hours of other rows are not lost with it
+                # Hours of other rows are not lost with it.
+                except (AssertionError, OSError) as error:
                     failures.append(f"{run} at step {at}: {error}")
             rows.append(tell(name, FAULTS[name], endings, failures))
 

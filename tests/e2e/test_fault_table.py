@@ -35,7 +35,7 @@ def test_no_token_is_lost_or_read_twice(
     monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
     shell, expected = calm
     at = random.Random(zlib.crc32(name.encode())).randrange(5, STEPS - 25)
-    ending = endure(shell, name.replace(" ", "-"), FAULTS[name], at, expected)
+    ending = endure(shell, name, FAULTS[name], at, expected)
     assert ending.differing == 0
     assert set(ending.tokens.values()) == {0}
     # Another number of workers adds in another order.
