@@ -74,13 +74,14 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
             print("  ".join("-" * width for width in widths))
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write `bench-results/NAME.json` and return its path."""
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], *, tell: bool = True) -> Path:
+    """Write `bench-results/NAME.json` and return its path; say so, unless told not to."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"environment": environment(), "rows": [dict(item) for item in rows]}
     path.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"\nwritten to {path.relative_to(ROOT)}")
+    if tell:
+        print(f"\nwritten to {path.relative_to(ROOT)}")
     return path
 
 

@@ -6,20 +6,21 @@ for tokens means: by domain, as many tokens as the run that nothing happened to,
 batches in the same steps. Seconds to recover are the longest time after the fault without a step
 that had not been done before; nearly all of them are processes that start and import.
 
-    python -m tests.benchmarks.faults [--moments 5] [--only "worker killed" ...]
+    python -m tests.benchmarks.faults [--moments 5] [--only "worker killed" ...] [--keep]
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
 import random
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.benchmarks._report import row, write_results
+from tests.benchmarks._report import RESULTS, row, write_results
 from tests.e2e.conftest import Shell, write_recipe
 from tests.faults import FAULTS, STEPS, Ending, Fault, endure
 from tests.scenes import RECIPE, Scene
@@ -67,26 +68,30 @@ def tell(name: str, fault: Fault, endings: list[Ending], failures: list[str]) ->
     return found | more | {"sees": fault.sees}
 
 
+def rows_to_keep(anew: Sequence[str]) -> list[dict[str, object]]:
+    """Return the rows of the last results that are not to be run."""
+    path = RESULTS / "faults.json"
+    found = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [item for item in found if item["name"] not in anew]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=5, help="random moments per row")
     parser.add_argument("--only", nargs="*", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="keep the other rows there are")
     options = parser.parse_args()
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ.pop("RAY_ADDRESS", None)
     drawn = random.Random(options.seed)
-    rows: list[dict[str, object]] = []
+    rows = rows_to_keep(options.only) if options.keep else []
     print(
         f"{'':38s}{'':3s}{'steps repeated':>14s}{'steps that':>11s}{'tokens':>8s}{'loss':>10s}"
         f"{'s to recover':>15s}\n{'fault':38s}{'of':>3s}{'median':>9s}{'max':>5s}{'differ':>11s}"
         f"{'off':>8s}{'off by':>10s}{'median':>9s}{'max':>6s}  what the user sees"
     )
-    with (
-        tempfile.TemporaryDirectory(prefix="raymix-faults-") as directory,
-        contextlib.ExitStack() as stack,
-    ):
-        stack.callback(write_results, "faults", rows)
+    with tempfile.TemporaryDirectory(prefix="raymix-faults-") as directory:
         shell, calm = workspace(Path(directory))
         for name in options.only:
             endings, failures = [], []
@@ -99,6 +104,7 @@ def main() -> None:
                 except (AssertionError, OSError) as error:
                     failures.append(f"{run} at step {at}: {error}")
             rows.append(tell(name, FAULTS[name], endings, failures))
+            write_results("faults", rows, tell=name == options.only[-1])
 
 
 if __name__ == "__main__":

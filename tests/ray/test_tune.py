@@ -179,14 +179,17 @@ def test_each_run_follows_from_those_before(
 
 
 def test_runs_of_high_loss_are_cut_by_asha(ray_cluster: None, recipe: Path, tmp_path: Path) -> None:
-    changes = ["tune.scheduler=asha", "tune.runs=6", "tune.verify=0", "eval.every=3"]
+    # Losses are looked at a few times a second, so runs must take some seconds.
+    steps = 400
+    changes = ["tune.scheduler=asha", "tune.runs=6", "tune.verify=0", "eval.every=100"]
+    changes += [f"tune.proxy={{train.steps: {steps}, train.checkpoint_every: 200}}"]
     code, document, said = run(recipe, tmp_path / "out", *changes, "--parallel", "1")
     assert code == 0, said
     states = {run["name"]: (run["state"], run["step"]) for run in document["runs"]}
     cut = {name for name, (state, _) in states.items() if state == "stopped"}
     assert cut
-    assert all(states[name][1] < STEPS for name in cut)
-    assert {states[name] for name in states if name not in cut} == {("done", STEPS)}
+    assert all(states[name][1] < steps for name in cut)
+    assert {states[name] for name in states if name not in cut} == {("done", steps)}
     assert read_table(tmp_path / "out" / "mixtures.csv").run_count == 6
     code, document, said = run(recipe, tmp_path / "out", *changes)
     assert "runs of" not in said
