@@ -44,7 +44,7 @@ def bucket() -> Iterator[dict[str, str]]:
 
 def _address(server: subprocess.Popen[bytes], log: int) -> str:
     """Return the address the server says that it listens at."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and server.poll() is None:
         if found := _READY.search(os.pread(log, 1 << 16, 0)):
             return found[1].decode()

@@ -50,6 +50,6 @@ def found_by_ranks(module: str, directory: Path) -> Any:
     """Return what rank 0 of the ranks of a test module found."""
     out = directory / "found.pt"
     command = [sys.executable, "-m", module, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)

@@ -38,7 +38,7 @@ class Shell:
         ray = {"RAY_ADDRESS": self.address} if self.address else {}
         return {**os.environ, **ray, **self.env}
 
-    def run(self, *args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(self, *args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*args),
             cwd=self.cwd,
@@ -50,12 +50,12 @@ class Shell:
             stdin=subprocess.DEVNULL,
         )
 
-    def ok(self, *args: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def ok(self, *args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         done = self.run(*args, timeout=timeout)
         assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def json(self, *args: str, timeout: float = 240) -> Any:
+    def json(self, *args: str, timeout: float = 600) -> Any:
         return json.loads(self.ok(*args, "--json", timeout=timeout).stdout)
 
     def start(self, *args: str) -> subprocess.Popen[str]:
@@ -189,7 +189,7 @@ def typed(shell: Shell, lines: list[tuple[str, int]]) -> Iterator[tuple[str, int
         env=shell.environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         check=True,
     )
     out, error = (text.split("=" * 9 + "\n") for text in (done.stdout, done.stderr))

@@ -177,9 +177,9 @@ def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_
         text=True,
     )
     metrics = out / "uniform-seed5" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(lines(metrics)) > 20, seconds=120, what="steps")
+    wait_for(lambda: metrics.exists() and len(lines(metrics)) > 20, seconds=400, what="steps")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=180)
     assert process.returncode == 130, said
     assert "Stopping with checkpoints" in said
     assert "the same command goes on" in said

@@ -32,7 +32,7 @@ recipe = Recipe.model_validate(document)
 thread = threading.Thread(target=lambda: train(recipe, report=False), daemon=True)
 thread.start()
 run, found = Path(recipe.run_dir), {}
-deadline = time.monotonic() + 150
+deadline = time.monotonic() + 400
 while time.monotonic() < deadline and thread.is_alive() and len(found) < wanted:
     time.sleep(0.5)
     port = ray.nodes()[0]["MetricsExportPort"]
@@ -57,7 +57,6 @@ def labels(series: str) -> tuple[str, str | None]:
     return name, domains[0] if domains else None
 
 
-@pytest.mark.timeout(280)
 def test_prometheus_finds_the_gauges_of_a_run(tmp_path: Path) -> None:
     corpus = train_corpus(tmp_path / "corpus", {"a": 30_000, "b": 20_000})
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
@@ -80,7 +79,7 @@ def test_prometheus_finds_the_gauges_of_a_run(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=270,
+        timeout=600,
         check=False,
     )
     told = [line for line in done.stdout.splitlines() if line.startswith("found ")]

@@ -17,7 +17,7 @@ import yaml
 from tests.e2e.conftest import steps_of, wait_for
 from tests.local_cluster import LocalCluster, local_cluster
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1500)
 
 WORDS = "the quick brown fox jumps over the lazy dog and goes home to sleep until the morning. "
 
@@ -81,7 +81,7 @@ class Here:
             env=self._environment,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=1800,
             check=False,
         )
 
@@ -169,9 +169,9 @@ def test_ctrl_c_leaves_the_job_and_stop_ends_it_with_a_checkpoint(
     run = storage / "runs" / "job"
     following = here.start("submit", *words)
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps_of(run)) > 20,
-             seconds=200, what="twenty steps")  # fmt: skip
+             seconds=500, what="twenty steps")  # fmt: skip
     following.send_signal(signal.SIGINT)
-    said, _ = following.communicate(timeout=60)
+    said, _ = following.communicate(timeout=180)
     assert following.returncode == 130
     assert "The job goes on" in said
     job = next(line.split()[1] for line in said.splitlines() if line.startswith("job: "))

@@ -98,7 +98,7 @@ def test_private_clusters_listen_on_the_loopback_only(kind: str, tmp_path: Path)
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ def test_killed_and_run_again_it_ends_the_same(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: (folder / "001.json").exists(), seconds=240, what="two points")
+    wait_for(lambda: (folder / "001.json").exists(), seconds=500, what="two points")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()

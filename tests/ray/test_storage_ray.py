@@ -43,7 +43,7 @@ def steps(place: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, raw.splitlines()) if "loss" in line]
 
 
-@pytest.mark.timeout(900)  # starts two clusters
+@pytest.mark.timeout(1800)  # starts two clusters
 def test_two_workers_on_a_bucket_killed_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +66,7 @@ def test_two_workers_on_a_bucket_killed_and_gone_on_with(
         checkpoint = f"{two}/checkpoints/step-00000010/state.json"
         wait_for(
             lambda: process.poll() is not None or files.exists(checkpoint),
-            seconds=400,
+            seconds=800,
             what="a checkpoint in the bucket",
         )
         assert process.poll() is None, (tmp_path / "background.log").read_text()

@@ -89,7 +89,7 @@ def planner_pid() -> int:
     for found in ray.util.list_named_actors(all_namespaces=True):
         if found["name"].startswith("raymix-bucketer-"):
             handle = ray.get_actor(found["name"], namespace=found["namespace"])
-            pid: int = ray.get(handle.status.remote(), timeout=60)["pid"]
+            pid: int = ray.get(handle.status.remote(), timeout=200)["pid"]
             return pid
     return 0
 
@@ -100,7 +100,7 @@ def two(ray_cluster: None, directory: Path, shared_data: Path) -> list[dict[str,
     killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: len(steps(directory, "two")) >= 6, seconds=300, what="step 6")
+        wait_for(lambda: len(steps(directory, "two")) >= 6, seconds=600, what="step 6")
         killed.append(planner_pid())
         os.kill(killed[0], signal.SIGKILL)
 

@@ -222,7 +222,7 @@ def test_a_killed_search_goes_on(recipe: Path, tmp_path: Path) -> None:
         return [json.loads(line) for line in whole.splitlines()]
 
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, **told)
-    wait_for(lambda: len(done()) >= 2, seconds=150, what="two finished runs")
+    wait_for(lambda: len(done()) >= 2, seconds=400, what="two finished runs")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     kept = {path: (path / "metrics.jsonl").read_bytes() for path in done()}

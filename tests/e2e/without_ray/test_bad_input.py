@@ -110,7 +110,7 @@ def test_disk_full_while_preparing(shell: Shell, tmp_path: Path) -> None:
         env=shell.environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2, done.stderr

@@ -110,7 +110,9 @@ def test_an_interrupted_merge_stays_for_the_next_run(tmp_path: Path) -> None:
     shell = Shell(tmp_path, env={"PYTHONUNBUFFERED": "1"})
     process = shell.start("merge", str(file), "--out", "out", "--workers", "1")
     journal = tmp_path / ".out.merging" / "progress.jsonl"
-    wait_for(lambda: journal.exists() or process.poll() is not None, seconds=60, what="the journal")
+    wait_for(
+        lambda: journal.exists() or process.poll() is not None, seconds=200, what="the journal"
+    )
     os.kill(process.pid, signal.SIGINT)
     # It may have been done before the signal came.
     assert process.wait(60) in (0, 130)

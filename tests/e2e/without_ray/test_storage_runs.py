@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
     shell = Shell(tmp_path)
     process = shell.start("train", "run.yaml", "--no-report")
     checkpoint = f"{url}/checkpoints/step-00000010/state.json"
-    wait_for(lambda: files.exists(checkpoint), seconds=120, what="a checkpoint in the bucket")
+    wait_for(lambda: files.exists(checkpoint), seconds=400, what="a checkpoint in the bucket")
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
     assert len(told(url, *SAME)) < STEPS, "the run was over before it could be killed"
