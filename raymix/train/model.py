@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,8 +96,6 @@ def _new_config(model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
 
 
 def _instantiate(config_class: Any, model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
-    from huggingface_hub.errors import StrictDataclassError
-
     defaults: dict[str, Any] = {
         "vocab_size": facts.vocab_size,
         "eos_token_id": facts.eos_id,
@@ -104,10 +104,8 @@ def _instantiate(config_class: Any, model: ConfigModel, facts: CorpusFacts) -> P
     }
     # A copy: transformers writes into nested values such as rope parameters.
     fields = {**defaults, **copy.deepcopy(model.config)}
-    try:
+    with _refusing("model.config", model.config):
         config = config_class(**fields)
-    except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:
-        raise RecipeError(problem("model.config", model.config, _one_line(error))) from error
     given = {"max_position_embeddings", "n_positions"} & set(model.config)
     if not given and getattr(config, "max_position_embeddings", None) is not None:
         longest = max(config.max_position_embeddings, facts.sequence_length)
@@ -128,10 +126,17 @@ def _checkpoint_config(model: PretrainedModel) -> PreTrainedConfig:
                 "Give a checkpoint directory in Hugging Face format",
             )
         )
-    try:
+    with _refusing("model.path", model.path):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(problem("model.path", model.path, _one_line(error))) from error
+
+
+@contextmanager
+def _refusing(path: str, value: object) -> Iterator[None]:
+    """Tell of whatever transformers runs into as of what is wrong with its input."""
+    try:
+        yield
+    except Exception as error:  # it divides, looks up and calls what it was given
+        raise RecipeError(problem(path, value, _one_line(error))) from error
 
 
 def _check_fit(config: PreTrainedConfig, facts: CorpusFacts, path: str) -> None:
@@ -327,4 +332,8 @@ def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines)[:400] or type(error).__name__
+    said = " ".join(lines)[:400]
+    if isinstance(error, ArithmeticError | LookupError | AttributeError):
+        # What these say means little without what they are.
+        return f"{type(error).__name__}: {said}"
+    return said or type(error).__name__
