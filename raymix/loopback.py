@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+LOOPBACK = "127.0.0.1"
+
 
 def start_private(**options: Any) -> None:
     """Start and join a Ray cluster whose processes listen on the loopback address only.
@@ -28,6 +30,13 @@ def start_private(**options: Any) -> None:
     told |= {"address": "local", "include_dashboard": False, **options}
     with _one_machine():
         ray.init(**told)
+
+
+def on_loopback() -> bool:
+    """Return whether the cluster that this process has joined is on the loopback address only."""
+    import ray
+
+    return ray.util.get_node_ip_address() == LOOPBACK
 
 
 @contextmanager

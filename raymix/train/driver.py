@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
@@ -27,6 +27,7 @@ from raymix.store import Corpus, files
 from raymix.train.cluster import no_room, worker_environment
 from raymix.train.kept import newest
 from raymix.train.placement import placement_options
+from raymix.train.rendezvous import torch_config
 from raymix.train.setup import Job, mixer_context
 from raymix.train.worker import StopWhereHopeless, train_worker
 
@@ -87,7 +88,7 @@ def _trainer(job: Job) -> Any:
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if job.on_gpu else "gloo"),
+        torch_config=torch_config("cpu:gloo,cuda:nccl" if job.on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=_workers(cluster),
             use_gpu=job.on_gpu,

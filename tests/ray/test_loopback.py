@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import train_corpus
+
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
@@ -55,7 +57,7 @@ def listening():
                 name = Path(f"/proc/{{pid}}/comm").read_text().strip()
                 yield name, place
 
-print(json.dumps(sorted(set(listening()))))
+print("listening " + json.dumps(sorted(set(listening()))))
 {end}
 """
 STARTS = {
@@ -65,6 +67,22 @@ STARTS = {
         "cluster = joined(ClusterConfig(workers=1, address='local'))\n"
         "cluster.__enter__()",
         "cluster.__exit__(None, None, None)",
+    ),
+    "workers": (
+        "import threading, time\n"
+        "from raymix.recipe import Recipe\n"
+        "from raymix.train.api import train\n"
+        "run = Path('run')\n"
+        "document = json.loads(Path('recipe.json').read_text())\n"
+        "work = lambda: train(Recipe.model_validate(document), report=False)\n"
+        "thread = threading.Thread(target=work, daemon=True)\n"
+        "thread.start()\n"
+        "deadline, metrics = time.monotonic() + 250, run / 'metrics.jsonl'\n"
+        "while thread.is_alive() and time.monotonic() < deadline:\n"
+        "    time.sleep(0.2)\n"
+        "    if metrics.exists() and 'lr' in metrics.read_text():\n"
+        "        break",
+        "(run / '.stop').touch()\nthread.join(60)",
     ),
     "prepare": (
         "from raymix.corpus.runner import choose_runner\n"
@@ -85,11 +103,28 @@ LOOPBACK = {
 }
 
 
+def write_recipe(folder: Path) -> None:
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+             "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
+    document = {
+        "name": "run",
+        "corpus": {"path": train_corpus(folder / "corpus", {"a": 30_000}).path},
+        "data": {"sequence_length": 16, "rows_per_step": 4},
+        "model": {"config": shape},
+        "train": {"steps": 200_000},
+        "eval": {"rows_per_domain": 2},
+        "cluster": {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": 0.25},
+        "run": {"dir": str(folder / "run"), "tensorboard": False},
+    }
+    (folder / "recipe.json").write_text(json.dumps(document))
+
+
 @pytest.mark.parametrize("kind", STARTS)
 def test_private_clusters_listen_on_the_loopback_only(kind: str, tmp_path: Path) -> None:
     start, end = STARTS[kind]
     unset = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
+    write_recipe(tmp_path)
     if kind == "merge":  # it would join any that runs here
         environment["RAY_ADDRESS"] = "local"
     done = subprocess.run(
@@ -102,6 +137,9 @@ def test_private_clusters_listen_on_the_loopback_only(kind: str, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith("listening "))
+    found = json.loads(told.removeprefix("listening "))
+    if kind == "workers":
+        assert any(name.startswith("ray::RayTrain") for name, _ in found), found
     assert {"gcs_server", "raylet"} <= {name for name, _ in found}
     assert [entry for entry in found if entry[1] not in LOOPBACK] == []
