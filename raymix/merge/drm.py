@@ -35,11 +35,12 @@ from torch import Tensor
 from raymix.merge.agree import agreeing_mean
 from raymix.merge.decompose import Decomposition, Transposed, left_basis, to_read
 from raymix.merge.registry import (
-    EachReal,
+    EachScale,
     EachShare,
     Factors,
     Merged,
     Options,
+    Scale,
     Share,
     as_deltas,
     each,
@@ -59,7 +60,7 @@ _CHUNK = 1 << 16
 class _SharedOptions(Options):
     """What DRM and KnOTS have in common."""
 
-    weight: EachReal = (1.0,)
+    weight: EachScale = (1.0,)
     """Coefficient per model, applied after sign election."""
     direction: Direction = "horizontal"
     """The common space: `horizontal` columns, `vertical` rows, `auto` the cheaper per matrix."""
@@ -90,7 +91,7 @@ class KnotsOptions(_SharedOptions):
 
     density: EachShare = (1.0,)
     """Part of each task's entries that is kept."""
-    lambda_: Real = Field(1.0, alias="lambda")
+    lambda_: Scale = Field(1.0, alias="lambda")
     """Factor of the merged delta."""
     rank_tolerance: Annotated[Real, Field(ge=0, lt=1)] = 1e-5
 

@@ -28,17 +28,18 @@ from torch import Tensor
 from raymix.errors import MergeError, problem
 from raymix.merge.registry import (
     Deltas,
-    EachReal,
+    EachScale,
     EachShare,
     Factors,
     Merged,
     Options,
+    Scale,
     as_deltas,
     each,
     merge_method,
 )
 from raymix.merge.select import keep_from, keep_up_to, largest, ordered_values
-from raymix.recipe._base import Real, Whole
+from raymix.recipe._base import Whole
 
 Thin = Callable[[Tensor], Tensor]
 """Returns a chunk with entries set to 0, in place or not; called on the chunks in their order."""
@@ -47,7 +48,7 @@ Thin = Callable[[Tensor], Tensor]
 class LinearOptions(Options):
     """Options of `linear`."""
 
-    weight: EachReal = (1.0,)
+    weight: EachScale = (1.0,)
     normalize: bool = True
     """Divide by the sum of the weights."""
 
@@ -55,10 +56,10 @@ class LinearOptions(Options):
 class SumOptions(Options):
     """Options of `task_arithmetic`."""
 
-    weight: EachReal = (1.0,)
+    weight: EachScale = (1.0,)
     normalize: bool = False
     """Divide by the sum of the weights."""
-    lambda_: Real = Field(1.0, alias="lambda")
+    lambda_: Scale = Field(1.0, alias="lambda")
     """Factor of the merged delta."""
     int8_mask: bool = False
     """Taken for mergekit's sake; masks are never stored."""
@@ -87,7 +88,7 @@ class DareOptions(SumOptions):
 class DellaOptions(DareOptions):
     """Options of `della_linear`."""
 
-    epsilon: EachReal = (0.15,)
+    epsilon: EachScale = (0.15,)
     """The probability to be kept runs from density - epsilon to density + epsilon by rank."""
 
 

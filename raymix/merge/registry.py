@@ -30,7 +30,9 @@ class PerModel:
     """Marks an option that has one value per model, in the order of the models."""
 
 
-EachReal = Annotated[tuple[Real, ...], PerModel()]
+Scale = Annotated[Real, Field(ge=-1e9, le=1e9)]
+"""What entries are multiplied by: bounded far beyond any use, so that fp32 holds it."""
+EachScale = Annotated[tuple[Scale, ...], PerModel()]
 """One number per model; a single one serves them all."""
 Share = Annotated[Real, Field(ge=0, le=1)]
 EachShare = Annotated[tuple[Share, ...], PerModel()]

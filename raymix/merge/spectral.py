@@ -23,7 +23,7 @@ from torch import Tensor
 from raymix.merge.decompose import gram
 from raymix.merge.eigen import eigh
 from raymix.merge.entrywise import LinearOptions, linear
-from raymix.merge.registry import EachReal, Factors, Merged, Options, each, merge_method
+from raymix.merge.registry import EachScale, Factors, Merged, Options, Scale, each, merge_method
 from raymix.recipe._base import Real
 
 # The fp64 Gram matrix resolves singular values down to about this part of the largest.
@@ -36,8 +36,8 @@ _Core = Callable[[list[Tensor], int, Any], tuple[Tensor, int]]
 class TsvOptions(Options):
     """Options of `tsv`."""
 
-    weight: EachReal = (1.0,)
-    lambda_: Real = Field(1.0, alias="lambda")
+    weight: EachScale = (1.0,)
+    lambda_: Scale = Field(1.0, alias="lambda")
     """Factor of the merged delta."""
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raymix.errors import MergeError, problem
-from raymix.merge.registry import Deltas, EachReal, Options, as_deltas, each, merge_method
+from raymix.merge.registry import Deltas, EachScale, Options, Scale, as_deltas, each, merge_method
 from raymix.recipe._base import Real
 
 # Nearer than this to parallel, an arc is a line to fp32's precision.
@@ -28,14 +28,14 @@ _NOTHING = 1e-8
 class SlerpOptions(Options):
     """Options of `slerp`."""
 
-    t: Real = 0.5
+    t: Scale = 0.5
     """0 gives the base, 1 the other model."""
 
 
 class MultislerpOptions(Options):
     """Options of `multislerp`."""
 
-    weight: EachReal = (1.0,)
+    weight: EachScale = (1.0,)
     normalize_weights: bool = True
     """Divide the weights by their sum."""
     eps: Annotated[Real, Field(gt=0)] = _NOTHING
