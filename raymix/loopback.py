@@ -33,10 +33,14 @@ def start_private(**options: Any) -> None:
 
 
 def on_loopback() -> bool:
-    """Return whether the cluster that this process has joined is on the loopback address only."""
+    """Return whether the cluster that this process has joined is on the loopback address only.
+
+    Asked of the nodes: this process may be elsewhere, at the other end of a tunnel.
+    """
     import ray
 
-    return ray.util.get_node_ip_address() == LOOPBACK
+    alive = (node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
+    return set(alive) == {LOOPBACK}
 
 
 @contextmanager
