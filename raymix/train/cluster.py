@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -99,26 +99,45 @@ def joined(config: ClusterConfig) -> Iterator[None]:
     Raises:
         ClusterError: If no cluster answers at the address.
     """
-    private = ray_address(config.address) is None
-    for name, value in {**_ENVIRONMENT, **(_PRIVATE if private else {})}.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ray
+    private = ray_address(config.address) is None
+    with _set_for_now(_PRIVATE if private and not _in_ray() else {}):
+        import ray
 
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if ray.is_initialized():
-        yield
-        return
-    if private:
-        start_private(
-            namespace="raymix", num_cpus=cores(), object_store_memory=config.object_store_bytes
-        )
-    else:
-        _join(config)
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if ray.is_initialized():
+            yield
+            return
+        if private:
+            start_private(
+                namespace="raymix", num_cpus=cores(), object_store_memory=config.object_store_bytes
+            )
+        else:
+            _join(config)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _in_ray() -> bool:
+    """Return whether this process is joined to a Ray, which it does not import to find out."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+@contextmanager
+def _set_for_now(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set what the user left unset: a Ray that this process starts later is not to inherit it."""
+    ours = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in ours})
     try:
         yield
     finally:
-        ray.shutdown()
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _join(config: ClusterConfig) -> None:

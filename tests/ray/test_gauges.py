@@ -50,11 +50,45 @@ ray.shutdown()
 """
 
 
+AFTER = """
+import os
+from raymix.recipe import ClusterConfig
+from raymix.train.cluster import joined
+
+reported = "RAY_enable_metrics_collection"
+config = ClusterConfig(workers=1, address="local")
+with joined(config):
+    within = os.environ[reported]
+    with joined(config):  # of a Ray that is joined already, nothing is changed
+        pass
+    still = os.environ[reported]
+print("told", within, still, os.environ.get(reported))
+"""
+
+
 def labels(series: str) -> tuple[str, str | None]:
     """Return the name and the domain of a series of Prometheus' text."""
     name, _, rest = series.partition("{")
     domains = [part[8:-1] for part in rest.rstrip("}").split(",") if part.startswith("domain=")]
     return name, domains[0] if domains else None
+
+
+def run_script(script: str, folder: Path, given: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        input=given,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_a_cluster_started_after_a_private_one_reports_metrics(tmp_path: Path) -> None:
+    done = run_script(AFTER, tmp_path)
+    assert "told 0 0 None" in done.stdout.splitlines(), done.stderr[-4000:]
 
 
 def test_prometheus_finds_the_gauges_of_a_run(tmp_path: Path) -> None:
@@ -72,18 +106,10 @@ def test_prometheus_finds_the_gauges_of_a_run(tmp_path: Path) -> None:
         "run": {"dir": str(tmp_path / "scraped"), "tensorboard": False},
         "wanted": sum(2 if metric.by_domain else 1 for metric in METRICS),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(document),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(SCRIPT, tmp_path, json.dumps(document))
     told = [line for line in done.stdout.splitlines() if line.startswith("found ")]
     assert told, done.stdout[-2000:] + done.stderr[-4000:]
+    assert told[0] != "found {}", done.stderr[-4000:]
     found = {labels(series): value for series, value in json.loads(told[0][6:]).items()}
     for metric in METRICS:
         for domain in ("a", "b") if metric.by_domain else (None,):
