@@ -95,6 +95,30 @@ def left_basis(
     return u[:, :count].to(tasks.dtype), sigma[:count].double()
 
 
+def basis_size(
+    m: int,
+    n: int,
+    k_tasks: int,
+    decomposition: Decomposition,
+    *,
+    rank: int | None,
+    itemsize: int,
+) -> tuple[int, int]:
+    """Return how many directions `left_basis` may return, and about how many bytes it takes."""
+    columns = k_tasks * n
+    r = min(m, columns)
+    if decomposition == "randomised":
+        r = min(r, (rank or r) + _OVERSAMPLING)
+        return r, itemsize * 4 * m * r
+    work = 4 if decomposition.endswith("fp32") else 8
+    entries = 4 * r**2
+    if decomposition.startswith("svd"):
+        entries += 2 * m * columns + r * (m + columns)
+    elif m > columns:
+        entries += 2 * m * r
+    return r, work * entries
+
+
 def gram(matrices: Sequence[Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
     """Return sum_k D_k D_k^T, shape (m, m), in `dtype`; only its lower triangle is filled."""
     tasks = to_read(matrices)

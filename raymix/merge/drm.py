@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -33,7 +34,13 @@ from pydantic import Field
 from torch import Tensor
 
 from raymix.merge.agree import agreeing_mean
-from raymix.merge.decompose import Decomposition, Transposed, left_basis, to_read
+from raymix.merge.decompose import (
+    Decomposition,
+    Transposed,
+    basis_size,
+    left_basis,
+    to_read,
+)
 from raymix.merge.registry import (
     EachScale,
     EachShare,
@@ -125,11 +132,36 @@ def _low_rank_knots(factors_K: Sequence[Factors], options: KnotsOptions) -> Fact
     return _factored(factors_K, options, _knots_coordinates)
 
 
+def _working_bytes(
+    shape: tuple[int, int],
+    k_tasks: int,
+    itemsize: int,
+    options: _SharedOptions,
+    *,
+    copies: tuple[int, int],
+) -> int:
+    """Return the bytes of the larger step: the decomposition, or the tasks' coordinates.
+
+    Args:
+        shape: (m, n) of the matrices.
+        k_tasks: How many there are.
+        itemsize: Bytes per entry of the merge.
+        options: Those of the method.
+        copies: How often the coordinates are held: of every task, and of one task.
+    """
+    m, n = reversed(shape) if _is_vertical(options, *shape) else shape
+    r, basis_bytes = basis_size(
+        m, n, k_tasks, options.decomposition, rank=options.rank, itemsize=itemsize
+    )
+    entries = (copies[0] * k_tasks + copies[1]) * r * n + m * r
+    return max(basis_bytes, itemsize * entries)
+
+
 @merge_method(
     "drm",
     options=DrmOptions,
     matrix=True,
-    copies=(8, 0),
+    working_bytes=partial(_working_bytes, copies=(3, 0)),
     otherwise=_other,
     factored=_low_rank_drm,
     scale_option="weight",  # applied after the election, so a common factor comes out
@@ -143,7 +175,7 @@ def drm(base: Tensor | None, deltas: Sequence[Tensor], options: DrmOptions) -> M
     "knots",
     options=KnotsOptions,
     matrix=True,
-    copies=(4, 0),
+    working_bytes=partial(_working_bytes, copies=(1, 3)),
     otherwise=_other,
     factored=_low_rank_knots,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,15 +61,17 @@ class Plan:
     def job_bytes(self, job: str) -> int:
         """Return about how much memory a job takes at most."""
         choice = self.choices[job]
-        sizes = [self.layout.places[name] for name in self.tensors(job)]
-        entries = max(place.n_bytes // place.dtype.itemsize for place in sizes)
-        needed = 3 * self.dtype.itemsize * entries
-        shape = sizes[0].shape
-        if choice.method is not None and is_matrix(job, shape):
-            at_once = entries // shape[0] if len(shape) == 3 else entries
-            some, per_model = choice.method.copies
-            copies = some + per_model * len(self.members(choice.method))
-            needed += torch.float64.itemsize * copies * at_once
+        places = [self.layout.places[name] for name in self.tensors(job)]
+        shape = places[0].shape
+        if self.adapters:  # (rank, n) and (m, rank)
+            shape = (shape[0], max(shape[1], places[1].shape[0]))
+        itemsize = (torch.float64 if self.adapters else self.dtype).itemsize
+        needed = 3 * itemsize * math.prod(shape)
+        method = choice.method
+        if method is not None and method.working_bytes is not None and is_matrix(job, shape):
+            m, n = shape[-2:]  # experts are merged one by one
+            count = len(self.members(method))
+            needed += method.working_bytes((m, n), count, itemsize, choice.options)
         return needed
 
     def members(self, method: MergeMethod) -> Sequence[Any]:

@@ -210,6 +210,9 @@ class Merged:
 Function = Callable[[Tensor | None, Sequence[Tensor], Any], Tensor | Merged]
 _F = TypeVar("_F", bound=Function)
 Factored = Callable[[Sequence[Factors], Any], Factors]
+WorkingBytes = Callable[[tuple[int, int], int, int, Any], int]
+"""Returns about how many bytes K matrices take: of (m, n), K, the bytes per entry, and the
+options."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,9 +230,9 @@ class MergeMethod:
     most: int | None = None
     matrix: bool = False
     """Whether it is for weight matrices; `otherwise` then serves everything else."""
-    copies: tuple[int, int] = (0, 0)
-    """How many fp64 matrices of a weight matrix's size it takes to merge one, about, at most: so
-    many, and so many more per model."""
+    working_bytes: WorkingBytes | None = None
+    """What merging a weight matrix takes at most beside three copies of it, for one that takes
+    more."""
     otherwise: Function | None = None
     factored: Factored | None = None
     """The same on factors: what makes LoRA in, LoRA out exact."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import torch
 from pydantic import Field
@@ -29,8 +29,28 @@ from raymix.recipe._base import Real
 # The fp64 Gram matrix resolves singular values down to about this part of the largest.
 _RESOLVED = 1e-7
 
-_Core = Callable[[list[Tensor], int, Any], tuple[Tensor, int]]
+_Core = Callable[[Sequence[Tensor], int, Any], tuple[Tensor, int]]
 """Makes the merged matrix and its rank from K fp64 matrices and min(m, n) of the weight."""
+
+
+class _Weighted(Sequence[Tensor]):
+    """The deltas in fp64, each times its weight; made anew each time one is asked for."""
+
+    def __init__(self, deltas: Sequence[Tensor], weight_K: Sequence[float]) -> None:
+        self._deltas, self._weight_K = deltas, weight_K
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        delta = self._deltas[index].to(torch.float64, copy=True)
+        return delta.mul_(self._weight_K[index])
 
 
 class TsvOptions(Options):
@@ -59,11 +79,10 @@ def _mean(base: Tensor | None, deltas: Sequence[Tensor], options: TsvOptions) ->
 
 
 def _dense(deltas: Sequence[Tensor], options: TsvOptions, core: _Core) -> Merged:
-    weight_K = each(options.weight, len(deltas))
-    matrices = [deltas[k].double() * weight for k, weight in enumerate(weight_K)]
-    dtype = deltas[0].dtype
-    merged, rank = core(matrices, min(matrices[0].shape), options)
-    return Merged((merged * options.lambda_).to(dtype), rank=rank)
+    matrices = _Weighted(deltas, each(options.weight, len(deltas)))
+    dtype, shape = deltas[0].dtype, deltas[0].shape
+    merged, rank = core(matrices, min(shape), options)
+    return Merged(merged.mul_(options.lambda_).to(dtype), rank=rank)
 
 
 def _factored(factors_K: Sequence[Factors], options: TsvOptions, core: _Core) -> Factors:
@@ -79,26 +98,32 @@ def _factored(factors_K: Sequence[Factors], options: TsvOptions, core: _Core) ->
     return Factors(q_left @ (merged * options.lambda_).to(q_left.dtype), q_right.T)
 
 
-def _tsv_core(matrices: list[Tensor], side: int, options: TsvOptions) -> tuple[Tensor, int]:
+def _tsv_core(matrices: Sequence[Tensor], side: int, options: TsvOptions) -> tuple[Tensor, int]:
     size = max(1, side // len(matrices))
-    parts = [tuple(part[..., :size] for part in _svd(matrix)) for matrix in matrices]
-    return _joined(parts, flat=False)
+    return _joined([_leading(_svd(matrix), size) for matrix in matrices], flat=False)
 
 
-def _iso_core(matrices: list[Tensor], side: int, options: IsoOptions) -> tuple[Tensor, int]:
+def _iso_core(matrices: Sequence[Tensor], side: int, options: IsoOptions) -> tuple[Tensor, int]:
     u, sigma, v = _svd(_sum(matrices))
     return (sigma.mean() * (u @ v.T) if len(sigma) else u @ v.T), len(sigma)
 
 
-def _iso_cts_core(matrices: list[Tensor], side: int, options: IsoCtsOptions) -> tuple[Tensor, int]:
+def _iso_cts_core(
+    matrices: Sequence[Tensor], side: int, options: IsoCtsOptions
+) -> tuple[Tensor, int]:
     own = int(side * (1 - options.common)) // len(matrices)
-    parts = [tuple(part[..., : side - own * len(matrices)] for part in _svd(_sum(matrices)))]
+    parts = [_leading(_svd(_sum(matrices)), side - own * len(matrices))]
     common = parts[0][0]
     for matrix in matrices:
         outside = matrix - common @ (common.T @ matrix)
         found = _svd(outside, scale=float(torch.linalg.matrix_norm(matrix)))
-        parts.append(tuple(part[..., :own] for part in found))
+        parts.append(_leading(found, own))
     return _joined(parts, flat=True)
+
+
+def _leading(parts: Sequence[Tensor], count: int) -> tuple[Tensor, ...]:
+    """Return copies of the first directions: a view would keep all of them in memory."""
+    return tuple(part[..., :count].clone() for part in parts)
 
 
 def _joined(parts: Sequence[tuple[Tensor, ...]], *, flat: bool) -> tuple[Tensor, int]:
@@ -123,10 +148,10 @@ def orthogonalised(columns: Tensor) -> Tensor:
     return columns @ ((vectors * inverse) @ vectors.T)
 
 
-def _sum(matrices: list[Tensor]) -> Tensor:
+def _sum(matrices: Sequence[Tensor]) -> Tensor:
     total = matrices[0].clone()
-    for matrix in matrices[1:]:
-        total += matrix
+    for k in range(1, len(matrices)):
+        total += matrices[k]
     return total
 
 
@@ -142,32 +167,36 @@ def _svd(matrix: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor, Te
     sigma = eigenvalues.flip(0).clamp_min(0).sqrt()
     count = int((sigma > _RESOLVED * (scale or float(sigma[0]))).sum()) if len(sigma) else 0
     u, sigma = vectors.flip(1)[:, :count], sigma[:count]
-    return u, sigma, (matrix.T @ u) / sigma
+    return u, sigma, (matrix.T @ u).div_(sigma)
 
 
-def _about(core: _Core, copies: tuple[int, int]) -> dict[str, Any]:
+def _about(core: _Core, matrices: int) -> dict[str, Any]:
+    def working_bytes(shape: tuple[int, int], *_: Any) -> int:
+        m, n = shape
+        return torch.float64.itemsize * (matrices * m * n + 4 * min(m, n) ** 2)
+
     return {
         "matrix": True,
-        "copies": copies,
+        "working_bytes": working_bytes,
         "otherwise": _mean,
         "factored": partial(_factored, core=core),
         "scale_option": "weight",  # `lambda` is of matrices alone; both are in proportion to this
     }
 
 
-@merge_method("tsv", options=TsvOptions, **_about(_tsv_core, (6, 3)))
+@merge_method("tsv", options=TsvOptions, **_about(_tsv_core, 4))
 def tsv(base: Tensor | None, deltas: Sequence[Tensor], options: TsvOptions) -> Merged:
     """Return TSV-M's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _tsv_core)
 
 
-@merge_method("iso_c", options=IsoOptions, **_about(_iso_core, (10, 0)))
+@merge_method("iso_c", options=IsoOptions, **_about(_iso_core, 3))
 def iso_c(base: Tensor | None, deltas: Sequence[Tensor], options: IsoOptions) -> Merged:
     """Return Iso-C's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _iso_core)
 
 
-@merge_method("iso_cts", options=IsoCtsOptions, **_about(_iso_cts_core, (6, 3)))
+@merge_method("iso_cts", options=IsoCtsOptions, **_about(_iso_cts_core, 7))
 def iso_cts(base: Tensor | None, deltas: Sequence[Tensor], options: IsoCtsOptions) -> Merged:
     """Return Iso-CTS's merge of K weight matrices, shape (m, n)."""
     return _dense(deltas, options, _iso_cts_core)

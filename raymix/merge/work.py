@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,8 +169,8 @@ def _merge_adapters(plan: Plan, module: str, choice: Choice, folder: str) -> dic
     if choice.method is None or choice.method.factored is None:
         raise MergeError(problem("rules", module, "an adapter has no base to keep"))
     m, n = next(a.shape(module) for a in plan.adapters if module in a.scale)
-    zeros = torch.zeros(m, n, dtype=torch.float64, device=plan.device)
-    nothing = Factors(zeros[:, :0], zeros[:0])
+    zeros = partial(torch.zeros, dtype=torch.float64, device=plan.device)
+    nothing = Factors(zeros(m, 0), zeros(0, n))
     factors = [
         adapter.factors(module, torch.float64, plan.device) if module in adapter.scale else nothing
         for adapter in plan.adapters
