@@ -11,14 +11,14 @@ directions kept, p directions asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from raymix.errors import MergeError, problem
 from raymix.merge.eigen import eigh
-from raymix.merge.registry import Deltas, as_deltas
+from raymix.merge.registry import Deltas, Made, as_deltas
 
 Decomposition = Literal["gram", "svd", "gram_fp32", "svd_fp32", "randomised"]
 
@@ -29,7 +29,7 @@ _OVERSAMPLING = 10
 _POWER_ITERATIONS = 2
 
 
-class Transposed(Sequence[Tensor]):
+class Transposed(Made):
     """The same matrices transposed, still read one at a time."""
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
@@ -44,13 +44,8 @@ class Transposed(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._matrices)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [matrix.T for matrix in self._matrices[index]]
+    def make(self, index: int) -> Tensor:
+        """See `Made`."""
         return self._matrices[index].T
 
 

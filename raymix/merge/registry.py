@@ -6,6 +6,7 @@ a file, a worker or Ray. Shapes: K tasks; (m, n) a weight with m outputs and n i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -66,7 +67,24 @@ def each(values: Sequence[float], k_tasks: int) -> list[float]:
     return list(values)
 
 
-class Deltas(Sequence[Tensor]):
+class Made(Sequence[Tensor]):
+    """Tensors each of which is made anew when it is asked for, so that few are in memory."""
+
+    @abstractmethod
+    def make(self, index: int) -> Tensor:
+        """Return the tensor at an index, which is the caller's."""
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self.make(k) for k in range(*index.indices(len(self)))]
+        return self.make(index)
+
+
+class Deltas(Made):
     """Task vectors of one parameter, read and converted each time they are asked for.
 
     An item is a new tensor, so a method may change it in place; nothing is kept between reads.
@@ -100,13 +118,8 @@ class Deltas(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._parts)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Tensor:
+        """See `Made`."""
         return self._read(index, self.new_matrix())
 
     def in_turn(self) -> Iterator[Tensor]:

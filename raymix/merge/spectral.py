@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, overload
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -23,7 +23,16 @@ from torch import Tensor
 from raymix.merge.decompose import gram
 from raymix.merge.eigen import eigh
 from raymix.merge.entrywise import LinearOptions, linear
-from raymix.merge.registry import EachScale, Factors, Merged, Options, Scale, each, merge_method
+from raymix.merge.registry import (
+    EachScale,
+    Factors,
+    Made,
+    Merged,
+    Options,
+    Scale,
+    each,
+    merge_method,
+)
 from raymix.recipe._base import Real
 
 # The fp64 Gram matrix resolves singular values down to about this part of the largest.
@@ -33,8 +42,8 @@ _Core = Callable[[Sequence[Tensor], int, Any], tuple[Tensor, int]]
 """Makes the merged matrix and its rank from K fp64 matrices and min(m, n) of the weight."""
 
 
-class _Weighted(Sequence[Tensor]):
-    """The deltas in fp64, each times its weight; made anew each time one is asked for."""
+class _Weighted(Made):
+    """The deltas in fp64, each times its weight."""
 
     def __init__(self, deltas: Sequence[Tensor], weight_K: Sequence[float]) -> None:
         self._deltas, self._weight_K = deltas, weight_K
@@ -42,13 +51,8 @@ class _Weighted(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._deltas)
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
+    def make(self, index: int) -> Tensor:
+        """See `Made`."""
         delta = self._deltas[index].to(torch.float64, copy=True)
         return delta.mul_(self._weight_K[index])
 
