@@ -158,7 +158,9 @@ class Progress(LiveConsole):
 
     def _text(self, line: Mapping[str, Any]) -> str:
         # The first step of an attempt waits for the first blocks and warms up: no pace to judge by.
-        warm = [step for step in self._recent if step["step"] != self._first_step] or [line]
+        warm = [step for step in self._recent if step["step"] != self._first_step]
+        if not warm:
+            return step_line(line, steps=self._steps, tokens_per_s=None, eta_s=None)
         seconds = sum(float(step["seconds"]) for step in warm)
         tokens = sum(float(step["tokens_per_s"]) * float(step["seconds"]) for step in warm)
         return step_line(
@@ -169,26 +171,29 @@ class Progress(LiveConsole):
         )
 
 
-def step_line(line: Mapping[str, Any], *, steps: int, tokens_per_s: float, eta_s: float) -> str:
+def step_line(
+    line: Mapping[str, Any], *, steps: int, tokens_per_s: float | None, eta_s: float | None
+) -> str:
     """Return one step as a line of text.
 
     Args:
         line: The step's object in the metrics.
         steps: Steps of the whole run.
-        tokens_per_s: Throughput over the last steps.
-        eta_s: Seconds to go.
+        tokens_per_s: Throughput over the last steps, None where there were none.
+        eta_s: Seconds to go, None where there is no telling.
     """
     width = len(f"{steps:,}")
     parts = [
         f"step {line['step']:>{width},}/{steps:,}",
         f"loss {line['loss']:.4f}",
         f"lr {line['lr']:.2e}",
-        f"{short(tokens_per_s)} tok/s",
+        f"took {line['seconds']:.3g} s" if tokens_per_s is None else f"{short(tokens_per_s)} tok/s",
     ]
     if "mfu" in line:
         parts.append(f"mfu {100 * line['mfu']:.1f}%")
     parts.append(f"wait {100 * (line.get('data_wait') or 0.0):.1f}%")
-    parts.append(f"{clock(eta_s)} to go")
+    if eta_s is not None:
+        parts.append(f"{clock(eta_s)} to go")
     if "shares" in line:
         parts.append(shares_text(line["shares"]))
     return "  ".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tests.e2e.conftest import Shell, wait_for
 from tests.scenes import descendants
 from tests.training import train_corpus
 
-STEPS = 60
+STEPS = 100
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
@@ -43,8 +44,23 @@ def steps(place: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, raw.splitlines()) if "loss" in line]
 
 
-@pytest.mark.timeout(1800)  # starts two clusters
-def test_two_workers_on_a_bucket_killed_and_gone_on_with(
+def begun(shell: Shell, run: str, step: int) -> subprocess.Popen[str]:
+    """Return a run in the background that has a checkpoint of a step in the bucket."""
+    process = shell.start("train", "run.yaml", "--no-report")
+    wait_for(
+        lambda: (
+            process.poll() is not None
+            or files.exists(f"{run}/checkpoints/step-{step:08d}/state.json")
+        ),
+        seconds=800,
+        what="a checkpoint in the bucket",
+    )
+    assert process.poll() is None, (shell.cwd / "background.log").read_text()
+    return process
+
+
+@pytest.mark.timeout(1800)  # starts three clusters
+def test_two_workers_on_a_bucket_killed_interrupted_and_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = train_corpus(tmp_path / "corpus", {"a": 90_000, "b": 60_000, "c": 30_000})
@@ -62,20 +78,21 @@ def test_two_workers_on_a_bucket_killed_and_gone_on_with(
         environment = {"TMPDIR": str(scratch), "RAY_TMPDIR": short, "RAY_ADDRESS": "local"}
         shell = Shell(tmp_path, env=environment)
         scratch.mkdir()
-        process = shell.start("train", "run.yaml", "--no-report")
-        checkpoint = f"{two}/checkpoints/step-00000010/state.json"
-        wait_for(
-            lambda: process.poll() is not None or files.exists(checkpoint),
-            seconds=800,
-            what="a checkpoint in the bucket",
-        )
-        assert process.poll() is None, (tmp_path / "background.log").read_text()
+        process = begun(shell, two, 10)
         # The machine is gone, with all that works on it.
         for pid in (process.pid, *descendants(process.pid)):
             os.kill(pid, signal.SIGKILL)
         process.wait(30)
         assert len(steps(two)) < STEPS, "the run was over before it could be killed"
         scratch.rename(tmp_path / "lost")
+        scratch.mkdir()
+        process = begun(shell, two, 30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) == 130, (tmp_path / "background.log").read_text()
+        stopped_at = steps(two)[-1]["step"]
+        assert 30 <= stopped_at < STEPS, "the run was over before it could be interrupted"
+        assert files.exists(f"{two}/checkpoints/step-{stopped_at:08d}/state.json")
+        scratch.rename(tmp_path / "given away")
         scratch.mkdir()
         done = shell.json("train", "run.yaml", "--no-report")
         assert done["run"] == two
@@ -88,6 +105,6 @@ def test_two_workers_on_a_bucket_killed_and_gone_on_with(
         )
         held = files.list_directory(f"{two}/checkpoints")
         assert [name for name in held if name.startswith("step-")] == [
-            "step-00000050",
-            "step-00000060",
+            f"step-{STEPS - 10:08d}",
+            f"step-{STEPS:08d}",
         ]

@@ -86,6 +86,19 @@ def test_a_step_in_words() -> None:
     )
 
 
+def test_a_first_step_says_how_long_it_took_and_promises_nothing(tmp_path: Path) -> None:
+    path, stream = tmp_path / "metrics.jsonl", io.StringIO()
+    with Progress(path, steps=9, stream=stream) as progress:
+        append(path, line(1, seconds=41.25), line(2))
+        progress.poll()
+    first, second = stream.getvalue().splitlines()
+    assert "took 41.2 s" in first
+    assert "to go" not in first
+    assert "tok/s" not in first
+    assert "tok/s" in second
+    assert "to go" in second
+
+
 def test_many_shares_are_cut_short() -> None:
     shares = {f"d{n}": (n + 1) / 55 for n in range(10)}
     assert shares_text(shares) == "d9 18.2% d8 16.4% d7 14.5% d6 12.7% +6"
