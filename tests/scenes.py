@@ -70,9 +70,9 @@ class Scene:
         """Return the last step in the metrics, having noted what was done again."""
         try:
             lines = read_metrics(self.run / "metrics.jsonl")
-        except (OSError, ValueError):
+            now = max((line["step"] for line in lines if "loss" in line), default=0)
+        except OSError:
             return 0
-        now = max((line["step"] for line in lines if "loss" in line), default=0)
         if now < self.farthest:
             self.repeated += self.farthest - now
         self.farthest = now

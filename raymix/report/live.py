@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ class LiveRun:
         if afresh:
             self._forget()
             self._open()
+        new = False
         for line in _objects(lines):
             self._take(line)
+            new = True
         for entry in _objects(self._log.read()[0]):
             stats = entry.get("stats")
             self._stats = stats if isinstance(stats, dict) else self._stats
-        return bool(lines)
+        return new
 
     def document(self) -> Document:
         """Return the state in JSON types: for `--json`, and what `dashboard` draws."""
@@ -191,7 +193,7 @@ class LiveRun:
         return number(values[at]) if isinstance(values, list) and at < len(values) else math.nan
 
 
-def _objects(lines: list[bytes]) -> Iterator[Document]:
+def _objects(lines: Iterable[bytes]) -> Iterator[Document]:
     """Yield the objects of JSON lines; damaged ones are left out."""
     for raw in lines:
         with suppress(ValueError):

@@ -211,18 +211,22 @@ def _record(
 
 def _read_metrics(directory: Path, notes: list[str]) -> list[Document]:
     try:
-        text = (directory / METRICS).read_text(encoding="utf-8", errors="replace")
+        file = (directory / METRICS).open(encoding="utf-8", errors="replace", newline="\n")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(_no_run(directory)) from None
     lines: list[Document] = []
     bad: list[int] = []
-    numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for number, line in numbered:
-        try:
-            lines.append(_metrics_line(parse_json(line)))
-        except (ValueError, TypeError):
-            bad.append(number)
-    if bad and bad[-1] == numbered[-1][0]:
+    last = 0
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            last = number
+            try:
+                lines.append(_metrics_line(parse_json(line)))
+            except (ValueError, TypeError):
+                bad.append(number)
+    if bad and bad[-1] == last:
         notes.append(f"{METRICS}: the last line was cut off and is left out.")
         bad.pop()
     if bad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -22,19 +23,32 @@ class LineTail:
         """Return the seconds since the file was written to last."""
         return max(0.0, time.time() - self._changed)
 
-    def read(self) -> tuple[list[bytes], bool]:
-        """Return the new lines, and whether they are those of another file than before."""
+    def read(self) -> tuple[Iterator[bytes], bool]:
+        """Return the new lines, and whether they are those of another file than before.
+
+        Lines are read as they are asked for; what is not asked for is new at the next look, too.
+        """
         try:
-            with self._path.open("rb") as file:
-                facts, known = os.fstat(file.fileno()), self._inode
-                afresh = facts.st_ino != known or facts.st_size < self._offset
-                if afresh:
-                    self._inode, self._offset = facts.st_ino, 0
-                self._changed = facts.st_mtime
-                file.seek(self._offset)
-                data = file.read()
+            facts, known = os.stat(self._path), self._inode
         except FileNotFoundError:
-            return [], False
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        return data[:whole].splitlines(), afresh and known != -1
+            return iter(()), False
+        afresh = facts.st_ino != known or facts.st_size < self._offset
+        if afresh:
+            self._inode, self._offset = facts.st_ino, 0
+        self._changed = facts.st_mtime
+        return self._lines(), afresh and known != -1
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            if os.fstat(file.fileno()).st_ino != self._inode:
+                return  # replaced since the look: for the next one
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield line[:-1]

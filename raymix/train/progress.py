@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,23 +36,26 @@ class MetricsTail:
     def __init__(self, path: Path) -> None:
         """Begin after the present lines of the file at `path`."""
         self._tail = LineTail(path)
-        self._seen: list[int] = []
-        self.read()
+        self._seen = array("Q")  # a number per line: a long run has millions
+        lines, _ = self._tail.read()
+        self._seen.extend(map(zlib.crc32, lines))
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """Return the new lines, and whether a new file took the place of one with more lines."""
         lines, replaced = self._tail.read()
-        before = self._seen if replaced else []
-        marks = [zlib.crc32(line) for line in lines]
-        self._seen = marks if replaced else self._seen + marks
-        kept = _common(before, marks)
-        return [parse_json(line) for line in lines[kept:]], kept < len(before)
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Return how many first items are the same."""
-    pairs = zip(left, right, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+        before = self._seen if replaced else array("Q")
+        if replaced:
+            self._seen = array("Q")
+        new: list[dict[str, Any]] = []
+        kept = 0
+        for line in lines:
+            mark = zlib.crc32(line)
+            self._seen.append(mark)
+            if not new and kept < len(before) and before[kept] == mark:
+                kept += 1
+            else:
+                new.append(parse_json(line))
+        return new, kept < len(before)
 
 
 class LiveConsole:

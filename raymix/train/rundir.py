@@ -225,29 +225,35 @@ def cut_metrics(path: Path, last_step: int) -> None:
     A worker that outlived its driver still has the old file open and goes on writing there,
     where nobody reads.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= last_step]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    with temporary.open("wb") as file:
+        file.writelines(
+            line.rstrip(b"\n") + b"\n" for line, found in _lines(path) if found["step"] <= last_step
+        )
     os.replace(temporary, path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a metrics file; a torn last line is left out."""
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a metrics file, of which a long run has millions.
+
+    A torn last line is left out.
+    """
+    return (found for _, found in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of a metrics file, as they are and parsed, less those that are damaged."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines()
-    return [parse_json(line) for line in lines if _step_of(line) < _TORN]
-
-
-_TORN = 2**63
-
-
-def _step_of(line: bytes) -> int:
-    try:
-        return int(parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return _TORN
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                found = parse_json(line)
+                whole = type(found["step"]) is int
+            except (ValueError, KeyError, TypeError):
+                continue
+            if whole:
+                yield line, found
 
 
 def _place(recipe: Recipe) -> str:

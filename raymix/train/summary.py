@@ -32,9 +32,16 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     _, state = found
     recipe = run.recipe()
     corpus = Corpus.open(recipe.corpus.path)
-    lines = [line for line in read_metrics(run.metrics) if line["step"] <= state.step]
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line["eval"] for line in lines if "eval" in line]
+    loss, seconds = None, 0.0
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for line in read_metrics(run.metrics):
+        if line["step"] > state.step:
+            continue
+        if "loss" in line:
+            loss, seconds = line["loss"], seconds + (line.get("seconds") or 0.0)
+        if "eval" in line:
+            first, last = first or line["eval"], line["eval"]
     asked = asked_shares(run, state.step)
     total = sum(state.tokens.values())
     domains = {
@@ -44,18 +51,17 @@ def summary(run: RunDirectory) -> dict[str, Any]:
             asked=asked.get(supply.name, 0.0),
             tokens=state.tokens.get(supply.name, 0),
             total=total,
-            first=evaluations[0] if evaluations else {},
-            last=evaluations[-1] if evaluations else {},
+            first=first,
+            last=last,
         )
         for supply in prepared_supply(corpus, recipe.data)
     }
-    seconds = sum(line.get("seconds") or 0.0 for line in steps)
     return {
         "run": run.where,
         "steps": state.step,
         "tokens": total,
         "tokens_per_s": total / seconds if seconds else None,
-        "loss": steps[-1]["loss"] if steps else None,
+        "loss": loss,
         "seconds": seconds,
         "domains": domains,
     }

@@ -130,8 +130,8 @@ class StopWhereHopeless(UserCallback):
         first = next(iter(worker_exceptions.values()))
         if self._run.url is not None:
             self._run.mirror().fetch(self._run.metrics.name)
-        lines = read_metrics(self._run.metrics)
-        seen = (lines[-1]["step"] if lines else 0, f"{type(first).__name__}: {first}"[:500])
+        last = max((line["step"] for line in read_metrics(self._run.metrics)), default=0)
+        seen = (last, f"{type(first).__name__}: {first}"[:500])
         if seen == self._last:
             said = "".join(traceback.format_exception_only(first)).strip().splitlines()[-1]
             wrong = f"the workers failed twice in the same way: {said}"

@@ -67,7 +67,7 @@ def read_result(
         problem: What went wrong, if it failed.
     """
     run = RunDirectory(Path(variant.recipe.run_dir))
-    lines = read_metrics(run.metrics)
+    lines = list(read_metrics(run.metrics))
     clock = _Clock(lines)
     evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
     last = clock.steps[-1] if clock.steps else 0

@@ -65,7 +65,7 @@ def metrics(used: Recipe, *, on_gpu: bool) -> list[dict[str, Any]]:
         session="test",
     )
     run_here(job, stop_asked=lambda: False)
-    return read_metrics(run.metrics)
+    return list(read_metrics(run.metrics))
 
 
 def steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

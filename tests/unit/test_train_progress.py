@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from raymix.train.progress import (
     shares_text,
     step_line,
 )
-from raymix.train.rundir import RunDirectory, cut_metrics
+from raymix.train.rundir import RunDirectory, cut_metrics, read_metrics
 from raymix.train.watch import watch
 
 
@@ -76,6 +77,24 @@ def test_tail_of_a_run_that_begins_is_not_begun_anew(tmp_path: Path) -> None:
     append(path, line(1))
     lines, begun_anew = tail.read()
     assert ([item["step"] for item in lines], begun_anew) == ([1], False)
+
+
+def test_the_metrics_of_a_long_run_are_never_in_memory_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    counts = {f"domain {n}": n for n in range(200)}
+    append(path, *(line(step, counts=counts) for step in range(1, 1001)))
+    assert path.stat().st_size > 3_000_000
+    tracemalloc.start()
+    try:
+        tail = MetricsTail(path)
+        assert max(item["step"] for item in read_metrics(path)) == 1000
+        cut_metrics(path, 990)
+        assert tail.read() == ([], True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+    assert [item["step"] for item in read_metrics(path)] == list(range(1, 991))
 
 
 def test_a_step_in_words() -> None:

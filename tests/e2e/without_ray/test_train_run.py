@@ -113,7 +113,7 @@ def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
 
 def test_metrics_say_what_was_done(whole: tuple[RunDirectory, Recipe]) -> None:
-    lines = read_metrics(whole[0].metrics)
+    lines = list(read_metrics(whole[0].metrics))
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "eval" in line] == [0, 4, STEPS]
@@ -350,7 +350,7 @@ def test_cut_keeps_what_a_checkpoint_knows(tmp_path: Path) -> None:
     cut_metrics(path, 3)
     old.write('{"step": 4, "loss": 9.0}\n')
     old.close()
-    assert read_metrics(path) == steps[:4]
+    assert list(read_metrics(path)) == steps[:4]
 
 
 def test_a_changed_corpus_is_refused(whole: tuple[RunDirectory, Recipe], tmp_path: Path) -> None:

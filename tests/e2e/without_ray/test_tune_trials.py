@@ -120,7 +120,7 @@ def test_a_run_stops_goes_on_and_is_found_done(corpus: Corpus, tmp_path: Path) -
 
     stopped = trial(one).attempt(stop_asked=metrics.exists)
     assert stopped == {"state": "stopped"}
-    assert 0 < read_metrics(metrics)[-1]["step"] < STEPS
+    assert 0 < list(read_metrics(metrics))[-1]["step"] < STEPS
     assert find_runs(runs, corpus, plans)[one.name] == "begun"
     shown = io.StringIO()
     with TrialsProgress({one.name: (metrics, STEPS)}, done=1, stream=shown) as progress:
