@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from raymix.errors import RaymixError, RecipeError, problem
 from raymix.jsontext import parse_json
-from raymix.report.read import METRICS, Document, read_run
+from raymix.report.read import METRICS, read_run
+from raymix.report.steps import Document
 from raymix.report.summary import summarise
 from raymix.store import atomic_write_text
 from raymix.store.trouble import is_remote

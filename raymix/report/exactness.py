@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymix.errors import CorpusError
-from raymix.report.read import Document, Floats, RunRecord, number
+from raymix.report.read import RunRecord
+from raymix.report.steps import Counts, Floats
 from raymix.sampling import realised_error_bound
 
 
@@ -63,11 +64,11 @@ def account(run: RunRecord, asked_SD: Iterator[Floats]) -> Account:
     ahead: list[float] = []
     behind: list[float] = []
     complete = True
-    for record, tokens, share_D in zip(
-        run.steps.records, run.steps.tokens_S.tolist(), asked_SD, strict=True
+    for counts, tokens, share_D in zip(
+        run.steps.counts, run.steps.tokens_S.tolist(), asked_SD, strict=True
     ):
         asked_D += share_D * (tokens - before)
-        step_D = _tokens_of(record, index)
+        step_D = _tokens_of(counts, index)
         complete = complete and step_D is not None
         if step_D is not None:
             due_D += _due(share_D, tokens - before, step_D, capped_D=read_D + step_D >= limit_D)
@@ -78,7 +79,7 @@ def account(run: RunRecord, asked_SD: Iterator[Floats]) -> Account:
         before = tokens
     return Account(
         asked_D=asked_D,
-        read_D=read_D if complete and run.steps.records else None,
+        read_D=read_D if complete and len(run.steps) else None,
         ahead_S=np.array(ahead),
         behind_S=np.array(behind),
         capped=bool((read_D >= limit_D).any()),
@@ -127,14 +128,12 @@ def usable_tokens(run: RunRecord, domain: str) -> int | None:
     return int(np.minimum(lengths, longest).sum(dtype=np.int64))
 
 
-def _tokens_of(record: Document, index: Mapping[str, int]) -> Floats | None:
+def _tokens_of(counts: Counts | None, index: Mapping[str, int]) -> Floats | None:
     """Return the tokens of one step by domain, shape (D,), None where the step does not say."""
-    counts = record.get("counts")
-    if not isinstance(counts, dict) or not counts.keys() <= index.keys():
+    if counts is None or not index.keys() >= set(counts.names):
         return None
     step_D = np.zeros(len(index))
-    for name, tokens in counts.items():
-        step_D[index[name]] = number(tokens)
+    step_D[[index[name] for name in counts.names]] = counts.tokens
     return step_D
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymix.report.read import Document, Floats
+from raymix.report.steps import Document, Floats
 from raymix.report.style import (
     BAND_COLOURS,
     COLOURS,

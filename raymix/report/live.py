@@ -18,7 +18,8 @@ from typing import Any
 
 from raymix.jsontext import parse_json
 from raymix.report.exactness import usable_tokens
-from raymix.report.read import LOG, METRICS, Document, fetch_run, is_step, number, outline
+from raymix.report.read import LOG, METRICS, fetch_run, outline
+from raymix.report.steps import Document, is_step, number
 from raymix.store.mirror import SHORTEST_S, Mirror
 from raymix.store.tail import LineTail
 from raymix.store.trouble import is_remote

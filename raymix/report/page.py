@@ -7,7 +7,7 @@ from html import escape
 from importlib.metadata import version
 
 from raymix.report.figures import Picture
-from raymix.report.read import Document
+from raymix.report.steps import Document
 from raymix.report.style import COLOURS, css_colour, css_variables
 from raymix.report.summary import MOST_ROWS
 

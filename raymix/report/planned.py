@@ -16,7 +16,8 @@ import numpy as np
 from raymix.errors import RaymixError
 from raymix.jsontext import parse_json
 from raymix.laws import law_from_dict
-from raymix.report.read import Document, Floats, RunRecord, is_step, number
+from raymix.report.read import RunRecord
+from raymix.report.steps import Document, Floats, is_step, number
 from raymix.schedule import CostModel, Layout, Schedule, training_planner
 
 SCHEDULE = "schedule.jsonl"
@@ -47,7 +48,7 @@ def schedules(run: RunRecord, notes: list[str]) -> list[Document]:
         found[planned["step"]] = planned
     steps = sorted(found)
     kept = list(dict.fromkeys([*steps[:1], *steps[-(_DRAWN - 1) :]]))
-    seconds = {record["step"]: number(record.get("seconds")) for record in run.steps.records}
+    seconds = dict(zip(run.steps.step_S.tolist(), run.steps.seconds_S.tolist(), strict=True))
     return [{**found[step], "measured_s": seconds.get(step, np.nan)} for step in kept]
 
 

@@ -1,23 +1,22 @@
 """What the files of a run directory say, read with care for runs that go on or were cut off.
 
-Shapes: S recorded steps, E evaluations, D domains.
+The steps themselves are read by `raymix.report.steps`.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
 from raymix.jsontext import parse_json
+from raymix.report.steps import Document, Evaluation, Steps, steps_and_evaluations
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus, files
 from raymix.store.mirror import Mirror
@@ -30,8 +29,6 @@ LOG = "mixture_log.jsonl"
 FILES = (RECIPE, "environment.json", LOG, METRICS)
 """What is read of a run; the last tells how far it is."""
 
-Floats = NDArray[np.float64]
-Document = dict[str, Any]
 T = TypeVar("T")
 
 
@@ -58,38 +55,6 @@ class _Shown(BaseModel):
     train: _Section | None = None
     cluster: _Section | None = None
     seed: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Steps:
-    """The recorded training steps, in order; NaN where a value was not recorded."""
-
-    step_S: NDArray[np.int64]
-    """Number of the step."""
-    tokens_S: Floats
-    """Tokens trained on up to and with the step."""
-    loss_S: Floats
-    """Training loss, nats per token."""
-    lr_S: Floats
-    """Learning rate."""
-    tokens_per_s_S: Floats
-    """Throughput."""
-    data_wait_S: Floats
-    """Share of the step's time spent waiting for data."""
-    version_S: NDArray[np.int64]
-    """Version of the mixture log entry that the step followed; -1 where unknown."""
-    records: Sequence[Document]
-    """The lines themselves."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Held-out scores after some step."""
-
-    step: int
-    """Steps trained before it; 0 is the untrained model."""
-    domains: Mapping[str, Document]
-    """Per domain: `loss` (nats per token), `bits_per_byte`, `tokens`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +89,7 @@ def outline(path: str | Path) -> RunRecord:
     directory = Path(path)
     if not (directory / RECIPE).is_file() and not (directory / METRICS).is_file():
         raise RecipeError(_no_run(directory))
-    return _record(directory, [], [], [])
+    return _record(directory, *steps_and_evaluations([])[:2], [])
 
 
 @contextmanager
@@ -174,23 +139,15 @@ def read_run(path: str | Path) -> RunRecord:
 
 def _read_run(directory: Path, path: str) -> RunRecord:
     notes: list[str] = []
-    lines = _read_metrics(directory, notes)
-    evaluations = tuple(
-        Evaluation(step=line["step"], domains=line["eval"])
-        for line in _last_per_step(lines, "eval")
-    )
-    records = _last_per_step(lines, "loss")
-    if not records and not evaluations:
+    steps, evaluations = _read_metrics(directory, notes)
+    if not len(steps) and not evaluations:
         wrong = f"{METRICS} holds no step yet"
         raise RecipeError(problem("run", path, wrong, "Try again once training has begun"))
-    return _record(directory, records, evaluations, notes)
+    return _record(directory, steps, evaluations, notes)
 
 
 def _record(
-    directory: Path,
-    records: Sequence[Document],
-    evaluations: Sequence[Evaluation],
-    notes: list[str],
+    directory: Path, steps: Steps, evaluations: tuple[Evaluation, ...], notes: list[str]
 ) -> RunRecord:
     recipe = _tolerant(_read_recipe, directory, RECIPE, notes)
     log = _tolerant(_read_log, directory, LOG, notes)
@@ -200,49 +157,29 @@ def _record(
         where=str(directory),
         recipe=recipe or {},
         environment=_tolerant(_read_json, directory, "environment.json", notes) or {},
-        domains=_domains(log, corpus, records, evaluations),
-        steps=_steps(records),
-        evaluations=tuple(evaluations),
+        domains=_domains(log, corpus, steps, evaluations),
+        steps=steps,
+        evaluations=evaluations,
         log=log,
         corpus=corpus,
         notes=tuple(notes),
     )
 
 
-def _read_metrics(directory: Path, notes: list[str]) -> list[Document]:
+def _read_metrics(directory: Path, notes: list[str]) -> tuple[Steps, tuple[Evaluation, ...]]:
     try:
         file = (directory / METRICS).open(encoding="utf-8", errors="replace", newline="\n")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(_no_run(directory)) from None
-    lines: list[Document] = []
-    bad: list[int] = []
-    last = 0
     with file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            last = number
-            try:
-                lines.append(_metrics_line(parse_json(line)))
-            except (ValueError, TypeError):
-                bad.append(number)
-    if bad and bad[-1] == last:
+        steps, evaluations, bad, cut_off = steps_and_evaluations(file)
+    if cut_off:
         notes.append(f"{METRICS}: the last line was cut off and is left out.")
         bad.pop()
     if bad:
         which = f"line{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}"
         notes.append(f"{METRICS}: {which}{' and others' * (len(bad) > 5)} damaged, left out.")
-    return lines
-
-
-def _metrics_line(line: Any) -> Document:
-    if not isinstance(line, dict) or not is_step(line.get("step")):
-        raise TypeError("not an object with a step")
-    if not isinstance(line.get("eval", {}), dict):
-        raise TypeError("eval is not an object")
-    if not isinstance(line.get("loss", 0.0), int | float | None):
-        raise TypeError("loss is not a number")
-    return line
+    return steps, evaluations
 
 
 def _no_run(directory: Path) -> str:
@@ -254,12 +191,6 @@ def _no_run(directory: Path) -> str:
     inside = sorted(item.parent.name for item in directory.glob(f"*/{METRICS}"))
     advice = f"Runs in it: {', '.join(inside[:8])}" if inside else "`raymix train` makes one"
     return problem("run", str(directory), f"not a run directory: no {METRICS} in it", advice)
-
-
-def _last_per_step(lines: Sequence[Document], key: str) -> list[Document]:
-    """Return the lines that have `key`, the last of each step, in the order of steps."""
-    by_step = {line["step"]: line for line in lines if key in line}
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list[str]) -> T | None:
@@ -309,48 +240,13 @@ def _read_corpus(recipe: Document, notes: list[str]) -> Corpus | None:
 def _domains(
     log: MixtureLog | None,
     corpus: Corpus | None,
-    records: Sequence[Document],
+    steps: Steps,
     evaluations: Sequence[Evaluation],
 ) -> tuple[str, ...]:
     if log is not None and log.domains:
         return log.domains
     if corpus is not None:
         return corpus.domain_names
-    named = [*(record.get("shares") or {} for record in records[:1])]
+    named = [shares or {} for shares in steps.shares[:1]]
     named += [evaluation.domains for evaluation in evaluations[:1]]
     return tuple(dict.fromkeys(name for names in named for name in names))
-
-
-def _steps(records: Sequence[Document]) -> Steps:
-    tokens = _column(records, "tokens")
-    return Steps(
-        step_S=np.array([record["step"] for record in records], dtype=np.int64),
-        tokens_S=tokens,
-        loss_S=_column(records, "loss"),
-        lr_S=_column(records, "lr"),
-        tokens_per_s_S=_column(records, "tokens_per_s"),
-        data_wait_S=_column(records, "data_wait"),
-        version_S=_versions(records),
-        records=records,
-    )
-
-
-def _versions(records: Sequence[Document]) -> NDArray[np.int64]:
-    """Return the versions of the mixture, shape (S,), -1 where a line has none that can be."""
-    told_S = _column(records, "mixture_version")
-    return np.where((told_S >= 0) & (told_S < 2**53), told_S, -1.0).astype(np.int64)
-
-
-def _column(records: Sequence[Document], key: str) -> Floats:
-    return np.array([number(record.get(key)) for record in records], dtype=np.float64)
-
-
-def is_step(value: Any) -> bool:
-    """Return whether `value` can be the number of a step."""
-    return type(value) is int and 0 <= value < 2**53
-
-
-def number(value: Any) -> float:
-    """Return `value` as a float, NaN where it is none."""
-    good = isinstance(value, float) or (type(value) is int and abs(value) < 2**1000)
-    return float(value) if good else float("nan")

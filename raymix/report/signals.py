@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from raymix.report.figures import Picture, band_colours, few_ticks, floats
-from raymix.report.read import Document, Floats
+from raymix.report.steps import Document, Floats
 from raymix.report.style import MUTED, figure, to_svg
 
 # What the statistics may hold per domain: its name here, and whether its scale is one of powers.

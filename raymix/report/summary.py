@@ -13,7 +13,8 @@ import numpy as np
 
 from raymix.report import planned
 from raymix.report.exactness import Account, account, bound, usable_tokens
-from raymix.report.read import Document, Floats, RunRecord, number
+from raymix.report.read import RunRecord
+from raymix.report.steps import Document, Floats, number
 from raymix.store import Manifest
 
 _SIGNALS = ("grad_norm2", "grad_noise", "alignment")
@@ -53,7 +54,7 @@ def _shares(run: RunRecord) -> Floats:
     """Return the shares of each mixture, shape (V, D): the log's, else those of the metrics."""
     if run.log is not None and run.log.entries:
         return np.array([entry.weights for entry in run.log.entries], dtype=np.float64)
-    told = [record["shares"] for record in run.steps.records if record.get("shares")]
+    told = [shares for shares in run.steps.shares if shares]
     changes = [new for old, new in zip([None, *told], told, strict=False) if new != old]
     return np.array(
         [[number(shares.get(name, 0.0)) for name in run.domains] for shares in changes]
@@ -63,7 +64,7 @@ def _shares(run: RunRecord) -> Floats:
 def _asked(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
     """Yield the shares asked in each recorded step, shape (D,)."""
     if not len(shares_VD):
-        for _ in run.steps.records:
+        for _ in range(len(run.steps)):
             yield np.full(len(run.domains), np.nan)
         return
     if run.log is None or not run.log.entries:
@@ -79,8 +80,7 @@ def _asked(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
 
 def _asked_by_metrics(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
     at, last = -1, None
-    for record in run.steps.records:
-        told = record.get("shares")
+    for told in run.steps.shares:
         if told and told != last:
             at, last = at + 1, told
         yield shares_VD[max(at, 0)]
@@ -174,8 +174,8 @@ def _domains(run: RunRecord, counted: Account) -> dict[str, Document]:
 
 def _training(run: RunRecord) -> Document:
     steps = run.steps
-    kept = thinned(len(steps.records))
-    window = max(5, len(steps.records) // 40)
+    kept = thinned(len(steps))
+    window = max(5, len(steps) // 40)
     return {
         "step": steps.step_S[kept],
         "tokens": steps.tokens_S[kept],
@@ -273,7 +273,7 @@ def _exactness(run: RunRecord, counted: Account, shares_VD: Floats) -> Document 
     proved = bound(run, shares_VD, capped=counted.capped)
     if proved is None or counted.read_D is None:
         return None
-    kept = thinned(len(run.steps.records))
+    kept = thinned(len(run.steps))
     return {
         "step": run.steps.step_S[kept],
         "ahead": counted.ahead_S[kept],
