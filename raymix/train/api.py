@@ -15,7 +15,7 @@ from raymix.errors import CorpusError, problem
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text, files
 from raymix.train.claim import claimed
-from raymix.train.cluster import joined, keep_freed_memory, ray_notices_to
+from raymix.train.cluster import check_own, joined, keep_freed_memory, ray_notices_to
 from raymix.train.device import asked_threads
 from raymix.train.environment import environment
 from raymix.train.kept import LOGS, RECIPES, STOP, WORKERS, Keeper, newest, tidy
@@ -123,7 +123,8 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
                 from raymix.train.driver import run_on_ray
 
                 starting = f"{recipe.cluster.workers} workers"
-                run_on_ray(job, partial(watch, run=run, progress=progress, starting=starting))
+                watched = partial(watch, run=run, progress=progress, starting=starting)
+                run_on_ray(job, partial(watched, check=check_own))
         else:
             from raymix.train.local import run_here
 

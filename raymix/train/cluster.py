@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from raymix.errors import ClusterError, problem
+from raymix.errors import ClusterError, TrainingError, problem
 from raymix.loopback import start_private
 from raymix.recipe import ClusterConfig
 from raymix.train.machine import check_reachable, cores, ray_address
@@ -43,6 +43,9 @@ _PRIVATE = {
     "RAY_event_stats": "0",
     "RAY_task_events_report_interval_ms": "0",
 }
+
+# The processes of a cluster without which it is none, by Ray's names and in words.
+_NEEDED = {"raylet": "node manager (raylet)", "gcs_server": "head (gcs_server)"}
 
 # GNU OpenMP's threads wait for each other by spinning for milliseconds, which slows training
 # down ten times and more where other processes want the cores too, as Ray's own do.
@@ -119,7 +122,29 @@ def joined(config: ClusterConfig) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            with _WithoutRay.at_end():
+                ray.shutdown()
+
+
+def check_own() -> None:
+    """Raise where a private cluster of this process has lost what it cannot go on without.
+
+    Ray itself would end this process some seconds later, without a word. Of a cluster that was
+    joined nothing is known here.
+
+    Raises:
+        TrainingError: That names what died.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    if node is None:
+        return
+    dead = [kind for kind, _ in node.dead_processes() if kind in _NEEDED]
+    if dead:
+        wrong = f"Ray's {_NEEDED[dead[0]]} was killed, or crashed"
+        advice = "A machine that runs out of memory kills. The same command goes on from the last"
+        raise TrainingError(problem("cluster.address", "local", wrong, f"{advice} checkpoint"))
 
 
 def _in_ray() -> bool:
@@ -171,18 +196,21 @@ def no_room(workers: int, seconds: float) -> ClusterError:
 
 @contextmanager
 def ray_notices_to(path: Path) -> Iterator[None]:
-    """Send what Ray's own threads print on stdout to a file: notices that no option turns off."""
-    original = sys.stdout
+    """Send what Ray's own threads print to a file: notices that no option turns off."""
+    before = sys.stdout, sys.stderr
     with path.open("a", encoding="utf-8", buffering=1) as file:
-        sys.stdout = cast(TextIO, _WithoutRay(original, file))
+        sys.stdout, sys.stderr = (cast(TextIO, _WithoutRay(stream, file)) for stream in before)
         try:
             yield
         finally:
-            sys.stdout = original
+            sys.stdout, sys.stderr = before
 
 
 class _WithoutRay:
-    """A stdout that passes on everything but what Ray's threads write."""
+    """A stream that passes on everything but what Ray's threads write."""
+
+    _ending = False
+    """Whether Ray is being left: what it held back as repeated is printed then, in any thread."""
 
     def __init__(self, stream: TextIO, notices: TextIO) -> None:
         self._stream = stream
@@ -190,8 +218,18 @@ class _WithoutRay:
 
     def write(self, text: str) -> int:
         """Write `text` where the present thread may."""
-        ray = threading.current_thread().name.startswith("ray_")
+        ray = self._ending or threading.current_thread().name.startswith("ray_")
         return (self._notices if ray else self._stream).write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    @classmethod
+    @contextmanager
+    def at_end(cls) -> Iterator[None]:
+        """Take everything that is printed for Ray's."""
+        cls._ending = True
+        try:
+            yield
+        finally:
+            cls._ending = False

@@ -20,7 +20,12 @@ _POLL_S = 0.2
 
 
 def watch(
-    work: Callable[[], object], run: RunDirectory, progress: Progress, *, starting: str
+    work: Callable[[], object],
+    run: RunDirectory,
+    progress: Progress,
+    *,
+    starting: str,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Do `work`, which trains in `run`, showing `progress`; returns when it has ended.
 
@@ -29,9 +34,10 @@ def watch(
         run: Its run directory, where a request to stop is left for it.
         progress: Shows it.
         starting: What is being waited for before the first step.
+        check: Called a few times a second; raises where the work cannot go on.
 
     Raises:
-        BaseException: Whatever `work` raised.
+        BaseException: Whatever `work` raised, or `check`.
         KeyboardInterrupt: At the second Ctrl-C, or one before the first step.
     """
     with ctrl_c() as pressed:
@@ -40,6 +46,7 @@ def watch(
         asked = False
         while not thread.wait(_POLL_S):
             progress.poll()
+            check()
             progress.waiting(f"starting {starting} ({time.monotonic() - began:.0f} s)")
             if pressed() > 1 or (pressed() and progress.last_step is None):
                 raise KeyboardInterrupt

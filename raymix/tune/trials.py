@@ -20,7 +20,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raymix.recipe import ClusterConfig
-from raymix.train.cluster import joined, ray_notices_to
+from raymix.train.cluster import check_own, joined, ray_notices_to
 from raymix.train.progress import MetricsTail
 from raymix.train.watch import Work, ctrl_c
 from raymix.tune.attempt import Piece
@@ -195,6 +195,7 @@ def _watch(
         waited_for: set[str] | None = None
         while not work.wait(_POLL_S):
             progress.update(board.outcome.states.copy(), board.outcome.problems)
+            check_own()
             if pressed() and waited_for is None:
                 waited_for = board.running()
                 stop.touch()

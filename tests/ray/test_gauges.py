@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from raymix.train.gauges import METRICS
+from tests.scripts import run_script
 from tests.training import train_corpus
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import json, sys, threading, time, urllib.request
@@ -50,45 +46,11 @@ ray.shutdown()
 """
 
 
-AFTER = """
-import os
-from raymix.recipe import ClusterConfig
-from raymix.train.cluster import joined
-
-reported = "RAY_enable_metrics_collection"
-config = ClusterConfig(workers=1, address="local")
-with joined(config):
-    within = os.environ[reported]
-    with joined(config):  # of a Ray that is joined already, nothing is changed
-        pass
-    still = os.environ[reported]
-print("told", within, still, os.environ.get(reported))
-"""
-
-
 def labels(series: str) -> tuple[str, str | None]:
     """Return the name and the domain of a series of Prometheus' text."""
     name, _, rest = series.partition("{")
     domains = [part[8:-1] for part in rest.rstrip("}").split(",") if part.startswith("domain=")]
     return name, domains[0] if domains else None
-
-
-def run_script(script: str, folder: Path, given: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        input=given,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-def test_a_cluster_started_after_a_private_one_reports_metrics(tmp_path: Path) -> None:
-    done = run_script(AFTER, tmp_path)
-    assert "told 0 0 None" in done.stdout.splitlines(), done.stderr[-4000:]
 
 
 def test_prometheus_finds_the_gauges_of_a_run(tmp_path: Path) -> None:

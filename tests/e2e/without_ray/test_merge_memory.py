@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.scripts import run_script
+
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 MB = 1e6
 
@@ -85,16 +83,7 @@ def test_a_parameter_takes_what_the_plan_says(
     shape: tuple[int, int], tasks: int, tmp_path: Path
 ) -> None:
     asked = {"name": MATRIX, "shape": shape, "tasks": tasks, "merges": MERGES}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        input=json.dumps(asked),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = run_script(SCRIPT, tmp_path, json.dumps(asked))
     lines = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("took ")]
     assert len(lines) == len(MERGES), done.stderr[-3000:]
     for method, options, took, said in lines:
