@@ -165,6 +165,19 @@ def test_watch_raises_what_the_work_raised(tmp_path: Path) -> None:
         watch(work, run, progress, starting="it")
 
 
+def test_watch_raises_what_the_check_raises_while_the_work_goes_on(tmp_path: Path) -> None:
+    def check() -> None:
+        raise TrainingError("it is gone")
+
+    run, over = RunDirectory(tmp_path), threading.Event()
+    with (
+        Progress(run.metrics, steps=1, stream=io.StringIO()) as progress,
+        pytest.raises(TrainingError, match="it is gone"),
+    ):
+        watch(lambda: over.wait(60), run, progress, starting="it", check=check)
+    over.set()
+
+
 def interrupt_soon() -> None:
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)
