@@ -12,9 +12,8 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,32 +63,18 @@ def machine_lost(scene: Scene) -> None:
 
 def gcs_killed(scene: Scene) -> None:
     """The head of the cluster, Ray's own record of it."""
-    _killed_in_a_long_step(scene, "gcs_server", 90)
+    _own_cluster_lost(scene, "gcs_server")
 
 
 def raylet_killed(scene: Scene) -> None:
-    _killed_in_a_long_step(scene, "raylet/raylet", 30)
+    _own_cluster_lost(scene, "raylet/raylet")
 
 
-def _killed_in_a_long_step(scene: Scene, title: str, seconds: float) -> None:
-    """Kill what Ray misses only after a while, in a step that lasts longer than the whole run.
-
-    The workers are held for so many seconds, or until the command has ended.
-    """
-    workers = scene.pids("ray::RayTrainWorker")
-    for pid in workers:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        scene.kill_one(title)
-        until = time.monotonic() + seconds
-        while not scene.ended and time.monotonic() < until:
-            time.sleep(0.2)
-    finally:
-        for pid in workers:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-    if scene.ends() != 0:
-        scene.start()
+def _own_cluster_lost(scene: Scene, title: str) -> None:
+    scene.kill_one(title)
+    assert scene.ends() == 1, scene.said()[-3000:]
+    assert "was killed, or crashed" in scene.said(), scene.said()[-3000:]
+    scene.start()
 
 
 def interrupted(scene: Scene) -> None:

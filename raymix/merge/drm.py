@@ -222,8 +222,9 @@ _Coordinates = Callable[[_Shared, Any], tuple[Tensor, float | None]]
 
 
 def _dense(deltas: Sequence[Tensor], options: _SharedOptions, merge: _Coordinates) -> Merged:
-    vertical = _is_vertical(options, *deltas[0].shape)
-    u, x, kept = _merged(Transposed(deltas) if vertical else deltas, options, merge)
+    tasks = as_deltas(deltas)
+    vertical = _is_vertical(options, *tasks.shape)
+    u, x, kept = _merged(Transposed(tasks) if vertical else tasks, options, merge)
     return Merged(x.T @ u.T if vertical else u @ x, kept=kept, rank=u.shape[1])
 
 

@@ -30,6 +30,7 @@ from raymix.merge.registry import (
     Merged,
     Options,
     Scale,
+    as_deltas,
     each,
     merge_method,
 )
@@ -83,10 +84,10 @@ def _mean(base: Tensor | None, deltas: Sequence[Tensor], options: TsvOptions) ->
 
 
 def _dense(deltas: Sequence[Tensor], options: TsvOptions, core: _Core) -> Merged:
-    matrices = _Weighted(deltas, each(options.weight, len(deltas)))
-    dtype, shape = deltas[0].dtype, deltas[0].shape
-    merged, rank = core(matrices, min(shape), options)
-    return Merged(merged.mul_(options.lambda_).to(dtype), rank=rank)
+    tasks = as_deltas(deltas)
+    matrices = _Weighted(tasks, each(options.weight, len(tasks)))
+    merged, rank = core(matrices, min(tasks.shape), options)
+    return Merged(merged.mul_(options.lambda_).to(tasks.dtype), rank=rank)
 
 
 def _factored(factors_K: Sequence[Factors], options: TsvOptions, core: _Core) -> Factors:

@@ -108,7 +108,8 @@ def steps_and_evaluations(
             evaluations[line["step"]] = line["eval"]
         if "loss" in line:
             told = line.get("shares")
-            shares = shares if told == shares else told if isinstance(told, dict) else None
+            if told != shares:
+                shares = told if isinstance(told, dict) else None
             numbers = array("d", [number(line.get(key)) for key in _NUMBERS])
             steps[line["step"]] = _Kept(numbers, _counts(line.get("counts"), names), shares)
     scores = (Evaluation(step=at, domains=evaluations[at]) for at in sorted(evaluations))

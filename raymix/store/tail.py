@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 class LineTail:
@@ -29,23 +30,18 @@ class LineTail:
         Lines are read as they are asked for; what is not asked for is new at the next look, too.
         """
         try:
-            facts, known = os.stat(self._path), self._inode
+            file = self._path.open("rb")
         except FileNotFoundError:
             return iter(()), False
+        facts, known = os.fstat(file.fileno()), self._inode
         afresh = facts.st_ino != known or facts.st_size < self._offset
         if afresh:
             self._inode, self._offset = facts.st_ino, 0
         self._changed = facts.st_mtime
-        return self._lines(), afresh and known != -1
+        return self._lines(file), afresh and known != -1
 
-    def _lines(self) -> Iterator[bytes]:
-        try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
-            return
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         with file:
-            if os.fstat(file.fileno()).st_ino != self._inode:
-                return  # replaced since the look: for the next one
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):

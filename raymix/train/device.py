@@ -67,4 +67,5 @@ def quiet_libraries() -> None:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # What will change in torch and transformers is for us to read, in the tests, not for users.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")

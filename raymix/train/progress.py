@@ -36,16 +36,16 @@ class MetricsTail:
     def __init__(self, path: Path) -> None:
         """Begin after the present lines of the file at `path`."""
         self._tail = LineTail(path)
-        self._seen = array("Q")  # a number per line: a long run has millions
+        self._seen = array("I")  # a number per line: a long run has millions
         lines, _ = self._tail.read()
         self._seen.extend(map(zlib.crc32, lines))
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
         """Return the new lines, and whether a new file took the place of one with more lines."""
         lines, replaced = self._tail.read()
-        before = self._seen if replaced else array("Q")
+        before = self._seen if replaced else array("I")
         if replaced:
-            self._seen = array("Q")
+            self._seen = array("I")
         new: list[dict[str, Any]] = []
         kept = 0
         for line in lines:
