@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raymix.recipe import Recipe
-from raymix.recipe._describe import Spot, describe, tag_of
+from raymix.recipe.describe import Spot, describe, tag_of
 
 _INTRO = """# Recipes: every field
 

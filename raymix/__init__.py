@@ -1,19 +1,19 @@
 """raymix decides what a language model reads next.
 
-Everything public is reachable from here and imported when it is first used, so `import raymix`
-loads neither torch nor ray:
+Everything public is reachable from here and imported on first use, so `import raymix` loads
+neither torch nor ray:
 
     recipe = raymix.load_recipe("my.yaml", ["train.steps=200"])
-    raymix.plan(recipe).document()     # what would happen
+    raymix.plan(recipe).document()     # dry run: tokens, shares, epochs, memory
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
-    raymix.tune(recipe)                # small runs, a law, the best shares, tried
+    raymix.tune(recipe)                # proxy runs, a mixing law, its optimum, verified
     raymix.fit_law("mixtures.csv")     # a law that predicts losses from shares, and its report
     raymix.merge("merge.yaml", "out")  # one model from several
 
-Rooms: `raymix.recipe`, `raymix.store`, `raymix.sampling`, `raymix.mixers`, `raymix.laws`,
-`raymix.schedule`, `raymix.merge`, `raymix.corpus`, `raymix.control`, `raymix.train`,
-`raymix.tune`, `raymix.cluster_jobs`, `raymix.report`.
+Packages, from the lowest floor to the highest (docs/architecture.md): `recipe`, `store`,
+`sampling`, `mixers`, `laws`, `schedule`, `signals`, `merging`, `context_parallel`, `report`,
+`corpus`, `streaming`, `training`, `tuning`, `jobs`, `cli`.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from raymix.laws import MixtureTable, fit_law
-    from raymix.merge import merge, merge_method
+    from raymix.merging import merge, merge_method
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
     from raymix.sampling import MixtureLog
     from raymix.schedule import plan_batch
     from raymix.store import Corpus
-    from raymix.train.api import train
-    from raymix.train.preflight import plan_run as plan
-    from raymix.tune.tuning import tune
+    from raymix.training.api import train
+    from raymix.training.plan.preflight import plan_run as plan
+    from raymix.tuning.mixtures.tune import tune
 
 __version__ = "0.1.0"
 
@@ -77,55 +77,66 @@ __all__ = [
     "tune",
 ]
 
-_HOMES = {
-    "errors": (
-        "ClusterError",
-        "CorpusError",
-        "LawError",
-        "MergeError",
-        "RaymixError",
-        "RecipeError",
-        "ScheduleError",
-        "TrainingError",
-    ),
-    "laws": ("MixtureTable", "fit_law"),
-    "merge": ("merge_method",),
-    "mixers": ("DomainStats", "Mixer", "MixerContext", "build_mixer", "mixer"),
-    "recipe": ("Recipe", "load_recipe", "recipe_schema", "recipe_to_yaml"),
-    "sampling": ("MixtureLog",),
-    "schedule": ("plan_batch",),
-    "store": ("Corpus",),
-    "corpus": ("prepare",),
+# Where each public name is defined; read by `__getattr__` so that importing raymix stays cheap.
+_MODULE_OF = {
+    "ClusterError": "errors",
+    "Corpus": "store",
+    "CorpusError": "errors",
+    "DomainStats": "mixers",
+    "LawError": "errors",
+    "MergeError": "errors",
+    "Mixer": "mixers",
+    "MixerContext": "mixers",
+    "MixtureLog": "sampling",
+    "MixtureTable": "laws",
+    "RaymixError": "errors",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "ScheduleError": "errors",
+    "TrainingError": "errors",
+    "build_mixer": "mixers",
+    "fit_law": "laws",
+    "load_recipe": "recipe",
+    "merge": "merging",
+    "merge_method": "merging",
+    "mixer": "mixers",
+    "plan": "training.plan.preflight",
+    "plan_batch": "schedule",
+    "prepare": "corpus",
+    "recipe_schema": "recipe",
+    "recipe_to_yaml": "recipe",
+    "train": "training.api",
+    "tune": "tuning.mixtures.tune",
 }
-_ROOMS = (
-    "recipe",
-    "store",
-    "sampling",
-    "mixers",
-    "laws",
-    "schedule",
-    "merge",
+_PACKAGES = (
+    "context_parallel",
     "corpus",
-    "control",
-    "train",
-    "tune",
-    "cluster_jobs",
+    "jobs",
+    "laws",
+    "merging",
+    "mixers",
+    "recipe",
     "report",
+    "sampling",
+    "schedule",
+    "signals",
+    "store",
+    "streaming",
+    "training",
+    "tuning",
 )
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, importing its room on first use."""
-    if name in _ROOMS:  # `raymix.train` is a room that can be called
+    """Return a public name, importing its module on first use."""
+    if name in _PACKAGES:
         return importlib.import_module(f"raymix.{name}")
-    if name == "plan":
-        return importlib.import_module("raymix.train.preflight").plan_run
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"raymix.{home}"), name)
+    if name in _MODULE_OF:
+        module = importlib.import_module(f"raymix.{_MODULE_OF[name]}")
+        return getattr(module, "plan_run" if name == "plan" else name)
     raise AttributeError(f"module 'raymix' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     """Return the public names."""
-    return sorted({*__all__, *_ROOMS, "__version__"})
+    return sorted({*__all__, *_PACKAGES, "__version__"})

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raymix.control.bucketing import Assignment, BucketPlan, StepPlans
 from raymix.recipe.training import DocumentData
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.schedule import CostModel, Layout, Link
 from raymix.store import Corpus
+from raymix.streaming.sequences.step_plans import Assignment, BucketPlan, StepPlans
 from tests.corpora import labelled_domain, write_corpus
 
 COST = CostModel(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from raymix.train.parallel import World
+from raymix.training.model.parallel import World
 
 
 def on_two_ranks(work: Callable[[World, Path], Any]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raymix.train.rundir import read_metrics
+from raymix.training.run.rundir import read_metrics
 from tests.e2e.conftest import Shell
 
 BOUND_S = 300.0

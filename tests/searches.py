@@ -9,7 +9,15 @@ from typing import Any
 from raymix.laws import MixtureTable
 from raymix.recipe import TuneConfig
 from raymix.store import Corpus
-from raymix.tune.learning import (
+from raymix.tuning.mixtures.candidates import (
+    Mixture,
+    Space,
+    designed,
+    optimum_mixture,
+    references,
+    space_of,
+)
+from raymix.tuning.mixtures.learn import (
     judged,
     learn,
     mixture_table,
@@ -17,8 +25,7 @@ from raymix.tune.learning import (
     predicted,
     slices,
 )
-from raymix.tune.mixtures import Mixture, Space, designed, optimum_mixture, references, space_of
-from raymix.tune.verifying import BASELINES, observed, roles_of, verified
+from raymix.tuning.mixtures.verify import BASELINES, observed, roles_of, verified
 from tests.unit.test_tune_mixtures import STEPS, recipe, results_of
 
 SEEDS = (1, 2)

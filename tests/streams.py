@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from raymix.control.batch import DocumentBatch
-from raymix.control.client import LocalController
-from raymix.control.controller import MixtureController
-from raymix.control.geometry import row_geometry
-from raymix.control.source import LocalSource
-from raymix.control.stream import MixtureStream, row_tokens
 from raymix.mixers import DomainStats, Mixer, MixerContext, Planned
 from raymix.recipe.training import DocumentData, PackedData
 from raymix.sampling import DomainOrder, MixtureEntry, MixtureLog, PackedPlanner
 from raymix.store import Corpus
+from raymix.streaming.batches.step_batch import DocumentBatch
+from raymix.streaming.batches.stream import MixtureStream, row_tokens
+from raymix.streaming.blocks.geometry import row_geometry
+from raymix.streaming.blocks.sources import LocalSource
+from raymix.streaming.controller.actor import MixtureController
+from raymix.streaming.controller.client import LocalController
 from tests.corpora import labelled_domain, write_corpus
 
 BLOCK = 96
@@ -190,8 +190,8 @@ class Reader:
         **options: Any,
     ) -> None:
         """Open a stream; `read` reads from it."""
-        from raymix.control.client import RemoteController
-        from raymix.control.plane_source import PlaneSource
+        from raymix.streaming.blocks.shared_source import PlaneSource
+        from raymix.streaming.controller.client import RemoteController
 
         data = data or packed()
         self._names = Corpus.open(path).domain_names

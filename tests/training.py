@@ -10,7 +10,7 @@ import numpy as np
 
 from raymix.recipe import Recipe
 from raymix.store import Corpus, Manifest, SplitInfo, atomic_write_text, corpus_fingerprint
-from raymix.train.api import train
+from raymix.training.api import train
 from tests.corpora import write_corpus
 
 VOCAB = 61

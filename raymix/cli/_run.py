@@ -242,6 +242,6 @@ def plain_table(*columns: str, fancy: bool) -> Table:
 
 def ready_for_trials() -> None:
     """Give this process the environment that the processes of Ray's trials are to inherit."""
-    from raymix.train.cluster import worker_environment
+    from raymix.training.launch.cluster import worker_environment
 
     os.environ |= worker_environment(on_gpu=False)

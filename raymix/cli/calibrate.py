@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from raymix.schedule import CostModel
-    from raymix.train.calibrate import Setup
+    from raymix.training.calibrate.calibrate import Setup
 
 _LONGEST = 32_768
 _CPU_RANKS = 2
@@ -44,8 +44,8 @@ def work(asked: Asked) -> dict[str, Any]:
     from rich.console import Console
 
     from raymix.schedule import save_cost_model
-    from raymix.train.calibrate import Effort, calibrate, with_links
-    from raymix.train.device import quiet_libraries
+    from raymix.training.calibrate.calibrate import Effort, calibrate, with_links
+    from raymix.training.host.device import quiet_libraries
 
     path = _path(asked.out)
     quiet_libraries()
@@ -82,7 +82,7 @@ def _path(out: str | None) -> Path:
 def _setup(asked: Asked) -> Setup:
     from raymix.errors import ScheduleError, problem
     from raymix.schedule import MODELS
-    from raymix.train.calibrate import Setup, preset_config, recipe_config
+    from raymix.training.calibrate.calibrate import Setup, preset_config, recipe_config
 
     device = _device(asked.device)
     if asked.source in MODELS:
@@ -127,8 +127,8 @@ def _ranks(device: torch.device) -> int:
 
 
 def _assumed_links(setup: Setup, network: str) -> Any:
-    from raymix.schedule.presets import assumed_links
-    from raymix.train.calibrate import Heads
+    from raymix.schedule.cost.presets import assumed_links
+    from raymix.training.calibrate.calibrate import Heads
 
     heads = Heads.of(setup.config)
     return assumed_links(network, setup.config.num_hidden_layers, heads.keys * heads.width)

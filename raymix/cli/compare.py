@@ -62,7 +62,7 @@ def command(
         from rich.console import Console
 
         ready_for_trials()
-        from raymix.tune.compare import compare
+        from raymix.tuning.compare.compare import compare
 
         document = compare(
             load(recipe, overrides, set_overrides),

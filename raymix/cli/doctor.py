@@ -111,7 +111,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _cores() -> Check:
-    from raymix.train.machine import cores
+    from raymix.training.host.machine import cores
 
     count = cores()
     if count >= 2:
@@ -121,7 +121,7 @@ def _cores() -> Check:
 
 
 def _memory() -> Check:
-    from raymix.train.machine import memory
+    from raymix.training.host.machine import memory
 
     total, free = memory()
     found = f"{total / _GB:.1f} GB, {free / _GB:.1f} GB available"
@@ -132,7 +132,7 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
-    from raymix.train.machine import SHM, disk_free, memory
+    from raymix.training.host.machine import SHM, disk_free, memory
 
     if not SHM.exists():
         return Check("object store", "warn", f"no {SHM}", "Ray will use files in /tmp, slower.")
@@ -148,7 +148,7 @@ def _shared_memory() -> Check:
 
 
 def _disk() -> Check:
-    from raymix.train.machine import disk_free
+    from raymix.training.host.machine import disk_free
 
     here, temporary = disk_free(os.getcwd()) or 0, disk_free("/tmp/ray") or 0
     found = f"{here / _GB:.1f} GB free here, {temporary / _GB:.1f} GB where Ray logs"
@@ -182,7 +182,7 @@ def _gpus() -> Check:
 
 def _cluster(address: str | None) -> Check:
     from raymix.errors import ClusterError
-    from raymix.train.machine import ray_address, resources
+    from raymix.training.host.machine import ray_address, resources
 
     found = ray_address(address)
     if found is None:

@@ -43,7 +43,7 @@ def command(
         from rich.table import Table
 
         from raymix.cli._run import load
-        from raymix.train.score import score
+        from raymix.training.evaluate.score import score
 
         document = score(run, recipe=load(recipe) if recipe else None, rows_per_domain=rows)
         table = Table(box=None, pad_edge=False)

@@ -23,7 +23,7 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        from raymix.train.export import export
+        from raymix.training.evaluate.export import export
 
         document = export(run, out)
         print(f"{document['out']}: {', '.join(document['files'])}")

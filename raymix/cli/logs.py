@@ -22,7 +22,7 @@ def command(
     """Print what a job has printed. With --json its log is in the document."""
 
     def work() -> dict[str, Any]:
-        from raymix.cluster_jobs import JobServer
+        from raymix.jobs import JobServer
 
         server = JobServer(address, token_in_clear=token_in_clear)
         if follow:

@@ -110,7 +110,7 @@ def command(
 
 def _merge(source: str, out: str, *, plot: bool, **how: Any) -> dict[str, Any]:
     """Return the document of one merge, shown to people; `how`: what `merge` takes."""
-    from raymix.merge.engine import merge, return_freed_memory, shown_bytes
+    from raymix.merging.run.engine import merge, return_freed_memory, shown_bytes
 
     return_freed_memory()
     document = merge(source, out, progress=_progress(), **how)
@@ -154,7 +154,7 @@ def _search(
     from rich.console import Console
 
     ready_for_trials()
-    from raymix.tune.merging import search_merge
+    from raymix.tuning.merges.search import search_merge
 
     document = search_merge(source, out, recipe=load(recipe), overrides=changes, **how)
     document["merge"]["plot"] = _drawn(document["merge"]["out"]) if plot else None

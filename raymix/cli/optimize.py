@@ -183,7 +183,7 @@ def rounded(shares: Mapping[str, float]) -> dict[str, float]:
 
 def mixer_yaml(document: Mapping[str, Any]) -> str:
     """Return the mixer section of a recipe."""
-    from raymix.yamltext import dump_yaml
+    from raymix._utils.yaml import dump_yaml
 
     return dump_yaml({"mixer": document["mixer"]})
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from raymix.train.runplan import DomainPlan, RunPlan
+    from raymix.training.plan.runplan import DomainPlan, RunPlan
 
 _MOST_DOMAINS = 40
 _MOST_PIECES = 12
@@ -41,7 +41,7 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from raymix.train.preflight import plan_run
+        from raymix.training.plan.preflight import plan_run
 
         plan = plan_run(load(recipe, overrides, set_overrides))
         draw(plan, Console(highlight=False))

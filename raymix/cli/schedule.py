@@ -168,8 +168,8 @@ def _lengths(
     import numpy as np
 
     from raymix.errors import ScheduleError, problem
+    from raymix.schedule.length_source import known_source, read_lengths
     from raymix.schedule.lengths import known_distributions
-    from raymix.schedule.source import known_source, read_lengths
 
     recipe_like = source.endswith((".yaml", ".yml")) or ":" in source
     if recipe_like and not known_source(source):

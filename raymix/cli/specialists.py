@@ -55,7 +55,7 @@ def command(
         from rich.console import Console
 
         ready_for_trials()
-        from raymix.tune.specialists import specialists
+        from raymix.tuning.merges.specialists import specialists
 
         document = specialists(
             load(recipe, overrides, set_overrides),

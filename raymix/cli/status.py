@@ -10,7 +10,7 @@ import typer
 from raymix.cli._run import Address, Json, TokenInClear, plain_table, run_command
 
 if TYPE_CHECKING:
-    from raymix.cluster_jobs import Ended
+    from raymix.jobs import Ended
 
 
 def command(
@@ -24,7 +24,7 @@ def command(
     """Say how a job stands: pending, running, stopped, succeeded or failed, and its exit code."""
 
     def work() -> dict[str, Any]:
-        from raymix.cluster_jobs import JobServer
+        from raymix.jobs import JobServer
 
         server = JobServer(address, token_in_clear=token_in_clear)
         if job is not None:

@@ -21,7 +21,7 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        from raymix.cluster_jobs import JobServer
+        from raymix.jobs import JobServer
 
         ended = JobServer(address, token_in_clear=token_in_clear).stop(job)
         print(f"{ended.job}: {ended.status}")

@@ -10,7 +10,7 @@ import typer
 from raymix.cli._run import Address, Json, RecipeSource, TokenInClear, run_command
 
 if TYPE_CHECKING:
-    from raymix.cluster_jobs import Ended, JobServer
+    from raymix.jobs import Ended, JobServer
 
 
 def command(
@@ -58,7 +58,7 @@ def command(
     """
 
     def work() -> dict[str, Any]:
-        from raymix.cluster_jobs import JobServer, prepare_submission
+        from raymix.jobs import JobServer, prepare_submission
 
         submission = prepare_submission(
             name, recipe, arguments or (), project=project, storage=storage

@@ -41,10 +41,10 @@ def command(
     def work() -> dict[str, Any]:
         import os
 
-        from raymix.train.cluster import thread_environment
+        from raymix.training.launch.cluster import thread_environment
 
         os.environ |= thread_environment()
-        from raymix.train.api import train
+        from raymix.training.api import train
 
         loaded = load(recipe, overrides, set_overrides)
         return train(loaded, if_exists=if_exists.value, report=report)

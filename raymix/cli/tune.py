@@ -57,7 +57,7 @@ def command(
         from rich.console import Console
 
         ready_for_trials()
-        from raymix.tune.tuning import tune
+        from raymix.tuning.mixtures.tune import tune
 
         document = tune(
             load(recipe, overrides, set_overrides),

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from raymix.corpus import rejects, state
-from raymix.corpus.assemble import (
+from raymix.corpus import state
+from raymix.corpus.passes import rejects
+from raymix.corpus.passes.assemble import (
     EntropyJob,
     ShardJob,
     ShardResult,
@@ -24,14 +25,19 @@ from raymix.corpus.assemble import (
     plan_shards,
     write_shard,
 )
-from raymix.corpus.choose_tokenizer import ready_tokenizer
-from raymix.corpus.parts import Part, digest, plan_parts
+from raymix.corpus.passes.choose_tokenizer import ready_tokenizer
+from raymix.corpus.passes.select import (
+    Selection,
+    SelectJob,
+    finished_selection,
+    select_documents,
+)
+from raymix.corpus.passes.tokenize import PartJob, Tally, finished_tally, tokenise_part
 from raymix.corpus.progress import Listener, Reporter, Stage
-from raymix.corpus.readers import check_first_line
+from raymix.corpus.read.parts import Part, digest, plan_parts
+from raymix.corpus.read.readers import check_first_line
+from raymix.corpus.read.sources import DomainSources, find_sources
 from raymix.corpus.runner import Runner, choose_runner, in_order
-from raymix.corpus.select import Selection, SelectJob, finished_selection, select_documents
-from raymix.corpus.sources import DomainSources, find_sources
-from raymix.corpus.tokenise import PartJob, Tally, finished_tally, tokenise_part
 from raymix.errors import CorpusError, problem
 from raymix.recipe import CorpusConfig
 from raymix.store import (
@@ -44,10 +50,10 @@ from raymix.store import (
     TokenizerInfo,
     atomic_write_text,
     corpus_fingerprint,
-    files,
     token_dtype,
 )
 from raymix.store.manifest import MANIFEST
+from raymix.store.remote import files
 
 IfExists = Literal["resume", "fail", "new"]
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from raymix.corpus.tokenizer import rust_threads
+from raymix._utils.private_cluster import start_private
+from raymix.corpus.tokenizers.tokenizer import rust_threads
 from raymix.errors import ClusterError, RaymixError, problem
-from raymix.loopback import start_private
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,7 +96,7 @@ class OnRay:
         """Yield the index and the result of each job, in the order of completion."""
         if not jobs:
             return
-        from raymix.corpus._datasource import job_dataset
+        from raymix.corpus.job_dataset import job_dataset
 
         with _quiet_ray_data():
             bundles = bundled(sizes, self._concurrency * _TASKS_PER_CPU)

@@ -16,13 +16,14 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from raymix.corpus.sources import DomainSources, SourceFile, find_sources
-from raymix.corpus.tokenizer import load_pretrained
+from raymix._utils.json import parse_json
+from raymix.corpus.read.sources import DomainSources, SourceFile, find_sources
+from raymix.corpus.tokenizers.tokenizer import load_pretrained
 from raymix.errors import CorpusError, problem
-from raymix.jsontext import parse_json
 from raymix.recipe import CorpusConfig, PretrainedTokenizer
-from raymix.store import Manifest, atomic_write_text, files
+from raymix.store import Manifest, atomic_write_text
 from raymix.store.manifest import MANIFEST, read_manifest
+from raymix.store.remote import files
 
 STATE = "prepare.json"
 WORK = ".prepare"

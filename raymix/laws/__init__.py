@@ -19,8 +19,6 @@ Every fit is judged on runs left out, on later steps from earlier ones, and agai
 know less; `FitReport.verdict` says it in words.
 """
 
-from raymix.laws import auto, gp, parametric, regression
-from raymix.laws.auto import AutoLaw
 from raymix.laws.base import (
     FitReport,
     Law,
@@ -32,14 +30,17 @@ from raymix.laws.base import (
     law_to_dict,
     mean_score,
 )
+from raymix.laws.cross_validation import scores
 from raymix.laws.entropy import entropy_shares, shares_of_entropy, von_neumann_entropy
-from raymix.laws.feasible import Problem, Region, feasible
 from raymix.laws.files import fit_law, load_law, save_law
-from raymix.laws.fitted import FittedLaw
-from raymix.laws.judge import scores
-from raymix.laws.minimise import minimise, optimum_at
-from raymix.laws.objective import Objective, Optimum
-from raymix.laws.separable import Powers, SeparableOptimum, separable_optimum
+from raymix.laws.models import auto, parametric, regression
+from raymix.laws.models import gp_law as gp
+from raymix.laws.models.auto import AutoLaw
+from raymix.laws.models.fitted_law import FittedLaw
+from raymix.laws.search.feasible import Problem, Region, feasible
+from raymix.laws.search.minimize import minimise, optimum_at
+from raymix.laws.search.objective import Objective, Optimum
+from raymix.laws.search.separable import Powers, SeparableOptimum, separable_optimum
 from raymix.laws.table import MixtureTable, make_table, read_table
 
 __all__ = [

@@ -16,7 +16,7 @@ from raymix.errors import LawError, did_you_mean, problem
 from raymix.laws.table import Floats, MixtureTable
 
 if TYPE_CHECKING:
-    from raymix.laws.objective import Objective, Optimum
+    from raymix.laws.search.objective import Objective, Optimum
 
 FORMAT = 1
 """Version of the JSON form of a law."""

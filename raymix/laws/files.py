@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raymix._utils.json import parse_json
 from raymix.errors import LawError, problem
-from raymix.jsontext import parse_json
 from raymix.laws.base import FitReport, Law, build_law, law_from_dict, law_to_dict
 from raymix.laws.table import MixtureTable, read_table
 from raymix.store import atomic_write_text

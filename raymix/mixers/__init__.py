@@ -34,7 +34,10 @@ and never trained on, under every mixer.
 Published comparisons find most of these close to an even mixture: run `uniform` beside them.
 """
 
-from raymix.mixers import ado, aioli, dga, doge, doremi, odm, pike, rb, replay
+from raymix.mixers.adaptive import ado, aioli, dga, doge, doremi, odm, pike, rb
+from raymix.mixers.adaptive.guardrails import Adaptive
+from raymix.mixers.adaptive.powerlaw import PowerLaws, fit_power_laws
+from raymix.mixers.adaptive.simplex import water_fill
 from raymix.mixers.base import (
     GRADIENT_STATISTICS,
     STATISTICS,
@@ -48,12 +51,10 @@ from raymix.mixers.base import (
     known_mixers,
     mixer,
 )
-from raymix.mixers.guard import Adaptive
-from raymix.mixers.named import shares_by_name
-from raymix.mixers.planned import Planned, tempered, unimax
-from raymix.mixers.powerlaw import PowerLaws, fit_power_laws
-from raymix.mixers.replay import Replay
-from raymix.mixers.simplex import water_fill
+from raymix.mixers.by_name import shares_by_name
+from raymix.mixers.fixed import replay
+from raymix.mixers.fixed.planned import Planned, tempered, unimax
+from raymix.mixers.fixed.replay import Replay
 
 __all__ = [
     "GRADIENT_STATISTICS",

@@ -12,6 +12,7 @@ from raymix.recipe.corpus import (
     TokenizerConfig,
     TrainedTokenizer,
 )
+from raymix.recipe.document import Recipe
 from raymix.recipe.load import load_recipe, read_recipe, recipe_to_yaml, resolve_paths
 from raymix.recipe.mixer import (
     AdoMixer,
@@ -34,7 +35,6 @@ from raymix.recipe.mixer import (
     UniformMixer,
     UnimaxMixer,
 )
-from raymix.recipe.recipe import Recipe
 from raymix.recipe.schema import commented_recipe, recipe_schema
 from raymix.recipe.specialists import SpecialistsConfig
 from raymix.recipe.training import (

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raymix.recipe._base import Fault, Real, Whole, raise_if
+from raymix.recipe.base import Fault, Real, Whole, raise_if
 from raymix.recipe.shares import MixerModel, Weights, sum_fault
 
 Losses = dict[str, Annotated[Real, Field(ge=0)]]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from raymix.recipe._base import Fault, Model, Place, Real, Whole, Words, raise_if
+from raymix.recipe.base import Fault, Model, Place, Real, Whole, Words, raise_if
 
 NAME = Words("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
 # Entries of a prepared corpus' directory that are no domains.

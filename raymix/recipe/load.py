@@ -20,15 +20,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from raymix._utils.yaml import MAX_BYTES, dump_yaml, parse_yaml
 from raymix.errors import RecipeError, did_you_mean, problem
-from raymix.recipe._overrides import apply_overrides
-from raymix.recipe._rules import broken_rules
-from raymix.recipe._translate import fault_message, translate
 from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
+from raymix.recipe.document import Recipe
 from raymix.recipe.mixer import DgaMixer, MixerConfig, ReplayMixer
-from raymix.recipe.recipe import Recipe
+from raymix.recipe.overrides import apply_overrides
+from raymix.recipe.rules import broken_rules
 from raymix.recipe.training import ModelConfig, PretrainedModel
-from raymix.yamltext import MAX_BYTES, dump_yaml, parse_yaml
+from raymix.recipe.translate import fault_message, translate
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raymix.recipe._base import Fault, Model, Real, Whole, raise_if
 from raymix.recipe.adaptive import (
     AdoMixer,
     AioliMixer,
@@ -21,6 +20,7 @@ from raymix.recipe.adaptive import (
     PikeMixer,
     RbMixer,
 )
+from raymix.recipe.base import Fault, Model, Real, Whole, raise_if
 from raymix.recipe.plugins import MIXERS, OpenTo, PluginMixer
 from raymix.recipe.shares import MixerModel, Weights, sum_fault
 

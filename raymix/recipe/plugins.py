@@ -15,7 +15,7 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from raymix.recipe._base import Model
+from raymix.recipe.base import Model
 
 
 @dataclass(slots=True)

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from raymix.recipe._describe import Spot, describe, tag_of
-from raymix.recipe.recipe import Recipe
-from raymix.yamltext import dump_yaml
+from raymix._utils.yaml import dump_yaml
+from raymix.recipe.describe import Spot, describe, tag_of
+from raymix.recipe.document import Recipe
 
 SCHEMA_FILE = "raymix.schema.json"
 EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"

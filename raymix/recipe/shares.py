@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from raymix.recipe._base import Fault, Model, Real, Words
+from raymix.recipe.base import Fault, Model, Real, Words
 
 Weights = dict[str, Annotated[Real, Field(ge=0)]]
 SUM_TOLERANCE = 1e-6

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raymix.recipe._base import Fault, Faults, Model, Real, Whole, default_tag, raise_if
+from raymix.recipe.base import Fault, Faults, Model, Real, Whole, default_tag, raise_if
 
 Epochs = Annotated[Real, Field(gt=0)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raymix.recipe._base import Fault, Model, Real, Whole, raise_if
+from raymix.recipe.base import Fault, Model, Real, Whole, raise_if
 from raymix.recipe.shares import Weights, sum_fault
 
 Share = Annotated[Real, Field(ge=0, le=1)]

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raymix._utils.json import parse_json
 from raymix.errors import RaymixError, RecipeError, problem
-from raymix.jsontext import parse_json
 from raymix.report.read import METRICS, read_run
 from raymix.report.steps import Document
 from raymix.report.summary import summarise
 from raymix.store import atomic_write_text
-from raymix.store.trouble import is_remote
+from raymix.store.remote.errors import is_remote
 
 if TYPE_CHECKING:
     from raymix.report.figures import Picture

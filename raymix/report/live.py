@@ -16,13 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from raymix.jsontext import parse_json
+from raymix._utils.json import parse_json
 from raymix.report.exactness import usable_tokens
 from raymix.report.read import LOG, METRICS, fetch_run, outline
 from raymix.report.steps import Document, is_step, number
-from raymix.store.mirror import SHORTEST_S, Mirror
-from raymix.store.tail import LineTail
-from raymix.store.trouble import is_remote
+from raymix.store.remote.errors import is_remote
+from raymix.store.remote.mirror import SHORTEST_S, Mirror
+from raymix.store.remote.tail import LineTail
 
 _PACE_STEPS = 50
 _CURVE_POINTS = 400

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raymix._utils.json import parse_json
 from raymix.errors import RecipeError, problem
-from raymix.jsontext import parse_json
 from raymix.report.style import COLOURS, css_variables, figure, require_matplotlib, to_svg
 from raymix.store import atomic_write_text
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from raymix._utils.json import parse_json
 from raymix.errors import RaymixError
-from raymix.jsontext import parse_json
 from raymix.laws import law_from_dict
 from raymix.report.read import RunRecord
 from raymix.report.steps import Document, Floats, is_step, number

@@ -14,14 +14,15 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from raymix._utils.json import parse_json
+from raymix._utils.yaml import parse_yaml
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
-from raymix.jsontext import parse_json
 from raymix.report.steps import Document, Evaluation, Steps, steps_and_evaluations
 from raymix.sampling import MixtureLog
-from raymix.store import Corpus, files
-from raymix.store.mirror import Mirror
-from raymix.store.trouble import is_remote
-from raymix.yamltext import parse_yaml
+from raymix.store import Corpus
+from raymix.store.remote import files
+from raymix.store.remote.errors import is_remote
+from raymix.store.remote.mirror import Mirror
 
 METRICS = "metrics.jsonl"
 RECIPE = "resolved.yaml"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.jsontext import parse_json
+from raymix._utils.json import parse_json
 
 Floats = NDArray[np.float64]
 Document = dict[str, Any]

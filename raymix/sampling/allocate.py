@@ -64,7 +64,7 @@ from operator import add, ge, sub
 import numpy as np
 
 from raymix.errors import CorpusError, RecipeError, problem
-from raymix.sampling.closed import MOST_DOMAINS, closed_form
+from raymix.sampling.closed_form import MOST_DOMAINS, closed_form
 from raymix.sampling.shares import SHARE_BITS, Ints, restricted
 
 NO_LIMIT = (1 << 63) - 1

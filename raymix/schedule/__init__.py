@@ -32,19 +32,24 @@ all of the gain over `default` is that of `packed`; where sharding is dear, the 
 `compare_planners` (`raymix schedule simulate`) shows which it is for a corpus.
 """
 
-from raymix.schedule import baselines, exact, flexsp, hdp, refine, skrull
 from raymix.schedule.base import Planner, get_planner, known_planners, plan_batch
 from raymix.schedule.compare import Comparison, compare_planners
-from raymix.schedule.cost import CostModel, Link
-from raymix.schedule.exact import Exact, solve_exact
-from raymix.schedule.fit import Measurement, fit_cost_model, load_cost_model, save_cost_model
+from raymix.schedule.cost.fit import (
+    Measurement,
+    fit_cost_model,
+    load_cost_model,
+    save_cost_model,
+)
+from raymix.schedule.cost.model import CostModel, Link
+from raymix.schedule.cost.presets import MODELS, NETWORKS, preset
+from raymix.schedule.cost.timing import Placement, Timing, lower_bound
 from raymix.schedule.layout import Layout
 from raymix.schedule.lengths import known_distributions, sample_lengths
-from raymix.schedule.pace import training_planner
 from raymix.schedule.plan import MicroBatch, Schedule, Shard
-from raymix.schedule.presets import MODELS, NETWORKS, preset
-from raymix.schedule.skrull import dacp
-from raymix.schedule.timing import Placement, Timing, lower_bound
+from raymix.schedule.planners import baselines, exact, flexsp, hdp, refine, skrull
+from raymix.schedule.planners.exact import Exact, solve_exact
+from raymix.schedule.planners.paced import training_planner
+from raymix.schedule.planners.skrull import dacp
 
 __all__ = [
     "MODELS",

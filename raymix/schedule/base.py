@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from raymix.errors import ScheduleError, did_you_mean, problem
-from raymix.schedule.cost import CostModel
+from raymix.schedule.cost.model import CostModel
+from raymix.schedule.cost.timing import Placement
 from raymix.schedule.layout import Ints, Layout
 from raymix.schedule.plan import Schedule, checked_lengths
-from raymix.schedule.timing import Placement
 
 
 @runtime_checkable

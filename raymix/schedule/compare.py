@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike
 
 from raymix.errors import ScheduleError, problem
 from raymix.schedule.base import get_planner, known_planners
-from raymix.schedule.cost import CostModel
+from raymix.schedule.cost.model import CostModel
+from raymix.schedule.cost.timing import lower_bound
 from raymix.schedule.layout import Ints, Layout
 from raymix.schedule.plan import Schedule, checked_lengths
-from raymix.schedule.timing import lower_bound
 
 BASELINES = ("default", "packed")
 MOST_EXACT = 10

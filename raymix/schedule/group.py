@@ -10,9 +10,9 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-from raymix.schedule.cost import CostModel, shards
+from raymix.schedule.cost.model import CostModel, shards
+from raymix.schedule.cost.timing import Placement
 from raymix.schedule.layout import Floats, Ints, Layout
-from raymix.schedule.timing import Placement
 
 
 def least_loaded(work_K: Floats, bins: int) -> list[Ints]:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from raymix.errors import ScheduleError, problem
-from raymix.schedule.cost import CostModel
+from raymix.schedule.cost.model import CostModel
+from raymix.schedule.cost.timing import Placement, Timing, timing
 from raymix.schedule.layout import Ints, Layout
-from raymix.schedule.timing import Placement, Timing, timing
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ into blocks of exactly `block_tokens` tokens; only the last block may be shorter
 """
 
 from raymix.store.block import Block, StartArray, TokenArray, block_schema
+from raymix.store.columns import read_lengths, write_lengths
 from raymix.store.corpus import Corpus
-from raymix.store.files import atomic_write_bytes, atomic_write_text
-from raymix.store.learnt import Learnt
+from raymix.store.loss_mask import Learnt
 from raymix.store.manifest import (
     SPLITS,
     DomainInfo,
@@ -28,7 +28,7 @@ from raymix.store.manifest import (
     corpus_fingerprint,
     token_dtype,
 )
-from raymix.store.numbers import read_lengths, write_lengths
+from raymix.store.remote.files import atomic_write_bytes, atomic_write_text
 from raymix.store.shard import ShardWriter
 
 BLOCK_SCHEMA = block_schema

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raymix.errors import CorpusError, did_you_mean, problem
-from raymix.store import files
 from raymix.store.block import Block
-from raymix.store.learnt import LEARNT, Learnt, read_learnt
+from raymix.store.columns import read_lengths
+from raymix.store.loss_mask import LEARNT, Learnt, read_learnt
 from raymix.store.manifest import Manifest, SplitInfo, read_manifest
-from raymix.store.numbers import read_lengths
+from raymix.store.remote import files
+from raymix.store.remote.errors import is_remote, patiently, trouble
 from raymix.store.shard import ShardReader
-from raymix.store.trouble import is_remote, patiently, trouble
 
 _OPEN_SHARDS = 64
 

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from raymix._utils.json import parse_json
 from raymix.errors import CorpusError, problem
-from raymix.jsontext import parse_json
-from raymix.store import files
+from raymix.store.remote import files
 
 FORMAT = 1
 """Version of the layout; a reader refuses a higher one."""

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raymix.store import files
 from raymix.store.block import Block, block_schema
 from raymix.store.manifest import ShardInfo
+from raymix.store.remote import files
 
 _CHECKSUM = b"crc32"
 _SCHEMAS = (block_schema(np.uint16), block_schema(np.uint32))

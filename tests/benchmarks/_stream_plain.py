@@ -46,13 +46,13 @@ def torch_loader() -> Fill:
 
 def raymix_local() -> Fill:
     """Return raymix' stream in this process: no actors, blocks mapped from files."""
-    from raymix.control.client import LocalController
-    from raymix.control.controller import MixtureController
-    from raymix.control.source import LocalSource
-    from raymix.control.stream import MixtureStream
     from raymix.mixers import MixerContext, Planned
     from raymix.recipe.training import PackedData
     from raymix.store import Corpus
+    from raymix.streaming.batches.stream import MixtureStream
+    from raymix.streaming.blocks.sources import LocalSource
+    from raymix.streaming.controller.actor import MixtureController
+    from raymix.streaming.controller.client import LocalController
 
     corpus = Corpus.open(str(CACHE / "corpus"))
     tokens_D = np.full(DOMAINS, ROWS * LENGTH)

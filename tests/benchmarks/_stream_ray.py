@@ -51,14 +51,14 @@ os.environ.update(
 
 import ray
 
-from raymix.control.client import RemoteController, start_controller
-from raymix.control.plane import start_plane
-from raymix.control.plane_source import PlaneSource
-from raymix.control.stream import MixtureStream
 from raymix.mixers import DomainStats, MixerContext
 from raymix.recipe.training import PackedData
 from raymix.sampling import realised_error_bound
 from raymix.store import Corpus
+from raymix.streaming.batches.stream import MixtureStream
+from raymix.streaming.blocks.actor import start_plane
+from raymix.streaming.blocks.shared_source import PlaneSource
+from raymix.streaming.controller.client import RemoteController, start_controller
 from tests.corpora import random_documents, write_corpus
 
 WINDOW = 100

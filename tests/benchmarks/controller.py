@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from raymix.control.state import MixtureState
 from raymix.mixers import DomainStats, MixerContext, build_mixer
 from raymix.recipe import MixerConfig
+from raymix.streaming.controller.state import MixtureState
 from tests.benchmarks._report import print_table, row, write_results
 
 WORKERS = 512
@@ -102,7 +102,7 @@ def actor_rows() -> list[dict[str, Any]]:
     """Return the cost of the same through the actor: of the update, and of a push."""
     import ray
 
-    from raymix.control.client import start_controller
+    from raymix.streaming.controller.client import start_controller
 
     ray.init(
         num_cpus=2,

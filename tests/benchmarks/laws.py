@@ -19,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 from raymix.laws import MixtureTable, build_law, mean_score, read_table, scores
-from raymix.laws.fitted import own_domains
+from raymix.laws.models.fitted_law import own_domains
 from tests.benchmarks import _law_peers as peers
 from tests.benchmarks._report import row, write_results
 

@@ -32,16 +32,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from raymix.control.batch import DocumentBatch, HeldDocument
-from raymix.parallel import Teams, register
+from raymix.context_parallel import Teams, register
 from raymix.recipe import ConfigModel, TrainConfig
 from raymix.schedule import Layout, Schedule, load_cost_model, plan_batch
-from raymix.train.assigning import assumed_cost
-from raymix.train.documents import ContextParallel, document_passes
-from raymix.train.loss import PackedLoss
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.optim import build_optimizer
-from raymix.train.parallel import World, place_model
+from raymix.streaming.batches.step_batch import DocumentBatch, HeldDocument
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import PackedLoss
+from raymix.training.model.optim import build_optimizer
+from raymix.training.model.parallel import World, place_model
+from raymix.training.step.document_layout import assumed_cost
+from raymix.training.step.documents import ContextParallel, document_passes
 from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
 from tests.ranks import on_ranks
 

@@ -36,7 +36,7 @@ import torch
 import yaml
 from torch.nn import functional
 
-from raymix.train.cluster import keep_freed_memory, thread_environment
+from raymix.training.launch.cluster import keep_freed_memory, thread_environment
 from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
 
 QUICKSTART = ROOT / "pipelines" / "quickstart.yaml"
@@ -107,7 +107,7 @@ def run(*command: str, env: Mapping[str, str] | None = None) -> str:
 
 def bare_main(recipe: Path, workers: int, *, tuned: bool) -> None:
     """Print the seconds per step of a bare loop of `workers` processes."""
-    from raymix.train.machine import cores
+    from raymix.training.host.machine import cores
 
     rank = 0
     with tempfile.NamedTemporaryFile() as store:
@@ -133,7 +133,7 @@ class Bare:
 
     def __init__(self, recipe: Any, rank: int = 0, workers: int = 1) -> None:
         from raymix.store import Corpus
-        from raymix.train.model import CorpusFacts, build_model
+        from raymix.training.model.hf_model import CorpusFacts, build_model
 
         corpus = Corpus.open(recipe.corpus.path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -205,10 +205,10 @@ class TakingTurns:
 def turns_main(path: Path) -> None:
     """Print the seconds per step of our loop and of the bare one, in one process without Ray."""
     from raymix.recipe import load_recipe
-    from raymix.train.loop import TrainingLoop
-    from raymix.train.parallel import World
-    from raymix.train.rundir import RunDirectory
-    from raymix.train.setup import Job, begin, build_parts, local_source
+    from raymix.training.loop import TrainingLoop
+    from raymix.training.model.parallel import World
+    from raymix.training.run.rundir import RunDirectory
+    from raymix.training.setup import Job, begin, build_parts, local_source
 
     recipe, world = load_recipe(path), World()
     keep_freed_memory()
@@ -238,7 +238,7 @@ def in_memory(
     recipe: Any, corpus: Any, rank: int, workers: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
     """Yield the very batches that ours reads, as tensors, with the labels of the whole batch."""
-    from raymix.train.batches import micro_batches
+    from raymix.training.step.batches import micro_batches
 
     stream = local_stream(recipe, corpus, rank, workers)
     for _ in range(recipe.train.steps):
@@ -248,11 +248,11 @@ def in_memory(
 
 
 def local_stream(recipe: Any, corpus: Any, rank: int = 0, workers: int = 1) -> Any:
-    from raymix.control.client import LocalController
-    from raymix.control.controller import MixtureController
-    from raymix.control.source import LocalSource
-    from raymix.control.stream import MixtureStream, row_tokens
-    from raymix.train.setup import mixer_context
+    from raymix.streaming.batches.stream import MixtureStream, row_tokens
+    from raymix.streaming.blocks.sources import LocalSource
+    from raymix.streaming.controller.actor import MixtureController
+    from raymix.streaming.controller.client import LocalController
+    from raymix.training.setup import mixer_context
 
     context = mixer_context(recipe, corpus, steps=recipe.train.steps)
     return MixtureStream(
@@ -270,11 +270,11 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
     """Yield what each part of a step costs by itself, one worker, without Ray but for the RPC."""
     from raymix.recipe import load_recipe
     from raymix.store import Corpus
-    from raymix.train.account import StepAccount
-    from raymix.train.batches import micro_batches
-    from raymix.train.parallel import World
-    from raymix.train.recorder import Recorder
-    from raymix.train.rundir import RunDirectory
+    from raymix.training.model.parallel import World
+    from raymix.training.run.recorder import Recorder
+    from raymix.training.run.rundir import RunDirectory
+    from raymix.training.step.batches import micro_batches
+    from raymix.training.step.metrics import StepAccount
 
     recipe = load_recipe(path)
     corpus = Corpus.open(recipe.corpus.path)
@@ -325,9 +325,9 @@ def _part(name: str, work: Callable[[], object], times: int = 200) -> dict[str, 
 
 
 def _checkpoint(recipe: Any, corpus: Any, directory: Path) -> dict[str, Any]:
-    from raymix.train.local import run_here
-    from raymix.train.rundir import RunDirectory
-    from raymix.train.setup import Job
+    from raymix.training.launch.local import run_here
+    from raymix.training.run.rundir import RunDirectory
+    from raymix.training.setup import Job
 
     short = recipe.model_copy(
         update={
@@ -343,10 +343,10 @@ def _checkpoint(recipe: Any, corpus: Any, directory: Path) -> dict[str, Any]:
 
 
 def _rpc(recipe: Any, corpus: Any) -> dict[str, Any]:
-    from raymix.control.client import RemoteController, start_controller
     from raymix.recipe import ClusterConfig
-    from raymix.train.cluster import joined
-    from raymix.train.setup import mixer_context
+    from raymix.streaming.controller.client import RemoteController, start_controller
+    from raymix.training.launch.cluster import joined
+    from raymix.training.setup import mixer_context
 
     with joined(ClusterConfig()):
         context = mixer_context(recipe, corpus, steps=10**6)

@@ -215,7 +215,7 @@ def accuracy() -> list[dict[str, Any]]:
     """Return error and cost of DRM-H on single matrices of the small family, by decomposition."""
     import torch
 
-    from raymix.merge.drm import DrmOptions, drm
+    from raymix.merging.methods.drm import DrmOptions, drm
 
     torch.set_num_threads(1)
     found = []

@@ -202,7 +202,7 @@ def start_ray() -> None:
 
 def make_tokenizer(path: Path) -> None:
     """Write a byte-level BPE of GPT-2's size, trained on half of the shared corpus."""
-    from raymix.corpus.tokenizer import train_bpe
+    from raymix.corpus.tokenizers.tokenizer import train_bpe
 
     tables = (pq.read_table(file, columns=["text"]) for file in sorted(SHARED.glob("*.parquet")))
     texts = (text for table in tables for text in table["text"].to_pylist()[::2])

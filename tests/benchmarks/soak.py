@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from raymix.control.client import LocalController
-from raymix.control.controller import MixtureController
-from raymix.control.source import LocalSource
-from raymix.control.stream import MixtureStream, row_tokens
 from raymix.recipe import load_recipe
 from raymix.store import Corpus
-from raymix.store.tail import LineTail
-from raymix.train.setup import mixer_context
+from raymix.store.remote.tail import LineTail
+from raymix.streaming.batches.stream import MixtureStream, row_tokens
+from raymix.streaming.blocks.sources import LocalSource
+from raymix.streaming.controller.actor import MixtureController
+from raymix.streaming.controller.client import LocalController
+from raymix.training.setup import mixer_context
 from tests import faults
 from tests.benchmarks._report import RESULTS, row, write_results
 from tests.e2e.conftest import Shell, write_recipe

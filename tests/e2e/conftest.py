@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from raymix.train.rundir import read_metrics
+from raymix.training.run.rundir import read_metrics
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "pipelines" / "quickstart"

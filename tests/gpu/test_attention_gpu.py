@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raymix.parallel import Held, Part, Teams, attention
-from raymix.parallel.kernels import EfficientKernel, FlashKernel, Kernel, kernel_for
-from raymix.parallel.pieces import Piece, Pieces
+from raymix.context_parallel import Held, Part, Teams, attention
+from raymix.context_parallel.kernels import EfficientKernel, FlashKernel, Kernel, kernel_for
+from raymix.context_parallel.segments import Piece, Pieces
 from tests.attending import Case, dense_attention, random_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymix.merge import known_methods
-from raymix.merge.engine import merge
+from raymix.merging import known_methods
+from raymix.merging.run.engine import merge
 from tests.merging import read_model, write_family
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,8 +8,8 @@ import torch
 
 from raymix.recipe import ConfigModel
 from raymix.signals import GradientProbe, PieceGram, assign_pieces, order_by_piece, statistics
-from raymix.train.loss import IGNORED, PackedLoss
-from raymix.train.model import CorpusFacts, build_model
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import IGNORED, PackedLoss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

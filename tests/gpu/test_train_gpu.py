@@ -10,11 +10,11 @@ import torch
 
 from raymix.recipe import Recipe
 from raymix.store import Corpus
-from raymix.train.local import run_here
-from raymix.train.loss import PackedLoss
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.rundir import open_run, read_metrics
-from raymix.train.setup import Job
+from raymix.training.launch.local import run_here
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import PackedLoss
+from raymix.training.run.rundir import open_run, read_metrics
+from raymix.training.setup import Job
 from tests.training import VOCAB, train_corpus
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

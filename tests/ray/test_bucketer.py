@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import ray
 
-from raymix.control.assign import Reader
-from raymix.control.bucketer import PlanRequest, RemoteBucketer, start_bucketer
-from raymix.control.bucketing import BucketPlan
 from raymix.errors import TrainingError
 from raymix.sampling import MixtureLog
 from raymix.schedule import Layout
 from raymix.store import Corpus
+from raymix.streaming.batches.assign import Reader
+from raymix.streaming.sequences.actor import PlanRequest, RemoteBucketer, start_bucketer
+from raymix.streaming.sequences.step_plans import BucketPlan
 from tests.bucketing import DATA, HOW, expected, held_by, log_of, mixed_corpus, same, start
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import ray
 
-from raymix.control.client import start_controller
-from raymix.control.plane import start_plane
-from raymix.control.stream import row_tokens
 from raymix.errors import ClusterError, CorpusError, TrainingError
 from raymix.mixers import Planned
 from raymix.recipe.training import DocumentData
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
+from raymix.streaming.batches.stream import row_tokens
+from raymix.streaming.blocks.actor import start_plane
+from raymix.streaming.controller.client import start_controller
 from tests.corpora import labelled_domain, write_corpus
 from tests.streams import (
     BLOCK,

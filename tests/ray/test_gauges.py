@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raymix.train.gauges import METRICS
+from raymix.training.run.gauges import METRICS
 from tests.scripts import run_script
 from tests.training import train_corpus
 
@@ -16,7 +16,7 @@ import json, sys, threading, time, urllib.request
 from pathlib import Path
 import ray
 from raymix.recipe import Recipe
-from raymix.train.api import train
+from raymix.training.api import train
 
 document = json.loads(sys.stdin.read())
 wanted = document.pop("wanted")

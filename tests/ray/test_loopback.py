@@ -63,7 +63,7 @@ print("listening " + json.dumps(sorted(set(listening()))))
 STARTS = {
     "train": (
         "from raymix.recipe import ClusterConfig\n"
-        "from raymix.train.cluster import joined\n"
+        "from raymix.training.launch.cluster import joined\n"
         "cluster = joined(ClusterConfig(workers=1, address='local'))\n"
         "cluster.__enter__()",
         "cluster.__exit__(None, None, None)",
@@ -71,7 +71,7 @@ STARTS = {
     "workers": (
         "import threading, time\n"
         "from raymix.recipe import Recipe\n"
-        "from raymix.train.api import train\n"
+        "from raymix.training.api import train\n"
         "run = Path('run')\n"
         "document = json.loads(Path('recipe.json').read_text())\n"
         "work = lambda: train(Recipe.model_validate(document), report=False)\n"
@@ -91,7 +91,7 @@ STARTS = {
         "cluster.__exit__(None, None, None)",
     ),
     "merge": (
-        "from raymix.merge.fanout import _join_or_start\n_join_or_start()",
+        "from raymix.merging.run.fanout import _join_or_start\n_join_or_start()",
         "ray.shutdown()",
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raymix.errors import MergeError
-from raymix.merge.engine import merge
+from raymix.merging.run.engine import merge
 from tests.merging import DOWN, digests, weights, write_adapter, write_family, write_model
 from tests.unit.test_merge_lora import factors
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from raymix.cli.main import app
-from raymix.merge import merge
+from raymix.merging import merge
 from raymix.store import Corpus
 from tests.e2e.conftest import wait_for
 from tests.training import VOCAB, train_corpus

@@ -9,7 +9,7 @@ from tests.scripts import run_script
 AFTER = """
 import os
 from raymix.recipe import ClusterConfig
-from raymix.train.cluster import joined
+from raymix.training.launch.cluster import joined
 
 reported = "RAY_enable_metrics_collection"
 config = ClusterConfig(workers=1, address="local")
@@ -26,7 +26,7 @@ import os, signal, time
 from pathlib import Path
 from raymix.errors import TrainingError
 from raymix.recipe import ClusterConfig
-from raymix.train.cluster import check_own, joined, ray_notices_to
+from raymix.training.launch.cluster import check_own, joined, ray_notices_to
 
 try:
     with ray_notices_to(Path("ray.log")), joined(ClusterConfig(workers=1, address="local")):

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from raymix.recipe import Recipe
-from raymix.store import files
-from raymix.train.api import train
+from raymix.store.remote import files
+from raymix.training.api import train
 from tests import buckets
 from tests.e2e.conftest import Shell, wait_for
 from tests.scenes import descendants

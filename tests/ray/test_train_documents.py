@@ -17,10 +17,10 @@ import ray
 from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import plan_batch
 from raymix.store import Corpus
-from raymix.train.api import train
-from raymix.train.assigning import bucket_plan
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.rundir import RunDirectory, read_metrics
+from raymix.training.api import train
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.run.rundir import RunDirectory, read_metrics
+from raymix.training.step.document_layout import bucket_plan
 from tests.e2e.conftest import wait_for
 
 STEPS = 20

@@ -11,9 +11,9 @@ import pytest
 from raymix.errors import CorpusError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
-from raymix.train.api import train
-from raymix.train.rundir import RunDirectory, read_metrics
-from raymix.train.worker import StopWhereHopeless
+from raymix.training.api import train
+from raymix.training.launch.worker import StopWhereHopeless
+from raymix.training.run.rundir import RunDirectory, read_metrics
 from tests.training import train_corpus
 
 STEPS = 60

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from raymix.laws import FitReport, MixtureTable, Objective, Optimum, law, minimise
+from raymix.laws import FitReport, MixtureTable, Objective, Optimum, law
+from raymix.laws.search import minimize as minimise
 from raymix.laws.table import Floats
 
 

@@ -11,7 +11,7 @@ from raymix.errors import ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.recipe.training import PackedData
 from raymix.schedule import CostModel, Layout, get_planner, plan_batch, training_planner
-from raymix.train.assigning import context_of, held_tokens, layout_of, whole_rows
+from raymix.training.step.document_layout import context_of, held_tokens, layout_of, whole_rows
 
 
 def recipe(workers: int, **assign: Any) -> Recipe:

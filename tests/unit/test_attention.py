@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raymix.control.batch import HeldDocument
+from raymix.context_parallel import Held, Part, Teams, attending, attention, heads_fit, register
+from raymix.context_parallel.kernels import CpuKernel, EfficientKernel, FlashKernel
+from raymix.context_parallel.segments import Piece, Pieces
 from raymix.errors import TrainingError
-from raymix.parallel import Held, Part, Teams, attending, attention, heads_fit, register
-from raymix.parallel.kernels import CpuKernel, EfficientKernel, FlashKernel
-from raymix.parallel.pieces import Piece, Pieces
-from raymix.train.documents import ContextParallel, document_passes
-from raymix.train.loss import IGNORED
-from raymix.train.model import switch_attention
+from raymix.streaming.batches.step_batch import HeldDocument
+from raymix.training.model.hf_model import switch_attention
+from raymix.training.model.loss import IGNORED
+from raymix.training.step.documents import ContextParallel, document_passes
 from tests.attending import Case, dense_attention, random_case
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
@@ -139,7 +139,7 @@ def test_heads_that_can_be_dealt_out() -> None:
 
 def test_labels_are_shifted_in_whole_documents_before_they_are_cut() -> None:
     """Two ranks share six tokens: 0, 1 | 4, 5 and 2, 3; only the answers 2 and 5 are learnt."""
-    from raymix.train.documents import _piece
+    from raymix.training.step.documents import _piece
 
     answers = np.array([False, False, True, False, False, True])
     shared = HeldDocument(3, (0, 1), np.arange(10, 16, dtype=np.uint16), answers)

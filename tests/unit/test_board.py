@@ -11,9 +11,9 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from raymix.errors import RecipeError
-from raymix.train.board import Board
-from raymix.train.recorder import Recorder
-from raymix.train.rundir import RunDirectory
+from raymix.training.run.event_file import Board
+from raymix.training.run.recorder import Recorder
+from raymix.training.run.rundir import RunDirectory
 
 FULL = Path("/dev/full")
 

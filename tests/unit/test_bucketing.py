@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from raymix.control.bucketing import StepPlans
 from raymix.errors import ScheduleError
 from raymix.recipe.training import DocumentData
 from raymix.schedule import Layout
 from raymix.store import Corpus
+from raymix.streaming.sequences.step_plans import StepPlans
 from tests.bucketing import COST, DATA, HOW, expected, held_by, log_of, mixed_corpus, same, start
 from tests.streams import fixed, local, local_stream, read
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from raymix.cli.optimize import rounded
-from raymix.laws import Objective, law_to_dict, minimise
+from raymix.laws import Objective, law_to_dict
+from raymix.laws.search import minimize as minimise
 from tests.unit.forms import Inverse, inverse
 from tests.unit.test_cli import call
 

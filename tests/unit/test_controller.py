@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymix.control.controller import MixtureController
-from raymix.control.leases import Lease
 from raymix.errors import RecipeError, TrainingError
 from raymix.mixers import DomainStats, Mixer, MixerContext, Planned
 from raymix.sampling import MixtureLog
+from raymix.streaming.controller.actor import MixtureController
+from raymix.streaming.controller.leases import Lease
 from tests.streams import TokensMixer, fixed
 
 DOMAINS = ("a", "b", "c")

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymix.corpus.parts import SMALLEST_PART, plan_parts
-from raymix.corpus.sources import expand, file_format, find_sources
+from raymix.corpus.read.parts import SMALLEST_PART, plan_parts
+from raymix.corpus.read.sources import expand, file_format, find_sources
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DomainConfig
-from raymix.store import atomic_write_bytes, files
+from raymix.store import atomic_write_bytes
+from raymix.store.remote import files
 
 TREE = ("a.jsonl", "b.jsonl", "b.txt", ".hidden.jsonl", "x/c.jsonl", "x/y/d.jsonl", "x/y/.e.jsonl")
 

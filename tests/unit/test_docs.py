@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from raymix.cluster_jobs.submission import COMMANDS as JOB_COMMANDS
-from raymix.merge.registry import known_methods
+from raymix.jobs.submission import COMMANDS as JOB_COMMANDS
+from raymix.merging.registry import known_methods
 from raymix.mixers import known_mixers
 from raymix.recipe import Recipe, load_recipe
 from raymix.schedule.base import known_planners

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raymix.cli import doctor
-from raymix.train import machine
+from raymix.training.host import machine
 
 GB = 10**9
 

@@ -14,7 +14,7 @@ from raymix.errors import CorpusError
 from raymix.mixers import MixerContext, build_mixer
 from raymix.recipe import ProportionalMixer, ScheduleMixer, SchedulePiece, UniformMixer
 from raymix.sampling import NO_LIMIT, Allocator, fixed_point
-from raymix.train.forecast import Segment, forecast, segments
+from raymix.training.plan.forecast import Segment, forecast, segments
 
 INF = np.inf
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from raymix.train import gauges
-from raymix.train.gauges import METRICS, Gauges, Metric, cluster_gauges
+from raymix.training.run import gauges
+from raymix.training.run.gauges import METRICS, Gauges, Metric, cluster_gauges
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "cluster" / "grafana.json").read_text())

@@ -14,11 +14,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymix.cluster_jobs import Submission, prepare_submission
-from raymix.cluster_jobs.files import find_project, list_files
-from raymix.cluster_jobs.package import MOST_BYTES, pack
-from raymix.cluster_jobs.server import checked_address
 from raymix.errors import ClusterError, RecipeError
+from raymix.jobs import Submission, prepare_submission
+from raymix.jobs.files import find_project, list_files
+from raymix.jobs.package import MOST_BYTES, pack
+from raymix.jobs.server import checked_address
 from tests.unit.recipes import DOCUMENT
 
 

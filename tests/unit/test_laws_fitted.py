@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
+from raymix._utils.threads import one_thread
 from raymix.errors import LawError
 from raymix.laws import (
     AutoLaw,
@@ -26,11 +27,10 @@ from raymix.laws import (
     load_law,
     save_law,
 )
-from raymix.laws.fitted import absent, own_domains, training
-from raymix.laws.parametric import run_weights
-from raymix.laws.regression import RidgeSolver
+from raymix.laws.models.fitted_law import absent, own_domains, training
+from raymix.laws.models.parametric import run_weights
+from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats
-from raymix.laws.threads import one_thread
 from tests.unit.tables import STEPS, AdditiveTruth, BiMixTruth, as_table, draw_shares
 
 STEPPED = ("bimix", "exponential", "additive", "joint", "regression")

@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
 
-from raymix.laws.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
-from raymix.laws.fitting import FIRST_SCALE, Curve, Fitted, Inputs, bootstrap, fit_curves
+from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
+from raymix.laws.models.least_squares import (
+    FIRST_SCALE,
+    Curve,
+    Fitted,
+    Inputs,
+    bootstrap,
+    fit_curves,
+)
 from raymix.laws.table import Floats
 from tests.unit.tables import draw_shares
 

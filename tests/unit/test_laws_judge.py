@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from raymix.laws import Score, mean_score, scores
-from raymix.laws.fitted import null_scores, questions, training
-from raymix.laws.judge import FOLDS, early, folds, left_out, score, verdict
-from raymix.laws.regression import RidgeSolver
+from raymix.laws.cross_validation import FOLDS, early, folds, left_out, score, verdict
+from raymix.laws.models.fitted_law import null_scores, questions, training
+from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats, MixtureTable
 from tests.unit.tables import STEPS, AdditiveTruth, BiMixTruth, as_table, draw_shares
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymix.errors import LawError
-from raymix.laws import Objective, Region, feasible
+from raymix.laws import Objective, Region
+from raymix.laws.search import feasible
 
 DOMAINS, TARGETS = ("web", "books", "code"), ("web", "math")
 

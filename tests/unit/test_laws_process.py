@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from raymix.laws import gp
-from raymix.laws.fitted import training
-from raymix.laws.gp import ProcessSolver
-from raymix.laws.parametric import CurveSolver
-from raymix.laws.process import (
+from raymix.laws.models import gp_law as gp
+from raymix.laws.models.fitted_law import training
+from raymix.laws.models.gaussian_process import (
     Hyper,
     Process,
     Rows,
@@ -22,6 +20,8 @@ from raymix.laws.process import (
     negative_evidence,
     usual,
 )
+from raymix.laws.models.gp_law import ProcessSolver
+from raymix.laws.models.parametric import CurveSolver
 from raymix.laws.table import Floats
 from tests.unit.tables import AdditiveTruth, BiMixTruth, draw_shares
 

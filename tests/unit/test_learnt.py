@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymix.store import Learnt
-from raymix.store.learnt import read_learnt, write_learnt
+from raymix.store.loss_mask import read_learnt, write_learnt
 
 EDGES = st.lists(st.integers(0, 60), unique=True, max_size=12).map(
     lambda found: np.array(sorted(found)[: len(found) // 2 * 2], dtype=np.int64)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raymix.merge.decompose import left_basis
-from raymix.merge.drm import DrmOptions, KnotsOptions, drm, knots
-from raymix.merge.entrywise import TiesOptions, ties
-from raymix.merge.registry import Factors, Merged, get_method
+from raymix.merging.methods.decompose import left_basis
+from raymix.merging.methods.drm import DrmOptions, KnotsOptions, drm, knots
+from raymix.merging.methods.entrywise import TiesOptions, ties
+from raymix.merging.registry import Factors, Merged, get_method
 
 F64 = torch.float64
 

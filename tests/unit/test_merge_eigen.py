@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raymix.merge.eigen import LARGE, eigh, eigh_in_steps, one_thread
+from raymix.merging.methods.eigen import LARGE, eigh, eigh_in_steps, one_thread
 
 F64 = torch.float64
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raymix.merge.engine import merge
-from raymix.merge.registry import Merged, get_method
+from raymix.merging.registry import Merged, get_method
+from raymix.merging.run.engine import merge
 from tests.merging import (
     NORM,
     digests,

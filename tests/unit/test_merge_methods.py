@@ -14,11 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raymix.errors import MergeError
-from raymix.merge.agree import agreeing_mean
-from raymix.merge.drm import KnotsOptions, knots
-from raymix.merge.registry import Deltas, Factors, Merged, get_method
-from raymix.merge.select import keep_from, keep_up_to, largest, order_statistics
-from raymix.merge.spectral import orthogonalised
+from raymix.merging.methods.drm import KnotsOptions, knots
+from raymix.merging.methods.order_statistics import (
+    keep_from,
+    keep_up_to,
+    largest,
+    order_statistics,
+)
+from raymix.merging.methods.sign_election import agreeing_mean
+from raymix.merging.methods.spectral import orthogonalised
+from raymix.merging.registry import Deltas, Factors, Merged, get_method
 
 F64 = torch.float64
 

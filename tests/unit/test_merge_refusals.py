@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from raymix.cli.main import app
 from raymix.errors import MergeError
-from raymix.merge.engine import merge
+from raymix.merging.run.engine import merge
 from tests.merging import (
     DOWN,
     NORM,

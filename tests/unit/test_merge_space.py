@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymix.errors import MergeError
-from raymix.merge import get_method, load_merge
-from raymix.merge.recipe import MergeFile
-from raymix.merge.settings import Settings, check_options
-from raymix.merge.space import (
+from raymix.merging import get_method, load_merge
+from raymix.merging.recipe import MergeFile
+from raymix.merging.run.settings import Settings, check_options
+from raymix.merging.search_space import (
     Dimension,
     applied,
     next_points,

@@ -9,7 +9,7 @@ import pytest
 
 from raymix.recipe import Recipe
 from raymix.store import Corpus
-from raymix.train.nearest import PRIOR_TOKENS, nearest_documents
+from raymix.training.plan.target_counts import PRIOR_TOKENS, nearest_documents
 from tests.corpora import write_corpus
 from tests.unit.recipes import document
 

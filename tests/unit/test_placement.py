@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymix.errors import ClusterError
-from raymix.train.placement import NODE_LABEL, Node, WorkerPlaces, place_workers, scaling
+from raymix.training.launch.placement import (
+    NODE_LABEL,
+    Node,
+    WorkerPlaces,
+    place_workers,
+    scaling,
+)
 
 WORKER = {"CPU": 1.0, "GPU": 1.0}
 

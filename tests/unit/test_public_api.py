@@ -141,7 +141,7 @@ def test_each_name_is_there_and_documented(name: str) -> None:
 
 
 def test_the_room_of_training_can_be_called() -> None:
-    import raymix.train.rundir
+    import raymix.training.run.rundir
 
     assert callable(raymix.train)
     with pytest.raises(errors.RecipeError, match="no such file"):

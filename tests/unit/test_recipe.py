@@ -322,7 +322,7 @@ def test_yaml_round_trip(
         train=TrainConfig(steps=steps, lr=lr),
     )
     recipe = resolve_paths(recipe, "/")
-    from raymix.yamltext import parse_yaml
+    from raymix._utils.yaml import parse_yaml
 
     data = parse_yaml(recipe_to_yaml(recipe), name="recipe", value="text")
     assert Recipe.model_validate(data) == recipe

@@ -8,8 +8,8 @@ import pytest
 from pydantic import Field
 
 from raymix.recipe import Recipe
-from raymix.recipe._base import Real, Whole, Words
-from raymix.recipe._describe import Spot, describe, field_paths, listed, number, tag_of
+from raymix.recipe.base import Real, Whole, Words
+from raymix.recipe.describe import Spot, describe, field_paths, listed, number, tag_of
 
 
 def words(annotation: Any) -> str:

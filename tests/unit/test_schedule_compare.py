@@ -16,8 +16,8 @@ from raymix.schedule import (
     preset,
     sample_lengths,
 )
-from raymix.schedule.flexsp import bucket_ends
-from raymix.schedule.source import known_source, read_lengths
+from raymix.schedule.length_source import known_source, read_lengths
+from raymix.schedule.planners.flexsp import bucket_ends
 from tests.unit.scheduling import PLAIN
 
 ROW = {

@@ -24,7 +24,7 @@ from raymix.schedule import (
     preset,
     save_cost_model,
 )
-from raymix.schedule.cost import shards
+from raymix.schedule.cost.model import shards
 from tests.unit.scheduling import PLAIN, cost_of, full_cost
 
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raymix.schedule import CostModel, Layout, dacp, plan_batch, preset, sample_lengths
 from raymix.schedule.layout import Ints
-from raymix.schedule.skrull import SHARDED, gds
+from raymix.schedule.planners.skrull import SHARDED, gds
 from tests.unit.scheduling import PLAIN, cost_of
 
 

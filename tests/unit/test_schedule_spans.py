@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from raymix.recipe.training import PlannerName
 from raymix.schedule import known_planners
-from raymix.schedule.cost import shards
-from raymix.schedule.spans import shard_positions, shard_spans
+from raymix.schedule.cost.model import shards
+from raymix.schedule.shard_spans import shard_positions, shard_spans
 
 
 @given(st.integers(1, 500), st.integers(1, 16))

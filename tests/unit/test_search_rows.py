@@ -9,7 +9,7 @@ import pytest
 
 from raymix.errors import CorpusError
 from raymix.store import Corpus
-from raymix.train.evaluate import held_out_rows, search_rows
+from raymix.training.evaluate.held_out import held_out_rows, search_rows
 from tests.corpora import write_corpus
 from tests.training import train_corpus
 

@@ -24,10 +24,10 @@ from raymix.store import (
     atomic_write_text,
     block_schema,
     corpus_fingerprint,
-    files,
     token_dtype,
     write_lengths,
 )
+from raymix.store.remote import files
 
 CUT = 8
 

@@ -13,7 +13,7 @@ import pytest
 
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DocumentData, DomainConfig, PackedData, TrainedTokenizer
-from raymix.train.supply import Supply, estimated_supply
+from raymix.training.plan.domain_sizes import Supply, estimated_supply
 
 TEXTS = [
     f"Document {number} holds some words, and {number * 7} more. " * 20 for number in range(99)

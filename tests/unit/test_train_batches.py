@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymix.train.account import StepAccount
-from raymix.train.batches import (
+from raymix.training.model.loss import IGNORED
+from raymix.training.model.parallel import World
+from raymix.training.step.batches import (
     MicroBatch,
     count_micro_batches,
     micro_batches,
@@ -19,8 +20,7 @@ from raymix.train.batches import (
     positions_and_labels,
     starts_mask,
 )
-from raymix.train.loss import IGNORED
-from raymix.train.parallel import World
+from raymix.training.step.metrics import StepAccount
 
 CPU = torch.device("cpu")
 

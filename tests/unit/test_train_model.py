@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from raymix.errors import RecipeError
 from raymix.recipe import ConfigModel, PretrainedModel
-from raymix.train.loss import IGNORED, PackedLoss
-from raymix.train.model import (
+from raymix.training.model.hf_model import (
     CorpusFacts,
     build_model,
     load_model,
@@ -24,6 +23,7 @@ from raymix.train.model import (
     probe_model,
     resolve_config,
 )
+from raymix.training.model.loss import IGNORED, PackedLoss
 
 FACTS = CorpusFacts(vocab_size=61, eos_id=60, sequence_length=32)
 LLAMA = {

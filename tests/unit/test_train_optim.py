@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raymix.recipe import TrainConfig
-from raymix.train.optim import build_optimizer, clip_gradients, decay_groups, learning_rate
+from raymix.training.model.optim import (
+    build_optimizer,
+    clip_gradients,
+    decay_groups,
+    learning_rate,
+)
 
 STEPS = 100
 

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from raymix.errors import TrainingError
-from raymix.train.progress import (
+from raymix.training.launch.watch import watch
+from raymix.training.run.progress import (
     MetricsTail,
     Progress,
     evaluation_line,
     shares_text,
     step_line,
 )
-from raymix.train.rundir import RunDirectory, cut_metrics, read_metrics
-from raymix.train.watch import watch
+from raymix.training.run.rundir import RunDirectory, cut_metrics, read_metrics
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:

@@ -25,8 +25,7 @@ from raymix.laws.design import (
 )
 from raymix.recipe import Recipe, TuneConfig, load_recipe
 from raymix.store import Corpus
-from raymix.tune.learning import check_law
-from raymix.tune.mixtures import (
+from raymix.tuning.mixtures.candidates import (
     EVALUATIONS,
     Mixture,
     Space,
@@ -42,8 +41,9 @@ from raymix.tune.mixtures import (
     space_of,
     variant,
 )
-from raymix.tune.record import Record, free_directory
-from raymix.tune.variants import steps_of
+from raymix.tuning.mixtures.learn import check_law
+from raymix.tuning.mixtures.search_log import Record, free_directory
+from raymix.tuning.runs.variants import steps_of
 from tests.training import train_corpus
 from tests.unit.recipes import document, write
 from tests.unit.test_tune_mixtures import recipe

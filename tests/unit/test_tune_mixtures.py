@@ -14,14 +14,7 @@ from hypothesis import strategies as st
 from raymix.errors import RecipeError, TrainingError
 from raymix.recipe import Recipe, TuneConfig, load_recipe
 from raymix.store import Corpus
-from raymix.tune.learning import (
-    learn,
-    mixture_table,
-    path_of_optima,
-    predicted,
-    slices,
-)
-from raymix.tune.mixtures import (
+from raymix.tuning.mixtures.candidates import (
     Mixture,
     designed,
     loss_weights,
@@ -32,9 +25,10 @@ from raymix.tune.mixtures import (
     space_of,
     variant,
 )
-from raymix.tune.record import Record, free_directory
-from raymix.tune.results import Point, RunResult
-from raymix.tune.verifying import observed, roles_of, verified
+from raymix.tuning.mixtures.learn import learn, mixture_table, path_of_optima, predicted, slices
+from raymix.tuning.mixtures.search_log import Record, free_directory
+from raymix.tuning.mixtures.verify import observed, roles_of, verified
+from raymix.tuning.runs.results import Point, RunResult
 from tests.laws import OwnShare
 from tests.training import train_corpus
 

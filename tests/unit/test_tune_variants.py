@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from raymix.errors import RecipeError
 from raymix.recipe import Recipe, load_recipe
-from raymix.tune.variants import labels, make_variants, mixer_section, run_name, split_specs
+from raymix.tuning.runs.variants import (
+    labels,
+    make_variants,
+    mixer_section,
+    run_name,
+    split_specs,
+)
 
 OUT = "/results/of {braces}"
 

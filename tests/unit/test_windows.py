@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymix.control.state import MixtureState
-from raymix.control.windows import LOSS_WEIGHTS, NOTE, Windows, combined
 from raymix.mixers import DomainStats
+from raymix.streaming.controller.state import MixtureState
+from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, combined
 from tests.streams import fixed
 from tests.unit.mixing import adaptive, context
 

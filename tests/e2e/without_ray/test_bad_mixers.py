@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from raymix.store import Corpus
-from raymix.train.probing import Prober
-from raymix.train.progress import Progress
+from raymix.training.run.progress import Progress
+from raymix.training.step.probing import Prober
 from tests.e2e.without_ray.test_train_run import at, numbers, recipe, train
 from tests.training import train_corpus
 from tests.unit.test_cli import call

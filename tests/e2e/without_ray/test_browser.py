@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raymix.merge.engine import merge
+from raymix.merging.run.engine import merge
 from raymix.report import write_report
 from raymix.report.comparison import comparison_page
 from raymix.report.merging import draw_merge
@@ -19,7 +19,7 @@ from raymix.report.schedule import schedule_page
 from raymix.report.specialists import specialists_page
 from raymix.report.tuning import tuning_page
 from raymix.schedule import Layout, compare_planners
-from raymix.tune.folding import Measured, fold
+from raymix.tuning.merges.specialist_stats import Measured, fold
 from tests import chromium
 from tests.chromium import Page
 from tests.e2e.without_ray.test_folding import FACTS, SEEDS, merged

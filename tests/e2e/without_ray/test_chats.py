@@ -16,15 +16,15 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 import raymix
-from raymix.control.bucketing import StepPlans
-from raymix.corpus.chat import CHATML, ChatTemplate, Conversation, TemplateRefused
+from raymix.corpus.read.chat import CHATML, ChatTemplate, Conversation, TemplateRefused
 from raymix.errors import CorpusError, RecipeError
 from raymix.recipe import CorpusConfig, load_recipe
 from raymix.recipe.training import DocumentData
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.store import Corpus
-from raymix.train.evaluate import held_out_rows
-from raymix.train.probing import ProbeReader
+from raymix.streaming.sequences.step_plans import StepPlans
+from raymix.training.evaluate.held_out import held_out_rows
+from raymix.training.step.probing import ProbeReader
 from tests.bucketing import HOW, start
 from tests.chats import FORGETFUL, UNMARKED, chat_config, chat_corpus, sums, write_chats
 from tests.e2e.conftest import write_recipe
@@ -174,7 +174,7 @@ def test_a_run_learns_answers_and_its_held_out_loss_is_of_answers(
 
 
 def last_loss(root: Path) -> float:
-    from raymix.train.rundir import read_metrics
+    from raymix.training.run.rundir import read_metrics
 
     lines = read_metrics(root / "runs/chats/metrics.jsonl")
     return [line for line in lines if "eval" in line][-1]["eval"]["chat"]["loss"]

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from raymix.control.batch import DocumentBatch, HeldDocument
-from raymix.parallel import Held, Part, Teams, attention, held_positions, register
-from raymix.parallel.held import ExchangeName
+from raymix.context_parallel import Held, Part, Teams, attention, held_positions, register
+from raymix.context_parallel.local_shards import ExchangeName
 from raymix.recipe import ConfigModel, TrainConfig
 from raymix.schedule import CostModel, Layout, Placement, Schedule, plan_batch
-from raymix.train.account import StepAccount
-from raymix.train.documents import ContextParallel, document_passes
-from raymix.train.loss import IGNORED, PackedLoss
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.parallel import Replica, World, gathered, place_model
+from raymix.streaming.batches.step_batch import DocumentBatch, HeldDocument
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import IGNORED, PackedLoss
+from raymix.training.model.parallel import Replica, World, gathered, place_model
+from raymix.training.step.documents import ContextParallel, document_passes
+from raymix.training.step.metrics import StepAccount
 from tests.attending import Case, dense_attention, random_case
 from tests.ranks import found_by_ranks, on_ranks
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymix.corpus import entropy
-from raymix.corpus.assemble import automatic_block_tokens, plan_shards
-from raymix.corpus.cut import Piece, clip, cut_blocks
-from raymix.corpus.entropy import PairCounter, bigram_entropy, unigram_entropy
-from raymix.corpus.select import (
+from raymix.corpus.passes import entropy
+from raymix.corpus.passes.assemble import automatic_block_tokens, plan_shards
+from raymix.corpus.passes.cut import Piece, clip, cut_blocks
+from raymix.corpus.passes.entropy import PairCounter, bigram_entropy, unigram_entropy
+from raymix.corpus.passes.select import (
     SelectJob,
     first_of_each,
     is_held_out,
@@ -25,8 +25,8 @@ from raymix.corpus.select import (
     length_quantiles,
     select_documents,
 )
-from raymix.corpus.tokenise import DOCUMENT, part_base
-from raymix.corpus.tokenizer import (
+from raymix.corpus.passes.tokenize import DOCUMENT, part_base
+from raymix.corpus.tokenizers.tokenizer import (
     END_OF_TEXT,
     ByteEncoder,
     HuggingFaceEncoder,
@@ -275,7 +275,7 @@ def test_automatic_blocks(tokens: list[int], wanted: int) -> None:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 40))
 def test_shards_cover_the_stream_and_name_their_parts(parts: list[int], cut: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("raymix.corpus.assemble.SHARD_BYTES", 64)
+        patch.setattr("raymix.corpus.passes.assemble.SHARD_BYTES", 64)
         jobs = plan_shards("d", "train", parts, block_tokens=cut, vocab_size=257, corpus="c",
                            work="w", key="k")  # fmt: skip
     edges = np.cumsum([0, *parts])

@@ -19,7 +19,8 @@ from raymix.corpus import Progress, differences, prepare
 from raymix.corpus.console import clock, print_manifest, short, watching
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig
-from raymix.store import Corpus, Manifest, files
+from raymix.store import Corpus, Manifest
+from raymix.store.remote import files
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -153,7 +154,7 @@ def test_bad_records_are_counted_and_shown(tmp_path: Path) -> None:
 
 
 def test_line_numbers_hold_across_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymix.corpus.parts.SMALLEST_PART", 1000)
+    monkeypatch.setattr("raymix.corpus.read.parts.SMALLEST_PART", 1000)
     rows: list[Any] = [{"text": text} for text in texts(300, "good")]
     path = jsonl(tmp_path / "a.jsonl", [*rows[:200], "", "bad", *rows[200:], "worse"])
     found = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
@@ -196,8 +197,8 @@ def test_same_bytes_however_it_is_cut_short(
     tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted after every job in turn and run again, the corpus is the same to the byte."""
-    monkeypatch.setattr("raymix.corpus.parts.SMALLEST_PART", 4000)
-    monkeypatch.setattr("raymix.corpus.assemble.SHARD_BYTES", 9000)
+    monkeypatch.setattr("raymix.corpus.read.parts.SMALLEST_PART", 4000)
+    monkeypatch.setattr("raymix.corpus.passes.assemble.SHARD_BYTES", 9000)
     options = {"tokenizer": {"train": "bpe", "vocab_size": 300}, "block_tokens": 4096}
     whole = config(tmp_path / "whole", sources, **options)
     events: list[Progress] = []

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymix.corpus.lines import lines_between
-from raymix.corpus.parts import Slice, check_column, plan_parts
-from raymix.corpus.readers import TOO_LONG, Reject, json_value, read_slice
-from raymix.corpus.sources import find_sources
+from raymix.corpus.read.lines import lines_between
+from raymix.corpus.read.parts import Slice, check_column, plan_parts
+from raymix.corpus.read.readers import TOO_LONG, Reject, json_value, read_slice
+from raymix.corpus.read.sources import find_sources
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DomainConfig
 

@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[3] / "docs"
 AT_WORK = """
 import raymix
 from raymix.laws import MixtureTable
-from raymix.merge.registry import get_method
+from raymix.merging.registry import get_method
 from raymix.mixers import DomainStats, MixerContext
 from raymix.recipe import Recipe
 from raymix.schedule import Layout, preset, MODELS, NETWORKS

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from raymix.report.specialists import specialists_page
-from raymix.tune.folding import Measured, fold
-from raymix.tune.results import Point, RunResult
+from raymix.tuning.merges.specialist_stats import Measured, fold
+from raymix.tuning.runs.results import Point, RunResult
 
 BASE = {"a": 4.0, "b": 6.0}
 DOMAINS, SEEDS = ("a", "b"), (1, 2)

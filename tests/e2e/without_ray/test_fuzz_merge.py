@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from raymix.merge.engine import merge
+from raymix.merging.run.engine import merge
 from tests.fuzzing import damaged, outcome
 from tests.merging import write_model
 

@@ -13,9 +13,9 @@ from raymix.recipe import Recipe
 from raymix.report.live import LiveRun
 from raymix.report.read import read_run
 from raymix.report.summary import summarise
-from raymix.train.api import train
-from raymix.train.export import export
-from raymix.train.score import score
+from raymix.training.api import train
+from raymix.training.evaluate.export import export
+from raymix.training.evaluate.score import score
 from tests.fuzzing import damaged, outcome
 from tests.training import smallest_run
 

@@ -20,9 +20,9 @@ from raymix.laws import (
     save_law,
     scores,
 )
-from raymix.laws.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
-from raymix.laws.fitting import Inputs
-from raymix.laws.process import Rows, negative_evidence, usual
+from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
+from raymix.laws.models.gaussian_process import Rows, negative_evidence, usual
+from raymix.laws.models.least_squares import Inputs
 from tests.unit.tables import AdditiveTruth, BiMixTruth, as_table, draw_shares
 
 STEPPED = ("bimix", "exponential", "additive", "joint", "gp", "regression")

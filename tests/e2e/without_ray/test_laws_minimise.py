@@ -10,7 +10,9 @@ import pytest
 from scipy.optimize import minimize
 
 from raymix.errors import LawError
-from raymix.laws import Objective, Optimum, Region, feasible, minimise, separable_optimum
+from raymix.laws import Objective, Optimum, Region, separable_optimum
+from raymix.laws.search import feasible
+from raymix.laws.search import minimize as minimise
 from raymix.laws.table import Floats
 from tests.unit.forms import Form, Wells, exponential, inverse, own
 

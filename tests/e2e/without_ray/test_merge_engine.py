@@ -12,11 +12,11 @@ from torch import Tensor
 
 import raymix
 from raymix.errors import MergeError
-from raymix.merge import known_methods
-from raymix.merge.engine import merge
-from raymix.merge.output import plan_layout
-from raymix.merge.recipe import load_merge
-from raymix.merge.registry import Options
+from raymix.merging import known_methods
+from raymix.merging.checkpoints.output import plan_layout
+from raymix.merging.recipe import load_merge
+from raymix.merging.registry import Options
+from raymix.merging.run.engine import merge
 from tests.merging import (
     CONFIG,
     DOWN,

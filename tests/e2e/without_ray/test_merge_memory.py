@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from raymix.merge.engine import anonymous_bytes, merge, return_freed_memory
-from raymix.merge.plan import plan_merge
-from raymix.merge.recipe import load_merge
+from raymix.merging.run.engine import anonymous_bytes, merge, return_freed_memory
+from raymix.merging.run.plan import plan_merge
+from raymix.merging.recipe import load_merge
 from tests.merging import write_model
 
 asked = json.loads(sys.stdin.read())

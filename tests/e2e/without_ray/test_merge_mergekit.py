@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from raymix.merge.engine import merge
+from raymix.merging.run.engine import merge
 from tests.merging import read_model, weights, write_adapter, write_family
 
 ROOT = Path(__file__).parents[3]

@@ -136,7 +136,7 @@ def test_the_plot_is_drawn_and_says_what_it_shows(tmp_path: Path) -> None:
 GROWING = """
 import json, sys
 import raymix
-from raymix.merge.engine import return_freed_memory
+from raymix.merging.run.engine import return_freed_memory
 return_freed_memory()
 out, method, base, *tasks = sys.argv[1:]
 file = {"merge_method": method, "base_model": base, "models": [{"model": task} for task in tasks]}

@@ -12,8 +12,8 @@ import pytest
 
 from raymix.mixers import Adaptive, MixerContext, build_mixer
 from raymix.recipe import load_recipe
-from raymix.train.machine import Resources
-from raymix.train.preflight import preflight
+from raymix.training.host.machine import Resources
+from raymix.training.plan.preflight import preflight
 
 PIPELINES = Path(__file__).parents[3] / "pipelines"
 QUICKSTART = PIPELINES / "quickstart"

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from raymix.cli import plan as plan_command
-from raymix.control.geometry import row_geometry
 from raymix.errors import ClusterError, CorpusError, RecipeError
 from raymix.recipe import ConfigModel, Recipe, TrainConfig, load_recipe
 from raymix.store import Corpus
-from raymix.train import machine, preflight
-from raymix.train.machine import Resources
-from raymix.train.memory import Batch, auto_micro_batch_rows, worker_memory
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.runplan import RunPlan
-from raymix.train.supply import packed_rows
+from raymix.streaming.blocks.geometry import row_geometry
+from raymix.training.host import machine
+from raymix.training.host.machine import Resources
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.memory import Batch, auto_micro_batch_rows, worker_memory
+from raymix.training.plan import preflight
+from raymix.training.plan.domain_sizes import packed_rows
+from raymix.training.plan.runplan import RunPlan
 from tests.corpora import labelled_domain, write_corpus
 from tests.unit.recipes import write
 

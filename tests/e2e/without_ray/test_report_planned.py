@@ -16,8 +16,8 @@ from raymix.recipe import Recipe
 from raymix.report import write_report
 from raymix.report.planned import schedule_of
 from raymix.schedule import Layout, training_planner
-from raymix.train.api import train
-from raymix.train.rundir import read_metrics
+from raymix.training.api import train
+from raymix.training.run.rundir import read_metrics
 from tests.runs import write_run
 from tests.searches import search_document
 from tests.training import train_corpus

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.sampling import Allocator, fixed_point
-from raymix.sampling.closed import closed_form
+from raymix.sampling.closed_form import closed_form
 
 weights = st.lists(st.floats(0, 1).map(lambda x: round(x, 3)), min_size=1, max_size=12).filter(any)
 

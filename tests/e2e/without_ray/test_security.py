@@ -21,16 +21,16 @@ import yaml
 
 from raymix.errors import CorpusError, RaymixError
 from raymix.laws import load_law, read_table
-from raymix.merge.engine import merge
+from raymix.merging.run.engine import merge
 from raymix.recipe import Recipe, load_recipe
 from raymix.report.live import LiveRun
 from raymix.report.read import read_run
 from raymix.report.summary import summarise
 from raymix.schedule import load_cost_model
 from raymix.store import Corpus
-from raymix.train.api import train
-from raymix.train.export import export
-from raymix.train.score import score
+from raymix.training.api import train
+from raymix.training.evaluate.export import export
+from raymix.training.evaluate.score import score
 from tests.e2e.conftest import QUICKSTART, Shell, typed, write_recipe
 from tests.fuzzing import outcome
 from tests.merging import weights, write_family
@@ -300,7 +300,7 @@ def test_models_to_merge_run_nothing(name: str, allow: bool, sprung: Path, tmp_p
 
 def test_groups_of_domains_run_nothing(sprung: Path, tmp_path: Path) -> None:
     from raymix.mixers import MixerContext
-    from raymix.mixers.bases import read_bases
+    from raymix.mixers.adaptive.bases import read_bases
 
     np.savez(tmp_path / "groups.npz", shares=np.array([Bomb(sprung)], dtype=object))
     context = MixerContext(
@@ -339,7 +339,7 @@ def test_a_manifest_does_not_lead_out_of_its_corpus(path: str, where: str, run: 
 
 
 def test_a_checkpoint_does_not_lead_out_of_its_directory(run: Recipe, tmp_path: Path) -> None:
-    from raymix.train.checkpoint import newest_checkpoint, read_state
+    from raymix.training.run.checkpoint import newest_checkpoint, read_state
 
     (tmp_path / "outside").write_bytes(b"12345")
     newest = max((Path(run.run_dir) / "checkpoints").iterdir())
@@ -382,7 +382,7 @@ def test_a_recipe_is_no_place_for_a_password(url: str, field: str, tmp_path: Pat
 
 
 def test_addresses_of_storage_without_one_are_taken() -> None:
-    from raymix.recipe._base import no_secret
+    from raymix.recipe.base import no_secret
 
     for url in ("s3://b/*.jsonl?endpoint_override=localhost:9", "gs://me@b/x", "data/a:b@c/*.txt"):
         assert no_secret(url) == url

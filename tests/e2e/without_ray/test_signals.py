@@ -21,7 +21,7 @@ from raymix.signals import (
     order_by_piece,
     statistics,
 )
-from raymix.train.loss import IGNORED, PackedLoss
+from raymix.training.model.loss import IGNORED, PackedLoss
 
 K, LENGTH, VOCAB = 3, 12, 64
 WIDTHS: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

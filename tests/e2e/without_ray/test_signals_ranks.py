@@ -19,10 +19,10 @@ from raymix.signals import (
     order_by_piece,
     statistics,
 )
-from raymix.train.loss import IGNORED, PackedLoss
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.optim import build_optimizer
-from raymix.train.parallel import Replica, World, gathered, place_model
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import IGNORED, PackedLoss
+from raymix.training.model.optim import build_optimizer
+from raymix.training.model.parallel import Replica, World, gathered, place_model
 from tests.ranks import found_by_ranks, on_two_ranks
 
 K, LENGTH, VOCAB = 8, 24, 128

@@ -17,7 +17,8 @@ import pytest
 from raymix.corpus import prepare
 from raymix.errors import CorpusError, RaymixError, StorageError, UnreachableError
 from raymix.recipe import CorpusConfig
-from raymix.store import Corpus, files
+from raymix.store import Corpus
+from raymix.store.remote import files
 from tests import buckets
 from tests.e2e.conftest import DOMAINS, QUICKSTART, recipe_document
 

@@ -19,13 +19,14 @@ from raymix.errors import RecipeError, StorageError
 from raymix.recipe import Recipe
 from raymix.report.live import LiveRun
 from raymix.report.read import read_run
-from raymix.store import Corpus, files
-from raymix.train.api import train
-from raymix.train.claim import claimed
-from raymix.train.export import export
-from raymix.train.kept import newest
-from raymix.train.rundir import RunDirectory
-from raymix.train.score import score
+from raymix.store import Corpus
+from raymix.store.remote import files
+from raymix.training.api import train
+from raymix.training.evaluate.export import export
+from raymix.training.evaluate.score import score
+from raymix.training.run.lock import claimed
+from raymix.training.run.remote import newest
+from raymix.training.run.rundir import RunDirectory
 from tests import buckets
 from tests.e2e.conftest import Shell, wait_for
 from tests.training import train_corpus
@@ -210,7 +211,7 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
 def test_a_run_is_worked_on_by_one_machine_at_a_time(
     kept: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymix.train.claim.BEAT_S", 0.3)
+    monkeypatch.setattr("raymix.training.run.lock.BEAT_S", 0.3)
     url = f"{store}/runs/claimed"
     buckets.copy(kept, url)
     said: list[str] = []

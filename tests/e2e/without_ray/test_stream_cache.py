@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymix.control.cache import BlockCache
-from raymix.control.slab import Slab, from_table, make_slab, to_table
-from raymix.control.source import LocalSource
-from raymix.control.stream import MixtureStream
 from raymix.store import Block, Corpus
+from raymix.streaming.batches.stream import MixtureStream
+from raymix.streaming.blocks.batch import Slab, from_table, make_slab, to_table
+from raymix.streaming.blocks.cache import BlockCache
+from raymix.streaming.blocks.sources import LocalSource
 from tests.corpora import labelled_domain, write_corpus
 from tests.streams import ROW, fixed, local, packed
 

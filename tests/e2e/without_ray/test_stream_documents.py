@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raymix.control.assign import planned_here
-from raymix.control.documents import DocumentChunk, DocumentFacts
-from raymix.control.stream import MixtureStream
 from raymix.recipe.training import DocumentData
 from raymix.sampling import DocumentStep, batch_hash
 from raymix.schedule import CostModel, Layout
 from raymix.store import Corpus
+from raymix.streaming.batches.assign import planned_here
+from raymix.streaming.batches.documents import DocumentChunk, DocumentFacts
+from raymix.streaming.batches.stream import MixtureStream
 from tests.streams import fixed, local, local_stream, read, small_corpus
 
 SHARES = (0.5, 0.3, 0.2)

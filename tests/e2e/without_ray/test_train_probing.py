@@ -14,11 +14,11 @@ import torch
 from raymix.mixers import DomainStats
 from raymix.recipe.training import ProbeConfig
 from raymix.store import Corpus
-from raymix.train.loss import PackedLoss
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.parallel import SingleReplica, World
-from raymix.train.probing import Prober, ProbeReader
-from raymix.train.rundir import RunDirectory
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import PackedLoss
+from raymix.training.model.parallel import SingleReplica, World
+from raymix.training.run.rundir import RunDirectory
+from raymix.training.step.probing import Prober, ProbeReader
 from tests.e2e.without_ray.test_train_run import after, at, numbers, recipe, train
 from tests.training import train_corpus
 
@@ -79,7 +79,7 @@ def test_the_halves_of_a_pass_are_never_one_row(corpus: Corpus) -> None:
 def test_it_is_the_same_on_any_number_of_ranks(
     world_size: int, corpus: Corpus, model: PackedLoss
 ) -> None:
-    from raymix.control.windows import combined
+    from raymix.streaming.controller.windows import combined
 
     def stats(rank: int, size: int) -> DomainStats:
         found = prober(corpus, model, World(rank=rank, size=size)).measure(3)

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from raymix.train.cluster import worker_environment
+from raymix.training.launch.cluster import worker_environment
 
 # A "step" in a thread, as the loop runs in one: takes 32 MB, writes to it, frees it.
 STEPS = """
 import resource, sys, threading
 import numpy as np
-from raymix.train.cluster import keep_freed_memory
+from raymix.training.launch.cluster import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 faults = []

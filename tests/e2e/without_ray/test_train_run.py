@@ -16,16 +16,16 @@ import torch
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
-from raymix.train.account import PendingStep, StepSums
-from raymix.train.checkpoint import newest_checkpoint, read_state
-from raymix.train.evaluate import Evaluator
-from raymix.train.export import export
-from raymix.train.local import run_here
-from raymix.train.loop import LoopEnd
-from raymix.train.rundir import RunDirectory, cut_metrics, open_run, read_metrics
-from raymix.train.score import score
-from raymix.train.setup import Job
-from raymix.train.summary import summary
+from raymix.training.evaluate.export import export
+from raymix.training.evaluate.held_out import Evaluator
+from raymix.training.evaluate.score import score
+from raymix.training.launch.local import run_here
+from raymix.training.loop import LoopEnd
+from raymix.training.run.checkpoint import newest_checkpoint, read_state
+from raymix.training.run.rundir import RunDirectory, cut_metrics, open_run, read_metrics
+from raymix.training.setup import Job
+from raymix.training.step.metrics import PendingStep, StepSums
+from raymix.training.summary import summary
 from tests.streams import TokensMixer
 from tests.training import train_corpus
 
@@ -183,7 +183,7 @@ def test_an_adaptive_mixer_goes_on_bit_for_bit(
     stop_after: int, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the first window, at its end and in the second; a window is four steps."""
-    for module in ("raymix.train.setup", "raymix.control.controller"):
+    for module in ("raymix.training.setup", "raymix.streaming.controller.actor"):
         monkeypatch.setattr(f"{module}.build_mixer", lambda config, context: TokensMixer(3))
     runs = []
     for name in ("whole", "stopped"):
@@ -368,7 +368,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file-size limit would hit the whole process; the write that fails is safetensors'."""
-    import raymix.train.checkpoint as module
+    import raymix.training.run.checkpoint as module
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")

@@ -17,9 +17,9 @@ from rich.console import Console
 from raymix.cli.compare import draw
 from raymix.recipe import Recipe
 from raymix.report.comparison import comparison_page
-from raymix.tune.comparison import compare_runs, paired, spread, to_csv
-from raymix.tune.results import Point, RunResult, State, read_result
-from raymix.tune.variants import Variant
+from raymix.tuning.compare.statistics import compare_runs, paired, spread, to_csv
+from raymix.tuning.runs.results import Point, RunResult, State, read_result
+from raymix.tuning.runs.variants import Variant
 
 LOSSES = st.floats(0.1, 10)
 

@@ -14,9 +14,9 @@ import pytest
 from raymix.errors import RecipeError
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus
-from raymix.tune.mixtures import Space, space_of
-from raymix.tune.proposing import MixtureSearcher, expected_improvement, final_losses
-from raymix.tune.record import Record
+from raymix.tuning.mixtures.candidates import Space, space_of
+from raymix.tuning.mixtures.search_log import Record
+from raymix.tuning.mixtures.searchers import MixtureSearcher, expected_improvement, final_losses
 from tests.laws import OwnShare
 from tests.training import train_corpus
 

@@ -13,12 +13,12 @@ import yaml
 from raymix.laws import load_law, read_table
 from raymix.recipe import load_recipe
 from raymix.store import Corpus
-from raymix.train.rundir import RunDirectory
-from raymix.train.setup import Job
-from raymix.tune.attempt import Trial
-from raymix.tune.group import locked
-from raymix.tune.mixtures import Mixture, proxy_recipe, space_of, variant
-from raymix.tune.record import CUT, Record
+from raymix.training.run.rundir import RunDirectory
+from raymix.training.setup import Job
+from raymix.tuning.mixtures.candidates import Mixture, proxy_recipe, space_of, variant
+from raymix.tuning.mixtures.search_log import CUT, Record
+from raymix.tuning.runs.group import locked
+from raymix.tuning.runs.trial_task import Trial
 from tests.laws import OwnShare
 from tests.training import train_corpus
 from tests.unit.test_cli import call

@@ -20,16 +20,10 @@ from raymix.recipe import TuneConfig
 from raymix.report.merging import draw_merge
 from raymix.report.tuning import interval, number
 from raymix.store import Corpus
-from raymix.tune.learning import (
-    Learned,
-    learn,
-    mixture_table,
-    predicted,
-    value_of,
-)
-from raymix.tune.mixtures import Mixture, Space, designed, references, space_of
-from raymix.tune.results import Point, RunResult
-from raymix.tune.verifying import observed, roles_of, verified
+from raymix.tuning.mixtures.candidates import Mixture, Space, designed, references, space_of
+from raymix.tuning.mixtures.learn import Learned, learn, mixture_table, predicted, value_of
+from raymix.tuning.mixtures.verify import observed, roles_of, verified
+from raymix.tuning.runs.results import Point, RunResult
 from tests.searches import SEEDS, changed, search_document, table_of, unverified
 from tests.training import train_corpus
 from tests.unit.test_tune_mixtures import STEPS, recipe, results_of

@@ -12,13 +12,19 @@ import pytest
 from raymix.errors import RecipeError
 from raymix.recipe import ClusterConfig, Recipe
 from raymix.store import Corpus
-from raymix.train.machine import Resources
-from raymix.train.rundir import RunDirectory, read_metrics
-from raymix.train.setup import Job
-from raymix.tune.attempt import Trial
-from raymix.tune.planning import disk_problem, find_runs, part, plan_comparison, share_out
-from raymix.tune.progress import TrialsProgress
-from raymix.tune.variants import Variant, make_variants
+from raymix.training.host.machine import Resources
+from raymix.training.run.rundir import RunDirectory, read_metrics
+from raymix.training.setup import Job
+from raymix.tuning.runs.planning import (
+    disk_problem,
+    find_runs,
+    part,
+    plan_comparison,
+    share_out,
+)
+from raymix.tuning.runs.progress import TrialsProgress
+from raymix.tuning.runs.trial_task import Trial
+from raymix.tuning.runs.variants import Variant, make_variants
 from tests.training import train_corpus
 
 STEPS = 6

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from raymix.recipe import ConfigModel, TrainConfig
-from raymix.train.account import StepAccount
-from raymix.train.batches import count_micro_batches, micro_batches, most_rows_of_a_rank
-from raymix.train.checkpoint import TrainingState, load_optimizer, save_checkpoint
-from raymix.train.loss import PackedLoss
-from raymix.train.model import CorpusFacts, build_model
-from raymix.train.optim import build_optimizer, clip_gradients
-from raymix.train.parallel import World, gathered, place_model
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import PackedLoss
+from raymix.training.model.optim import build_optimizer, clip_gradients
+from raymix.training.model.parallel import World, gathered, place_model
+from raymix.training.run.checkpoint import TrainingState, load_optimizer, save_checkpoint
+from raymix.training.step.batches import count_micro_batches, micro_batches, most_rows_of_a_rank
+from raymix.training.step.metrics import StepAccount
 from tests.ranks import found_by_ranks, on_two_ranks
 
 ROWS, LENGTH = 5, 32

@@ -1,0 +1,1 @@
+"""Passes over a corpus: choose_tokenizer, sample, tokenize, select, assemble, entropy."""

@@ -1,0 +1,91 @@
+"""Bad records: shown in `DOMAIN/rejects.jsonl`, and fatal above the share the recipe allows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from raymix.corpus.passes.tokenize import REJECTS_KEPT, Tally, read_tally
+from raymix.corpus.read.parts import Part
+from raymix.errors import problem
+from raymix.store import atomic_write_text
+from raymix.store.remote import files
+
+FILE = "rejects.jsonl"
+
+
+def by_reason(tallies: Iterable[Tally]) -> dict[str, int]:
+    """Return the bad records of a domain by reason, the commonest first."""
+    total: Counter[str] = Counter()
+    for tally in tallies:
+        total.update(tally.rejected)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def examples(parts: Sequence[Part], tallies: Sequence[Tally]) -> Iterator[dict[str, Any]]:
+    """Yield the bad records that the parts kept, in source order, numbered within their files."""
+    file, before = "", 0
+    for part, tally in zip(parts, tallies, strict=True):
+        kept = iter(read_tally(tally.base).examples if tally.rejected else ())
+        example = next(kept, None)
+        for number, (piece, lines) in enumerate(zip(part.slices, tally.lines, strict=True)):
+            if piece.file.url != file:
+                file, before = piece.file.url, 0
+            unit = "row" if piece.file.format in ("parquet", "arrow") else "line"
+            while example is not None and example["slice"] == number:
+                shown = {"reason": example["reason"], "excerpt": example["excerpt"]}
+                yield {"file": file, unit: before + example["line"], **shown}
+                example = next(kept, None)
+            before += lines
+
+
+def write_rejects(
+    corpus: str, parts: Sequence[Part], tallies: Sequence[Tally]
+) -> list[dict[str, Any]]:
+    """Return up to 100 bad records of a domain, some of every reason, having written them."""
+    wanted = {reason: min(count, REJECTS_KEPT) for reason, count in by_reason(tallies).items()}
+    shown: dict[str, list[dict[str, Any]]] = {reason: [] for reason in wanted}
+    for example in examples(parts, tallies) if wanted else ():
+        of_reason = shown[example["reason"]]
+        if len(of_reason) < wanted[example["reason"]]:
+            of_reason.append(example)
+            if sum(map(len, shown.values())) == sum(wanted.values()):
+                break
+    each = REJECTS_KEPT // max(len(shown), 1)
+    first = chain.from_iterable(found[:each] for found in shown.values())
+    rest = chain.from_iterable(found[each:] for found in shown.values())
+    chosen = list(islice(chain(first, rest), REJECTS_KEPT))
+    path = files.join(corpus, parts[0].domain, FILE)
+    if chosen:
+        text = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in chosen)
+        atomic_write_text(path, text)
+    else:
+        files.remove(path)
+    return chosen
+
+
+def too_many(
+    domain: str, tallies: Sequence[Tally], shown: Sequence[dict[str, Any]], limit: float
+) -> list[str]:
+    """Return the message for a domain with more than the allowed share of bad records, if so."""
+    records = sum(tally.records for tally in tallies)
+    reasons = by_reason(tallies)
+    bad = sum(reasons.values())
+    if bad <= limit * records:
+        return []
+    counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+    first = shown[0]
+    unit = "row" if "row" in first else "line"
+    where = f"{first['file']}, {unit} {first[unit]}"
+    return [
+        problem(
+            "corpus.max_rejected",
+            limit,
+            f"{bad:,} of {records:,} records of domain {domain!r} are bad ({counts})",
+            f"The first is {where}: {first['reason']}: {first['excerpt']!r}",
+            f"more are in {domain}/{FILE}; mend the source or raise the limit",
+        )
+    ]

@@ -1,0 +1,104 @@
+"""The sample a tokenizer is trained on: drawn evenly from the domains, the same every time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from raymix.corpus.passes.select import is_held_out
+from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
+from raymix.corpus.read.parts import SMALLEST_PART, Part
+from raymix.corpus.read.readers import read_slice
+from raymix.corpus.tokenizers.tokenizer import LoadedTokenizer, train_bpe
+from raymix.recipe import DomainConfig, TrainedTokenizer
+from raymix.store import TokenizerInfo
+
+_PARTS = 64
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What training a tokenizer needs to know; domains with their parts, smallest first."""
+
+    config: TrainedTokenizer
+    domains: tuple[tuple[DomainConfig, tuple[Part, ...]], ...]
+    min_characters: int
+    max_characters: int
+    valid_fraction: float
+    corpus: str
+    template: str
+
+
+def train_tokenizer(job: TrainJob) -> TokenizerInfo:
+    """Return the description of a tokenizer trained on the sample and saved in the corpus.
+
+    Raises:
+        CorpusError: If a source is damaged.
+    """
+    trained = LoadedTokenizer.made(train_bpe(sample_texts(job), job.config.vocab_size), "bpe")
+    trained.save(job.corpus)
+    return trained.info
+
+
+def sample_texts(job: TrainJob) -> Iterator[str]:
+    """Yield `sample_bytes` of text in equal shares of the domains; a small one gives all it has.
+
+    A domain's share is drawn evenly from parts spread over it; held-out documents stay out.
+    """
+    left = job.config.sample_bytes
+    for number, (domain, parts) in enumerate(job.domains):
+        share = left // (len(job.domains) - number)
+        for text, size in _domain_texts(job, domain, parts, share):
+            left -= size
+            yield text
+
+
+def _domain_texts(
+    job: TrainJob, domain: DomainConfig, parts: tuple[Part, ...], share: int
+) -> Iterator[tuple[str, int]]:
+    count = min(len(parts), max(_PARTS, 2 * share // SMALLEST_PART))
+    chosen = [parts[number * len(parts) // count] for number in range(count)]
+    for number, part in enumerate(chosen):
+        wanted = share // (count - number)
+        for text in _part_texts(job, domain, part):
+            size = len(text.encode())
+            if size > wanted:
+                text = text.encode()[:wanted].decode(errors="ignore")
+                size = wanted
+            share -= size
+            wanted -= size
+            yield text, size
+            if not wanted:
+                break
+
+
+def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str]:
+    for piece in part.slices:
+        for _, value in read_slice(piece, domain, max_characters=job.max_characters):
+            text = _rendered(job, value) if isinstance(value, Conversation) else value
+            if not isinstance(text, str) or len(text) > job.max_characters:
+                continue
+            if len(text.strip()) < max(job.min_characters, 1):
+                continue
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError:
+                continue
+            if part.held_out == "by hash" and _held_out(raw, job.valid_fraction):
+                continue
+            yield text
+
+
+def _rendered(job: TrainJob, chat: Conversation) -> str | None:
+    try:
+        return saved_template(job.corpus, job.template).render(chat)[0]
+    except TemplateRefused:
+        return None
+
+
+def _held_out(raw: bytes, fraction: float) -> bool:
+    words = np.frombuffer(hashlib.blake2b(raw, digest_size=16).digest(), "<u8")
+    return bool(is_held_out(words.reshape(1, 2), fraction)[0])

@@ -1,0 +1,280 @@
+"""The first pass: one part in, its clean documents out as tokens, hashes and counts.
+
+A part's result is some files in the work directory, written as the part is read, so that the
+memory a part needs is that of a batch:
+
+- `NAME.tokens`: the ids of all documents, end-of-text after each, little-endian;
+- `NAME.documents`: one `DOCUMENT` record each: hash, ids, bytes, stretches to learn;
+- `NAME.edges`: of conversations, the edges of the stretches to learn, counted in ids from the
+  beginning of each document, uint32;
+- `NAME.json`: the tally, written last: its presence, under the right key, means done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from raymix._utils.json import parse_json
+from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
+from raymix.corpus.read.parts import Part
+from raymix.corpus.read.readers import TOO_LONG, Reject, TokenIds, Value, excerpt, read_slice
+from raymix.corpus.tokenizers.tokenizer import Ints, TokenArray, saved_encoder
+from raymix.recipe import DomainConfig
+from raymix.store import TokenizerInfo, atomic_write_text, token_dtype
+from raymix.store.remote import files
+
+DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("tokens", "<u4"), ("bytes", "<u4"), ("spans", "<u4")])
+"""A document of a part: BLAKE2b-128 of its content, ids (end-of-text included), UTF-8 bytes, and
+stretches to learn, of which there are none where all is."""
+
+REJECTS_KEPT = 100
+"""Bad records of a domain that are shown in `rejects.jsonl`."""
+
+# Small batches stay in the cache: a tenth faster than batches of megabytes.
+_BATCH_BYTES = 1 << 16
+_BATCH_TEXTS = 4096
+
+
+@dataclass(frozen=True)
+class PartJob:
+    """What one task needs to know to tokenise a part."""
+
+    part: Part
+    domain: DomainConfig
+    tokenizer: TokenizerInfo
+    corpus: str
+    work: str
+    min_characters: int
+    max_characters: int
+    template: str = ""
+    """Name of the chat template; see `raymix.corpus.read.chat`."""
+
+    @property
+    def base(self) -> str:
+        """Return the path of the part's files, without their endings."""
+        return part_base(self.work, self.part.domain, self.part.number)
+
+    def key(self) -> str:
+        """Return the hash of everything the result depends on."""
+        kept = self.domain.model_dump(
+            include={"text_column", "tokens_column", "messages_column", "text_unit"}
+        )
+        limits = [self.min_characters, self.max_characters]
+        if self.domain.messages_column:
+            limits = [*limits, self.template]
+        return self.part.key(kept, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)
+
+
+def part_base(work: str, domain: str, number: int) -> str:
+    """Return the path of a part's files, without their endings."""
+    return files.join(work, domain, f"part-{number:06d}")
+
+
+@dataclass
+class Tally:
+    """What a part held; `lines` counts per slice.
+
+    `examples` are bad records. They stay in the part's file, `base`.json: the driver reads those
+    of as many parts as it takes.
+    """
+
+    key: str
+    base: str
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    too_short: int = 0
+    too_long: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    lines: list[int] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, bad: Reject, slice_number: int, line: int) -> None:
+        """Count a bad record and keep it as an example while there is room for its reason."""
+        self.rejected[bad.reason] = self.rejected.get(bad.reason, 0) + 1
+        if self.rejected[bad.reason] <= REJECTS_KEPT:
+            example = {"slice": slice_number, "line": line, **asdict(bad)}
+            self.examples.append(example)
+
+
+def finished_tally(job: PartJob) -> Tally | None:
+    """Return the tally of a part that was tokenised before, or None if it must be done."""
+    try:
+        tally = read_tally(job.base)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return replace(tally, examples=[]) if tally.key == job.key() else None
+
+
+def read_tally(base: str) -> Tally:
+    """Return the tally of a part with its examples.
+
+    Raises:
+        FileNotFoundError: If the part has not been tokenised.
+    """
+    return Tally(**parse_json(files.read_bytes(base + ".json")))
+
+
+def tokenise_part(job: PartJob) -> Tally:
+    """Return the tally of a part less its examples, having tokenised it.
+
+    Raises:
+        CorpusError: If a file of the part is damaged, or the disk is full.
+    """
+    tally = Tally(job.key(), job.base)
+    with _Writer(job, tally) as writer:
+        for number, piece in enumerate(job.part.slices):
+            last = 0
+            records = read_slice(piece, job.domain, max_characters=job.max_characters)
+            for last, value in records:
+                if value is None:
+                    continue
+                tally.records += 1
+                bad = writer.add(value)
+                if bad:
+                    tally.reject(bad, number, last)
+            tally.lines.append(last)
+    atomic_write_text(job.base + ".json", json.dumps(asdict(tally)))
+    return replace(tally, examples=[])
+
+
+class _Writer:
+    """Cleans the records of a part and writes its documents batch by batch."""
+
+    def __init__(self, job: PartJob, tally: Tally) -> None:
+        self._job = job
+        self._tally = tally
+        self._encoder = saved_encoder(job.corpus, job.tokenizer)
+        self._dtype = token_dtype(job.tokenizer.vocab_size)
+        self._texts: list[str] = []
+        self._edges: list[Ints] = []
+        self._ids: list[TokenArray] = []
+        self._hashes: list[bytes] = []
+        self._sizes: list[int] = []
+        self._pending = 0
+        self._tokens = files.AtomicFile(job.base + ".tokens")
+        self._documents = files.AtomicFile(job.base + ".documents")
+        self._learnt = files.AtomicFile(job.base + ".edges") if job.domain.messages_column else None
+
+    def add(self, value: Value) -> Reject | None:
+        """Take one record; return why it is bad, if it is."""
+        if value is TOO_LONG:
+            self._tally.too_long += 1
+        elif isinstance(value, Reject):
+            return value
+        elif isinstance(value, str):
+            return self._add_text(value)
+        elif isinstance(value, Conversation):
+            return self._add_chat(value)
+        else:
+            return self._add_ids(value)
+        return None
+
+    def _add_text(self, text: str) -> Reject | None:
+        if self._fits(text):
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError:
+                return Reject("invalid UTF-8", excerpt(text))
+            self._texts.append(text)
+            self._take(raw, len(raw), len(raw))
+        return None
+
+    def _fits(self, text: str) -> bool:
+        """Return whether a text is of a length that is wanted, having counted it if it is not."""
+        if len(text.strip()) < self._job.min_characters:
+            self._tally.too_short += 1
+        elif len(text) > self._job.max_characters:
+            self._tally.too_long += 1
+        else:
+            return True
+        return False
+
+    def _add_chat(self, chat: Conversation) -> Reject | None:
+        try:
+            text, spans = saved_template(self._job.corpus, self._job.template).render(chat)
+            raw = text.encode()
+        except TemplateRefused as error:
+            return Reject(f"chat template: {error}", excerpt(chat.messages[0]))
+        except UnicodeEncodeError:
+            return Reject("invalid UTF-8", excerpt(chat.messages[0]))
+        if not spans:
+            return Reject("no answer to learn", excerpt(text))
+        if self._fits(text):
+            tokens, edges = self._encoder.encode_chat(text, spans)
+            self._ids.append(tokens.astype(self._dtype))
+            self._edges.append(edges)
+            self._take(raw, len(raw), len(raw))
+        return None
+
+    def _add_ids(self, ids: TokenIds) -> Reject | None:
+        vocabulary, eos = self._job.tokenizer.vocab_size, self._job.tokenizer.eos_id
+        if not len(ids):
+            self._tally.too_short += 1
+            return None
+        if ids.dtype.kind not in "iu":
+            return Reject("not a list of token ids", excerpt(ids.tolist()[:20]))
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocabulary:
+            worst = low if low < 0 else high
+            reason = f"token id outside 0..{vocabulary - 1}"
+            return Reject(reason, f"id {worst} in {excerpt(ids[:20].tolist())}")
+        ended = ids if ids[-1] == eos else np.append(ids, eos)
+        tokens = ended.astype(self._dtype)
+        self._ids.append(tokens)
+        self._take(tokens.astype("<u4").tobytes(), 0, tokens.nbytes)
+        return None
+
+    def _take(self, content: bytes, size: int, weight: int) -> None:
+        self._hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+        self._sizes.append(size)
+        self._pending += weight
+        if self._pending >= _BATCH_BYTES or len(self._hashes) >= _BATCH_TEXTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._hashes:
+            return
+        if self._ids:
+            tokens = np.concatenate(self._ids)
+            lengths = np.fromiter(map(len, self._ids), np.int64, len(self._ids))
+        else:
+            tokens, lengths = self._encoder.encode(self._texts)
+        self._tokens.write(tokens.astype(self._dtype, copy=False).data)
+        documents = np.empty(len(self._hashes), dtype=DOCUMENT)
+        documents["hash"] = np.frombuffer(b"".join(self._hashes), "<u8").reshape(-1, 2)
+        documents["tokens"] = lengths
+        documents["bytes"] = self._sizes
+        documents["spans"] = [len(edges) // 2 for edges in self._edges] or 0
+        self._documents.write(documents.tobytes())
+        if self._learnt is not None:
+            self._learnt.write(np.concatenate(self._edges).astype("<u4").tobytes())
+        self._tally.documents += len(documents)
+        self._tally.tokens += len(tokens)
+        self._tally.bytes += sum(self._sizes)
+        for pending in (self._texts, self._ids, self._edges, self._hashes, self._sizes):
+            pending.clear()
+        self._pending = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                for file in self._files():
+                    file.commit()
+        finally:
+            for file in self._files():
+                file.abort()
+
+    def _files(self) -> list[files.AtomicFile]:
+        every = (self._tokens, self._documents, self._learnt)
+        return [file for file in every if file is not None]

@@ -1,0 +1,250 @@
+"""Parts: the input cut into pieces of a few megabytes, the unit of parallel work and of resuming.
+
+The cut depends on the files alone, never on the parallelism: Parquet by row groups, Arrow files
+by record batches, plain lines by byte ranges, everything else by whole files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raymix.corpus.read.sources import DomainSources, SourceFile
+from raymix.errors import CorpusError, RaymixError, problem
+from raymix.recipe import DomainConfig
+from raymix.store.remote import files
+from raymix.store.remote.errors import trouble
+
+SMALLEST_PART = 4 << 20
+"""Bytes of text in a part of a small corpus: a few seconds of tokenising on one core."""
+
+LARGEST_PART = 64 << 20
+"""Bytes of text in a part of a huge one, so that there are not too many parts."""
+
+_PARTS_WANTED = 512
+_MOST_SLICES = 1000
+_COMPRESSED_RATIO = 4
+
+HeldOut = Literal["by hash", "yes", "no"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A range of one file: row groups, record batches or bytes in [low, high); None is the end.
+
+    `size` estimates its bytes of text.
+    """
+
+    file: SourceFile
+    low: int
+    high: int | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive slices of a domain that one task tokenises; `number` counts in the domain."""
+
+    domain: str
+    number: int
+    held_out: HeldOut
+    slices: tuple[Slice, ...]
+
+    @property
+    def size(self) -> int:
+        """Return the estimated bytes of text."""
+        return sum(piece.size for piece in self.slices)
+
+    def key(self, *content: object) -> str:
+        """Return a hash of the part's input and of `content`: equal means the same output."""
+        pieces = [
+            [piece.file.url, piece.file.size, piece.file.changed, piece.low, piece.high]
+            for piece in self.slices
+        ]
+        return digest([self.held_out, pieces, *content])
+
+
+def digest(content: object) -> str:
+    """Return the hash of JSON-able content."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def plan_parts(
+    domains: Iterable[DomainConfig], sources: Mapping[str, DomainSources]
+) -> dict[str, list[Part]]:
+    """Return the parts of every domain in source order, held-out files first.
+
+    Held-out files come first so that a document in both splits stays in the held-out one.
+
+    Raises:
+        CorpusError: If a file cannot be read or lacks the column.
+    """
+    configs = {domain.name: domain for domain in domains}
+    groups: list[tuple[DomainConfig, HeldOut, tuple[SourceFile, ...]]] = []
+    for name, found in sources.items():
+        if found.valid:
+            groups.append((configs[name], "yes", found.valid))
+        groups.append((configs[name], "no" if found.valid else "by hash", found.train))
+    sliced = [_slices(domain, found) for domain, _, found in groups]
+    total = sum(piece.size for slices in sliced for piece in slices)
+    wanted = min(max(total // _PARTS_WANTED, SMALLEST_PART), LARGEST_PART)
+    planned: dict[str, list[Part]] = {name: [] for name in sources}
+    for (domain, held_out, _), slices in zip(groups, sliced, strict=True):
+        parts = planned[domain.name]
+        for bundle in _bundles(_cut(slices, wanted), wanted):
+            parts.append(Part(domain.name, len(parts), held_out, tuple(bundle)))
+    for name, parts in planned.items():
+        if not parts:  # files without a single row group or record batch
+            parts.append(Part(name, 0, "no", ()))
+    return planned
+
+
+def _bundles(slices: Iterable[Slice], wanted: int) -> Iterator[list[Slice]]:
+    bundle: list[Slice] = []
+    size = 0
+    for piece in slices:
+        if bundle and (size + piece.size > wanted or len(bundle) == _MOST_SLICES):
+            yield bundle
+            bundle, size = list[Slice](), 0
+        bundle.append(piece)
+        size += piece.size
+    if bundle:
+        yield bundle
+
+
+def _cut(slices: Iterable[Slice], wanted: int) -> Iterator[Slice]:
+    """Yield the slices, those of byte ranges cut to about `wanted` bytes."""
+    for piece in slices:
+        file, end = piece.file, piece.high
+        count = max(1, round(piece.size / wanted))
+        if file.format not in ("jsonl", "text") or end is None or count == 1:
+            yield piece
+            continue
+        edges = [end * number // count for number in range(count + 1)]
+        for low, high in itertools.pairwise(edges):
+            yield Slice(file, low, high, high - low)
+
+
+def _slices(domain: DomainConfig, found: tuple[SourceFile, ...]) -> list[Slice]:
+    with ThreadPoolExecutor(8) as pool:
+        cuts = pool.map(_file_slices, itertools.repeat(domain), found)
+        return list(itertools.chain.from_iterable(cuts))
+
+
+def _file_slices(domain: DomainConfig, file: SourceFile) -> list[Slice]:
+    column = domain.column
+    if file.format == "parquet":
+        return _guarded(file, lambda: _parquet_slices(domain, file, column))
+    if file.format == "arrow":
+        return _guarded(file, lambda: _arrow_slices(domain, file, column))
+    if file.compression:
+        return [Slice(file, 0, None, file.size * _COMPRESSED_RATIO)]
+    lines = file.format == "jsonl" or domain.text_unit == "line"
+    return [Slice(file, 0, file.size if lines else None, file.size)]
+
+
+def _guarded(file: SourceFile, read: Callable[[], list[Slice]]) -> list[Slice]:
+    try:
+        return read()
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: SourceFile, error: BaseException) -> RaymixError:
+    """Return the error for a file that cannot be read as what its name says."""
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return trouble(file.url, error, "file") or CorpusError(
+        problem(
+            "file",
+            file.url,
+            f"cannot be read as {file.format}: {first}",
+            "restore the file, or leave it out",
+        )
+    )
+
+
+def _parquet_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[Slice]:
+    filesystem, path = files.locate(file.url)
+    with filesystem.open_input_file(path) as source:
+        footer = pq.ParquetFile(source)
+        check_column(domain, file, footer.schema_arrow, column)
+        # The size of all columns, since asking for one column's can abort the process when the
+        # footer is damaged (an exception that Arrow's binding does not catch).
+        groups = map(footer.metadata.row_group, range(footer.metadata.num_row_groups))
+        return [
+            Slice(file, number, number + 1, group.total_byte_size)
+            for number, group in enumerate(groups)
+        ]
+
+
+def _arrow_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[Slice]:
+    with files.open_mapped(file.url) as source:
+        if not is_arrow_file(source):
+            check_column(domain, file, pa.ipc.open_stream(source).schema, column)
+            return [Slice(file, 0, None, file.size)]
+        reader = pa.ipc.open_file(source)
+        check_column(domain, file, reader.schema, column)
+        count = reader.num_record_batches
+    return [Slice(file, low, low + 1, file.size // count) for low in range(count)]
+
+
+def is_arrow_file(source: pa.NativeFile) -> bool:
+    """Return whether an Arrow source has the random-access form, leaving it at its start."""
+    magic = source.read(6)
+    source.seek(0)
+    return magic == b"ARROW1"
+
+
+def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, column: str) -> None:
+    """Check that a file has the column a domain reads, of a type that can hold it.
+
+    Raises:
+        CorpusError: If not; it lists the columns found.
+    """
+    field = f"{domain.name}.{domain.column_field}"
+    if column not in schema.names:
+        raise no_column(field, column, file, schema.names)
+    kind: Any = schema.field(column).type
+    if domain.messages_column:
+        fits = _is_list(kind) and pa.types.is_struct(kind.value_type)
+        wanted = "a list of messages (role, content)"
+    elif domain.tokens_column:
+        fits = _is_list(kind) and pa.types.is_integer(kind.value_type)
+        wanted = "a list of integers"
+    else:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        fits = _is_text(kind)
+        wanted = "text"
+    if not fits:
+        advice = f"the columns found are {', '.join(schema.names)}"
+        wrong = f"the column is of type {kind} in {file.url}, not {wanted}"
+        raise CorpusError(problem(field, column, wrong, advice))
+
+
+def no_column(field: str, column: str, file: SourceFile, found: Iterable[str]) -> CorpusError:
+    """Return the error for a column that a file lacks."""
+    names = ", ".join(found) or "none"
+    return CorpusError(
+        problem(field, column, f"no such column in {file.url}", f"the columns found are: {names}")
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    raw = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(check(kind) for check in (*text, *raw))

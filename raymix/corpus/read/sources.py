@@ -1,0 +1,273 @@
+"""Sources: from the globs of a recipe to the files they mean, in an order that never varies."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.recipe import CorpusConfig, DomainConfig
+from raymix.store.remote import files
+from raymix.store.remote.errors import trouble
+
+Format = Literal["parquet", "jsonl", "text", "arrow"]
+
+_FORMATS: dict[str, Format] = {
+    "parquet": "parquet",
+    "pq": "parquet",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "jsonl",
+    "txt": "text",
+    "text": "text",
+    "md": "text",
+    "arrow": "arrow",
+    "ipc": "arrow",
+    "feather": "arrow",
+}
+_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bz2"}
+_MAGIC = re.compile(r"[*?\[]")
+# What `glob.escape` makes of a character that is meant as it stands.
+_ESCAPE = re.compile(r"\[([*?\[])\]")
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One input file as it was found; `size` in bytes, `changed` is its time in ns since 1970."""
+
+    url: str
+    size: int
+    changed: int
+    format: Format
+    compression: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DomainSources:
+    """The files of one domain; `valid` is empty where the held-out part is taken from `train`."""
+
+    train: tuple[SourceFile, ...]
+    valid: tuple[SourceFile, ...]
+
+
+def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
+    """Return the files of every domain, in the order of the globs and sorted within each.
+
+    Raises:
+        CorpusError: With one message per glob that matches nothing, file that is missing, of no
+            known format, both trained on and held out, or inside the corpus to be written.
+    """
+    problems: list[str] = []
+    found: dict[str, DomainSources] = {}
+    listings = Listings()  # thousands of domains may share a directory
+    for number, domain in enumerate(config.domains):
+        path = f"corpus.domains.{number}"
+        train = _expand_all(f"{path}.train", domain.train, domain, problems, listings)
+        valid = _expand_all(f"{path}.valid", domain.valid, domain, problems, listings)
+        problems += _overlaps(path, train, valid)
+        problems += _inside(f"{path}.train", config.path, domain.name, (*train, *valid))
+        found[domain.name] = DomainSources(train, valid)
+    if problems:
+        raise CorpusError(*problems)
+    return found
+
+
+def _expand_all(
+    path: str,
+    globs: Iterable[str],
+    domain: DomainConfig,
+    problems: list[str],
+    listings: Listings,
+) -> tuple[SourceFile, ...]:
+    found: dict[str, SourceFile] = {}
+    for pattern in globs:
+        try:
+            for url, info in expand(path, pattern, listings):
+                found.setdefault(url, _source_file(path, url, info, domain))
+        except CorpusError as error:
+            problems += error.problems
+    return tuple(found.values())
+
+
+def _source_file(path: str, url: str, info: pafs.FileInfo, domain: DomainConfig) -> SourceFile:
+    kind, compression = file_format(path, url, domain)
+    return SourceFile(url, info.size or 0, info.mtime_ns or 0, kind, compression)
+
+
+def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str | None]:
+    """Return the format and the compression of a file, by its name unless the recipe says.
+
+    Raises:
+        CorpusError: If the name's ending is not known and the recipe says `auto`.
+    """
+    endings = url.rsplit("/", 1)[-1].lower().split(".")[1:]
+    compression = _COMPRESSIONS.get(endings[-1]) if endings else None
+    if compression:
+        endings = endings[:-1]
+    if domain.format != "auto":
+        return domain.format, compression
+    kind = _FORMATS.get(endings[-1]) if endings else None
+    if kind == "text" and domain.column_field != "text_column":
+        wrong = f"a text file has no column {domain.column!r}"
+        raise CorpusError(problem(path, url, wrong, "columns come in parquet, jsonl or arrow"))
+    if kind is None:
+        raise CorpusError(
+            problem(
+                path,
+                url,
+                "the ending of the file's name tells no format",
+                f"known endings: {', '.join(_FORMATS)}, also with {', '.join(_COMPRESSIONS)}",
+                f"set `format` of domain {domain.name!r} to parquet, jsonl, text or arrow",
+            )
+        )
+    return kind, compression
+
+
+class Listings:
+    """The files under directories, each listed once."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._known: dict[tuple[str, bool], list[tuple[str, pafs.FileInfo]]] = {}
+
+    def files(
+        self, filesystem: pafs.FileSystem, base: str, *, deep: bool
+    ) -> list[tuple[str, pafs.FileInfo]]:
+        """Return the paths under `base` and what is known of each file there."""
+        key = (f"{filesystem.type_name}:{base}", deep)
+        if key not in self._known:
+            selector = pafs.FileSelector(base, recursive=deep, allow_not_found=True)
+            start = len(base.rstrip("/"))
+            self._known[key] = [
+                (info.path[start:].lstrip("/"), info)
+                for info in filesystem.get_file_info(selector)
+                if info.type == pafs.FileType.File
+            ]
+        return self._known[key]
+
+
+def expand(
+    path: str, pattern: str, listings: Listings | None = None
+) -> list[tuple[str, pafs.FileInfo]]:
+    """Return the sorted URLs that a glob matches, with what the file system says of each.
+
+    `*` and `?` stay within a name, `**` spans directories, `[abc]` is one of the characters;
+    hidden files (`.name`) need a pattern that starts with a dot.
+
+    Args:
+        path: Dotted path of the recipe's field, for messages.
+        pattern: A glob or a plain name, local or any URL.
+        listings: Directories listed before.
+
+    Raises:
+        CorpusError: If nothing matches; it says what lies there instead.
+    """
+    root, segments = _split(pattern)
+    try:
+        filesystem, base = files.locate(root, path)
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            root = base  # workers have another working directory
+        if not segments:
+            info = filesystem.get_file_info(base)
+            if info.type == pafs.FileType.NotFound:
+                files.check_store(root, path)
+            return [(root, _plain_file(path, root, info))]
+        deep = len(segments) > 1 or "**" in segments
+        tails = (listings or Listings()).files(filesystem, base, deep=deep)
+    except (OSError, pa.ArrowException) as error:
+        known = trouble(root, error, path)
+        raise known or CorpusError(problem(path, pattern, f"cannot be listed: {error}")) from error
+    match = _matcher(tuple(segments)).fullmatch
+    root = root.rstrip("/")
+    found = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
+    if not found:
+        files.check_store(root, path)  # nothing is listed of a bucket that does not exist
+        raise CorpusError(problem(path, pattern, "no file matches", _what_is_there(pattern)))
+    return found
+
+
+def _split(pattern: str) -> tuple[str, list[str]]:
+    """Return the part of a glob before its first magic segment, and the segments after it."""
+    segments = pattern.split("/")
+    magic = [bool(_MAGIC.search(_ESCAPE.sub("", segment))) for segment in segments]
+    first = magic.index(True) if True in magic else len(segments)
+    root = _ESCAPE.sub(r"\1", "/".join(segments[:first]))
+    return (root or ("/" if pattern.startswith("/") else ".")), segments[first:]
+
+
+@functools.lru_cache(maxsize=64)
+def _matcher(segments: tuple[str, ...]) -> re.Pattern[str]:
+    parts = []
+    for number, segment in enumerate(segments):
+        last = number == len(segments) - 1
+        if segment == "**":
+            parts.append(r"(?:[^/.][^/]*/)*" + (r"[^/.][^/]*" if last else ""))
+        else:
+            parts.append(_segment_pattern(segment) + ("" if last else "/"))
+    return re.compile("".join(parts), re.DOTALL)
+
+
+def _segment_pattern(segment: str) -> str:
+    pattern = "" if segment.startswith((".", "[")) else r"(?!\.)"
+    position = 0
+    while position < len(segment):
+        character = segment[position]
+        end = segment.find("]", position + 2) if character == "[" else -1
+        if end > 0:
+            inside = segment[position + 1 : end].replace("\\", r"\\").replace("[", r"\[")
+            pattern += f"[^/{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
+            position = end + 1
+            continue
+        pattern += {"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character))
+        position += 1
+    return pattern
+
+
+def _plain_file(path: str, url: str, info: pafs.FileInfo) -> pafs.FileInfo:
+    if info.type == pafs.FileType.File:
+        return info
+    if info.type == pafs.FileType.Directory:
+        advice = f"name the files in it, such as {files.join(url, '*.parquet')}"
+        raise CorpusError(problem(path, url, "a directory", _what_is_there(url + "/*"), advice))
+    raise CorpusError(problem(path, url, "no such file", _what_is_there(url)))
+
+
+def _what_is_there(pattern: str) -> str:
+    """Return a sentence on what lies in the deepest directory of a pattern that exists."""
+    root, _ = _split(pattern)
+    wanted = pattern.rsplit("/", 1)[-1]
+    while "/" in root.rstrip("/") and not _is_directory(root):
+        root = root.rstrip("/").rsplit("/", 1)[0] or "/"
+    names = files.list_directory(root) if _is_directory(root) else []
+    if not names:
+        return f"{root} is empty" if _is_directory(root) else f"{root} does not exist"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    hint = did_you_mean(wanted, names)
+    return f"{root} holds {', '.join(names[:_SHOWN])}{more}. {hint}".strip()
+
+
+def _is_directory(url: str) -> bool:
+    filesystem, path = files.locate(url)
+    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+
+
+def _overlaps(path: str, train: Iterable[SourceFile], valid: Iterable[SourceFile]) -> list[str]:
+    both = {file.url for file in train} & {file.url for file in valid}
+    wrong = "the file is both trained on and held out"
+    return [problem(f"{path}.valid", url, wrong, "name it in one of them") for url in sorted(both)]
+
+
+def _inside(path: str, corpus: str, domain: str, sources: Iterable[SourceFile]) -> list[str]:
+    output = files.join(corpus, domain) + "/"
+    wrong = f"the file lies where the prepared corpus of the domain goes ({output})"
+    advice = "choose another corpus.path"
+    return [
+        problem(path, file.url, wrong, advice) for file in sources if file.url.startswith(output)
+    ]

@@ -1,0 +1,1 @@
+"""Tokenizers: built, trained, loaded and saved; texts become token ids in bulk."""

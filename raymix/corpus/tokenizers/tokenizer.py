@@ -1,0 +1,311 @@
+"""Tokenizers: building, training, loading, saving, and turning texts into ids in bulk.
+
+Every tokenizer ends up as Hugging Face files under `CORPUS/tokenizer`, which
+`AutoTokenizer.from_pretrained` loads, the byte tokenizer among them: a byte-level BPE without
+merges whose 256 symbols have the ids of their bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from raymix._utils.json import parse_json
+from raymix.corpus.read.chat import Span
+from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.recipe import PretrainedTokenizer
+from raymix.store import TokenizerInfo, atomic_write_text
+from raymix.store.remote import files
+
+END_OF_TEXT = "<|endoftext|>"
+"""The token that ends a document in the tokenizers made here."""
+
+_DIRECTORY = "tokenizer"
+_BYTE_EOS = 256
+# No UTF-8 text holds this byte, so it can stand for the end of a document for a moment.
+_NEVER = b"\xff"
+_COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+TokenArray = npt.NDArray[np.unsignedinteger]
+Ints = npt.NDArray[np.int64]
+
+
+class Encoder(Protocol):
+    """Turns texts into one array of ids."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
+        ...
+
+    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
+        """Return the ids of one text, end-of-text last, and the edges of some of its characters.
+
+        Args:
+            text: A conversation.
+            spans: First character and the one behind the last, rising and apart.
+
+        Returns:
+            The ids, and the first id and the one behind the last of each span, shape (E,). An id
+            is of the span in which its first character lies. Where nothing but space follows the
+            last span, end-of-text is part of it, or a span of its own.
+        """
+        ...
+
+
+class ByteEncoder:
+    """One id per UTF-8 byte."""
+
+    def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
+        raw = [text.encode() for text in texts]
+        joined = np.frombuffer(_NEVER.join([*raw, b""]), dtype=np.uint8)
+        tokens = joined.astype(np.uint16)
+        tokens[joined == _NEVER[0]] = _BYTE_EOS
+        return tokens, np.fromiter((len(item) + 1 for item in raw), np.int64, len(raw))
+
+    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
+        """See `Encoder`."""
+        tokens, _ = self.encode([text])
+        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
+        first_C = np.concatenate([[0], np.cumsum(sizes)])
+        edges = [int(first_C[place]) for span in spans for place in span]
+        return tokens, _with_end(edges, text, spans, len(tokens))
+
+
+class HuggingFaceEncoder:
+    """Ids from the `tokenizers` library, without the special tokens a template would add."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
+        """Encode with `tokenizer`, ending each document with `eos_id`."""
+        self._tokenizer = tokenizer
+        self._eos = eos_id
+
+    def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
+        ids = array("I")
+        lengths = np.empty(len(texts), dtype=np.int64)
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        for number, encoding in enumerate(encodings):
+            ids.extend(encoding.ids)
+            ids.append(self._eos)
+            lengths[number] = len(encoding) + 1
+        return np.frombuffer(ids, dtype=np.uint32), lengths
+
+    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
+        """See `Encoder`."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        first_T = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
+        edges = np.searchsorted(first_T, [place for span in spans for place in span]).tolist()
+        # Some templates end a conversation with the token that ends a document.
+        ended = encoding.ids[-1:] == [self._eos]
+        tokens = np.array(encoding.ids if ended else [*encoding.ids, self._eos], dtype=np.uint32)
+        return tokens, _with_end(edges, text, spans, len(tokens))
+
+
+def _with_end(edges: list[int], text: str, spans: Sequence[Span], size: int) -> Ints:
+    """Return the edges, those of end-of-text among them where an answer comes last."""
+    if spans and not text[spans[-1][1] :].strip():
+        edges = [*edges, size - 1, size]
+    found: list[int] = []
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        # Nothing comes before the first token that it could be predicted from.
+        first = max(first, 1)
+        if found and first <= found[-1]:
+            found[-1] = max(last, found[-1])
+        elif first < last:
+            found += [first, last]
+    return np.array(found, dtype=np.int64)
+
+
+@contextlib.contextmanager
+def rust_threads(wanted: bool) -> Iterator[None]:
+    """Let the `tokenizers` library use threads of its own, or not, for a while.
+
+    Its threads spin while they wait for work: over the small batches of encoding that costs a
+    quarter more CPU time than as many threads (or processes) of ours with one batch each.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true" if wanted else "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return the byte tokenizer as the `tokenizers` library has it: ids 0..255 are the bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable}
+    vocabulary |= {chr(256 + number): byte for number, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Return a byte-level BPE of at most `vocab_size` tokens trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with rust_threads(True):
+        tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def fingerprint(serialised: str) -> str:
+    """Return the hash of the canonical form of a tokenizer's JSON."""
+    canonical = json.dumps(parse_json(serialised), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+
+class LoadedTokenizer:
+    """A tokenizer with its end-of-text token and the configuration that goes beside it."""
+
+    def __init__(self, tokenizer: Tokenizer, kind: str, eos: str, beside: dict[str, str]) -> None:
+        """Hold `tokenizer` with padding and truncation off; `beside` are its other files."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._json = tokenizer.to_str()
+        self._eos = eos
+        self._beside = beside
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.info = TokenizerInfo(
+            kind=kind,
+            fingerprint=fingerprint(self._json),
+            vocab_size=max(vocabulary.values()) + 1,
+            eos_id=vocabulary[eos],
+        )
+
+    @classmethod
+    def made(cls, tokenizer: Tokenizer, kind: str) -> Self:
+        """Return a tokenizer made here, whose end-of-text token is `<|endoftext|>`."""
+        return cls(tokenizer, kind, END_OF_TEXT, {})
+
+    def save(self, corpus: str) -> None:
+        """Write the Hugging Face files under `CORPUS/tokenizer`, `tokenizer.json` last."""
+        configuration: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **parse_json(self._beside.get("tokenizer_config.json", "{}")),
+            "eos_token": self._eos,
+        }
+        texts = {**self._beside, "tokenizer_config.json": json.dumps(configuration, indent=2)}
+        for name, text in texts.items():
+            atomic_write_text(files.join(corpus, _DIRECTORY, name), text)
+        target = files.join(corpus, _DIRECTORY, "tokenizer.json")
+        atomic_write_text(target, self._json)
+
+
+@functools.lru_cache(maxsize=2)
+def saved_encoder(corpus: str, info: TokenizerInfo) -> Encoder:
+    """Return the encoder of the tokenizer saved in a corpus, loaded once per process.
+
+    In tokenizers made here, `<|endoftext|>` written out in a document is ordinary text, so that
+    no document can end another. One that was brought along reads special tokens in the text as
+    such: rendered chats need that.
+    """
+    if info.kind == "byte":
+        return ByteEncoder()
+    raw = files.read_bytes(files.join(corpus, _DIRECTORY, "tokenizer.json"))
+    tokenizer = Tokenizer.from_buffer(raw)
+    tokenizer.encode_special_tokens = info.kind != "pretrained"
+    return HuggingFaceEncoder(tokenizer, info.eos_id)
+
+
+def load_pretrained(config: PretrainedTokenizer) -> LoadedTokenizer:
+    """Return the tokenizer a recipe names: a `tokenizer.json` or a directory with one.
+
+    Raises:
+        CorpusError: If it is missing, damaged, or its end-of-text token is not known.
+    """
+    path = config.path
+    if path.endswith(".json"):
+        directory, _, name = path.rpartition("/")
+        directory = directory or "."
+    else:
+        directory, name = path, "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_buffer(files.read_bytes(files.join(directory, name)))
+    except FileNotFoundError as error:
+        raise _no_tokenizer(path, directory) from error
+    except Exception as error:  # the library raises plain Exception for any damage
+        wrong = f"not a Hugging Face tokenizer: {error}"
+        raise CorpusError(problem("corpus.tokenizer.path", path, wrong)) from error
+    beside = {
+        name: text
+        for name in ("tokenizer_config.json", *_COPIED)
+        if (text := _text(directory, name))
+    }
+    eos = _end_of_text(config, tokenizer, beside)
+    return LoadedTokenizer(tokenizer, "pretrained", eos, beside)
+
+
+def _text(directory: str, name: str) -> str | None:
+    try:
+        return files.read_bytes(files.join(directory, name)).decode()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _no_tokenizer(path: str, directory: str) -> CorpusError:
+    names = ", ".join(files.list_directory(directory)) if files.exists(directory) else ""
+    there = f"{directory} holds {names}" if names else f"{directory} does not exist or is empty"
+    advice = "a tokenizer.json is needed; save_pretrained of a transformers tokenizer writes one"
+    return CorpusError(problem("corpus.tokenizer.path", path, "no such tokenizer", there, advice))
+
+
+def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict[str, str]) -> str:
+    """Return the token that ends a document: the recipe's, else the directory's."""
+    named = config.eos_token or _named_eos(beside)
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    if named is None:
+        raise CorpusError(
+            problem(
+                "corpus.tokenizer.eos_token",
+                None,
+                f"{config.path} does not name the token that ends a document",
+                f"its special tokens are: {', '.join(special) or 'none'}",
+                "set corpus.tokenizer.eos_token",
+            )
+        )
+    if tokenizer.token_to_id(named) is None:
+        hint = did_you_mean(named, special)
+        wrong = "the tokenizer has no such token"
+        raise CorpusError(problem("corpus.tokenizer.eos_token", named, wrong, hint))
+    return named
+
+
+def _named_eos(beside: dict[str, str]) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            document = parse_json(beside.get(name, "{}"))
+        except ValueError:
+            continue
+        token = document.get("eos_token") if isinstance(document, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    return None

@@ -1,0 +1,157 @@
+"""What files a recipe names, and whether they will be there where the job runs.
+
+Sources that are written relative to the recipe travel with the project, so they must be files of
+it. Absolute paths and URLs are taken as what the cluster sees. Results that are written relative
+to the working directory need a directory that outlives the job.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymix.errors import RecipeError, problem
+from raymix.jobs.files import Listing
+from raymix.recipe import (
+    DgaMixer,
+    PretrainedModel,
+    PretrainedTokenizer,
+    Recipe,
+    ReplayMixer,
+)
+from raymix.recipe.load import absolute
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A path in a recipe."""
+
+    field: str
+    """The field that holds it, by dotted path."""
+    path: str
+    """As it is written."""
+
+    @property
+    def relative(self) -> bool:
+        """Return whether the path means something else in another directory."""
+        is_url = absolute(self.path, "/") == self.path
+        return not is_url and not os.path.isabs(os.path.expanduser(self.path))
+
+
+def sources(recipe: Recipe) -> Iterator[Reference]:
+    """Yield the paths that start at the recipe's own directory."""
+    for at, domain in enumerate(recipe.corpus.domains):
+        for name in ("train", "valid"):
+            for index, path in enumerate(getattr(domain, name)):
+                yield Reference(f"corpus.domains.{at}.{name}.{index}", path)
+    if isinstance(recipe.corpus.tokenizer, PretrainedTokenizer):
+        yield Reference("corpus.tokenizer.path", recipe.corpus.tokenizer.path)
+    if isinstance(recipe.mixer, DgaMixer) and isinstance(recipe.mixer.bases, str):
+        yield Reference("mixer.bases", recipe.mixer.bases)
+
+
+def inputs(recipe: Recipe) -> Iterator[Reference]:
+    """Yield the paths of what is read that start at the working directory."""
+    if isinstance(recipe.model, PretrainedModel):
+        yield Reference("model.path", recipe.model.path)
+    if isinstance(recipe.mixer, ReplayMixer):
+        yield Reference("mixer.log", recipe.mixer.log)
+
+
+def results(recipe: Recipe) -> Iterator[Reference]:
+    """Yield the paths of what is written; relative ones start at the working directory."""
+    yield Reference("corpus.path", recipe.corpus.path)
+    yield Reference("run.dir", recipe.run.dir)
+
+
+def check_sources(recipe: Recipe, base: str, listing: Listing) -> None:
+    """Check that every relative source is among the files that travel.
+
+    Args:
+        recipe: The recipe, its paths as they were written.
+        base: The directory at which its relative sources start.
+        listing: What travels.
+
+    Raises:
+        RecipeError: With one message per source that would be missing.
+    """
+    shipped = set(listing.files)
+    problems = [
+        message
+        for reference in sources(recipe)
+        if reference.relative
+        for message in _missing(reference, base, listing, shipped)
+    ]
+    if problems:
+        raise RecipeError(*problems)
+
+
+def shipped_inputs(recipe: Recipe, listing: Listing) -> dict[str, str]:
+    """Return by field where in the project the relative inputs lie that are there on this machine.
+
+    What is not there is taken as something that lies at the job's own working directory.
+
+    Raises:
+        RecipeError: If one is there and does not travel.
+    """
+    shipped = set(listing.files)
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for reference in inputs(recipe):
+        place = absolute(reference.path, os.getcwd())
+        if not reference.relative or not os.path.exists(place):
+            continue
+        problems += _missing(reference, os.getcwd(), listing, shipped)
+        with_root = os.path.relpath(os.path.realpath(place), listing.root)
+        found[reference.field] = Path(with_root).as_posix()
+    if problems:
+        raise RecipeError(*problems)
+    return found
+
+
+def check_results(recipe: Recipe) -> None:
+    """Check that no result is written relative to the working directory of a job.
+
+    Raises:
+        RecipeError: With one message per result that would be lost with the job's directory.
+    """
+    wrong = "relative: a job's own directory goes with the job"
+    advice = "Name a directory that all nodes see by --storage, or give an absolute path or a URL"
+    problems = [
+        problem(reference.field, reference.path, wrong, advice)
+        for reference in results(recipe)
+        if reference.relative
+    ]
+    if problems:
+        raise RecipeError(*problems)
+
+
+def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str]) -> list[str]:
+    """Return why the files that a relative path means will not be there; empty if they will."""
+    pattern = os.path.join(glob.escape(base), os.path.expanduser(reference.path))
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        return [problem(reference.field, reference.path, "no file matches")]
+    for match in matches:
+        inside = Path(os.path.abspath(match))
+        if not inside.is_relative_to(listing.root):
+            inside = Path(os.path.realpath(match))
+        if not inside.is_relative_to(listing.root):
+            wrong = f"{match} lies outside of the project, which is {listing.root}"
+            advice = "Name a directory above both by --project, or give a path that the cluster has"
+            return [problem(reference.field, reference.path, wrong, advice)]
+        name = inside.relative_to(listing.root).as_posix()
+        if not _travels(name, inside, shipped):
+            wrong = f"{name} does not travel: an ignore file names it, or a link leads outwards"
+            advice = "Take it out of .gitignore, or give a URL or a path that the cluster has"
+            return [problem(reference.field, reference.path, wrong, advice)]
+    return []
+
+
+def _travels(name: str, place: Path, shipped: set[str]) -> bool:
+    if name in shipped:
+        return True
+    return place.is_dir() and any(file.startswith(f"{name}/") for file in shipped)

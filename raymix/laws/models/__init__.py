@@ -1,0 +1,1 @@
+"""The laws themselves: closed formulas, regressions, a Gaussian process, and `auto`."""

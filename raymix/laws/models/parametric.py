@@ -1,0 +1,225 @@
+"""Laws that are a formula: `bimix`, `exponential`, `additive`, `joint`.
+
+Shapes: R and N rows, D domains, V targets, F subsets, P coefficients, K bootstrap draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from raymix.errors import LawError, problem
+from raymix.laws.base import law
+from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
+from raymix.laws.models.fitted_law import FittedLaw, Training, absent, own_domains
+from raymix.laws.models.least_squares import Fitted, Inputs, bootstrap, fit_curves
+from raymix.laws.search.separable import Powers
+from raymix.laws.table import Floats, MixtureTable
+
+DRAWS = 100
+"""Of the bootstrap."""
+INTERVAL = 0.9
+AnyCurve = BiMixCurve | ExponentialCurve | AdditiveCurve
+
+
+class CurveSolver:
+    """Learns the coefficients of one formula, for all targets and subsets at once."""
+
+    convex = True
+
+    def __init__(self, kind: str, *, eps: float | None = None) -> None:
+        """Name the formula; `eps` is BiMix' addition to shares, found from the table if None."""
+        self.kind = kind
+        self.notes: Sequence[str] = ()
+        self._eps = eps
+        self._curve: AnyCurve | None = None
+        self._fitted: Fitted | None = None
+        self._covariance_VPP = np.zeros((0, 0, 0))
+
+    @property
+    def curve(self) -> AnyCurve:
+        """Return the formula; there is none before `learn`."""
+        if self._curve is None:
+            raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
+        return self._curve
+
+    @property
+    def fitted(self) -> Fitted:
+        """Return the coefficients."""
+        if self._fitted is None:
+            raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
+        return self._fitted
+
+    def learn(self, training: Training) -> None:
+        """Learn from all rows."""
+        curve = self._formula(training.table)
+        fitted = fit_curves(curve, training.inputs, training.log_loss_VR, training.seen_VR)
+        if not np.isfinite(fitted.theta_BP).all() or not np.isfinite(fitted.cost_B).all():
+            wrong = "no coefficients fit this table"
+            raise LawError(problem("law", self.kind, wrong, "Try law 'regression'"))
+        self._curve, self._fitted = curve, fitted
+        self._covariance_VPP = _covariance(curve, training.inputs, fitted)
+
+    def _formula(self, table: MixtureTable) -> AnyCurve:
+        own_V, named_V = own_domains(table)
+        self.notes = ()
+        if self.kind == "bimix":
+            if not named_V.all():
+                names = [t for t, named in zip(table.targets, named_V, strict=True) if not named]
+                some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+                self.notes = (f"No domain is called {some}: its share is the most telling one's",)
+            eps = absent(table.share_RD) if self._eps is None else self._eps
+            return BiMixCurve(own_V, eps, table.has_steps)
+        if self.kind == "exponential":
+            return ExponentialCurve(table.domains, table.has_steps)
+        joint = self.kind == "joint" and table.has_steps
+        known_V = np.where(named_V, own_V, -1)
+        return AdditiveCurve(table.domains, known_V, table.has_steps, joint)
+
+    def subsets(self, training: Training, use_FR: np.ndarray) -> Fitted:
+        """Return F x V fits, each from some of the rows; they begin at the fit to all."""
+        use_BR = training.seen_in(use_FR).reshape(-1, len(training.table)).astype(np.float64)
+        y_BR = np.tile(training.log_loss_VR, (len(use_FR), 1))
+        like = self.fitted.times(len(use_FR))
+        return fit_curves(self.curve, training.inputs, y_BR, use_BR, like=like)
+
+    def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
+        """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
+        fitted = self.subsets(training, use_FR)
+        loss_BR = np.exp(self.curve.evaluate(fitted.theta_BP, training.inputs)[0])
+        return np.swapaxes(loss_BR.reshape(len(use_FR), -1, loss_BR.shape[1]), 1, 2)
+
+    def losses(self, inputs: Inputs) -> Floats:
+        """Return losses of new rows, shape (N, V)."""
+        return np.exp(self.curve.evaluate(self.fitted.theta_BP, inputs)[0]).T
+
+    def deviations(self, inputs: Inputs) -> Floats:
+        """Return standard deviations of the losses of new rows, in nats, shape (N, V)."""
+        log_VN, jac_VNP = self.curve.evaluate(self.fitted.theta_BP, inputs)
+        variance_VN = ((jac_VNP @ self._covariance_VPP) * jac_VNP).sum(axis=2)
+        return (np.exp(log_VN) * np.sqrt(np.maximum(variance_VN, 0))).T
+
+    def share_gradient(self, inputs: Inputs) -> tuple[Floats, Floats]:
+        """Return losses (V,) and derivatives (V, D) at one row."""
+        loss_VN, gradient_VND = self.curve.share_gradient(self.fitted.theta_BP, inputs)
+        return loss_VN[:, 0], gradient_VND[:, 0]
+
+    def powers(self, inputs: Inputs) -> Powers | None:
+        """Return what the losses are at one row, if each is a power of one share."""
+        if not isinstance(self.curve, BiMixCurve):
+            return None
+        exponent_V = np.exp(self.fitted.theta_BP[:, 0])
+        own_V, eps = self.curve.own_V, self.curve.eps
+        scale_V = self.losses(inputs)[0] * (inputs.share_ND[0, own_V] + eps) ** exponent_V
+        return Powers(scale_V=scale_V, exponent_V=exponent_V, own_V=own_V, offset=eps)
+
+    def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """Return values and 90 % intervals of a bootstrap over runs, by target and name.
+
+        Logarithms and logits are undone. Each draw weights whole runs by an exponential variable
+        (Rubin's Bayesian bootstrap) and takes one Newton step.
+        """
+        draw_KN = run_weights(training.table, DRAWS)
+        theta_KVP = bootstrap(
+            self.curve, training.inputs, training.log_loss_VR, self.fitted, draw_KN
+        )
+        tail = 50 * (1 - INTERVAL)
+        low_VP, high_VP = np.percentile(theta_KVP, (tail, 100 - tail), axis=0)
+        return {
+            target: {
+                name.removeprefix("log_").removeprefix("logit_"): _undone(name, value, low, high)
+                for name, value, low, high in zip(self.curve.names, *rows, strict=True)
+            }
+            for target, *rows in zip(
+                training.table.targets, self.fitted.theta_BP, low_VP, high_VP, strict=True
+            )
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return formula and coefficients in JSON types."""
+        curve = self.curve
+        own: list[int] = [] if isinstance(curve, ExponentialCurve) else curve.own_V.tolist()
+        return {
+            "domains": [] if isinstance(curve, BiMixCurve) else list(curve.domains),
+            "own": own,
+            "eps": curve.eps if isinstance(curve, BiMixCurve) else None,
+            "steps": curve.steps,
+            "joint": curve.joint if isinstance(curve, AdditiveCurve) else False,
+            "names": list(curve.names),
+            "theta": self.fitted.theta_BP.tolist(),
+            "mean": self.fitted.mean_BP.tolist(),
+            "sd": self.fitted.sd_P.tolist(),
+            "scale": self.fitted.scale_B.tolist(),
+            "covariance": _rounded(self._covariance_VPP),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up formula and coefficients."""
+        own_V = np.array(state["own"], int)
+        domains = tuple(state["domains"])
+        if self.kind == "bimix":
+            self._curve = BiMixCurve(own_V, float(state["eps"]), state["steps"])
+        elif self.kind == "exponential":
+            self._curve = ExponentialCurve(domains, state["steps"])
+        else:
+            self._curve = AdditiveCurve(domains, own_V, state["steps"], state["joint"])
+        theta_VP, nothing = np.array(state["theta"]), np.zeros((len(state["theta"]), 0))
+        self._fitted = Fitted(
+            theta_VP,
+            np.array(state["mean"]),
+            np.array(state["sd"]),
+            nothing,
+            np.array(state["scale"]),
+            np.zeros(len(theta_VP)),
+        )
+        self._covariance_VPP = np.array(state["covariance"])
+
+
+def _undone(name: str, *values: float) -> tuple[float, float, float]:
+    undo = expit if name.startswith("logit_") else np.exp if name.startswith("log_") else float
+    value, low, high = (float(undo(v)) for v in values)
+    return value, low, high
+
+
+def _rounded(matrix_VPP: Floats) -> list[list[list[float]]]:
+    """Return nested lists of twelve digits, which keep it positive, in less room."""
+    return [[[float(f"{x:.12g}") for x in row] for row in one] for one in matrix_VPP.tolist()]
+
+
+def run_weights(table: MixtureTable, draws: int, *, seed: int = 0) -> Floats:
+    """Return weights with a mean of 1 for the rows, the same within a run, shape (K, R)."""
+    names, at_R = np.unique(np.array(table.runs), return_inverse=True)
+    weight_KN = np.random.default_rng(seed).standard_exponential((draws, len(names)))
+    weight_KN /= weight_KN.mean(axis=1, keepdims=True)
+    return weight_KN[:, at_R]
+
+
+def _covariance(curve: AnyCurve, inputs: Inputs, fitted: Fitted) -> Floats:
+    """Return the coefficients' covariance by Laplace's approximation, shape (V, P, P)."""
+    _, jac_VNP = curve.evaluate(fitted.theta_BP, inputs)
+    jac_VNP *= fitted.weight_BN[:, :, None]
+    hessian_VPP = np.swapaxes(jac_VNP, 1, 2) @ jac_VNP + np.diag(1 / fitted.sd_P**2)
+    return np.linalg.inv(hessian_VPP).astype(np.float64, copy=False)
+
+
+@law("bimix")
+def _bimix(*, eps: float | None = None) -> FittedLaw:
+    return FittedLaw("bimix", CurveSolver("bimix", eps=eps))
+
+
+@law("exponential")
+def _exponential() -> FittedLaw:
+    return FittedLaw("exponential", CurveSolver("exponential"))
+
+
+@law("additive")
+def _additive() -> FittedLaw:
+    return FittedLaw("additive", CurveSolver("additive"))
+
+
+@law("joint")
+def _joint() -> FittedLaw:
+    return FittedLaw("joint", CurveSolver("joint"))

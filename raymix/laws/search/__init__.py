@@ -1,0 +1,1 @@
+"""The best shares under a fitted law: objective and limits, exact and descent solvers."""

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints and LoRA adapters tensor by tensor."""

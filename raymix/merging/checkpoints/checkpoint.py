@@ -1,0 +1,207 @@
+"""Reading checkpoints in the Hugging Face layout, tensor by tensor, from memory-mapped files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from raymix._utils.json import parse_json
+from raymix.errors import MergeError, did_you_mean, problem
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes that are read, by their names in safetensors files."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_SINGLE, _PICKLE = "model.safetensors", "pytorch_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a checkpoint says about one tensor without reading it."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Return the size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A directory of weights; `read` maps a tensor and copies nothing."""
+
+    path: str
+    config: dict[str, Any]
+    specs: dict[str, TensorSpec]
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor `name` as it is stored; its pages are read when they are used."""
+        file = self.specs[name].file
+        if file not in self._open:
+            self._open[file] = _open_weights(os.path.join(self.path, file))
+        handle = self._open[file]
+        if isinstance(handle, dict):
+            return handle[name]
+        tensor: Tensor = handle.get_tensor(name)
+        return tensor
+
+    def files(self) -> list[str]:
+        """Return the names of the weights files, sorted."""
+        return sorted({spec.file for spec in self.specs.values()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without open files, for other processes."""
+        return {"path": self.path, "config": self.config, "specs": self.specs}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.path, self.config, self.specs = state["path"], state["config"], state["specs"]
+        self._open = {}
+
+
+def open_checkpoint(path: str, field_path: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """Return the checkpoint in the directory `path`, its files checked.
+
+    Args:
+        path: A directory in the Hugging Face layout.
+        field_path: What messages call it, e.g. `models.0.model`.
+        allow_pickle: Whether `.bin` files are read, weights only.
+
+    Raises:
+        MergeError: If a file is absent, truncated, of a refused kind, or outside the directory.
+    """
+    check_directory(path, field_path)
+    config = read_json(os.path.join(path, "config.json"), field_path)
+    specs: dict[str, TensorSpec] = {}
+    for file, names in _weight_files(path, field_path, allow_pickle=allow_pickle).items():
+        found = file_specs(os.path.join(path, file), field_path)
+        missing = [name for name in names or () if name not in found]
+        if missing:
+            wrong = f"the index file puts {missing[0]!r} in {file}, where it is not"
+            raise MergeError(problem(field_path, path, wrong, "Download it again"))
+        specs |= {name: found[name] for name in (names or found)}
+    if not specs:
+        raise MergeError(problem(field_path, path, "its files hold no tensors"))
+    return Checkpoint(path, config, specs)
+
+
+def check_directory(path: str, field_path: str) -> None:
+    """Raise MergeError unless `path` is a directory; say what may be meant."""
+    if os.path.isdir(path):
+        return
+    if os.path.exists(path):
+        wrong = "not a directory"
+        raise MergeError(problem(field_path, path, wrong, "Name the directory of the model"))
+    folder, name = os.path.split(path)
+    near = did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+    advice = "Models of the Hub are downloaded first: `hf download NAME --local-dir DIR`"
+    raise MergeError(problem(field_path, path, "no such directory", near or advice))
+
+
+def read_json(path: str, field_path: str) -> dict[str, Any]:
+    """Return the object in a JSON file of a model.
+
+    Raises:
+        MergeError: If it is absent or is not a JSON object.
+    """
+    try:
+        data = parse_json(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        name = os.path.basename(path)
+        wrong = f"there is no {name}"
+        folder = os.path.dirname(path)
+        raise MergeError(problem(field_path, folder, wrong, "Name a model's directory")) from None
+    except (OSError, ValueError) as error:
+        raise MergeError(problem(field_path, path, f"cannot be read: {error}")) from None
+    if not isinstance(data, dict):
+        raise MergeError(problem(field_path, path, "not a JSON object"))
+    return data
+
+
+def file_specs(path: str, field_path: str) -> dict[str, TensorSpec]:
+    """Return what a weights file says about its tensors, in its order.
+
+    Raises:
+        MergeError: If the file is absent, truncated or holds a dtype that is not read.
+    """
+    name = os.path.basename(path)
+    try:
+        handle = _open_weights(path)
+    except FileNotFoundError:
+        raise MergeError(problem(field_path, path, "no such file", "Download it again")) from None
+    except (SafetensorError, OSError) as error:
+        wrong = f"not a whole safetensors file: {error}"
+        raise MergeError(problem(field_path, path, wrong, "Download it again")) from None
+    except Exception as error:  # noqa: BLE001 - torch's loader raises what it meets in the file
+        wrong = f"refused by the loader that takes weights only: {str(error).splitlines()[0]}"
+        raise MergeError(problem(field_path, path, wrong, "Convert it to safetensors")) from None
+    if isinstance(handle, dict):
+        tensors = {key: value for key, value in handle.items() if isinstance(value, Tensor)}
+        return {k: TensorSpec(name, v.dtype, tuple(v.shape)) for k, v in tensors.items()}
+    specs = {}
+    for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+        part = handle.get_slice(key)
+        if part.get_dtype() not in DTYPES:
+            wrong = f"{key!r} is of dtype {part.get_dtype()}, which cannot be merged"
+            raise MergeError(problem(field_path, path, wrong, "Dequantise the model first"))
+        specs[key] = TensorSpec(name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+    return specs
+
+
+def _open_weights(path: str) -> Any:
+    if path.endswith(".safetensors"):
+        return safe_open(path, framework="pt")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _weight_files(path: str, field_path: str, *, allow_pickle: bool) -> dict[str, list[str] | None]:
+    """Return the weights files of a directory with their tensors (None: all that they hold)."""
+    for single, pickled in ((_SINGLE, False), (_PICKLE, True)):
+        index = os.path.join(path, f"{single}.index.json")
+        sharded = os.path.exists(index)
+        if not sharded and not os.path.exists(os.path.join(path, single)):
+            continue
+        if pickled and not allow_pickle:
+            wrong = "its weights are pickle files, which can run code when they are loaded"
+            advice = "Convert them, or set allow_pickle: true; then torch loads weights only"
+            raise MergeError(problem(field_path, path, wrong, advice))
+        return _from_index(index, field_path) if sharded else {single: None}
+    wrong = f"holds neither {_SINGLE} nor {_SINGLE}.index.json"
+    raise MergeError(problem(field_path, path, wrong, "Name a model's or an adapter's directory"))
+
+
+def _from_index(index: str, field_path: str) -> dict[str, list[str] | None]:
+    weight_map = read_json(index, field_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise MergeError(problem(field_path, index, "has no weight_map"))
+    files: dict[str, list[str] | None] = {}
+    for tensor, file in weight_map.items():
+        inside = isinstance(file, str) and file and not os.path.isabs(file)
+        if not inside or ".." in PurePosixPath(file.replace("\\", "/")).parts:
+            wrong = f"{tensor!r} is said to be in {file!r}, outside the model's directory"
+            raise MergeError(problem(field_path, index, wrong, "Do not trust this download"))
+        names = files.setdefault(file, [])
+        if names is not None:
+            names.append(tensor)
+    return files

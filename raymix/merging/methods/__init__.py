@@ -1,0 +1,1 @@
+"""The merge methods: entrywise, spectral, spherical, DRM and what they share."""

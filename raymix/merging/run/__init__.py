@@ -1,0 +1,1 @@
+"""Carrying out a merge: plan, jobs on threads or Ray tasks, resume, final files."""

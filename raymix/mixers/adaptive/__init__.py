@@ -1,0 +1,1 @@
+"""Mixers that learn from the run: a `Rule` proposes shares, `guardrails` limits the change."""

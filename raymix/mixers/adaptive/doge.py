@@ -1,0 +1,62 @@
+"""DoGE: shares follow each domain's alignment with all domains' gradients, or the targets'.
+
+Fan et al. 2023 (arXiv 2310.15393), as in its public code, but for two things: one update per
+window, not per step, and online on the model itself, without the proxy run whose mean weights the
+paper then trains on (for those, average the mixture log). Shapes: D domains, M mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from raymix.mixers.adaptive.guardrails import Adaptive
+from raymix.mixers.adaptive.rule import Arms, Rule, given, products
+from raymix.mixers.adaptive.simplex import Floats
+from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
+from raymix.recipe.adaptive import DogeMixer
+
+_MOST = 5.0
+
+
+class Doge(Rule):
+    """log w += step x clip(sum_j <g_i, g_j> / mean_i |g_i|, 0, 5)."""
+
+    needs = frozenset({"gram"})
+
+    def __init__(self, config: DogeMixer, arms: Arms) -> None:
+        self._config = config
+        self._arms = arms
+        towards = f"{arms.target_T.size} targets" if arms.target_T.size else "all domains"
+        self.summary = (
+            f"by alignment with {towards}, from the Gram matrix: one probe per window, no extra "
+            "backward"
+        )
+
+    def measure(self, stats: DomainStats) -> dict[str, Floats]:
+        """Return each domain's score before clipping, shape (M,)."""
+        gram_DD, mixed = given(stats.gram_DD), self._arms.mixed_M
+        against = self._arms.target_T if self._arms.target_T.size else mixed
+        norm_D = np.sqrt(np.maximum(np.diagonal(gram_DD), 0))
+        shrink_D = np.ones(norm_D.size)
+        if self._config.clip_norm is not None:
+            np.divide(self._config.clip_norm, norm_D, out=shrink_D, where=norm_D > 0)
+            shrink_D = np.minimum(shrink_D, 1)
+        weight_D = np.zeros(norm_D.size)
+        weight_D[against] = np.nan_to_num(shrink_D[against])
+        score_D = shrink_D * products(gram_DD, weight_D)
+        if not self._arms.target_T.size and not self._config.self_term:
+            score_D -= shrink_D**2 * np.diagonal(gram_DD)
+        known_M = np.isfinite(norm_D[mixed])
+        norm = (shrink_D * norm_D)[mixed][known_M].sum() / max(known_M.sum(), 1)
+        return {"score": score_D[mixed] / norm if norm > 0 else np.zeros(mixed.size)}
+
+    def propose(self, log_A: Floats, means: Mapping[str, Floats], stats: DomainStats) -> Floats:
+        """Return log weights after one step, shape (M,)."""
+        return log_A + self._config.step * np.clip(means["score"], 0, _MOST)
+
+
+@mixer("doge")
+def _doge(config: DogeMixer, context: MixerContext) -> Mixer:
+    return Adaptive(Doge(config, Arms.of(context)), config, context)

@@ -1,0 +1,1 @@
+"""Mixers whose shares are known before the run: fixed, scheduled and replayed."""

@@ -1,0 +1,184 @@
+"""Mixers whose shares are known before the run: fixed ones and schedules.
+
+Shapes: D domains, P pieces of a schedule.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymix.errors import RecipeError, problem
+from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
+from raymix.mixers.by_name import SUM_TOLERANCE, shares_by_name
+from raymix.recipe.mixer import (
+    ImportanceMixer,
+    ProportionalMixer,
+    ScheduleMixer,
+    StaticMixer,
+    TemperatureMixer,
+    UniformMixer,
+    UnimaxMixer,
+)
+
+
+class Planned:
+    """Shares that hold from given steps on, or move linearly between them.
+
+    Attributes:
+        needs: Empty: no statistics.
+        boundaries: First steps of the pieces, the first 0.
+        summary: One line for people.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        summary: str,
+        shares_PD: Sequence[Shares],
+        *,
+        boundaries: Sequence[int] = (0,),
+        linear: bool = False,
+    ) -> None:
+        self.summary = summary
+        self.boundaries = tuple(boundaries)
+        self._shares_PD = np.array(shares_PD, dtype=np.float64)
+        self._shares_PD.setflags(write=False)
+        self._linear = linear
+
+    def planned(self, step: int) -> Shares:
+        """Return the shares of a window that starts at `step`, shape (D,), read-only."""
+        piece = max(0, bisect_right(self.boundaries, step) - 1)
+        if not self._linear or piece + 1 == len(self.boundaries):
+            return self._shares_PD[piece]
+        start, end = self.boundaries[piece : piece + 2]
+        way = (step - start) / (end - start)
+        return (1 - way) * self._shares_PD[piece] + way * self._shares_PD[piece + 1]
+
+    def update(self, stats: DomainStats) -> Shares:
+        """Return the shares of the window after the one that `stats` describes."""
+        return self.planned(stats.step + stats.window)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty state: the step says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept the empty state."""
+
+
+@mixer("static")
+def _static(config: StaticMixer, context: MixerContext) -> Mixer:
+    shares_D = shares_by_name(config.weights, context, path="mixer.weights")
+    return Planned("static: fixed shares", [shares_D])
+
+
+@mixer("uniform")
+def _uniform(config: UniformMixer, context: MixerContext) -> Mixer:
+    mixed_D = context.mixed_D
+    summary = f"uniform: the same share for each of {mixed_D.sum()} domains"
+    return Planned(summary, [mixed_D / mixed_D.sum()])
+
+
+@mixer("proportional")
+def _proportional(config: ProportionalMixer, context: MixerContext) -> Mixer:
+    shares_D = tempered(np.where(context.mixed_D, context.tokens_D, 0), 1.0)
+    return Planned("proportional: shares as the domains' tokens", [shares_D])
+
+
+@mixer("temperature")
+def _temperature(config: TemperatureMixer, context: MixerContext) -> Mixer:
+    held_D = np.where(context.mixed_D, context.tokens_D, 0)
+    shares_D = tempered(held_D, config.temperature)
+    return Planned(f"temperature {config.temperature:g}: shares as tokens ** (1/T)", [shares_D])
+
+
+@mixer("unimax")
+def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
+    held_D = np.where(context.mixed_D, context.tokens_D, 0)
+    shares_D, capped_D = unimax(held_D, context.total_tokens, config.max_epochs)
+    if capped_D.all() and shares_D.sum() * (1 + SUM_TOLERANCE) < context.total_tokens:
+        held = int(held_D.sum())
+        raise RecipeError(
+            problem(
+                "mixer.max_epochs",
+                config.max_epochs,
+                f"{config.max_epochs:g} epochs of all domains are {config.max_epochs * held:.4g} "
+                f"tokens, fewer than the run's {context.total_tokens:.4g}",
+                f"It takes at least {context.total_tokens / max(held, 1):.3g} epochs",
+                "Raise it, train fewer tokens, or add data",
+            )
+        )
+    capped = f"{int(capped_D.sum())} of {capped_D.size} domains at the cap"
+    return Planned(
+        f"unimax: uniform up to {config.max_epochs:g} epochs, {capped}",
+        [shares_D / shares_D.sum()],
+    )
+
+
+@mixer("importance")
+def _importance(config: ImportanceMixer, context: MixerContext) -> Mixer:
+    """Build the mixer of CRISP (Grangier et al. 2024), with domains in the place of clusters."""
+    even_D = context.mixed_D / context.mixed_D.sum()
+    nearest_D = context.nearest_D
+    if nearest_D is None or not nearest_D.any():
+        unknown = "importance: shares are known once the corpus is prepared; even ones until then"
+        return Planned(unknown, [even_D])
+    shares_D = (1 - config.floor) * nearest_D / nearest_D.sum() + config.floor * even_D
+    documents = f"{int(nearest_D.sum()):,} documents of {', '.join(context.targets)}"
+    return Planned(f"importance: shares as {documents} are nearest to domains", [shares_D])
+
+
+@mixer("schedule")
+def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
+    problems: list[str] = []
+    shares_PD: list[Shares] = []
+    for at, piece in enumerate(config.pieces):
+        try:
+            path = f"mixer.pieces.{at}.weights"
+            shares_PD.append(shares_by_name(piece.weights, context, path=path))
+        except RecipeError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise RecipeError(*problems)
+    starts = [piece.step for piece in config.pieces]
+    return Planned(
+        f"schedule: {len(starts)} pieces, {config.interpolate}, the last from step {starts[-1]}",
+        shares_PD,
+        boundaries=starts,
+        linear=config.interpolate == "linear",
+    )
+
+
+def tempered(tokens_D: NDArray[np.int64], temperature: float) -> Shares:
+    """Return shares in proportion to tokens ** (1 / temperature), shape (D,); none for none."""
+    held_D = tokens_D > 0
+    exponent_D = np.full(tokens_D.size, -np.inf)
+    exponent_D[held_D] = np.log(tokens_D[held_D]) / temperature
+    scaled_D = np.exp(exponent_D - exponent_D.max(initial=-1e300))
+    return scaled_D / scaled_D.sum()
+
+
+def unimax(
+    tokens_D: NDArray[np.int64], total_tokens: int, max_epochs: float
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return tokens to read of each domain, shape (D,), and which domains stand at the cap.
+
+    UniMax (Chung et al. 2023, algorithm 1): from the smallest domain up, each gets an equal part
+    of the budget still left, but at most `max_epochs` times its tokens.
+    """
+    budget_D = np.zeros(tokens_D.size)
+    capped_D = np.zeros(tokens_D.size, dtype=np.bool_)
+    left = float(total_tokens)
+    for rank, domain in enumerate(np.argsort(tokens_D, kind="stable")):
+        even = left / (tokens_D.size - rank)
+        cap = max_epochs * float(tokens_D[domain])
+        capped_D[domain] = cap <= even
+        budget_D[domain] = min(cap, even)
+        left -= budget_D[domain]
+    return budget_D, capped_D

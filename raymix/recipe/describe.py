@@ -1,0 +1,180 @@
+"""Recipe fields in words: what a value may be, and which model stands at a dotted path."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types as at
+from pydantic import BaseModel, Discriminator, Tag
+from pydantic.fields import FieldInfo
+
+from raymix.recipe.base import Words
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place in the recipe: the type that may stand there and its metadata (bounds, words)."""
+
+    annotation: Any
+    metadata: tuple[Any, ...] = ()
+    discriminator: str | None = None
+
+    @classmethod
+    def of_field(cls, field: FieldInfo) -> Spot:
+        """Return the spot of a model's field."""
+        tag = field.discriminator if isinstance(field.discriminator, str) else None
+        return cls(field.annotation, tuple(field.metadata), tag).unwrapped()
+
+    def unwrapped(self) -> Spot:
+        """Return the spot without `Annotated` around it; its metadata is kept."""
+        if get_origin(self.annotation) is not Annotated:
+            return self
+        inner, *extra = get_args(self.annotation)
+        tags = [m.discriminator for m in extra if isinstance(m, FieldInfo) and m.discriminator]
+        named = next((tag for tag in tags if isinstance(tag, str)), self.discriminator)
+        return Spot(inner, (*self.metadata, *_flat(extra)), named).unwrapped()
+
+    def members(self) -> list[Spot]:
+        """Return the alternatives of a union (None left out); of anything else, itself."""
+        if get_origin(self.annotation) not in (Union, types.UnionType):
+            return [self]
+        parts = [part for part in get_args(self.annotation) if part is not type(None)]
+        inherited = tuple(m for m in self.metadata if not isinstance(m, Words))
+        return [Spot(part, inherited).unwrapped() for part in parts]
+
+    @property
+    def optional(self) -> bool:
+        """Whether null may stand here."""
+        return type(None) in get_args(self.annotation)
+
+    @property
+    def tagged(self) -> bool:
+        """Whether the alternatives are told apart by a discriminator."""
+        return self.discriminator is not None or any(
+            isinstance(m, Discriminator) for m in self.metadata
+        )
+
+    @property
+    def model(self) -> type[BaseModel] | None:
+        """The recipe model that stands here, if it is exactly one."""
+        return self.annotation if _is_model(self.annotation) else None
+
+    def child(self, key: str | int) -> Spot | None:
+        """Return the spot below `key`, or None where the recipe has no such place."""
+        if self.model is not None:
+            field = self.model.model_fields.get(str(key))
+            return None if field is None else Spot.of_field(field)
+        origin, args = get_origin(self.annotation), get_args(self.annotation)
+        if origin is tuple and isinstance(key, int):
+            if len(args) == 2 and args[1] is Ellipsis:
+                return Spot(args[0]).unwrapped()
+            return Spot(args[key]).unwrapped() if key < len(args) else None
+        return Spot(args[1]).unwrapped() if origin is dict else None
+
+
+def tag_of(spot: Spot, union: Spot) -> str:
+    """Return the tag by which a tagged union knows one of its members."""
+    explicit = next((m.tag for m in spot.metadata if isinstance(m, Tag)), None)
+    if explicit is not None or spot.model is None or union.discriminator is None:
+        return explicit or ""
+    return str(get_args(spot.model.model_fields[union.discriminator].annotation)[0])
+
+
+def field_paths(spot: Spot, path: str = "") -> list[str]:
+    """Return the dotted paths of all fields below `spot`, sections first; lists are left out."""
+    paths: list[str] = []
+    for model in (member.model for member in spot.members()):
+        for name, field in model.model_fields.items() if model else ():
+            below = f"{path}.{name}" if path else name
+            paths += [below, *field_paths(Spot.of_field(field), below)]
+    return list(dict.fromkeys(paths))
+
+
+def describe(spot: Spot) -> str:
+    """Return what may stand at `spot`, such as `a whole number of at least 1, or null`."""
+    words = next((m.text for m in spot.metadata if isinstance(m, Words)), None)
+    if words is None and spot.discriminator is not None:
+        tags = [tag_of(member, spot) for member in spot.members()]
+        words = f"a mapping whose {spot.discriminator} is {listed(tags, 'or')}"
+    elif words is None:
+        words = _alternatives(spot.members())
+    return f"{words}, or null" if spot.optional else words
+
+
+def _alternatives(members: Sequence[Spot]) -> str:
+    return " or ".join(dict.fromkeys(_describe_one(member) for member in members))
+
+
+def _describe_one(spot: Spot) -> str:
+    annotation, origin, args = (
+        spot.annotation,
+        get_origin(spot.annotation),
+        get_args(spot.annotation),
+    )
+    words = next((m.text for m in spot.metadata if isinstance(m, Words)), None)
+    if words is not None:
+        return words
+    if origin is Literal:
+        return listed([repr(arg) for arg in args], "or")
+    if origin is dict:
+        return f"a mapping of names to {_plural(describe(Spot(args[1]).unwrapped()))}"
+    if origin is tuple and Ellipsis not in args:
+        return f"a list of {len(args)}: " + ", ".join(describe(Spot(a).unwrapped()) for a in args)
+    if origin is tuple:
+        return f"a list of {_plural(describe(Spot(args[0]).unwrapped()))}"
+    if _is_model(annotation):
+        return "a mapping"
+    nouns = {bool: "true or false", str: "text", Any: "anything"}
+    if annotation in nouns:
+        return nouns[annotation]
+    noun = "a whole number" if annotation is int else "a number"
+    return " ".join([noun, _bounds(spot.metadata)]).strip()
+
+
+def _plural(noun: str) -> str:
+    return "texts" if noun == "text" else re.sub(r"^a ((?:whole )?number|mapping)", r"\1s", noun)
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    bounds = {type(bound): bound for bound in _flat(metadata)}
+    low, high = bounds.get(at.Ge), bounds.get(at.Le)
+    if low and high:
+        return f"from {number(low.ge)} to {number(high.le)}"
+    words = [
+        *([f"of at least {number(low.ge)}"] if low else []),
+        *([f"above {number(bounds[at.Gt].gt)}"] if at.Gt in bounds else []),
+        *([f"at most {number(high.le)}"] if high else []),
+        *([f"below {number(bounds[at.Lt].lt)}"] if at.Lt in bounds else []),
+    ]
+    return " and ".join(words)
+
+
+def number(value: Any) -> str:
+    """Return a number as a person writes it: 1,000,000, 0.5, 1e+18, 2**63."""
+    if isinstance(value, int) and value >= 2**53:
+        exact = value & (value - 1) == 0
+        return f"2**{value.bit_length() - 1}" if exact else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def listed(words: Sequence[str], last: str) -> str:
+    """Return `a, b or c`."""
+    if len(words) < 2:
+        return "".join(words)
+    return ", ".join(words[:-1]) + f" {last} {words[-1]}"
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _flat(metadata: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the metadata with that of nested `Field(...)`s laid out flat."""
+    found: list[Any] = []
+    for item in metadata:
+        found.extend(item.metadata if isinstance(item, FieldInfo) else [item])
+    return tuple(found)

@@ -1,0 +1,63 @@
+"""The recipe: one document from which every stage of a run follows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from raymix.recipe.base import Model, Whole, raise_if
+from raymix.recipe.corpus import NAME, CorpusConfig
+from raymix.recipe.mixer import MixerConfig, ProportionalMixer
+from raymix.recipe.rules import broken_rules
+from raymix.recipe.specialists import SpecialistsConfig
+from raymix.recipe.training import (
+    ClusterConfig,
+    ConfigModel,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    PackedData,
+    RunConfig,
+    TrainConfig,
+)
+from raymix.recipe.tune import TuneConfig
+
+
+class Recipe(Model):
+    """Everything a run depends on."""
+
+    name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
+    """Name of the run."""
+    seed: Whole = Field(default=0, ge=0, lt=2**63)
+    """Seeds the data order and the initial weights."""
+    corpus: CorpusConfig
+    """Sources, tokenizer, and the prepared corpus."""
+    data: DataConfig = PackedData()
+    """How tokens become batches."""
+    mixer: MixerConfig = ProportionalMixer()
+    """What decides the shares of the domains."""
+    model: ModelConfig = ConfigModel()
+    """The model to train."""
+    train: TrainConfig
+    """The optimiser loop."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Workers and resources."""
+    run: RunConfig = RunConfig()
+    """The run directory."""
+    tune: TuneConfig = TuneConfig()
+    """How `raymix tune` looks for the best shares; other commands pass it over."""
+    specialists: SpecialistsConfig = SpecialistsConfig()
+    """What `raymix specialists` fine-tunes and merges; other commands pass it over."""
+
+    @property
+    def run_dir(self) -> str:
+        """Return the run directory with the name and the seed filled in."""
+        return self.run.dir.format(name=self.name, seed=self.seed)
+
+    @model_validator(mode="after")
+    def _rules(self) -> Recipe:
+        raise_if(*broken_rules({name: getattr(self, name) for name in type(self).model_fields}))
+        return self

@@ -1,0 +1,240 @@
+"""Pydantic's errors in the house form: one message per fault, at the path the user wrote."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from raymix.errors import did_you_mean, problem
+from raymix.recipe.base import Fault, Faults
+from raymix.recipe.describe import Spot, describe, field_paths, tag_of
+from raymix.recipe.plugins import OpenTo
+
+_Path = tuple[str | int, ...]
+
+
+class _Missing:
+    """Stands for the value of a key that is not there."""
+
+    def __repr__(self) -> str:
+        return "(missing)"
+
+
+MISSING = _Missing()
+
+_WRONG = {
+    "missing": "required",
+    "bool_parsing": "not true or false",
+    "bool_type": "not true or false",
+    "dict_type": "not a mapping",
+    "finite_number": "not a finite number",
+    "float_parsing": "not a number",
+    "float_type": "not a number",
+    "greater_than": "too small",
+    "greater_than_equal": "too small",
+    "int_from_float": "not a whole number",
+    "int_parsing": "not a whole number",
+    "int_parsing_size": "too large",
+    "int_type": "not a whole number",
+    "less_than": "too large",
+    "less_than_equal": "too large",
+    "model_attributes_type": "not a mapping",
+    "model_type": "not a mapping",
+    "string_pattern_mismatch": "not a valid name",
+    "string_too_long": "too long",
+    "string_too_short": "empty",
+    "string_type": "not text",
+    "string_unicode": "not valid text",
+    "tuple_type": "not a list",
+    "union_tag_not_found": "required",
+}
+# Of several errors of one value (a union tries every alternative), the one that says most.
+_TELLING = ("value_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """A pydantic error with the path as written in the recipe and what may stand there."""
+
+    path: _Path
+    spot: Spot
+    parent: Spot
+    branch: _Path | None
+    error: ErrorDetails
+
+
+def translate(errors: Iterable[ErrorDetails], root: type[BaseModel]) -> list[str]:
+    """Return one message per fault, in the order of the fields of `root`.
+
+    Args:
+        errors: What `ValidationError.errors()` gave for a validation of `root`.
+        root: The model that was validated.
+    """
+    located = [_locate(error, Spot(root)) for error in errors]
+    return [message for item in _one_per_place(located) for message in _message(item, Spot(root))]
+
+
+def fault_message(fault: Fault, prefix: _Path = ()) -> str:
+    """Return the message of a rule's fault; `prefix` is the path of the model that states it."""
+    path = ".".join([dotted(prefix)] * bool(prefix) + [fault.field] * bool(fault.field))
+    return problem(path, brief(fault.value), fault.wrong, *fault.advice)
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """Return a path as it is written in overrides; a key that is no plain name is quoted."""
+    return ".".join(str(key) if re.fullmatch(r"[\w.-]+", str(key)) else repr(key) for key in path)
+
+
+def brief(value: object, limit: int = 100) -> object:
+    """Return `value`, or something whose repr is a short form of a long one."""
+    text = repr(value)
+    return value if len(text) <= limit else _Short(text[: limit - 3] + "...")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Short:
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _locate(error: ErrorDetails, spot: Spot) -> _Located:
+    """Walk the error's location along the models, leaving out the tags of unions."""
+    path: list[str | int] = []
+    parent = spot
+    branch: _Path | None = None
+    keys = list(error["loc"])
+    while keys:
+        members = spot.members()
+        if len(members) > 1:
+            tag = str(keys.pop(0))
+            if not spot.tagged:
+                branch = tuple(path)
+            if not keys:
+                break
+            if spot.tagged:
+                spot = next((m for m in members if tag_of(m, spot) == tag), members[0])
+            else:
+                spot = next((m for m in members if m.child(keys[0]) is not None), members[0])
+            continue
+        key = keys.pop(0)
+        path.append(key)
+        parent, spot = members[0], members[0].child(key) or Spot(Any)
+    return _Located(tuple(path), spot, parent, branch, error)
+
+
+def _one_per_place(located: Sequence[_Located]) -> list[_Located]:
+    """Keep one error per value where an untagged union reported every alternative."""
+    kept: list[_Located] = []
+    for item in located:
+        if item.branch is None:
+            # A list whose entries are at fault counts as too short: that says nothing new.
+            inner = any(_is_below(other.path, item.path) for other in located)
+            kept.extend([] if inner and item.error["type"] == "too_short" else [item])
+            continue
+        rivals = [other for other in located if other.branch == item.branch]
+        deeper = [other for other in rivals if other.path != item.branch]
+        if deeper:
+            kept.extend([item] if item in deeper else [])
+        elif item is min(rivals, key=lambda other: _rank(other.error["type"])):
+            kept.append(item)
+    return kept
+
+
+def _is_below(path: _Path, above: _Path) -> bool:
+    return len(path) > len(above) and path[: len(above)] == above
+
+
+def _rank(kind: str) -> int:
+    return _TELLING.index(kind) if kind in _TELLING else len(_TELLING)
+
+
+def _message(item: _Located, root: Spot) -> list[str]:
+    error, kind, value = item.error, item.error["type"], item.error["input"]
+    name = dotted(item.path)
+    if kind == "extra_forbidden":
+        return [_unknown_key(item, name, root)]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return [_unknown_kind(item, name)]
+    raised = error.get("ctx", {}).get("error")
+    if isinstance(raised, Faults):
+        allowed = (f"Allowed: {describe(item.spot)}",)
+        faults = (f if f.field or f.advice else replace(f, advice=allowed) for f in raised.faults)
+        return [fault_message(fault, item.path) for fault in faults]
+    if kind == "missing":
+        return [_missing(item, name)]
+    if isinstance(value, float) and not math.isfinite(value):
+        kind = "finite_number"
+    wrong = _WRONG.get(kind) or _wrong_of_choice(kind, item, error)
+    near = _near_choice(item.spot, value)
+    return [problem(name, brief(value), wrong, f"Allowed: {describe(item.spot)}", near)]
+
+
+def _wrong_of_choice(kind: str, item: _Located, error: ErrorDetails) -> str:
+    if kind == "literal_error":
+        return "not known"
+    if kind in ("too_short", "too_long"):
+        actual = error.get("ctx", {}).get("actual_length")
+        return f"has {actual} entries" if actual else "empty"
+    return error["msg"]
+
+
+def _near_choice(spot: Spot, value: object) -> str:
+    choices = [
+        str(arg)
+        for member in spot.members()
+        for arg in get_args(member.annotation)
+        if isinstance(arg, str)
+    ]
+    return did_you_mean(value, choices) if isinstance(value, str) else ""
+
+
+def _unknown_key(item: _Located, name: str, root: Spot) -> str:
+    key = str(item.path[-1])
+    model = item.parent.model
+    known = list(model.model_fields) if model else []
+    section = "".join(f"{part}." for part in item.path[:-1])
+    near = did_you_mean(name, [section + field for field in known]) or _elsewhere(key, root)
+    return problem(
+        name, brief(item.error["input"]), "unknown key", near, f"Known: {', '.join(known)}"
+    )
+
+
+def _elsewhere(key: str, root: Spot) -> str:
+    """Return `Did you mean 'train.steps'?` for a field of another section."""
+    paths = {path.rpartition(".")[2]: path for path in reversed(field_paths(root))}
+    near = difflib.get_close_matches(key, list(paths), n=1, cutoff=0.8)
+    return f"Did you mean {paths[near[0]]!r}?" if near else ""
+
+
+def _unknown_kind(item: _Located, name: str) -> str:
+    context = item.error.get("ctx", {})
+    key = str(context.get("discriminator", "kind")).strip("'")
+    known = [tag_of(member, item.spot) for member in item.spot.members()]
+    known += [kind for m in item.spot.metadata if isinstance(m, OpenTo) for kind in m.others()]
+    name = f"{name}.{key}"
+    if item.error["type"] == "union_tag_not_found":
+        return problem(name, MISSING, "required", f"Known: {', '.join(known)}")
+    tag = item.error["input"][key]
+    near = did_you_mean(tag, known) if isinstance(tag, str) else ""
+    return problem(name, brief(tag), "not known", near, f"Known: {', '.join(known)}")
+
+
+def _missing(item: _Located, name: str) -> str:
+    field = item.parent.model.model_fields[str(item.path[-1])] if item.parent.model else None
+    meaning = field.description if field is not None and field.description else ""
+    return problem(name, MISSING, "required", f"Give {describe(item.spot)}", meaning)
+
+
+def known_names(names: Sequence[str], limit: int = 20) -> str:
+    """Return the names for a message, the first `limit` of them when there are many."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

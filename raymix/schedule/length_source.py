@@ -1,0 +1,98 @@
+"""Lengths to plan with: from a file, or from a published distribution by its name."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raymix._utils.json import parse_json
+from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.schedule.layout import Ints
+from raymix.schedule.lengths import known_distributions, sample_lengths
+
+SUFFIXES = (".txt", ".csv", ".json")
+_COLUMNS = ("length", "lengths", "tokens")
+# Sequences drawn from a published distribution.
+_DRAWN = 100_000
+
+
+def known_source(source: str) -> bool:
+    """Return whether `read_lengths` takes `source`: a distribution, or a file of lengths."""
+    return source in known_distributions() or Path(source).suffix.lower() in SUFFIXES
+
+
+def read_lengths(source: str, *, seed: int = 0) -> Ints:
+    """Return the lengths in tokens that a source holds, shape (K,).
+
+    Args:
+        source: A distribution (`known_distributions()`), of which 100,000 are drawn; a text file
+            with one length a line; a CSV file with a column `length` or `tokens`, or one column
+            only; or a JSON file with a list, or an object that has one under such a key.
+        seed: Of the draw.
+
+    Raises:
+        ScheduleError: If it is none of these, or holds something that is no length.
+    """
+    if source in known_distributions():
+        return sample_lengths(source, _DRAWN, seed=seed)
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        known = known_distributions()
+        allowed = f"Allowed: {', '.join(known)}, or a file that ends in {', '.join(SUFFIXES)}"
+        wrong = "neither a distribution nor a file of lengths"
+        raise ScheduleError(problem("lengths", source, wrong, allowed, did_you_mean(source, known)))
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise ScheduleError(problem("lengths", source, "no such file")) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScheduleError(problem("lengths", source, f"cannot be read: {error}")) from error
+    readers = {".txt": _from_text, ".csv": _from_csv, ".json": _from_json}
+    return _whole(readers[suffix](text, source), source)
+
+
+def _from_text(text: str, source: str) -> list[Any]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _from_csv(text: str, source: str) -> list[Any]:
+    rows = [row for row in csv.reader(text.splitlines()) if row]
+    if not rows:
+        return []
+    names = [name.strip().lower() for name in rows[0]]
+    found = [names.index(name) for name in _COLUMNS if name in names]
+    if found:
+        return [row[found[0]] if found[0] < len(row) else "" for row in rows[1:]]
+    if len(names) > 1:
+        wrong = f"no column of lengths among {', '.join(names)}"
+        raise ScheduleError(problem("lengths", source, wrong, f"Name one {' or '.join(_COLUMNS)}"))
+    return [row[0] for row in (rows if names[0].isdigit() else rows[1:])]
+
+
+def _from_json(text: str, source: str) -> list[Any]:
+    try:
+        document = parse_json(text)
+    except ValueError as error:
+        raise ScheduleError(problem("lengths", source, f"not JSON: {error}")) from error
+    if isinstance(document, dict):
+        found = [document[name] for name in _COLUMNS if name in document]
+        document = found[0] if found else None
+    if not isinstance(document, list):
+        allowed = f"Allowed: a list, or an object with one under {' or '.join(_COLUMNS)}"
+        raise ScheduleError(problem("lengths", source, "no list of lengths", allowed))
+    return document
+
+
+def _whole(values: list[Any], source: str) -> Ints:
+    if not values:
+        raise ScheduleError(problem("lengths", source, "the file holds no lengths"))
+    for number, value in enumerate(values, start=1):
+        text = "" if isinstance(value, bool) else str(value).strip()
+        if not text.isdigit() or int(text) < 1:
+            wrong = f"entry {number}, {value!r}, is not a whole number >= 1"
+            raise ScheduleError(problem("lengths", source, wrong))
+    return np.array([int(value) for value in values], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""The planners: `refine` (default), Skrull, HDP, FlexSP, an exact one, and baselines."""

@@ -1,0 +1,278 @@
+"""Files by URL: one way to read, write and replace them, local or on any store.
+
+Everything raymix writes appears under its name whole or not at all: it is written to a
+temporary name in the same directory and renamed when it is complete. Where a store is and who may
+use it comes from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import posixpath
+import re
+import shutil
+import uuid
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from typing_extensions import Buffer
+
+from raymix.errors import CorpusError, StorageError, problem
+from raymix.store.remote.errors import asking, is_remote, trouble
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# What is the place's fault rather than the program's: too large a file, or one may not write.
+_REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+_PASSWORD = re.compile(r"^[A-Za-z][\w+.-]*://[^/@]*:[^/@]*@")
+
+
+def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
+    """Return the file system of `url` and the path in it; a plain path is a local one.
+
+    pyarrow's own file systems are preferred (S3, GCS, HDFS, ABFS); any other scheme goes to
+    fsspec. `field` is what holds the URL, for messages.
+
+    Raises:
+        CorpusError: If nothing installed understands the scheme.
+        StorageError: If the URL holds a password, or the store will not have it.
+    """
+    if "://" not in url:
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
+    if _PASSWORD.match(url):
+        wrong = "a password in a URL would end up in logs and in the run's files"
+        raise StorageError(problem(field, url, wrong, "give it by the environment"))
+    try:
+        return pafs.FileSystem.from_uri(url)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return _fsspec(url, field)
+    except OSError as error:  # where a bucket is: that is asked of the store
+        raise trouble(url, error, field) or error from error
+
+
+def _fsspec(url: str, field: str) -> tuple[pafs.FileSystem, str]:
+    import fsspec.core
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise CorpusError(problem(field, url, f"cannot be opened: {error}")) from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+def check_store(url: str, field: str) -> None:
+    """Check that the store behind `url` answers and has the bucket; a path passes unseen.
+
+    Raises:
+        RaymixError: If it does not; the message names `field`.
+    """
+    if not is_remote(url):
+        return
+    filesystem, path = locate(url, field)
+    with asking(url, field), contextlib.suppress(FileNotFoundError):
+        filesystem.get_file_info(pafs.FileSelector(path))
+
+
+def join(url: str, *parts: str) -> str:
+    """Return `url` with `parts` appended, separated by slashes."""
+    return posixpath.join(url, *parts)
+
+
+def exists(url: str) -> bool:
+    """Return whether a file or directory lies at `url`."""
+    filesystem, path = locate(url)
+    with asking(url):
+        return filesystem.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def read_bytes(url: str) -> bytes:
+    """Return the whole content of the file at `url`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    filesystem, path = locate(url)
+    with asking(url), filesystem.open_input_file(path) as source:
+        return source.read()
+
+
+def open_mapped(url: str) -> pa.NativeFile:
+    """Return the file at `url` for random access, memory-mapped where it is local."""
+    filesystem, path = locate(url)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return pa.memory_map(path, "r")
+    with asking(url):
+        return filesystem.open_input_file(path)
+
+
+def make_directory(url: str) -> None:
+    """Make the directory `url` and its parents; one that exists is left as it is.
+
+    Raises:
+        CorpusError: If it cannot be made.
+    """
+    filesystem, path = locate(url)
+    try:
+        filesystem.create_dir(path, recursive=True)
+    except OSError as error:
+        raise write_error(url, error, 0) from error
+
+
+def remove(url: str) -> None:
+    """Delete the file or the whole directory at `url`; what is absent is no error."""
+    filesystem, path = locate(url)
+    with asking(url):
+        kind = filesystem.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            filesystem.delete_dir(path)
+        elif kind != pafs.FileType.NotFound:
+            filesystem.delete_file(path)
+
+
+def list_directory(url: str) -> list[str]:
+    """Return the sorted names of what lies directly in the directory `url`."""
+    filesystem, path = locate(url)
+    selector = pafs.FileSelector(path, allow_not_found=True)
+    with asking(url):
+        return sorted(info.base_name for info in filesystem.get_file_info(selector))
+
+
+def free_bytes(url: str) -> int | None:
+    """Return the bytes free on the disk that holds `url`, or None where that is unknown."""
+    filesystem, path = locate(url)
+    if not isinstance(filesystem, pafs.LocalFileSystem):
+        return None
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
+def disk_full(url: str, needed: int) -> CorpusError:
+    """Return the error for a disk that cannot take `needed` more bytes at `url`."""
+    free = free_bytes(url)
+    known = "" if free is None else f", {free:,} bytes are free"
+    return CorpusError(
+        problem(
+            "path",
+            url,
+            f"the disk is full: {needed:,} bytes are needed{known}",
+            "what was finished is kept",
+            "make room and run the same command again, or choose another path",
+        )
+    )
+
+
+def write_error(url: str, error: OSError, needed: int) -> Exception:
+    """Return what to raise for an error of writing `needed` bytes at `url`."""
+    if error.errno in _NO_SPACE:
+        return disk_full(url, needed)
+    if error.errno in _REFUSED:
+        why = os.strerror(error.errno or 0)
+        return CorpusError(problem("path", url, f"cannot be written: {why}", "choose another path"))
+    return trouble(url, error) or error
+
+
+class AtomicFile:
+    """A binary file that takes its name when closed without error, and leaves nothing otherwise.
+
+    Used as a context manager. `sha256` hashes what was written, `size` counts it (bytes).
+    """
+
+    def __init__(self, url: str) -> None:
+        """Open a temporary file beside `url`, making the directory if needed."""
+        self.url = url
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+        self._filesystem, self._path = locate(url)
+        directory, name = posixpath.split(self._path)
+        self._temporary = posixpath.join(directory, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            self._filesystem.create_dir(directory, recursive=True)
+            self._stream = self._filesystem.open_output_stream(self._temporary)
+        except OSError as error:
+            raise write_error(self.url, error, 0) from error
+
+    def write(self, data: Buffer) -> int:
+        """Append `data` and return its size in bytes.
+
+        Raises:
+            CorpusError: If the disk is full.
+        """
+        view = memoryview(data).cast("B")
+        try:
+            self._stream.write(view)
+        except OSError as error:
+            raise write_error(self.url, error, len(view)) from error
+        self.sha256.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Do nothing: bytes count only once the file has its name."""
+
+    def commit(self) -> None:
+        """Give the file its name; what had that name before is replaced."""
+        try:
+            self._stream.close()
+            self._filesystem.move(self._temporary, self._path)
+        except OSError as error:
+            raise write_error(self.url, error, self.size) from error
+        self.closed = True
+
+    def abort(self) -> None:
+        """Close and delete the temporary file, unless it has its name by now."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            self._stream.close()
+        finally:
+            remove_quietly(self._filesystem, self._temporary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and not self.closed:
+                self.commit()
+        finally:
+            self.abort()
+
+
+def remove_quietly(filesystem: pafs.FileSystem, path: str) -> None:
+    """Delete the file at `path`; one that is gone or cannot go is left without a word."""
+    try:
+        filesystem.delete_file(path)
+    except OSError:
+        return
+
+
+def atomic_write_bytes(url: str, data: bytes) -> None:
+    """Put `data` at `url` in one step.
+
+    Raises:
+        CorpusError: If the disk is full.
+    """
+    with AtomicFile(url) as file:
+        file.write(data)
+
+
+def atomic_write_text(url: str, text: str) -> None:
+    """Put `text` at `url` as UTF-8 in one step.
+
+    Raises:
+        CorpusError: If the disk is full.
+    """
+    atomic_write_bytes(url, text.encode())

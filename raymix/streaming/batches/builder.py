@@ -1,0 +1,54 @@
+"""The seam between the stream, which knows how far it may read, and whatever makes batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which part of which order a rank reads."""
+
+    seed: int
+    """The run's seed."""
+    rank: int
+    """This rank."""
+    world_size: int
+    """Ranks that share each batch."""
+
+
+class Chunk(Protocol):
+    """Consecutive steps made ready together."""
+
+    @property
+    def end(self) -> int:
+        """Return the step after the last one."""
+        ...
+
+    def batch(self, step: int) -> StepBatch | DocumentBatch:
+        """Return the batch of one of the steps."""
+        ...
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """Return the planner's state before `step`, one of the steps or the one after them."""
+        ...
+
+
+class Feed(Protocol):
+    """Plans steps in order and makes their batches; the stream says how far it may."""
+
+    def load(self, state: Mapping[str, Any]) -> int:
+        """Continue from a state and return its step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the planner's state before the next step to be planned."""
+        ...
+
+    def plan(self, n_steps: int) -> Chunk:
+        """Return the next steps, at least one and at most `n_steps`."""
+        ...

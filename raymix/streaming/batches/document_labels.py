@@ -1,0 +1,57 @@
+"""Which tokens of whole documents are to be predicted: all but the first, or the answers only.
+
+Legend: N documents of a step, L tokens of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from raymix.sampling import DocumentStep
+from raymix.store import Corpus, Learnt
+from raymix.streaming.blocks.batch import Ints
+
+
+class DocumentLabels:
+    """The labels of documents of the train split.
+
+    Args of the constructor:
+        corpus: The prepared corpus; only its index is read.
+        lengths: Tokens of the documents of each domain, as the corpus has them.
+
+    Raises:
+        CorpusError: If the index is missing or corrupt.
+    """
+
+    def __init__(self, corpus: Corpus, lengths: Sequence[npt.NDArray[np.uint32]]) -> None:
+        self._learnt: dict[int, tuple[Learnt, Ints]] = {}
+        for domain, name in enumerate(corpus.domain_names):
+            learnt = corpus.learnt(name, "train")
+            if learnt is not None:
+                size_N = lengths[domain].astype(np.int64)
+                self._learnt[domain] = learnt, np.cumsum(size_N) - size_N
+
+    def count(self, step: DocumentStep) -> int:
+        """Return the labels of all documents of a step, as far as they are read."""
+        whole_N = np.ones(len(step.length_N), dtype=np.bool_)
+        labels = 0
+        for domain, (learnt, place_N) in self._learnt.items():
+            own_N = step.domain_N == domain
+            first_N = place_N[step.document_N[own_N]]
+            labels += int(learnt.count(first_N, first_N + step.length_N[own_N]).sum())
+            whole_N &= ~own_N
+        return labels + int((step.length_N[whole_N] - 1).sum())
+
+    def mask(self, domain: int, document: int, length: int) -> npt.NDArray[np.bool_] | None:
+        """Return which of the first `length` tokens of a document are learnt, shape (L,).
+
+        None: all but the first.
+        """
+        if domain not in self._learnt:
+            return None
+        learnt, place_N = self._learnt[domain]
+        first = int(place_N[document])
+        return learnt.mask(first, first + length)

@@ -1,0 +1,1 @@
+"""Blocks of tokens: the block plane (an actor), its cache policy, and how a rank reads blocks."""

@@ -1,0 +1,127 @@
+"""Reads bundles of blocks through Ray Data, in short executions that end.
+
+One execution reads a list of bundles, one read task and one output object per bundle. It ends
+when they are read: a long-lived execution that waits for its consumer keeps a core busy.
+Everything about Ray Data that is not a stable interface is in this module.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from raymix.errors import RaymixError
+from raymix.store import Block, Corpus, Split
+from raymix.streaming.blocks.batch import make_slab, to_table
+from raymix.streaming.blocks.geometry import BlockNumbers
+
+if TYPE_CHECKING:
+    from ray.data.context import DataContext
+
+
+class BundleDatasource(Datasource):
+    """Bundles of blocks of one split, one read task each."""
+
+    def __init__(
+        self, corpus: Corpus, split: Split, row_tokens: int, bundles: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self._corpus = corpus
+        self._split = split
+        self._row_tokens = row_tokens
+        self._bundles = bundles
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Return None: it would not change how the bundles are read."""
+        return None
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        """Return one task per bundle, however many are asked for."""
+        where = self._corpus.path, self._corpus.fingerprint, self._split, self._row_tokens
+        return [
+            ReadTask(
+                partial(_read_bundle, *where, list(bundle)),
+                BlockMetadata(
+                    num_rows=len(bundle), size_bytes=None, exec_stats=None, input_files=None
+                ),
+            )
+            for bundle in self._bundles
+        ]
+
+
+def quiet_data_context() -> None:
+    """Set up Ray Data in this process: silent, and one output object per read task, in order."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = None
+    # Ray warns of the blocking calls that Ray Data makes: in a thread of its own they are fine.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def read_bundles(
+    corpus: Corpus,
+    split: Split,
+    row_tokens: int,
+    bundles: Sequence[Sequence[int]],
+    *,
+    concurrency: int,
+) -> Iterator[tuple[Sequence[int], Any]]:
+    """Yield each bundle with the reference of its table, in order, as they are read.
+
+    Args:
+        corpus: The corpus.
+        split: The split.
+        row_tokens: Blocks are cut to whole rows of this.
+        bundles: Global block numbers.
+        concurrency: Tasks at once.
+    """
+    dataset = ray.data.read_datasource(
+        BundleDatasource(corpus, split, row_tokens, bundles),
+        # Trainers may hold every CPU: a task that reserves any would wait for ever.
+        num_cpus=0,
+        concurrency=min(concurrency, len(bundles)),
+        override_num_blocks=len(bundles),
+    )
+    refs = (entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
+    yield from zip(bundles, refs, strict=True)
+
+
+@lru_cache(maxsize=4)
+def _open(path: str, fingerprint: str, split: Split) -> tuple[Corpus, BlockNumbers]:
+    corpus = Corpus.open(path)
+    return corpus, BlockNumbers(corpus, split)
+
+
+def _read_bundle(
+    path: str, fingerprint: str, split: Split, row_tokens: int, numbers: list[int]
+) -> Iterable[pa.Table]:
+    corpus, names = _open(path, fingerprint, split)
+    blocks: list[Block] = []
+    errors: list[str | None] = []
+    nothing = Block(np.empty(0, dtype=corpus.dtype), np.empty(0, dtype=np.uint32))
+    for number in numbers:
+        domain, block = names.find(number)
+        # A corrupt block must not fail its neighbours, nor before somebody needs it.
+        try:
+            blocks.append(corpus.read_block(domain, split, block))
+            errors.append(None)
+        except RaymixError as error:
+            blocks.append(nothing)
+            errors.append(str(error))
+    yield to_table(make_slab(numbers, blocks, row_tokens), errors)

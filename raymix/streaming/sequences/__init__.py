@@ -1,0 +1,1 @@
+"""Which rank takes which sequence: plans made ahead of the workers, by an actor."""

@@ -1,0 +1,173 @@
+"""`train`: from a recipe to a run directory with checkpoints, metrics and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import uuid
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from raymix.errors import CorpusError, problem
+from raymix.recipe import Recipe, load_recipe
+from raymix.store import Corpus, atomic_write_text
+from raymix.store.remote import files
+from raymix.training.host.device import asked_threads
+from raymix.training.host.environment import environment
+from raymix.training.host.machine import resources
+from raymix.training.launch.cluster import check_own, joined, keep_freed_memory, ray_notices_to
+from raymix.training.launch.watch import watch
+from raymix.training.plan.preflight import preflight
+from raymix.training.plan.runplan import RunPlan
+from raymix.training.run.lock import claimed
+from raymix.training.run.progress import Progress
+from raymix.training.run.remote import LOGS, RECIPES, STOP, WORKERS, Keeper, newest, tidy
+from raymix.training.run.rundir import IfExists, RunDirectory, open_run
+from raymix.training.setup import Job
+from raymix.training.summary import draw, summary
+
+
+def train(
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    if_exists: IfExists = "resume",
+    report: bool = True,
+) -> dict[str, Any]:
+    """Return what a run came to, having trained it; prints progress on stdout.
+
+    Prepares the corpus where that has not been done, goes on from the newest checkpoint where
+    there is one, and leaves a finished run alone.
+
+    Args:
+        recipe: The recipe, or the path of one.
+        if_exists: What to do about a run directory that is there: `resume` goes on with a run of
+            the same recipe, `fail` refuses, `new` takes a fresh directory beside it.
+        report: Draw `report.html` at the end, where matplotlib is installed.
+
+    Raises:
+        RaymixError: If the run cannot work, or the work failed.
+        KeyboardInterrupt: After Ctrl-C; the run directory can be resumed.
+    """
+    from raymix.corpus.open_or_prepare import open_or_prepare
+
+    loaded = load_recipe(recipe)
+    run = open_run(loaded, if_exists)
+    cluster = loaded.cluster
+    # Without workers no cluster is used, wherever RAY_ADDRESS points.
+    has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
+    corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, has))
+    plan = preflight(loaded, corpus, has)
+    with claimed(run, note=_say):
+        if run.url is not None:
+            run.mirror().fetch(*RECIPES, *LOGS)
+        if not _finished(run, plan.steps, corpus, loaded):
+            _write_run(run, loaded, plan)
+            _train(loaded, run, plan)
+    document = summary(run)
+    _show(run, document, report=report)
+    tidy(run)
+    return document
+
+
+def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> bool:
+    """Return whether the run has a checkpoint of its last step; refuse a changed corpus.
+
+    Raises:
+        CorpusError: If the run's checkpoint was made with another corpus.
+    """
+    found = newest(run, note=_say)
+    if found is None:
+        return False
+    state = found[1]
+    if state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
+        wrong = f"its content is not that of the checkpoint at step {state.step:,}"
+        advice = "Restore the corpus, set data.accept_changed_corpus, or use --if-exists new"
+        raise CorpusError(problem("corpus.path", recipe.corpus.path, wrong, advice))
+    if state.step < steps:
+        _say(f"going on from step {state.step:,} of {steps:,} in {run.where}")
+        return False
+    _say(f"the run in {run.where} is finished; --if-exists new would train afresh")
+    return True
+
+
+def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
+    run.write_recipe(recipe)
+    run.stop_request.unlink(missing_ok=True)
+    about = environment(steps=plan.steps, parameters=plan.parameters, workers=plan.workers)
+    atomic_write_text(str(run.path / "environment.json"), json.dumps(about, indent=1))
+    if run.url is not None:
+        files.remove(files.join(run.url, STOP))
+        run.mirror().send(*RECIPES)
+
+
+def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
+    job = Job(
+        recipe=recipe,
+        run=run,
+        steps=plan.steps,
+        micro_batch_rows=plan.micro_batch_rows,
+        on_gpu=plan.on_gpu,
+        threads=asked_threads(),
+        session=uuid.uuid4().hex[:12],
+    )
+    with (
+        ray_notices_to(run.path / "ray.log"),
+        Progress(run.metrics, steps=plan.steps) as progress,
+        _kept(run, on_ray=recipe.cluster.workers > 0),
+    ):
+        if recipe.cluster.workers:
+            progress.waiting("starting or joining Ray")
+            with joined(recipe.cluster):
+                from raymix.training.launch.driver import run_on_ray
+
+                starting = f"{recipe.cluster.workers} workers"
+                watched = partial(watch, run=run, progress=progress, starting=starting)
+                run_on_ray(job, partial(watched, check=check_own))
+        else:
+            from raymix.training.launch.local import run_here
+
+            if not job.on_gpu:
+                keep_freed_memory()
+            work = partial(run_here, job, stop_asked=run.stop_request.exists)
+            watch(work, run, progress, starting="the model")
+    found = newest(run)
+    done = found[1].step if found else 0
+    if done < plan.steps:
+        _say(f"stopped at step {done:,} of {plan.steps:,}; the same command goes on from there")
+        raise KeyboardInterrupt
+
+
+def _kept(run: RunDirectory, *, on_ray: bool) -> Keeper:
+    """Return what keeps the files that this process writes, and fetches those it only reads."""
+    written = [*LOGS, "tensorboard", "error.log"]
+    if not on_ray:
+        return Keeper(run, send=written)
+    mine = [name for name in written if name not in WORKERS]
+    return Keeper(run, send=[*mine, STOP], fetch=WORKERS)
+
+
+def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:
+    """Print the table of domains, and draw the report where that is possible."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    _say("")
+    draw(document, console)
+    if not report:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        _say("no report.html: matplotlib is not installed (pip install 'raymix[plots]')")
+        return
+    from raymix.report import write_report
+
+    page = write_report([run.where], run.path / "report.html")
+    if run.url is not None:
+        run.mirror().send(page.name, page.with_suffix(".json").name)
+    _say(f"report: {files.join(run.where, page.name)}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,1 @@
+"""Held-out loss, scoring a checkpoint outside a run, and exporting it."""

@@ -1,0 +1,339 @@
+"""Models: from a Hugging Face configuration or a checkpoint directory, checked before training.
+
+Documents packed into one row are kept apart by `position_ids` that start again at each document:
+`transformers` derives the block-diagonal attention mask from them where no mask and no cache is
+given. Not every architecture does, so `probe_model` tries it on the model at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raymix.context_parallel import Held, Part, Teams, attending, register
+from raymix.errors import RecipeError, TrainingError, did_you_mean, problem
+from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Accepted by transformers for older configurations; they end up in `rope_parameters`.
+_LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling"})
+_PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusFacts:
+    """What a model takes from the corpus and the recipe's batch."""
+
+    vocab_size: int
+    """Tokens in the tokenizer's vocabulary."""
+    eos_id: int
+    """The token that ends a document."""
+    sequence_length: int
+    """Tokens per row."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What a model weighs and works."""
+
+    parameters: int
+    """Trainable parameters, tied ones once."""
+    flops_per_token: float
+    """Floating-point operations of forward and backward per token, attention counted causal."""
+
+
+def resolve_config(model: ModelConfig, facts: CorpusFacts) -> PreTrainedConfig:
+    """Return the model's configuration, completed from the corpus.
+
+    Raises:
+        RecipeError: If the type or a field is unknown, or the model does not fit the corpus.
+    """
+    if isinstance(model, PretrainedModel):
+        config = _checkpoint_config(model)
+        path = "model.path"
+    else:
+        config = _new_config(model, facts)
+        path = "model.config"
+    _check_fit(config, facts, path)
+    return config
+
+
+def _new_config(model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model.type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model.type not in CONFIG_MAPPING:
+        raise RecipeError(
+            problem(
+                "model.type",
+                model.type,
+                "not a causal language model of transformers",
+                did_you_mean(model.type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+                "Common ones are llama, qwen3, gpt2, mistral and gemma2",
+            )
+        )
+    config_class = CONFIG_MAPPING[model.type]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    known |= set(config_class.attribute_map) | _LEGACY_FIELDS
+    unknown = [
+        problem(f"model.config.{name}", value, f"not a field of {model.type}'s configuration",
+                did_you_mean(name, known))
+        for name, value in model.config.items()
+        if name not in known
+    ]  # fmt: skip
+    if unknown:
+        raise RecipeError(*unknown)
+    return _instantiate(config_class, model, facts)
+
+
+def _instantiate(config_class: Any, model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
+    defaults: dict[str, Any] = {
+        "vocab_size": facts.vocab_size,
+        "eos_token_id": facts.eos_id,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    # A copy: transformers writes into nested values such as rope parameters.
+    fields = {**defaults, **copy.deepcopy(model.config)}
+    with _refusing("model.config", model.config):
+        config = config_class(**fields)
+    given = {"max_position_embeddings", "n_positions"} & set(model.config)
+    if not given and getattr(config, "max_position_embeddings", None) is not None:
+        longest = max(config.max_position_embeddings, facts.sequence_length)
+        config.max_position_embeddings = longest
+    return config
+
+
+def _checkpoint_config(model: PretrainedModel) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    directory = Path(model.path)
+    if not (directory / "config.json").is_file():
+        raise RecipeError(
+            problem(
+                "model.path",
+                model.path,
+                "not a directory with a config.json",
+                "Give a checkpoint directory in Hugging Face format",
+            )
+        )
+    with _refusing("model.path", model.path):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+
+
+@contextmanager
+def _refusing(path: str, value: object) -> Iterator[None]:
+    """Tell of whatever transformers runs into as of what is wrong with its input."""
+    try:
+        yield
+    except Exception as error:  # it divides, looks up and calls what it was given
+        raise RecipeError(problem(path, value, _one_line(error))) from error
+
+
+def _check_fit(config: PreTrainedConfig, facts: CorpusFacts, path: str) -> None:
+    problems = []
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is not None and vocab_size < facts.vocab_size:
+        problems.append(
+            problem(
+                f"{path}.vocab_size",
+                vocab_size,
+                f"smaller than the tokenizer's vocabulary of {facts.vocab_size}",
+                "Leave it out to take the tokenizer's",
+            )
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and longest < facts.sequence_length:
+        problems.append(
+            problem(
+                "data.sequence_length",
+                facts.sequence_length,
+                f"longer than the model's {longest} positions",
+                f"Lower it, or raise {path}.max_position_embeddings",
+            )
+        )
+    if problems:
+        raise RecipeError(*problems)
+
+
+def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrainedModel:
+    """Return the model in float32 on the CPU, in training mode; new weights depend on `seed` only.
+
+    Raises:
+        RecipeError: If the configuration or the checkpoint cannot be used.
+    """
+    config = resolve_config(model, facts)
+    if isinstance(model, PretrainedModel):
+        return load_model(model.path)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built = skeleton(config)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise RecipeError(problem("model.config", model.config, _one_line(error))) from error
+    return built.train()
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a new model of a configuration, on the device of the caller's device context."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    # Private, yet the only way to ask: a few types have no fused attention and raise when told to.
+    fused = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa" if fused else "eager", dtype=torch.float32
+    )
+
+
+def load_model(path: str | Path) -> PreTrainedModel:
+    """Return the checkpoint at `path` in float32 on the CPU, in training mode.
+
+    Raises:
+        RecipeError: If the directory holds no loadable causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # any of a dozen libraries may object to the files
+        raise RecipeError(
+            problem("model.path", str(path), f"cannot be loaded: {_one_line(error)}")
+        ) from error
+    return loaded.train()
+
+
+def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
+    """Return what the model of a recipe weighs without making its weights."""
+    config = resolve_config(model, facts)
+    with torch.device("meta"):
+        built = skeleton(config)
+    return measure_model(built, facts.sequence_length)
+
+
+def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
+    """Return what a model weighs and works on rows of `sequence_length` tokens.
+
+    Six operations per parameter that multiplies a token (Kaplan et al. 2020, table 1: forward 2,
+    backward 4), and 6 * layers * width * length for causal attention scores and values.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    width, layers = model.config.hidden_size, model.config.num_hidden_layers
+    attention = 6.0 * layers * width * sequence_length
+    return ModelSize(parameters, 6.0 * multiplied_parameters(model) + attention)
+
+
+def multiplied_parameters(model: PreTrainedModel) -> int:
+    """Return how many parameters multiply a token; a table that is only looked up has none."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    # One tied to the head is multiplied there.
+    looked_up = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module.weight is not head
+    )
+    return sum(parameter.numel() for parameter in model.parameters()) - looked_up
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTraits:
+    """What `probe_model` found out by trying."""
+
+    isolates_documents: bool
+    """Documents packed into a row do not see each other."""
+    linear_head: bool
+    """The logits are the output embedding of the last hidden state and nothing else."""
+
+
+@torch.no_grad()
+def probe_model(model: PreTrainedModel) -> ModelTraits:
+    """Return the model's traits, found by scoring a row of two four-token documents."""
+    was_training = model.training
+    model.eval()
+    try:
+        tokens_L, positions_L = _two_documents(model)
+        packed_LV = _logits(model, tokens_L, positions_L)
+        alone_LV = torch.cat(
+            [_logits(model, tokens_L[s : s + 4], positions_L[s : s + 4]) for s in (0, 4)]
+        )
+        hidden_LH = model.base_model(
+            input_ids=tokens_L[None], position_ids=positions_L[None], use_cache=False
+        ).last_hidden_state[0]
+        head = model.get_output_embeddings()
+        linear = head is not None and _close(head(hidden_LH), packed_LV)
+        return ModelTraits(_close(packed_LV, alone_LV), linear)
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def switch_attention(model: PreTrainedModel, *, longest: int) -> bool:
+    """Return whether the model now runs the attention of `raymix.context_parallel`.
+
+    It is tried on a row of two four-token documents, told that they might be of `longest` tokens:
+    in training mode for what only that has (dropout), in evaluation mode for the numbers, and as
+    one document, which must give others. A model that computes anything else keeps its own.
+    """
+    before, was_training = model.config._attn_implementation, model.training
+    two, one = (Held([Part(4, (0,))] * 2, 0, Teams()), Held([Part(8, (0,))], 0, Teams()))
+    two.longest = longest
+    row = _two_documents(model)
+    try:
+        expected_LV = _logits(model.eval(), *row)
+        model.set_attn_implementation(register())
+        with attending(two):
+            _logits(model.train(), *row)
+            same = _close(_logits(model.eval(), *row), expected_LV)
+        with attending(one):
+            same = same and not _close(_logits(model, *row), expected_LV)
+    except (TrainingError, ValueError, KeyError):
+        same = False
+    finally:
+        model.train(was_training)
+    if not same and before is not None:
+        model.set_attn_implementation(before)
+    return same
+
+
+def _two_documents(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens and positions of a row of two four-token documents."""
+    numbers_L = torch.arange(8, device=next(model.parameters()).device)
+    return numbers_L % model.config.vocab_size, numbers_L % 4
+
+
+def _logits(
+    model: PreTrainedModel, tokens_L: torch.Tensor, positions_L: torch.Tensor
+) -> torch.Tensor:
+    out = model(input_ids=tokens_L[None], position_ids=positions_L[None], use_cache=False)
+    return out.logits[0].float()
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.shape == right.shape and bool(
+        torch.allclose(left.float(), right.float(), rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE)
+    )
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    said = " ".join(lines)[:400]
+    if isinstance(error, ArithmeticError | LookupError | AttributeError):
+        # What these say means little without what they are.
+        return f"{type(error).__name__}: {said}"
+    return said or type(error).__name__

@@ -1,0 +1,230 @@
+"""How a model lives on its ranks: one process, DDP, or FSDP2; and what ranks tell each other.
+
+Gradients are summed over ranks, never averaged: the loss is already divided by the label count
+of the global batch, so the sum is its gradient however rows are dealt out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from raymix.recipe.training import TrainConfig
+from raymix.training.model.loss import PackedLoss
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the workers of a run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    neighbours: int = 1
+    """Workers on this machine, this one among them."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Return whether this rank writes files and decides for all."""
+        return self.rank == 0
+
+    def agree(self, value: Any) -> Any:
+        """Return rank 0's `value` on every rank (a collective, for start-up only)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+class Replica(Protocol):
+    """The model of one rank as the loop sees it."""
+
+    world: World
+    model: PackedLoss
+    """The unwrapped loss module; its `.model` is the Hugging Face model."""
+    module: nn.Module
+    """What the loop calls."""
+    gradient_scale: float
+    """What the loss is multiplied by so that gradients come out summed over ranks."""
+    sharded: bool
+    """Parameters are DTensors."""
+
+    def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return the context of one backward pass; gradients are exchanged only in the last."""
+        ...
+
+
+class SingleReplica:
+    """One process: nothing to exchange."""
+
+    sharded = False
+    gradient_scale = 1.0
+
+    def __init__(self, model: PackedLoss, world: World) -> None:
+        """Hold `model` as it is."""
+        self.world = world
+        self.model = model
+        self.module: nn.Module = model
+
+    def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
+
+
+class DdpReplica:
+    """A full copy per rank; DDP averages gradients, so the loss is scaled by the world size."""
+
+    sharded = False
+
+    def __init__(self, model: PackedLoss, world: World) -> None:
+        """Wrap `model`, whose parameters are taken from rank 0."""
+        self.world = world
+        self.model = model
+        self.gradient_scale = float(world.size)
+        ddp = nn.parallel.DistributedDataParallel
+        # Buffers (rotary tables) are the same everywhere; torch 2.13 renamed the switch.
+        renamed = "forward_sync_buffers" in inspect.signature(ddp.__init__).parameters
+        options: dict[str, Any] = {
+            "forward_sync_buffers" if renamed else "broadcast_buffers": False,
+            "device_ids": [world.device] if world.device.type == "cuda" else None,
+        }
+        self._ddp = ddp(model, gradient_as_bucket_view=True, **options)
+        self.module: nn.Module = self._ddp
+
+    def accumulating(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Return DDP's `no_sync` for all passes but the last."""
+        return contextlib.nullcontext() if last else self._ddp.no_sync()
+
+
+class FsdpReplica:
+    """Every rank keeps its share of each parameter (FSDP2), gathered block by block."""
+
+    sharded = True
+    gradient_scale = 1.0
+
+    def __init__(self, model: PackedLoss, world: World, *, bf16: bool) -> None:
+        """Shard `model` in place; all ranks hold the same weights before."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        self.world = world
+        self.model = model
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None
+        policy = policy or MixedPrecisionPolicy()
+        for block in _repeated_blocks(model.model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        if not isinstance(model, FSDPModule):
+            raise TypeError("fully_shard did not turn the model into an FSDPModule")
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # A plain sum, also where the backend knows no scaled one (gloo).
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        self._fsdp = model
+        self.module: nn.Module = model
+
+    @contextlib.contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Keep gradients unreduced in all passes but the last."""
+        self._fsdp.set_requires_gradient_sync(last)
+        yield
+
+
+def training_precision(
+    device_type: str, *, bf16: bool
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context that forward passes run in."""
+    return torch.autocast(device_type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def place_model(model: PackedLoss, config: TrainConfig, world: World, *, bf16: bool) -> Replica:
+    """Return `model` on this rank's device, wrapped as the recipe's `train.parallel` says."""
+    if config.activation_checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(world.device)
+    if config.compile:
+        model.compile()
+    if world.size == 1:
+        return SingleReplica(model, world)
+    if config.parallel == "fsdp2":
+        return FsdpReplica(model, world, bf16=bf16)
+    return DdpReplica(model, world)
+
+
+class HostCopy:
+    """A tensor on its way to the host: on a GPU the host goes on meanwhile."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        """Start copying `tensor` as it will be once the work queued before is done."""
+        self._host = tensor
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def get(self) -> torch.Tensor:
+        """Return the copy, waiting for it but not for what was queued after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class PendingSum:
+    """A vector being summed over ranks while the next step runs."""
+
+    def __init__(self, vector: torch.Tensor, world: World) -> None:
+        """Start the sum of `vector` (float64, changed in place)."""
+        self._vector = vector
+        self._work = dist.all_reduce(vector, async_op=True) if world.size > 1 else None
+        self._copy: HostCopy | None = None
+        if vector.is_cuda:
+            if self._work is not None:
+                self._work.wait()  # makes the stream wait, not the host
+            self._copy = HostCopy(vector)
+
+    def result(self) -> torch.Tensor:
+        """Return the sum on the CPU; waits for it."""
+        if self._copy is not None:
+            return self._copy.get()
+        if self._work is not None:
+            self._work.wait()
+        return self._vector
+
+
+def gathered(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """Return whole CPU copies on the writing rank, an empty dict elsewhere; all ranks call it."""
+    whole: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.is_writer:
+            whole[name] = full.detach().cpu().contiguous()
+    return whole
+
+
+def like_parameter(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Return `whole` placed as `parameter` is: on its device, sharded where it is sharded."""
+    moved = whole.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        # Every rank holds `whole` already, so nothing needs to be sent.
+        return distribute_tensor(
+            moved, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+    return moved

@@ -1,0 +1,1 @@
+"""The run directory: files, lock, remote copy, checkpoints, metrics and progress."""

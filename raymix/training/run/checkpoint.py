@@ -1,0 +1,231 @@
+"""Checkpoints: a Hugging Face model, the optimiser's state, and what the data order needs.
+
+```
+checkpoints/step-00000100/config.json, model.safetensors, tokenizer files
+checkpoints/step-00000100/optimizer.safetensors     `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`
+checkpoints/step-00000100/state.json                 the rest, and the size of every other file
+```
+
+One is written under a temporary name and renamed once whole; nothing in it depends on the number
+of ranks or on how parameters were sharded. `state.json` lists the files' sizes, so a checkpoint
+that was cut short afterwards (a full disk, a half-done copy) is recognised and passed over.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from raymix._utils.json import parse_json
+from raymix.errors import RecipeError, TrainingError, problem
+from raymix.store.remote import files
+from raymix.training.model.parallel import Replica, gathered, like_parameter
+
+_FORMAT = 1
+STATE = "state.json"
+"""The file that makes a directory a checkpoint."""
+_OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """What a checkpoint holds besides tensors; everything is in JSON types."""
+
+    step: int
+    """Optimiser steps done."""
+    sampler: dict[str, Any]
+    """The stream's state: position, carries, counts, mixture log."""
+    controller: dict[str, Any] | None
+    """The controller's snapshot."""
+    corpus_fingerprint: str
+    """Stands for the content of the corpus."""
+    recipe_hash: str
+    """Stands for the fields of the recipe that make the run what it is."""
+    world_size: int
+    """Workers that wrote it; any number may go on."""
+    micro_batch_rows: int
+    """Rows per forward pass; kept on the same number of workers, so that rounding is too."""
+    seed: int
+    """Seed of the run: random numbers of a step follow from seed, step and rank."""
+    tokens: dict[str, int]
+    """Tokens trained on, by domain."""
+    window: dict[str, list[float | None]]
+    """Losses (`nats`) and label counts (`labels`) by domain since the window began."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the directory name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    directory: Path,
+    replica: Replica,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    *,
+    tokenizer_path: str,
+    keep: int,
+) -> Path:
+    """Return the path of a new checkpoint in `directory`; all ranks call it, rank 0 writes.
+
+    Raises:
+        RecipeError: If the disk is full; nothing half-written is left behind.
+    """
+    final = directory / checkpoint_name(state.step)
+    model = replica.model.model
+    weights = gathered(model.state_dict(), replica.world)
+    moments = gathered(_optimizer_tensors(replica, optimizer), replica.world)
+    if not replica.world.is_writer:
+        return final
+    temporary = directory / f".{final.name}.{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        save_file(moments, temporary / _OPTIMIZER)
+        _copy_tokenizer(tokenizer_path, temporary)
+        sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        document = {"format": _FORMAT, **_fields(state), "files": sizes}
+        (temporary / STATE).write_text(json.dumps(document))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise disk_full(error, directory) from error
+    _remove_old(directory, keep)
+    return final
+
+
+def disk_full(error: Exception, directory: Path) -> Exception:
+    """Return a RecipeError in place of `error` where that says the disk is full, else `error`."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors raises its own type, with the operating system's words in the message.
+    if not full and not any(
+        words in str(error) for words in ("No space left", "os error 28", "os error 27")
+    ):
+        return error
+    return RecipeError(
+        problem(
+            "run.dir",
+            str(directory),
+            "the disk is full",
+            "Free space there and run the same command again: it goes on from the last checkpoint",
+        )
+    )
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """Return the state in a checkpoint.
+
+    Raises:
+        TrainingError: If the checkpoint is damaged or of a newer format.
+    """
+    try:
+        raw = (checkpoint / STATE).read_bytes()
+    except OSError as error:
+        raise _damaged(str(checkpoint), error) from error
+    return parse_state(raw, lambda name: (checkpoint / name).stat().st_size, str(checkpoint))
+
+
+def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingState:
+    """Return the state that `state.json` holds, where all files beside it are as it says.
+
+    Args:
+        raw: The content of the file.
+        size: Returns the bytes of a file beside it; raises OSError or KeyError if there is none.
+        place: The checkpoint, for messages.
+
+    Raises:
+        TrainingError: If the checkpoint is damaged or of a newer format.
+    """
+    try:
+        document = parse_json(raw)
+        if document["format"] > _FORMAT:
+            wrong = f"format {document['format']}, this raymix reads up to {_FORMAT}"
+            raise TrainingError(problem("checkpoint", place, wrong, "Upgrade raymix"))
+        sizes: dict[str, int] = document.pop("files")
+        for name, wanted in sizes.items():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no name of a file in it")
+            if size(name) != wanted:
+                raise ValueError(f"{name} is not {wanted} bytes long")
+        del document["format"]
+        return TrainingState(**document)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: str, error: Exception) -> TrainingError:
+    return TrainingError(problem("checkpoint", place, f"damaged: {error}"))
+
+
+def newest_checkpoint(
+    directory: Path, *, note: Callable[[str], None] | None = None
+) -> tuple[Path, TrainingState] | None:
+    """Return the newest whole checkpoint and its state; `note` is told of damaged ones."""
+    for path in sorted(_checkpoints(directory), reverse=True):
+        try:
+            return path, read_state(path)
+        except TrainingError as error:
+            if note is not None:
+                note(f"passed over {error}")
+    return None
+
+
+def load_optimizer(checkpoint: Path, replica: Replica, optimizer: torch.optim.Optimizer) -> None:
+    """Give `optimizer` the state in `checkpoint`, placed and sharded as its parameters are.
+
+    Raises:
+        TrainingError: If the file does not fit the model.
+    """
+    tensors = load_file(checkpoint / _OPTIMIZER)
+    for name, parameter in replica.model.model.named_parameters():
+        if f"{name}.step" not in tensors:
+            raise TrainingError(problem("checkpoint", str(checkpoint), f"no moments of {name}"))
+        step = tensors[f"{name}.step"]
+        fused_on_gpu = parameter.is_cuda and optimizer.defaults.get("fused")
+        optimizer.state[parameter] = {
+            "step": step.to(parameter.device) if fused_on_gpu else step,
+            "exp_avg": like_parameter(tensors[f"{name}.exp_avg"], parameter),
+            "exp_avg_sq": like_parameter(tensors[f"{name}.exp_avg_sq"], parameter),
+        }
+
+
+def _optimizer_tensors(
+    replica: Replica, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in replica.model.model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _fields(state: TrainingState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in TrainingState.__slots__}
+
+
+def _checkpoints(directory: Path) -> Iterator[Path]:
+    return directory.glob("step-[0-9]*") if directory.is_dir() else iter(())
+
+
+def _remove_old(directory: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what a killed writer left behind."""
+    for path in sorted(_checkpoints(directory))[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _copy_tokenizer(source: str, target: Path) -> None:
+    for name in files.list_directory(source):
+        (target / name).write_bytes(files.read_bytes(files.join(source, name)))

@@ -1,0 +1,346 @@
+"""From a job to the parts of a rank's loop: model, optimiser, stream, evaluation, recorder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.optim import Optimizer
+
+from raymix.errors import RecipeError, problem
+from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
+from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
+from raymix.signals import adam_preconditioner
+from raymix.store import Corpus
+from raymix.streaming.batches.assign import Assignments, planned_here
+from raymix.streaming.batches.stream import MixtureStream, row_tokens
+from raymix.streaming.blocks.sources import BlockSource, LocalSource
+from raymix.streaming.controller.actor import MixtureController
+from raymix.streaming.controller.client import LocalController, RemoteController
+from raymix.streaming.sequences.step_plans import BucketPlan
+from raymix.training.evaluate.held_out import Evaluator, held_out_rows
+from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
+from raymix.training.loop import Parts
+from raymix.training.model.hf_model import (
+    CorpusFacts,
+    ModelTraits,
+    build_model,
+    measure_model,
+    probe_model,
+)
+from raymix.training.model.loss import PackedLoss
+from raymix.training.model.optim import build_optimizer
+from raymix.training.model.parallel import Replica, World, place_model, training_precision
+from raymix.training.plan.target_counts import nearest_documents
+from raymix.training.run.checkpoint import TrainingState, load_optimizer
+from raymix.training.run.gauges import cluster_gauges
+from raymix.training.run.recorder import Recorder
+from raymix.training.run.remote import (
+    STOP,
+    WORKERS,
+    clear_checkpoints,
+    fetch_checkpoint,
+    newest,
+)
+from raymix.training.run.rundir import RunDirectory, cut_metrics, identity
+from raymix.training.step.batches import most_rows_of_a_rank
+from raymix.training.step.document_layout import bucket_plan, context_parallel_of, whole_rows
+from raymix.training.step.documents import ContextParallel
+from raymix.training.step.probing import Prober, ProbeReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run is told to do; it travels to the workers."""
+
+    recipe: Recipe
+    run: RunDirectory
+    steps: int
+    micro_batch_rows: int
+    on_gpu: bool
+    threads: int | None
+    """Threads per worker where the user set them; None to share the cores."""
+    session: str
+    """Names this start of the run."""
+    controller: Any = None
+    """The controller's actor; None without Ray."""
+    plane: Any = None
+    """The block plane's actor; None without Ray."""
+    bucketer: Any = None
+    """The actor that plans ranks; None without Ray, and where rows are packed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What rank 0 decides before an attempt, for all."""
+
+    attempt: str
+    checkpoint: Path | None
+    state: TrainingState | None
+    micro_batch_rows: int
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Return what stands for the fields that make a run what it is."""
+    text = json.dumps(identity(recipe.model_dump(mode="json")), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
+    """Return what the mixer may know about the run."""
+    data = recipe.data
+    if isinstance(data, PackedData):
+        rows, tokens = data.rows_per_step, data.rows_per_step * data.sequence_length
+    else:
+        rows, tokens = -(-data.tokens_per_step // data.sequence_length), data.tokens_per_step
+    held = [corpus.split(name, "train").tokens for name in corpus.domain_names]
+    return MixerContext(
+        domains=corpus.domain_names,
+        tokens_D=np.array(held, dtype=np.int64),
+        total_tokens=steps * tokens,
+        total_steps=steps,
+        rows_per_step=rows,
+        targets=recipe.mixer.targets,
+        nearest_D=nearest_documents(recipe, corpus),
+    )
+
+
+def begin(job: Job, world: World) -> Start:
+    """Return where to go on, the same on every rank; rank 0 looks for the newest checkpoint."""
+    start: Start | None = None
+    if world.is_writer:
+        found = newest(job.run)
+        path, state = found if found else (None, None)
+        rows = job.micro_batch_rows
+        if state is not None and state.world_size == world.size:
+            # The same passes as before, so that sums round the same.
+            auto = job.recipe.train.micro_batch_rows == "auto"
+            rows = state.micro_batch_rows if auto else rows
+        start = Start(uuid.uuid4().hex[:12], path, state, rows)
+        if job.run.url is not None:
+            job.run.path.mkdir(parents=True, exist_ok=True)
+            job.run.mirror().fetch(*WORKERS, STOP)
+            clear_checkpoints(job.run, but=path)
+        cut_metrics(job.run.metrics, state.step if state else -1)
+    agreed = world.agree(start)
+    if agreed.checkpoint is None:
+        return agreed
+    return replace(agreed, checkpoint=fetch_checkpoint(job.run, agreed.checkpoint))
+
+
+def build_parts(
+    job: Job,
+    world: World,
+    start: Start,
+    *,
+    source: Callable[[Corpus], BlockSource],
+    on_checkpoint: Callable[[Path, int], None],
+    stop_asked: Callable[[], bool],
+) -> Parts:
+    """Return the parts of this rank's loop.
+
+    Args:
+        job: What to do.
+        world: This rank.
+        start: Where to begin.
+        source: Makes the source of blocks.
+        on_checkpoint: Called on every rank after each checkpoint.
+        stop_asked: Whether a clean stop is asked for; read on rank 0.
+
+    Raises:
+        RaymixError: If model, corpus or checkpoint cannot be used.
+    """
+    quiet_libraries()
+    use_threads(job.threads, world)
+    recipe, state = job.recipe, start.state
+    corpus = Corpus.open(recipe.corpus.path)
+    bf16 = _bf16(recipe, world)
+    model, flops, traits = _model(recipe, corpus, start)
+    how, assign, scheduled = _assigned(job, world, start, model)
+    loss = PackedLoss(model, linear_head=traits.linear_head)
+    replica = place_model(loss, recipe.train, world, bf16=bf16)
+    optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
+    if start.checkpoint is not None:
+        load_optimizer(start.checkpoint, replica, optimizer)
+    control = _control(job, world, start, corpus)
+    mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps))
+    return Parts(
+        recipe=recipe,
+        steps=job.steps,
+        domains=corpus.domain_names,
+        replica=replica,
+        optimizer=optimizer,
+        stream=MixtureStream(
+            corpus,
+            recipe.data,
+            seed=recipe.seed,
+            rank=world.rank,
+            world_size=world.size,
+            controller=control,
+            source=source(corpus),
+            assignments=assign,
+            state=state.sampler if state else None,
+            limit=job.steps,
+        ),
+        evaluator=_evaluator(recipe, corpus, world, start, how),
+        recorder=_recorder(job, world, start, corpus, scheduled),
+        checkpoints=job.run.checkpoints,
+        tokenizer_path=corpus.tokenizer_path,
+        corpus_fingerprint=corpus.fingerprint,
+        recipe_hash=recipe_hash(recipe),
+        micro_batch_rows=start.micro_batch_rows,
+        most_rows=_most_rows(recipe, world),
+        resumed=state,
+        bf16=bf16,
+        flops_per_token=flops,
+        peak_flops=peak_flops(world.device),
+        snapshot=control.snapshot,
+        on_checkpoint=on_checkpoint,
+        stop_asked=stop_asked,
+        push=control.push if mixer.needs else None,
+        prober=_prober(recipe, corpus, mixer, replica, optimizer, start),
+        context_parallel=how,
+    )
+
+
+def _assigned(
+    job: Job, world: World, start: Start, model: PreTrainedModel
+) -> tuple[ContextParallel, Assignments | None, BucketPlan | None]:
+    """Return how ranks share documents, who assigns them, and by what; for rows, nothing."""
+    recipe, data = job.recipe, job.recipe.data
+    if not isinstance(data, DocumentData):
+        return ContextParallel(), None, None
+    how = context_parallel_of(recipe, data, model, world)
+    rows = start.micro_batch_rows
+    plan = bucket_plan(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
+    if job.bucketer is None:
+        return how, planned_here(plan.layout, plan.cost, plan.planner), plan
+    from raymix.streaming.sequences.actor import planned_by
+
+    return how, planned_by(job.bucketer, plan, attempt=start.attempt), plan
+
+
+def _bf16(recipe: Recipe, world: World) -> bool:
+    precision = recipe.train.precision
+    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+
+
+def _evaluator(
+    recipe: Recipe, corpus: Corpus, world: World, start: Start, how: ContextParallel
+) -> Evaluator:
+    length, wanted = recipe.data.sequence_length, recipe.eval.rows_per_domain
+    rows = held_out_rows(corpus, sequence_length=length, rows_per_domain=wanted)
+    at_once = whole_rows(recipe, start.micro_batch_rows)
+    by_document = isinstance(recipe.data, DocumentData) and how.known
+    return Evaluator(corpus, rows, world=world, rows_at_once=at_once, by_document=by_document)
+
+
+def _model(
+    recipe: Recipe, corpus: Corpus, start: Start
+) -> tuple[PreTrainedModel, float, ModelTraits]:
+    """Return the model, its operations per token, and what it can do."""
+    info = corpus.manifest.tokenizer
+    facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
+    config = recipe.model
+    if start.checkpoint is not None:
+        config = PretrainedModel(kind="pretrained", path=str(start.checkpoint))
+    model = build_model(config, facts, seed=recipe.seed)
+    flops = measure_model(model, facts.sequence_length).flops_per_token
+    traits = probe_model(model)
+    if not traits.isolates_documents:
+        wrong = f"documents packed into one row would see each other in {model.config.model_type}"
+        raise RecipeError(
+            problem(
+                "model.type",
+                model.config.model_type,
+                wrong,
+                "Take a type with rotary or learned positions and plain attention, such as llama, "
+                "qwen3 or gpt2",
+            )
+        )
+    return model, flops, traits
+
+
+def _control(
+    job: Job, world: World, start: Start, corpus: Corpus
+) -> LocalController | RemoteController:
+    if job.controller is not None:
+        return RemoteController(
+            job.controller, attempt=start.attempt, rank=world.rank, world_size=world.size
+        )
+    controller = MixtureController(
+        recipe_mixer=job.recipe.mixer,
+        context=mixer_context(job.recipe, corpus, steps=job.steps),
+        run_dir=str(job.run.path),
+        snapshot=start.state.controller if start.state else None,
+        probe_interval=job.recipe.train.probe_interval,
+        session=job.session,
+    )
+    return LocalController(controller)
+
+
+def _prober(
+    recipe: Recipe,
+    corpus: Corpus,
+    mixer: Mixer,
+    replica: Replica,
+    optimizer: Optimizer,
+    start: Start,
+) -> Prober | None:
+    """Return what measures the gradients that the mixer needs; None where it needs none."""
+    if not GRADIENT_STATISTICS & mixer.needs:
+        return None
+    length = recipe.data.sequence_length
+    targets = [corpus.domain_names.index(name) for name in recipe.mixer.targets]
+    config = recipe.train.probe
+    device = replica.world.device.type
+    return Prober(
+        ProbeReader(corpus, sequence_length=length, seed=recipe.seed),
+        replica,
+        config,
+        needs=mixer.needs,
+        n_domains=len(corpus.domain_names),
+        targets=targets,
+        group_ND=getattr(mixer, "probe_groups", None),
+        rows_at_once=whole_rows(recipe, start.micro_batch_rows),
+        precision=partial(training_precision, device, bf16=_bf16(recipe, replica.world)),
+        metric=adam_preconditioner(optimizer) if config.precondition == "adam" else None,
+    )
+
+
+def _most_rows(recipe: Recipe, world: World) -> int | None:
+    """Return the rows of the rank with most; None where every rank has as many as this one."""
+    if isinstance(recipe.data, PackedData):
+        return most_rows_of_a_rank(recipe.data.rows_per_step, world.size)
+    return None
+
+
+def _recorder(
+    job: Job, world: World, start: Start, corpus: Corpus, scheduled: BucketPlan | None
+) -> Recorder | None:
+    if not world.is_writer:
+        return None
+    held = {name: corpus.split(name, "train").tokens for name in corpus.domain_names}
+    read = start.state.tokens if start.state else {}
+    return Recorder(
+        job.run,
+        start_step=start.state.step if start.state else 0,
+        tensorboard=job.recipe.run.tensorboard,
+        gauges=cluster_gauges(job.run.path.name, held, read=read),
+        scheduled=scheduled.document() if scheduled is not None else None,
+    )
+
+
+def local_source(recipe: Recipe) -> Callable[[Corpus], BlockSource]:
+    """Return what makes a source that reads blocks in this process."""
+    return lambda corpus: LocalSource(corpus, row_tokens=row_tokens(recipe.data))

@@ -1,0 +1,167 @@
+"""From a step's rows to the tensors of its micro-batches.
+
+Letters: B rows, L tokens per row, S document starts in all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raymix.store import Corpus, Split
+from raymix.training.model.loss import IGNORED
+
+
+class Rows(Protocol):
+    """What a step gives one rank: whole rows and where documents begin in them."""
+
+    @property
+    def tokens(self) -> npt.NDArray[np.unsignedinteger]:
+        """Token ids, shape (B, L)."""
+        ...
+
+    @property
+    def row_starts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Offsets, shape (B + 1,), into positions, shape (S,): where documents begin in a row."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """The tensors of one forward pass, all int64 of shape (B, L), on the model's device."""
+
+    tokens_BL: torch.Tensor
+    positions_BL: torch.Tensor
+    labels_BL: torch.Tensor
+    rows: slice
+    """Which of the rank's rows these are; empty for a stand-in that only keeps ranks in step."""
+
+
+def count_micro_batches(most_rows: int, micro_batch_rows: int) -> int:
+    """Return the micro-batches of a step, for the rank that has most rows; all ranks use it."""
+    return max(1, -(-most_rows // micro_batch_rows))
+
+
+def most_rows_of_a_rank(rows_per_step: int, world_size: int) -> int:
+    """Return the rows of the rank that gets most when rows are dealt out evenly."""
+    return -(-rows_per_step // world_size)
+
+
+def positions_and_labels(
+    tokens_BL: npt.NDArray[np.int64], starts_BL: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the position of every token in its document and its label, both (B, L).
+
+    A row's first document counts from 0 even where it began in an earlier row. The label is the
+    next token of the row, or `IGNORED` where that begins a document or there is none.
+    """
+    offset_L = np.arange(tokens_BL.shape[1])
+    begun_BL = np.maximum.accumulate(np.where(starts_BL, offset_L, 0), axis=1)
+    labels_BL = np.full_like(tokens_BL, IGNORED)
+    labels_BL[:, :-1] = np.where(starts_BL[:, 1:], IGNORED, tokens_BL[:, 1:])
+    return offset_L - begun_BL, labels_BL
+
+
+def learnt_rows(
+    corpus: Corpus,
+    split: Split,
+    domain_B: npt.NDArray[np.int64],
+    place_B: npt.NDArray[np.int64],
+    length: int,
+) -> npt.NDArray[np.bool_] | None:
+    """Return which tokens of rows of a split are to be predicted, shape (B, L); None: all.
+
+    Args:
+        corpus: Where they are from.
+        split: `train` or `valid`.
+        domain_B: The domain of each row.
+        place_B: The first token of each row, counted from the beginning of its split.
+        length: Tokens per row, L.
+    """
+    learnt_of = {
+        domain: corpus.learnt(corpus.domain_names[domain], split)
+        for domain in np.unique(domain_B).tolist()
+    }
+    if not any(learnt_of.values()):
+        return None
+    found = np.ones((len(domain_B), length), dtype=np.bool_)
+    for row, (domain, place) in enumerate(zip(domain_B.tolist(), place_B.tolist(), strict=True)):
+        learnt = learnt_of[domain]
+        if learnt is not None:
+            found[row] = learnt.mask(place, place + length)
+    return found
+
+
+def starts_mask(
+    shape: tuple[int, int], offsets: npt.NDArray[np.integer], positions: npt.NDArray[np.integer]
+) -> npt.NDArray[np.bool_]:
+    """Return True at each document start, shape (B, L), from the rows' offsets and positions."""
+    mask_BL = np.zeros(shape, dtype=np.bool_)
+    mask_BL[np.repeat(np.arange(shape[0]), np.diff(offsets)), positions] = True
+    return mask_BL
+
+
+def micro_batches(
+    batch: Rows,
+    count: int,
+    device: torch.device,
+    *,
+    learnt_BL: npt.NDArray[np.bool_] | None = None,
+) -> Iterator[MicroBatch]:
+    """Yield exactly `count` micro-batches of nearly equal size.
+
+    A rank with fewer rows than `count` yields stand-ins of one row without labels: their loss
+    and gradient are zero, but all ranks make the same number of passes. Where `learnt_BL` is given,
+    shape (B, L), only tokens that it says are predicted; else all that something precedes.
+    """
+    tokens_BL = batch.tokens.astype(np.int64)
+    rows, length = tokens_BL.shape
+    mask_BL = starts_mask((rows, length), *batch.row_starts)
+    positions_BL, labels_BL = positions_and_labels(tokens_BL, mask_BL)
+    if learnt_BL is not None:
+        labels_BL[:, :-1][~learnt_BL[:, 1:]] = IGNORED
+    for index in range(count):
+        part = slice(rows * index // count, rows * (index + 1) // count)
+        if part.start == part.stop:
+            yield _stand_in(length, part, device)
+        else:
+            yield MicroBatch(
+                _tensor(tokens_BL[part], device),
+                _tensor(positions_BL[part], device),
+                _tensor(labels_BL[part], device),
+                part,
+            )
+
+
+def _tensor(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor
+
+
+def _stand_in(length: int, part: slice, device: torch.device) -> MicroBatch:
+    tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
+    positions = torch.arange(length, device=device)[None]
+    return MicroBatch(tokens, positions, torch.full_like(tokens, IGNORED), part)
+
+
+def token_factors(
+    micro: MicroBatch, domains: npt.NDArray[np.integer], factor_D: Sequence[float]
+) -> torch.Tensor:
+    """Return the factor of each token's loss, float32 of shape (B, L).
+
+    Args:
+        micro: The micro-batch; its `rows` pick from `domains`.
+        domains: Domain of each of the rank's rows, or of each token; -1 where there is none.
+        factor_D: Factor of each domain, shape (D,).
+    """
+    own = domains[micro.rows]
+    if not len(own):  # a stand-in
+        return torch.ones(micro.labels_BL.shape, device=micro.labels_BL.device)
+    factors = np.asarray(factor_D, dtype=np.float32)[np.maximum(own, 0)]
+    whole = factors[:, None] if factors.ndim == 1 else factors
+    return torch.from_numpy(whole).to(micro.labels_BL.device).expand(micro.labels_BL.shape)

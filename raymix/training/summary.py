@@ -1,0 +1,139 @@
+"""What a run came to: the document of `raymix train --json` and the table at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raymix.corpus.console import short
+from raymix.errors import RecipeError, problem
+from raymix.sampling import MixtureLog
+from raymix.store import Corpus
+from raymix.training.plan.domain_sizes import Supply, prepared_supply
+from raymix.training.run.remote import newest
+from raymix.training.run.rundir import RunDirectory, read_metrics
+
+_MOST_ROWS = 40
+
+
+def summary(run: RunDirectory) -> dict[str, Any]:
+    """Return what a run has come to, from its files alone; the keys are stable.
+
+    Raises:
+        RecipeError: If the run has no checkpoint yet.
+    """
+    found = newest(run)
+    if found is None:
+        wrong = "the run has no whole checkpoint"
+        raise RecipeError(problem("run", run.where, wrong, "Train it first"))
+    _, state = found
+    recipe = run.recipe()
+    corpus = Corpus.open(recipe.corpus.path)
+    loss, seconds = None, 0.0
+    first: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    for line in read_metrics(run.metrics):
+        if line["step"] > state.step:
+            continue
+        if "loss" in line:
+            loss, seconds = line["loss"], seconds + (line.get("seconds") or 0.0)
+        if "eval" in line:
+            first, last = first or line["eval"], line["eval"]
+    asked = asked_shares(run, state.step)
+    total = sum(state.tokens.values())
+    domains = {
+        supply.name: _domain(
+            supply,
+            entropy=corpus.split(supply.name, "valid").unigram_entropy,
+            asked=asked.get(supply.name, 0.0),
+            tokens=state.tokens.get(supply.name, 0),
+            total=total,
+            first=first,
+            last=last,
+        )
+        for supply in prepared_supply(corpus, recipe.data)
+    }
+    return {
+        "run": run.where,
+        "steps": state.step,
+        "tokens": total,
+        "tokens_per_s": total / seconds if seconds else None,
+        "loss": loss,
+        "seconds": seconds,
+        "domains": domains,
+    }
+
+
+def asked_shares(run: RunDirectory, steps: int) -> dict[str, float]:
+    """Return the mean share asked of each domain over the first `steps` steps."""
+    if not run.mixture_log.exists() or not steps:
+        return {}
+    text = run.mixture_log.read_text("utf-8", errors="replace")
+    log = MixtureLog.from_lines(text.split("\n")[:-1], path=str(run.mixture_log))
+    if not log.entries:
+        return {}
+    starts = [min(entry.first_step, steps) for entry in log.entries]
+    ends = [*starts[1:], steps]
+    mean = dict.fromkeys(log.domains, 0.0)
+    for entry, start, end in zip(log.entries, starts, ends, strict=True):
+        for name, weight in zip(log.domains, entry.weights, strict=True):
+            mean[name] += weight * (end - start) / steps
+    return mean
+
+
+def _domain(
+    supply: Supply,
+    *,
+    entropy: float,
+    asked: float,
+    tokens: int,
+    total: int,
+    first: Mapping[str, Any],
+    last: Mapping[str, Any],
+) -> dict[str, Any]:
+    begun, ended = first.get(supply.name, {}), last.get(supply.name, {})
+    return {
+        "tokens": tokens,
+        "share_asked": asked,
+        "share_realised": tokens / total if total else 0.0,
+        "epochs": tokens / supply.usable if supply.usable else 0.0,
+        "loss_first": begun.get("loss"),
+        "loss_last": ended.get("loss"),
+        "bits_per_byte": ended.get("bits_per_byte"),
+        # Of the held-out text, like the losses beside it; 0 where there is none.
+        "unigram_entropy": entropy or None,
+    }
+
+
+def draw(document: Mapping[str, Any], console: Console) -> None:
+    """Print the table of a run's domains, largest share first."""
+    fancy = console.is_terminal
+    table = Table(box=None, pad_edge=False, header_style="bold" if fancy else "")
+    table.add_column("domain", no_wrap=True)
+    heads = ("tokens", "asked", "realised", "epochs", "loss before", "after", "unigram H", "bits/B")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    ranked = sorted(document["domains"].items(), key=lambda item: -item[1]["tokens"])
+    for name, row in ranked[:_MOST_ROWS]:
+        table.add_row(
+            name,
+            f"{row['tokens']:,}",
+            f"{100 * row['share_asked']:.2f}%",
+            f"{100 * row['share_realised']:.2f}%",
+            f"{row['epochs']:.2f}",
+            *(_number(row[key]) for key in ("loss_first", "loss_last", "unigram_entropy")),
+            _number(row["bits_per_byte"]),
+        )
+    console.print(table)
+    if len(ranked) > _MOST_ROWS:
+        console.print(f"... and {len(ranked) - _MOST_ROWS} more domains; --json lists all.")
+    pace = document["tokens_per_s"]
+    said = f", {short(pace)} tokens/s" if pace else ""
+    console.print(f"{document['steps']:,} steps, {document['tokens']:,} tokens{said}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""`raymix compare`: one recipe under several mixers and seeds, with paired statistics."""

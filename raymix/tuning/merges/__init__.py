@@ -1,0 +1,1 @@
+"""Searching the numbers of a merge by held-out loss; specialists and their merges."""

@@ -1,0 +1,1 @@
+"""`raymix tune`: proxy runs of many mixtures, a law of their losses, its optimum, verified."""

@@ -1,0 +1,1 @@
+"""Runs of one recipe side by side as Ray Tune trials: variants, planning, results."""
