@@ -10,8 +10,8 @@ from raymix.recipe.training import DocumentData
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.schedule import CostModel, Layout, Link
 from raymix.store import Corpus
-from raymix.streaming.sequences.step_plans import Assignment, BucketPlan, StepPlans
-from tests.corpora import labelled_domain, write_corpus
+from raymix.streaming.sequences.step_plans import RankMicroBatches, SchedulingConfig, StepPlans
+from tests.corpora import labeled_domain, write_corpus
 
 COST = CostModel(
     quadratic_s=1e-7,
@@ -21,13 +21,13 @@ COST = CostModel(
     memory_tokens=60,
 )
 DATA = DocumentData(mode="documents", sequence_length=100, tokens_per_step=400, shuffle_blocks=2)
-HOW = BucketPlan(seed=5, layout=Layout(2, 2), cost=COST, planner="hdp")
+HOW = SchedulingConfig(seed=5, layout=Layout(2, 2), cost=COST, planner="hdp")
 
 
 def mixed_corpus(root: Path) -> Corpus:
     return write_corpus(
         root,
-        {f"d{d}": labelled_domain(d, 4000, mean) for d, mean in enumerate((9.0, 40.0, 90.0))},
+        {f"d{d}": labeled_domain(d, 4000, mean) for d, mean in enumerate((9.0, 40.0, 90.0))},
         block_tokens=96,
         shard_blocks=3,
     )
@@ -48,8 +48,8 @@ def start(corpus: Corpus) -> Mapping[str, Any]:
 
 
 def expected(
-    corpus: Corpus, log: MixtureLog, steps: int, how: BucketPlan = HOW
-) -> list[list[Assignment]]:
+    corpus: Corpus, log: MixtureLog, steps: int, how: SchedulingConfig = HOW
+) -> list[list[RankMicroBatches]]:
     """Return every rank's part of each step, planned in this process."""
     plans = StepPlans(corpus, DATA, how)
     plans.begin(start(corpus), log.entries, steps)
@@ -57,11 +57,11 @@ def expected(
     return [[plans.planned(step).of(rank) for rank in ranks] for step in range(steps)]
 
 
-def same(one: Assignment, two: Assignment) -> bool:
+def same(one: RankMicroBatches, two: RankMicroBatches) -> bool:
     return one == two
 
 
-def held_by(part: Assignment) -> list[int]:
+def held_by(part: RankMicroBatches) -> list[int]:
     """Return the documents that a rank holds, or a shard of, by their position in the step."""
     return [
         position

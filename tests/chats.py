@@ -18,7 +18,7 @@ UNMARKED = (
     "{{ message['content'] | trim }}{{ ' ;' }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-"""A template as most are: it says nothing of what is to be learnt."""
+"""A template as most are: it says nothing of what is to be learned."""
 FORGETFUL = (
     "{% for message in messages %}{% if loop.last or message['role'] != 'assistant' %}"
     "{{ message['content'] }}{% else %}...{% endif %}\n{% endfor %}"

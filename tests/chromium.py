@@ -60,7 +60,7 @@ class Page:
         return answer["result"].get("value")
 
     async def show(self, path: Path, *, width: int, dark: bool) -> None:
-        """Load a file at a width, in a colour scheme."""
+        """Load a file at a width, in a color scheme."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[scheme])
         await self.call("Emulation.setDeviceMetricsOverride", width=width, height=800,

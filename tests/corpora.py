@@ -1,4 +1,4 @@
-"""Writes small prepared corpora of known tokens, in the real format, without tokenising."""
+"""Writes small prepared corpora of known tokens, in the real format, without tokenizing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def random_documents(seed: str, tokens: int, mean_length: float) -> Lengths:
     return lengths[lengths > 0]
 
 
-def labelled_domain(domain: int, tokens: int, mean_length: float = 40.0) -> tuple[Tokens, Lengths]:
+def labeled_domain(domain: int, tokens: int, mean_length: float = 40.0) -> tuple[Tokens, Lengths]:
     """Return tokens that say where they are (domain in the top bits, position below it)."""
     ids = (domain << 12) + np.arange(tokens) % 4093
     return ids.astype(np.uint16), random_documents(f"domain{domain}", tokens, mean_length)

@@ -74,7 +74,7 @@ class OwnShare:
     def share_gradient(self, share_D: Floats, step: float | None = None) -> tuple[Floats, Floats]:
         raise NotImplementedError
 
-    def minimise(self, objective: Objective) -> Optimum:
+    def minimize(self, objective: Objective) -> Optimum:
         names = self.domains
         low_D = np.array([objective.floors.get(name, 0.0) for name in names])
         high_D = np.array([objective.caps.get(name, 1.0) for name in names])

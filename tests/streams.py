@@ -22,7 +22,7 @@ from raymix.streaming.blocks.geometry import row_geometry
 from raymix.streaming.blocks.sources import LocalSource
 from raymix.streaming.controller.actor import MixtureController
 from raymix.streaming.controller.client import LocalController
-from tests.corpora import labelled_domain, write_corpus
+from tests.corpora import labeled_domain, write_corpus
 
 BLOCK = 96
 ROW = 16
@@ -55,7 +55,7 @@ def small_corpus(root: Path, domains: int = 3, tokens: int = 5 * BLOCK + 40) -> 
     """Return a corpus of some domains of different sizes, the last block of each shorter."""
     return write_corpus(
         root,
-        {f"d{d}": labelled_domain(d, tokens + 2 * d * BLOCK, 11.0) for d in range(domains)},
+        {f"d{d}": labeled_domain(d, tokens + 2 * d * BLOCK, 11.0) for d in range(domains)},
         block_tokens=BLOCK,
         shard_blocks=3,
     )

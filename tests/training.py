@@ -1,4 +1,4 @@
-"""A small corpus that a model can learn from, prepared without tokenising."""
+"""A small corpus that a model can learn from, prepared without tokenizing."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ def work(asked: Asked) -> dict[str, Any]:
     from rich.console import Console
 
     from raymix.schedule import save_cost_model
-    from raymix.training.calibrate.calibrate import Effort, calibrate, with_links
+    from raymix.training.calibrate.calibrate import CalibrationBudget, calibrate, with_links
     from raymix.training.host.device import quiet_libraries
 
     path = _path(asked.out)
     quiet_libraries()
     setup = _setup(asked)
     console = Console(stderr=True, highlight=False)
-    effort = Effort(seconds=asked.seconds, longest=asked.longest or _LONGEST)
+    effort = CalibrationBudget(seconds=asked.seconds, longest=asked.longest or _LONGEST)
     cost, taken = calibrate(setup, effort, lambda line: console.print(line, markup=False))
     if setup.ranks == 1:
         cost = with_links(cost, _assumed_links(setup, asked.network), asked.network)

@@ -27,7 +27,7 @@ PACKAGES = (
     "scipy",
 )
 _GB = 1e9
-_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def command(
         checks = []
         for check in examine(address):
             checks.append(check)
-            print(line(check, colour=sys.stdout.isatty()))
+            print(line(check, color=sys.stdout.isatty()))
         return {
             "ok": all(check.verdict != "fail" for check in checks),
             "checks": [asdict(check) for check in checks],
@@ -65,11 +65,11 @@ def command(
     run_command(work, json=json, failed=lambda document: not document["ok"])
 
 
-def line(check: Check, *, colour: bool) -> str:
+def line(check: Check, *, color: bool) -> str:
     """Return a check as one line for people, its advice on a second."""
     verdict = check.verdict.ljust(4)
-    if colour:
-        verdict = typer.style(verdict, fg=_COLOURS[check.verdict], bold=True)
+    if color:
+        verdict = typer.style(verdict, fg=_COLORS[check.verdict], bold=True)
     advice = f"\n{'':21}{check.advice}" if check.advice else ""
     return f"{verdict} {check.name:15} {check.found}{advice}"
 

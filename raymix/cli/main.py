@@ -19,7 +19,7 @@ heavy (torch, ray, pydantic models) inside functions. A command file looks like 
         set_overrides: SetOverrides = None,
         json: Json = False,
     ) -> None:
-        '''Tokenise, clean and shard the corpus of a recipe.
+        '''Tokenize, clean and shard the corpus of a recipe.
 
         Running it again resumes.
         '''

@@ -37,7 +37,7 @@ Weight = Annotated[
     ),
 ]
 Minimax = Annotated[
-    bool, typer.Option("--minimax", help="Minimise the worst weighted loss, not the sum.")
+    bool, typer.Option("--minimax", help="Minimize the worst weighted loss, not the sum.")
 ]
 Floor = Annotated[Numbers, typer.Option(metavar="DOMAIN=SHARE", help="Least share of a domain.")]
 Cap = Annotated[Numbers, typer.Option(metavar="DOMAIN=SHARE", help="Largest share of a domain.")]
@@ -109,7 +109,7 @@ def command(
             prior=_prior(prior, fitted.domains),
             kl=kl,
         )
-        optimum = fitted.minimise(objective)
+        optimum = fitted.minimize(objective)
         document = _document(fitted, objective, optimum)
         if out is not None:
             _write(out, document)

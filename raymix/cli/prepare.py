@@ -40,7 +40,7 @@ def command(
     ] = IfExists.RESUME,
     json: Json = False,
 ) -> None:
-    """Tokenise, clean and shard the corpus of a recipe.
+    """Tokenize, clean and shard the corpus of a recipe.
 
     Running it again goes on where it stopped, or does nothing when all is done. The result is the
     same to the byte however many tasks ran.

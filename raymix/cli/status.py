@@ -10,7 +10,7 @@ import typer
 from raymix.cli._run import Address, Json, TokenInClear, plain_table, run_command
 
 if TYPE_CHECKING:
-    from raymix.jobs import Ended
+    from raymix.jobs import JobEnd
 
 
 def command(
@@ -40,11 +40,11 @@ def command(
     run_command(work, json=json)
 
 
-def _code(job: Ended) -> str:
+def _code(job: JobEnd) -> str:
     return "" if job.exit_code is None else f", exit code {job.exit_code}"
 
 
-def _draw(jobs: list[Ended]) -> None:
+def _draw(jobs: list[JobEnd]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)

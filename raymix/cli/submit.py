@@ -10,7 +10,7 @@ import typer
 from raymix.cli._run import Address, Json, RecipeSource, TokenInClear, run_command
 
 if TYPE_CHECKING:
-    from raymix.jobs import Ended, JobServer
+    from raymix.jobs import JobEnd, JobServer
 
 
 def command(
@@ -80,7 +80,7 @@ def command(
     run_command(work, json=json, failed=exit_code)
 
 
-def followed(server: JobServer, job: str) -> Ended:
+def followed(server: JobServer, job: str) -> JobEnd:
     """Print what `job` prints until it has ended; return how. Ctrl-C leaves it running."""
     try:
         ended = server.follow(job, lambda text: print(text, end="", flush=True))

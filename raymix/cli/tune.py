@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Train small models on many mixtures, fit a law, and try the mixture it thinks best.
 
-    The recipe's section `tune` says which mixtures, which law, what to minimise and within what
+    The recipe's section `tune` says which mixtures, which law, what to minimize and within what
     limits. Ends with predicted and measured losses side by side: of the law's optimum, the best
     mixtures observed, uniform and proportional shares, over new seeds. Running it again goes on:
     finished runs are not repeated. Ctrl-C stops with checkpoints.
@@ -86,7 +86,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print(about, soft_wrap=True)
     console.print(_judged(told, fancy=fancy))
     console.print(
-        f"\nloss after {document['steps']:,} steps, nats per token ({_minimised(document)}): "
+        f"\nloss after {document['steps']:,} steps, nats per token ({_minimized(document)}): "
         f"predicted with 95 % interval, and measured over seeds {document['seeds'] or 'none'}",
         soft_wrap=True,
         markup=False,
@@ -101,7 +101,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
 
 
-def _minimised(document: Mapping[str, Any]) -> str:
+def _minimized(document: Mapping[str, Any]) -> str:
     weights = document["weights"]
     kind = "largest weighted" if document["minimax"] else "weighted mean"
     if len(set(weights.values())) == 1 and not document["minimax"]:

@@ -12,17 +12,17 @@ micro-batch at hand holds.
 
 from raymix.context_parallel.attention import attention
 from raymix.context_parallel.exchange import heads_fit
-from raymix.context_parallel.groups import Teams
-from raymix.context_parallel.local_shards import Held, Part, held_positions
+from raymix.context_parallel.groups import ContextParallelGroups
+from raymix.context_parallel.local_shards import DocumentPart, LocalShards, local_positions
 from raymix.context_parallel.register import attending, register
 
 __all__ = [
-    "Held",
-    "Part",
-    "Teams",
+    "ContextParallelGroups",
+    "DocumentPart",
+    "LocalShards",
     "attending",
     "attention",
     "heads_fit",
-    "held_positions",
+    "local_positions",
     "register",
 ]

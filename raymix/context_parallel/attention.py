@@ -16,14 +16,14 @@ import torch
 
 from raymix.context_parallel.exchange import EXCHANGES, Tensors
 from raymix.context_parallel.kernels import kernel_for
-from raymix.context_parallel.local_shards import Held
+from raymix.context_parallel.local_shards import LocalShards
 
 
 def attention(
     query_THD: torch.Tensor,
     key_TKD: torch.Tensor,
     value_TKD: torch.Tensor,
-    held: Held,
+    held: LocalShards,
     *,
     scale: float | None = None,
 ) -> torch.Tensor:
@@ -75,7 +75,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = grad_outputs
-        held: Held = ctx.held
+        held: LocalShards = ctx.held
         every, kept = ctx.saved_tensors[:4], _split(ctx.saved_tensors[4:], ctx.sizes)
         kernel, exchange = kernel_for(grad, ctx.scale), EXCHANGES[held.exchange]
         mine, parts = _parts(held)
@@ -103,7 +103,7 @@ def _fill(wholes: Sequence[torch.Tensor], rows: slice, parts: Sequence[torch.Ten
         whole[rows] = part
 
 
-def _parts(held: Held) -> tuple[slice, list[slice]]:
+def _parts(held: LocalShards) -> tuple[slice, list[slice]]:
     """Return where in the row the local tokens are, and those of each team."""
     begin, found = held.local.queries, list[slice]()
     for shared in held.shared:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from raymix.context_parallel.kernels import Kernel
-from raymix.context_parallel.local_shards import ExchangeName, Shared
+from raymix.context_parallel.local_shards import ExchangeName, SharedDocuments
 
 Tensors = tuple[torch.Tensor, ...]
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -27,7 +27,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SentTensors:
     """What is under way."""
 
     work: dist.Work | None
@@ -44,17 +44,24 @@ class Sent:
 class Exchange(Protocol):
     """Attention to shared documents, in four steps that all ranks of a team take together."""
 
-    def send(self, shared: Shared, rows: Rows) -> Sent:
+    def send(self, shared: SharedDocuments, rows: Rows) -> SentTensors:
         """Begin to exchange this rank's rows: queries (T, H, D), keys and values (T, K, D)."""
         ...
 
-    def attend(self, shared: Shared, sent: Sent, kernel: Kernel) -> tuple[torch.Tensor, Tensors]:
+    def attend(
+        self, shared: SharedDocuments, sent: SentTensors, kernel: Kernel
+    ) -> tuple[torch.Tensor, Tensors]:
         """Return the output for this rank's rows, (T, H, D), and what the way back needs."""
         ...
 
     def send_back(
-        self, shared: Shared, grad: torch.Tensor, own: Tensors, kept: Tensors, kernel: Kernel
-    ) -> Sent:
+        self,
+        shared: SharedDocuments,
+        grad: torch.Tensor,
+        own: Tensors,
+        kept: Tensors,
+        kernel: Kernel,
+    ) -> SentTensors:
         """Begin the way back.
 
         Args:
@@ -67,7 +74,12 @@ class Exchange(Protocol):
         ...
 
     def receive(
-        self, shared: Shared, sent: Sent, own: Tensors, kept: Tensors, kernel: Kernel
+        self,
+        shared: SharedDocuments,
+        sent: SentTensors,
+        own: Tensors,
+        kept: Tensors,
+        kernel: Kernel,
     ) -> Tensors:
         """Return the gradients of this rank's queries, keys and values."""
         ...
@@ -80,14 +92,16 @@ class GatherKeys:
     the other activations, and keys and values travel twice, not three times.
     """
 
-    def send(self, shared: Shared, rows: Rows) -> Sent:
+    def send(self, shared: SharedDocuments, rows: Rows) -> SentTensors:
         """Begin to gather keys and values."""
         query, *rest = rows
         own = torch.stack(rest, dim=1)
         every = own.new_empty(shared.width * len(own), *own.shape[1:])
-        return Sent(_all_gather(every, own, shared.group), (every, query, own))
+        return SentTensors(_all_gather(every, own, shared.group), (every, query, own))
 
-    def attend(self, shared: Shared, sent: Sent, kernel: Kernel) -> tuple[torch.Tensor, Tensors]:
+    def attend(
+        self, shared: SharedDocuments, sent: SentTensors, kernel: Kernel
+    ) -> tuple[torch.Tensor, Tensors]:
         """Return the output of this rank's queries."""
         every, query, _ = sent.arrived()
         both = every[shared.order(every.device)]
@@ -95,8 +109,13 @@ class GatherKeys:
         return out, (both, sums)
 
     def send_back(
-        self, shared: Shared, grad: torch.Tensor, own: Tensors, kept: Tensors, kernel: Kernel
-    ) -> Sent:
+        self,
+        shared: SharedDocuments,
+        grad: torch.Tensor,
+        own: Tensors,
+        kept: Tensors,
+        kernel: Kernel,
+    ) -> SentTensors:
         """Differentiate, and begin to sum the gradients of keys and values over the ranks."""
         query, _, _, out = own
         both, sums = kept
@@ -105,10 +124,15 @@ class GatherKeys:
         whole = torch.empty_like(both)
         whole[shared.order(both.device)] = torch.stack(rest, dim=1)
         mine = whole.new_empty(shared.tokens, *whole.shape[1:])
-        return Sent(_reduce_scatter(mine, whole, shared.group), (mine, grad_query, whole))
+        return SentTensors(_reduce_scatter(mine, whole, shared.group), (mine, grad_query, whole))
 
     def receive(
-        self, shared: Shared, sent: Sent, own: Tensors, kept: Tensors, kernel: Kernel
+        self,
+        shared: SharedDocuments,
+        sent: SentTensors,
+        own: Tensors,
+        kept: Tensors,
+        kernel: Kernel,
     ) -> Tensors:
         """Return the gradients of this rank's rows."""
         mine, grad_query, _ = sent.arrived()
@@ -122,14 +146,16 @@ class Ulysses:
     in the second case several ranks get the same key head.
     """
 
-    def send(self, shared: Shared, rows: Rows) -> Sent:
+    def send(self, shared: SharedDocuments, rows: Rows) -> SentTensors:
         """Begin to deal out the heads."""
         query, key, value = rows
         heads = _key_heads(key, shared.width)
         parts = [_dealt(part, shared.width) for part in (query, key[:, heads], value[:, heads])]
         return _swap(torch.cat(parts, dim=2), shared, key)
 
-    def attend(self, shared: Shared, sent: Sent, kernel: Kernel) -> tuple[torch.Tensor, Tensors]:
+    def attend(
+        self, shared: SharedDocuments, sent: SentTensors, kernel: Kernel
+    ) -> tuple[torch.Tensor, Tensors]:
         """Return the output of this rank's tokens, all heads."""
         rows, _, own_key = sent.arrived()
         every = rows.flatten(0, 1)[shared.order(rows.device)]
@@ -139,13 +165,23 @@ class Ulysses:
         return _collected(back), (every, out, sums)
 
     def send_back(
-        self, shared: Shared, grad: torch.Tensor, own: Tensors, kept: Tensors, kernel: Kernel
-    ) -> Sent:
+        self,
+        shared: SharedDocuments,
+        grad: torch.Tensor,
+        own: Tensors,
+        kept: Tensors,
+        kernel: Kernel,
+    ) -> SentTensors:
         """Begin to deal out the gradient's heads."""
         return _swap(_dealt(grad, shared.width), shared)
 
     def receive(
-        self, shared: Shared, sent: Sent, own: Tensors, kept: Tensors, kernel: Kernel
+        self,
+        shared: SharedDocuments,
+        sent: SentTensors,
+        own: Tensors,
+        kept: Tensors,
+        kernel: Kernel,
     ) -> Tensors:
         """Differentiate, and return the gradients of this rank's rows."""
         every, out, sums = kept
@@ -201,19 +237,19 @@ def _collected(rows: torch.Tensor) -> torch.Tensor:
     return rows.transpose(0, 1).flatten(1, 2)
 
 
-def _by_rank(rows: torch.Tensor, shared: Shared) -> torch.Tensor:
+def _by_rank(rows: torch.Tensor, shared: SharedDocuments) -> torch.Tensor:
     """Return rows of the documents in order, (S, ...), as those of each rank, (w, T, ...)."""
     whole = torch.empty_like(rows)
     whole[shared.order(rows.device)] = rows
     return whole.unflatten(0, (shared.width, shared.tokens))
 
 
-def _swap(rows: torch.Tensor, shared: Shared, *more: torch.Tensor) -> Sent:
+def _swap(rows: torch.Tensor, shared: SharedDocuments, *more: torch.Tensor) -> SentTensors:
     """Begin to send part i of `rows` to rank i of the team; part i that arrives is from rank i."""
     mine = rows.contiguous()
     theirs = torch.empty_like(mine)
     work = dist.all_to_all_single(theirs, mine, group=shared.group, async_op=True)
-    return Sent(work, (theirs, mine, *more))
+    return SentTensors(work, (theirs, mine, *more))
 
 
 def _all_gather(out: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:

@@ -11,7 +11,7 @@ from raymix.schedule import Layout
 Team = tuple[int, ...]
 
 
-class Teams:
+class ContextParallelGroups:
     """The process group of each team that this rank is in.
 
     Every rank of the job makes the groups of all teams, in the same order, as
@@ -23,7 +23,7 @@ class Teams:
         self._groups = dict(groups or {})
 
     @classmethod
-    def of(cls, layout: Layout) -> Teams:
+    def of(cls, layout: Layout) -> ContextParallelGroups:
         """Return the groups of all teams that a layout allows; a collective over all ranks.
 
         Raises:

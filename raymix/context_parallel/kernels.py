@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from raymix.context_parallel.segments import Piece, Pieces
+from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 
 _OPS = torch.ops.aten
 # The efficient kernel's name for a causal mask whose last query sees the last key.
@@ -40,7 +40,7 @@ class Kernel(Protocol):
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output, shape (T, H, D), and the log-sums in a shape of the kernel's own."""
         ...
@@ -49,7 +49,7 @@ class Kernel(Protocol):
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values.
 
@@ -84,7 +84,7 @@ class CpuKernel:
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output and the log-sums, float32 or float64 of shape (T, H)."""
         out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
@@ -109,7 +109,7 @@ class CpuKernel:
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values."""
         query_THD, key_SKD, value_SKD, out_THD, sums_TH = saved
@@ -130,7 +130,7 @@ class CpuKernel:
         return grads[0], grads[1], grads[2]
 
 
-def _blocks(piece: Piece) -> list[tuple[slice, bool]]:
+def _blocks(piece: AttentionSegment) -> list[tuple[slice, bool]]:
     """Return the keys of the rectangle, if there is one, and of the causal square."""
     square = (slice(piece.key + piece.before, piece.key + piece.keys), True)
     rectangle = (slice(piece.key, piece.key + piece.before), False)
@@ -166,7 +166,7 @@ class FlashKernel:
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output and the log-sums, shape (H, T)."""
         shape = pieces.varlen(query_THD.device)
@@ -189,7 +189,7 @@ class FlashKernel:
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values."""
         query_THD, key_SKD, value_SKD, out_THD, sums_HT = saved
@@ -231,7 +231,7 @@ class EfficientKernel:
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the output and the log-sums, padded to the longest piece."""
         shape = pieces.varlen(query_THD.device)
@@ -256,7 +256,7 @@ class EfficientKernel:
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: Pieces,
+        pieces: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values."""
         query_THD, key_SKD, value_SKD, out_THD, sums = saved

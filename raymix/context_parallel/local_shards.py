@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raymix.context_parallel.groups import Team, Teams
-from raymix.context_parallel.segments import Piece, Pieces
+from raymix.context_parallel.groups import ContextParallelGroups, Team
+from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 from raymix.schedule.layout import Ints
 from raymix.schedule.shard_spans import shard_positions, shard_spans
 
@@ -24,7 +24,7 @@ ExchangeName = Literal["gather", "ulysses"]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DocumentPart:
     """One document as a rank holds it."""
 
     length: int
@@ -33,7 +33,7 @@ class Part:
     """The ranks that share it, rising; one rank: it is local."""
 
 
-class Shared:
+class SharedDocuments:
     """The documents that one team shares in a micro-batch, as one of its ranks sees them."""
 
     def __init__(
@@ -48,20 +48,20 @@ class Shared:
         self.tokens = sum(self._held)
 
     @cached_property
-    def shards(self) -> Pieces:
+    def shards(self) -> AttentionSegments:
         """Return this rank's queries and the keys they see, in the order of the documents."""
-        pieces, query, key = list[Piece](), 0, 0
+        pieces, query, key = list[AttentionSegment](), 0, 0
         for length, held in zip(self.lengths, self._held, strict=True):
             for begin, end in shard_spans(length, self.width, self.index):
-                pieces.append(Piece(query, end - begin, key, end))
+                pieces.append(AttentionSegment(query, end - begin, key, end))
                 query += end - begin
             key += held * self.width
-        return Pieces(pieces)
+        return AttentionSegments(pieces)
 
     @cached_property
-    def documents(self) -> Pieces:
+    def documents(self) -> AttentionSegments:
         """Return the documents as pieces of their own, padding to equal shards included."""
-        return Pieces.whole([held * self.width for held in self._held])
+        return AttentionSegments.whole([held * self.width for held in self._held])
 
     def order(self, device: torch.device) -> torch.Tensor:
         """Return, for each token of the documents in order, its row in what all ranks hold.
@@ -88,7 +88,7 @@ class Shared:
         return np.concatenate(found)
 
 
-class Held:
+class LocalShards:
     """What a rank holds in a micro-batch.
 
     Attributes:
@@ -102,9 +102,9 @@ class Held:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[DocumentPart],
         rank: int,
-        teams: Teams,
+        teams: ContextParallelGroups,
         *,
         exchange: ExchangeName = "gather",
     ) -> None:
@@ -114,9 +114,9 @@ class Held:
             by_team.setdefault(part.team if len(part.team) > 1 else (), []).append(at)
         local = by_team.pop((), [])
         self.exchange = exchange
-        self.local = Pieces.whole([parts[at].length for at in local] if parts else [1])
+        self.local = AttentionSegments.whole([parts[at].length for at in local] if parts else [1])
         self.shared = tuple(
-            Shared(
+            SharedDocuments(
                 [parts[at].length for at in by_team[team]],
                 team.index(rank),
                 len(team),
@@ -129,7 +129,7 @@ class Held:
         self.longest = max((part.length for part in parts), default=1)
 
 
-def held_positions(part: Part, rank: int) -> Ints:
+def local_positions(part: DocumentPart, rank: int) -> Ints:
     """Return the position in the document of each token that `rank` holds of it.
 
     Positions from `part.length` on are padding to shards of equal size.

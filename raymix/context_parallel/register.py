@@ -18,17 +18,17 @@ from typing import Any
 import torch
 
 from raymix.context_parallel.attention import attention
-from raymix.context_parallel.local_shards import Held
+from raymix.context_parallel.local_shards import LocalShards
 from raymix.errors import TrainingError, problem
 
 NAME = "raymix_cp"
 
 # Of the process and not of the thread: autograd computes checkpointed layers again in its own.
-_PRESENT: list[Held] = []
+_PRESENT: list[LocalShards] = []
 
 
 @contextmanager
-def attending(held: Held) -> Iterator[None]:
+def attending(held: LocalShards) -> Iterator[None]:
     """Tell the models what the micro-batch holds, in forward and backward pass."""
     _PRESENT.append(held)
     try:
@@ -80,7 +80,7 @@ def _forward(
     return attention(query, key, value, held, scale=options.get("scaling"))[None], None
 
 
-def _refuse(held: Held, options: dict[str, Any]) -> None:
+def _refuse(held: LocalShards, options: dict[str, Any]) -> None:
     if options.get("dropout"):
         advice = "Set the model's attention dropout to 0"
         raise TrainingError(

@@ -16,7 +16,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class AttentionSegment:
     """A run of queries and the keys that the last of them sees."""
 
     query: int
@@ -33,19 +33,19 @@ class Piece:
         return self.keys - self.queries
 
 
-class Pieces:
+class AttentionSegments:
     """Pieces in the order of their queries, which follow one another without gaps."""
 
-    def __init__(self, pieces: Iterable[Piece]) -> None:
+    def __init__(self, pieces: Iterable[AttentionSegment]) -> None:
         """Keep the pieces that have queries."""
         self.every = tuple(piece for piece in pieces if piece.queries)
 
     @classmethod
-    def whole(cls, lengths: Sequence[int]) -> Pieces:
+    def whole(cls, lengths: Sequence[int]) -> AttentionSegments:
         """Return one piece per document, documents one after the other."""
-        begin, pieces = 0, list[Piece]()
+        begin, pieces = 0, list[AttentionSegment]()
         for length in lengths:
-            pieces.append(Piece(begin, length, begin, length))
+            pieces.append(AttentionSegment(begin, length, begin, length))
             begin += length
         return cls(pieces)
 
@@ -89,7 +89,7 @@ class Varlen:
     most_keys: int
 
     @classmethod
-    def of(cls, pieces: Pieces, device: torch.device) -> Varlen:
+    def of(cls, pieces: AttentionSegments, device: torch.device) -> Varlen:
         """Return the offsets of `pieces` on `device`."""
         queries = [piece.queries for piece in pieces.every]
         keys = [piece.keys for piece in pieces.every]

@@ -12,13 +12,13 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from raymix.corpus.progress import Listener, Progress, Stage
+from raymix.corpus.progress import Listener, PrepareProgress, Stage
 from raymix.store import DomainInfo, Manifest
 
 _TITLES: dict[Stage, str] = {
     "plan": "reading the sources' outlines",
     "tokenizer": "training the tokenizer",
-    "tokenise": "tokenising",
+    "tokenize": "tokenizing",
     "select": "dropping duplicates, holding out",
     "assemble": "writing shards",
     "done": "done",
@@ -46,7 +46,7 @@ def _live(console: Console) -> Iterator[Listener]:
     with Bars(*columns, console=console, transient=True) as bars:
         task = bars.add_task("", said="", total=None)
 
-        def listen(now: Progress) -> None:
+        def listen(now: PrepareProgress) -> None:
             if now.note:
                 bars.console.print(now.note, highlight=False, markup=False)
             bars.update(
@@ -67,7 +67,7 @@ class _Lines:
         self._stage: Stage | None = None
         self._last = 0.0
 
-    def __call__(self, now: Progress) -> None:
+    def __call__(self, now: PrepareProgress) -> None:
         """Print what is new."""
         if now.note:
             print(now.note, flush=True)
@@ -80,7 +80,7 @@ class _Lines:
             self._last = time.monotonic()
 
 
-def _figures(now: Progress) -> str:
+def _figures(now: PrepareProgress) -> str:
     parts = []
     if now.bytes_total and now.total:
         parts.append(f"{100 * now.bytes_done / now.bytes_total:3.0f}%")

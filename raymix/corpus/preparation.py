@@ -1,6 +1,6 @@
 """Preparing a corpus: from files of text to shards of token blocks and a manifest.
 
-Three passes, each of many independent jobs: tokenise parts, select documents domain by domain
+Three passes, each of many independent jobs: tokenize parts, select documents domain by domain
 (duplicates, held-out split), assemble shards. Every job leaves a marker, so running again goes on
 where it stopped; every cut depends on the input alone, so the bytes that come out do not depend
 on how many jobs ran at once or on how often it was interrupted.
@@ -32,7 +32,7 @@ from raymix.corpus.passes.select import (
     finished_selection,
     select_documents,
 )
-from raymix.corpus.passes.tokenize import PartJob, Tally, finished_tally, tokenise_part
+from raymix.corpus.passes.tokenize import PartCounts, PartJob, finished_counts, tokenize_part
 from raymix.corpus.progress import Listener, Reporter, Stage
 from raymix.corpus.read.parts import Part, digest, plan_parts
 from raymix.corpus.read.readers import check_first_line
@@ -180,7 +180,7 @@ class _Preparation:
     def run(self) -> Manifest:
         """Return the manifest, having written everything."""
         tokenizer, template = ready_tokenizer(self.config, self.parts, self.runner, self.report)
-        tallies = self._tokenise(tokenizer, template)
+        tallies = self._tokenize(tokenizer, template)
         self._judge(tallies)
         selections = self._select(tallies)
         splits, block_tokens = self._assemble(selections, tokenizer)
@@ -200,7 +200,7 @@ class _Preparation:
         atomic_write_text(files.join(self.config.path, MANIFEST), text)
         return manifest
 
-    def _tokenise(self, tokenizer: TokenizerInfo, template: str) -> dict[str, list[Tally]]:
+    def _tokenize(self, tokenizer: TokenizerInfo, template: str) -> dict[str, list[PartCounts]]:
         domains = {domain.name: domain for domain in self.config.domains}
         jobs = [
             PartJob(
@@ -219,7 +219,7 @@ class _Preparation:
         # The largest first, so that no CPU is left with a large one at the end.
         jobs.sort(key=lambda job: -job.part.size)
         found = self._run(
-            "tokenise", jobs, finished_tally, tokenise_part, lambda job: job.part.size
+            "tokenize", jobs, finished_counts, tokenize_part, lambda job: job.part.size
         )
         keys = ((job.part.domain, job.part.number) for job in jobs)
         tallies = dict(zip(keys, found, strict=True))
@@ -246,11 +246,11 @@ class _Preparation:
             self.report.note(f"{len(jobs) - len(left)} of {len(jobs)} pieces were done before")
         for number, result in self.runner.run(function, [jobs[index] for index in left], sizes):
             results[left[number]] = result
-            made = (result.documents, result.tokens) if isinstance(result, Tally) else (0, 0)
+            made = (result.documents, result.tokens) if isinstance(result, PartCounts) else (0, 0)
             self.report.advance(sizes[number], *made)
         return [result for result in results.values() if result is not None]
 
-    def _judge(self, tallies: dict[str, list[Tally]]) -> None:
+    def _judge(self, tallies: dict[str, list[PartCounts]]) -> None:
         """Write the samples of bad records; raise where there are too many."""
         problems: list[str] = []
         for name, found in tallies.items():
@@ -259,7 +259,7 @@ class _Preparation:
         if problems:
             raise CorpusError(*problems)
 
-    def _select(self, tallies: dict[str, list[Tally]]) -> dict[str, Selection]:
+    def _select(self, tallies: dict[str, list[PartCounts]]) -> dict[str, Selection]:
         jobs = []
         answers = {domain.name: bool(domain.messages_column) for domain in self.config.domains}
         for name, found in tallies.items():
@@ -286,7 +286,7 @@ class _Preparation:
         return selections
 
     def _refuse_empty(
-        self, tallies: dict[str, list[Tally]], selections: dict[str, Selection]
+        self, tallies: dict[str, list[PartCounts]], selections: dict[str, Selection]
     ) -> None:
         problems: list[str] = []
         for number, domain in enumerate(self.config.domains):
@@ -373,13 +373,13 @@ class _Preparation:
                 length_histogram=selection.length_histogram,
                 unigram_entropy=unigram,
                 bigram_entropy=bigram,
-                learnt=selection.learnt,
-                learnt_tokens=selection.learnt_tokens,
+                loss_mask=selection.loss_mask,
+                loss_tokens=selection.loss_tokens,
             )
         return splits
 
 
-def _domain_counts(tallies: Sequence[Tally], selection: Selection) -> dict[str, int]:
+def _domain_counts(tallies: Sequence[PartCounts], selection: Selection) -> dict[str, int]:
     return {
         "records_read": sum(tally.records for tally in tallies),
         "rejected": sum(rejects.by_reason(tallies).values()),
@@ -390,7 +390,7 @@ def _domain_counts(tallies: Sequence[Tally], selection: Selection) -> dict[str, 
 
 
 def _domain_info(
-    tallies: Sequence[Tally], selection: Selection, train: SplitInfo, valid: SplitInfo
+    tallies: Sequence[PartCounts], selection: Selection, train: SplitInfo, valid: SplitInfo
 ) -> DomainInfo:
     return DomainInfo(
         train=train,

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stage = Literal["plan", "tokenizer", "tokenise", "select", "assemble", "done"]
+Stage = Literal["plan", "tokenizer", "tokenize", "select", "assemble", "done"]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PrepareProgress:
     """One moment of preparing: the stage, and how far it is.
 
     `done` and `total` are parts, domains or shards of the stage; `bytes_done` and `bytes_total`
@@ -42,7 +42,7 @@ class Progress:
         return self.elapsed_s * (self.bytes_total - self.bytes_done) / self.bytes_done
 
 
-Listener = Callable[[Progress], None]
+Listener = Callable[[PrepareProgress], None]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Reporter:
     def _tell(self, note: str = "") -> None:
         if self.listener:
             self.listener(
-                Progress(
+                PrepareProgress(
                     stage=self._stage,
                     done=self._done,
                     total=self._total,

@@ -171,7 +171,7 @@ def choose_runner(
 
 
 SMALL_CORPUS = 32 << 20
-"""Bytes of text that one process tokenises in about the time a Ray cluster takes to start."""
+"""Bytes of text that one process tokenizes in about the time a Ray cluster takes to start."""
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ among them, `package` packs them, `server` talks to the cluster's job server, `s
 these together. Nothing here starts a cluster or joins one.
 """
 
-from raymix.jobs.server import Ended, JobServer
+from raymix.jobs.server import JobEnd, JobServer
 from raymix.jobs.submission import COMMANDS, Submission, prepare_submission
 
-__all__ = ["COMMANDS", "Ended", "JobServer", "Submission", "prepare_submission"]
+__all__ = ["COMMANDS", "JobEnd", "JobServer", "Submission", "prepare_submission"]

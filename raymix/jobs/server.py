@@ -40,7 +40,7 @@ _ENDS = {"SUCCEEDED": 0, "STOPPED": 130}
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class JobEnd:
     """How a job stands, or ended."""
 
     job: str
@@ -97,7 +97,7 @@ class JobServer:
                 )
         return size
 
-    def look(self, job: str) -> Ended:
+    def look(self, job: str) -> JobEnd:
         """Return how `job` stands.
 
         Raises:
@@ -106,7 +106,7 @@ class JobServer:
         with _refusals("job", job):
             return _ended(self._client.get_job_info(job))
 
-    def jobs(self) -> list[Ended]:
+    def jobs(self) -> list[JobEnd]:
         """Return all jobs that were submitted, the newest first."""
         with _refusals("address", self.address):
             details: list[Any] = self._client.list_jobs()
@@ -118,7 +118,7 @@ class JobServer:
         with _refusals("job", job):
             return str(self._client.get_job_logs(job))
 
-    def follow(self, job: str, write: Callable[[str], object]) -> Ended:
+    def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
         """Hand everything that `job` prints to `write` until it has ended; return how.
 
         A connection that breaks is made again; nothing is printed twice.
@@ -144,7 +144,7 @@ class JobServer:
                     raise ClusterError(problem("job", job, wrong, advice)) from error
             time.sleep(_POLL_S)
 
-    def stop(self, job: str) -> Ended:
+    def stop(self, job: str) -> JobEnd:
         """Ask `job` to stop, which lets a run write a checkpoint; return how it ended.
 
         A job that has ended is left as it is.
@@ -298,7 +298,7 @@ async def _next(tail: AsyncGenerator[str, None]) -> str | None:
     return await anext(tail, None)
 
 
-def _ended(details: Any) -> Ended:
+def _ended(details: Any) -> JobEnd:
     status = str(details.status)
     code = _ENDS.get(status)
     if status == "FAILED":
@@ -315,7 +315,7 @@ def _ended(details: Any) -> Ended:
         "ended": _seconds(details.end_time),
         "entrypoint": details.entrypoint,
     }
-    return Ended(details.submission_id, status, code, message, document)
+    return JobEnd(details.submission_id, status, code, message, document)
 
 
 def _seconds(milliseconds: int | None) -> float | None:

@@ -1,7 +1,7 @@
 """Mixing laws: predict a run's losses from its shares and length, after a few small runs.
 
 `build_law(kind).fit(table)` learns from a mixture table and says how far it can be trusted;
-`predict` answers for shares nobody has run, `minimise` finds the best ones. Packages outside add
+`predict` answers for shares nobody has run, `minimize` finds the best ones. Packages outside add
 kinds with `@law("kind")`.
 
 | kind | log loss | runs needed | optimum | when |
@@ -38,7 +38,7 @@ from raymix.laws.models import gp_law as gp
 from raymix.laws.models.auto import AutoLaw
 from raymix.laws.models.fitted_law import FittedLaw
 from raymix.laws.search.feasible import Problem, Region, feasible
-from raymix.laws.search.minimize import minimise, optimum_at
+from raymix.laws.search.minimize import minimize, optimum_at
 from raymix.laws.search.objective import Objective, Optimum
 from raymix.laws.search.separable import Powers, SeparableOptimum, separable_optimum
 from raymix.laws.table import MixtureTable, make_table, read_table
@@ -67,7 +67,7 @@ __all__ = [
     "load_law",
     "make_table",
     "mean_score",
-    "minimise",
+    "minimize",
     "optimum_at",
     "read_table",
     "save_law",

@@ -162,7 +162,7 @@ class Law(Protocol):
         """Return losses, shape (V,), and their derivatives by the shares, shape (V, D)."""
         ...
 
-    def minimise(self, objective: Objective) -> Optimum:
+    def minimize(self, objective: Objective) -> Optimum:
         """Return the best shares, and what proves or supports that there are none better."""
         ...
 

@@ -140,7 +140,7 @@ def d_optimal_design(
 ) -> Floats:
     """Return the mixtures that determine the coefficients of linear features best, shape (N, D).
 
-    Maximises log det(F'F + prior) over uniform candidates and the vertices, by Fedorov's exchange
+    Maximizes log det(F'F + prior) over uniform candidates and the vertices, by Fedorov's exchange
     (1972) from a greedy start; the weak prior makes designs of fewer runs than features possible.
 
     Args:

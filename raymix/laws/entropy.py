@@ -76,7 +76,7 @@ def von_neumann_entropy(embedding_NF: Floats) -> float:
     """Return -sum_k l_k log l_k in nats, with l the eigenvalues of Z^T Z / tr(Z^T Z).
 
     It is 0 where all documents point one way, and log F where they spread evenly. Directions
-    are all that counts where rows have length 1; centre first if the mean direction should not.
+    are all that counts where rows have length 1; center first if the mean direction should not.
 
     Args:
         embedding_NF: Z, one document per row, shape (N, F).

@@ -171,7 +171,7 @@ def make_table(
     if not len(columns[f"share.{domains[0]}"]):
         advice = "Each run is a row: its shares, its losses"
         raise LawError(problem("table", name, "holds columns and no row", advice))
-    faults = _Faults(name, lines)
+    faults = _TableFaults(name, lines)
     share_RD = np.stack([_numbers(columns, f"share.{d}", faults) for d in domains], axis=1)
     loss_RV = np.stack(
         [_numbers(columns, f"loss.{t}", faults, missing=True) for t in targets], axis=1
@@ -194,7 +194,7 @@ def make_table(
     )
 
 
-class _Faults:
+class _TableFaults:
     """Collects what is wrong with a table; rows are counted from the header's 1."""
 
     def __init__(self, name: str, lines: Sequence[int] | None) -> None:
@@ -246,7 +246,11 @@ def _columns(name: str) -> tuple[list[str], list[Sequence[Any]]]:
 
 
 def _numbers(
-    columns: Mapping[str, Sequence[Any]], column: str, faults: _Faults, *, missing: bool = False
+    columns: Mapping[str, Sequence[Any]],
+    column: str,
+    faults: _TableFaults,
+    *,
+    missing: bool = False,
 ) -> Floats:
     values = columns[column]
     found = np.empty(len(values))
@@ -267,7 +271,7 @@ def _numbers(
     return found
 
 
-def _checked_shares(share_RD: Floats, domains: Sequence[str], faults: _Faults) -> Floats:
+def _checked_shares(share_RD: Floats, domains: Sequence[str], faults: _TableFaults) -> Floats:
     for row, at in zip(*np.nonzero((share_RD < 0) | (share_RD > 1 + SUM_TOLERANCE)), strict=True):
         value = float(share_RD[row, at])
         faults.add(int(row), f"share.{domains[at]}", value, "no share", "Allowed: 0 to 1")
@@ -279,7 +283,7 @@ def _checked_shares(share_RD: Floats, domains: Sequence[str], faults: _Faults) -
     return share_RD / np.where(total_R > 0, total_R, 1.0)[:, None]
 
 
-def _check_losses(loss_RV: Floats, targets: Sequence[str], faults: _Faults) -> None:
+def _check_losses(loss_RV: Floats, targets: Sequence[str], faults: _TableFaults) -> None:
     for row, at in zip(*np.nonzero(loss_RV <= 0), strict=True):
         value = float(loss_RV[row, at])
         faults.add(int(row), f"loss.{targets[at]}", value, "no loss", "Allowed: above 0")
@@ -288,7 +292,7 @@ def _check_losses(loss_RV: Floats, targets: Sequence[str], faults: _Faults) -> N
 
 
 def _check_rows(
-    runs: Sequence[str], share_RD: Floats, step_R: Floats | None, faults: _Faults
+    runs: Sequence[str], share_RD: Floats, step_R: Floats | None, faults: _TableFaults
 ) -> None:
     """Refuse rows that stand twice, steps that are none, and a run of two mixtures."""
     seen: dict[tuple[str, float], int] = {}

@@ -20,7 +20,7 @@ over all inputs, memory-mapped; "select" finds an order statistic without sortin
 | della, della_linear | the same, large entries kept rather | yes | K row sorts | no | as DARE |
 | breadcrumbs, breadcrumbs_ties | both ends cut | yes | K selects | no | outliers in the deltas |
 | model_stock | mean, scaled by how far tasks agree | yes | one read | no | few runs of one task |
-| drm | TIES in a shared basis, rows renormalised | yes | K m^2 n, 9 m^3 | yes | conflicting tasks |
+| drm | TIES in a shared basis, rows renormalized | yes | K m^2 n, 9 m^3 | yes | conflicting tasks |
 | knots | TIES in a shared basis | yes | as drm | yes | LoRA adapters |
 | tsv | top 1/K directions of each, orthogonal | yes | 9 K min(m, n)^3 | yes | many tasks |
 | iso_c | the sum with a flat spectrum | yes | 9 min(m, n)^3 | yes | many tasks, cheap |
@@ -28,7 +28,7 @@ over all inputs, memory-mapped; "select" finds an order statistic without sortin
 
 The last column is what the papers say; how good the merged models are was not measured here.
 DRM-H takes m = outputs, DRM-V m = inputs, `auto` the smaller side of each matrix. H and V are
-different methods, so `auto` changes the answer: it is an option, not an optimisation. What is no
+different methods, so `auto` changes the answer: it is an option, not an optimization. What is no
 matrix (biases, norms, embeddings, the head) goes entry by entry under every spectral method. Where
 LoRA adapters are merged into an adapter, no m x n matrix is formed and the result is exact.
 
@@ -47,7 +47,7 @@ tests.benchmarks.merge --sizes accuracy`; in brackets CPU seconds per matrix on 
 
 The first two agree with each other: what is left is fp32's rounding of entries at the threshold or
 of a sign that hangs in the balance (up to 1e-3 with other seeds). The bulk's singular values nearly
-agree, so fp32 turns their vectors, and masks and signs act entry by entry. `randomised` is right
+agree, so fp32 turns their vectors, and masks and signs act entry by entry. `randomized` is right
 for low rank only and is never chosen by itself.
 
 Ties: bf16 deltas take few values, so many equal a threshold. All that equal it are kept, and the
@@ -57,7 +57,7 @@ report says which part that was; mergekit keeps the first k of an order its sort
 from __future__ import annotations
 
 from raymix.merging.methods import drm, entrywise, spectral, spherical
-from raymix.merging.recipe import MergeFile, ModelEntry, Rule, load_merge
+from raymix.merging.recipe import MergeFile, ModelEntry, ParameterRule, load_merge
 from raymix.merging.registry import (
     Deltas,
     Factors,
@@ -79,8 +79,8 @@ __all__ = [
     "Merged",
     "ModelEntry",
     "Options",
+    "ParameterRule",
     "PerModel",
-    "Rule",
     "drm",
     "entrywise",
     "get_method",

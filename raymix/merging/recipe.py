@@ -33,7 +33,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from raymix._utils.yaml import parse_yaml
 from raymix.errors import MergeError, RecipeError, problem
-from raymix.recipe.base import Fault, Faults, Model, Whole
+from raymix.recipe.base import Fault, Faults, RecipeModel, Whole
 from raymix.recipe.overrides import apply_overrides
 from raymix.recipe.translate import translate
 
@@ -42,7 +42,7 @@ KEEP_BASE = "base"
 """The method of a rule that leaves the base's bytes."""
 
 
-class ModelEntry(Model):
+class ModelEntry(RecipeModel):
     """One model to merge."""
 
     model: str = Field(min_length=1)
@@ -58,7 +58,7 @@ class SliceSource(ModelEntry):
     """First layer, and the one after the last."""
 
 
-class Slice(Model):
+class OutputSlice(RecipeModel):
     """mergekit's way to name layers; one slice of all layers is read as `models`."""
 
     sources: tuple[SliceSource, ...] = Field(min_length=1)
@@ -67,7 +67,7 @@ class Slice(Model):
     """Options of the slice."""
 
 
-class Rule(Model):
+class ParameterRule(RecipeModel):
     """Another method, or other options, for parameters by name and layer."""
 
     match: str = ""
@@ -103,20 +103,20 @@ class Rule(Model):
         return not self.layers or (layer is not None and any(_in(layer, r) for r in self.layers))
 
 
-class MergeFile(Model):
+class MergeFile(RecipeModel):
     """A merge: what is merged, how, and in what form it is written."""
 
     merge_method: str
     """The method; see `raymix.merge` for which one when."""
     models: tuple[ModelEntry, ...] = ()
     """The models to merge; the base need not be among them."""
-    slices: tuple[Slice, ...] | None = None
+    slices: tuple[OutputSlice, ...] | None = None
     """mergekit's layer ranges: one slice that holds all layers."""
     base_model: str | None = None
     """The model that the others were fine-tuned from."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Options for all models and parameters."""
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[ParameterRule, ...] = ()
     """Exceptions by name and layer; of several that apply, the first that says something."""
     dtype: Dtype | None = None
     """The dtype of the output, if `out_dtype` does not say; arithmetic is `precision`'s."""

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raymix.errors import MergeError, did_you_mean, problem
-from raymix.recipe.base import Model, Real
+from raymix.recipe.base import Real, RecipeModel
 
 ENTRY_POINTS = "raymix.merge_methods"
 
@@ -39,7 +39,7 @@ Share = Annotated[Real, Field(ge=0, le=1)]
 EachShare = Annotated[tuple[Share, ...], PerModel()]
 
 
-class Options(Model):
+class Options(RecipeModel):
     """Base of the options of a method: frozen and strict, one field per name in the YAML file."""
 
     @classmethod
@@ -67,7 +67,7 @@ def each(values: Sequence[float], k_tasks: int) -> list[float]:
     return list(values)
 
 
-class Made(Sequence[Tensor]):
+class FactoredDelta(Sequence[Tensor]):
     """Tensors each of which is made anew when it is asked for, so that few are in memory."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Made(Sequence[Tensor]):
         return self.make(index)
 
 
-class Deltas(Made):
+class Deltas(FactoredDelta):
     """Task vectors of one parameter, read and converted each time they are asked for.
 
     An item is a new tensor, so a method may change it in place; nothing is kept between reads.
@@ -119,7 +119,7 @@ class Deltas(Made):
         return len(self._parts)
 
     def make(self, index: int) -> Tensor:
-        """See `Made`."""
+        """See `FactoredDelta`."""
         return self._read(index, self.new_matrix())
 
     def in_turn(self) -> Iterator[Tensor]:

@@ -276,9 +276,9 @@ def next_points(
     for at in range(number):
         width *= _gap(len(space), sizes[at] - (at == 0), first=at == 0)
     best, _ = min(tried, key=lambda pair: pair[1] if math.isfinite(pair[1]) else math.inf)
-    centre_D = np.array([dimension.unit(best[dimension.name]) for dimension in space])
+    center_D = np.array([dimension.unit(best[dimension.name]) for dimension in space])
     open_D = np.array([dimension.open for dimension in space])
-    low_D = centre_D - width / 2
+    low_D = center_D - width / 2
     low_D = np.where(open_D, low_D, np.clip(low_D, 0.0, 1.0 - width))
     return _values(space, low_D + width * _spread(len(space), sizes[number], number))
 

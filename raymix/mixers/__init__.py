@@ -25,7 +25,7 @@ and never trained on, under every mixer.
 | dga, bases | the same, of histograms | group_alignment, group_gram | probe | many clusters |
 | dga, grape | alignment with lagging targets | gram, loss | probe | several targets at once |
 | doge | alignment with all, or targets | gram | probe | domains that help each other |
-| rb | the same, normalised, memoryless | gram | probe | domains that are clusters |
+| rb | the same, normalized, memoryless | gram | probe | domains that are clusters |
 | doremi | loss above a reference | loss or valid_loss | free | an earlier run gives references |
 | odm | a bandit on the loss | loss | free | hard domains first, noise and all |
 | ado | slope of fitted power laws | loss | free | long runs; needs some windows to begin |

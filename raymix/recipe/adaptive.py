@@ -59,7 +59,7 @@ class PikeMixer(AdaptiveModel):
     unit_free: bool = True
     """Divide norms and noise by the mean over domains of norm squared + noise / batch."""
     tau: Real = Field(default=0.0, ge=0)
-    """Tilt towards domains of high loss, in 1 / nats; 0 is PiKE exactly, the paper liked 1 to 5."""
+    """Tilt toward domains of high loss, in 1 / nats; 0 is PiKE exactly, the paper liked 1 to 5."""
     loss_weights: bool = True
     """With tau > 0, also weigh each domain's loss by K softmax(tau loss)."""
     loss: LossKind = "train"
@@ -237,7 +237,7 @@ class AioliMixer(AdaptiveModel):
     blocks: Whole = Field(default=8, ge=2)
     """Most blocks the domains take turns in."""
     ridge: Real = Field(default=0.1, gt=0)
-    """Pull of the estimate towards equal gains, as a part of the mean squared share."""
+    """Pull of the estimate toward equal gains, as a part of the mean squared share."""
     history: Whole = Field(default=32, ge=4)
     """Most windows to estimate from; fewer with more than 1,000 domains."""
     loss: LossKind = "train"

@@ -35,7 +35,7 @@ class Faults(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class FieldWords:
     """Metadata of a field: what it accepts, where type and bounds do not say it well."""
 
     text: str
@@ -86,7 +86,7 @@ def default_tag(key: str, tag: str) -> BeforeValidator:
     return BeforeValidator(fill)
 
 
-class Model(BaseModel):
+class RecipeModel(BaseModel):
     """A frozen recipe node; unknown keys are errors and docstrings become schema text."""
 
     model_config = ConfigDict(

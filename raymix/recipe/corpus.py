@@ -1,4 +1,4 @@
-"""Recipe models of the corpus: where text comes from, how it is cleaned and tokenised."""
+"""Recipe models of the corpus: where text comes from, how it is cleaned and tokenized."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from raymix.recipe.base import Fault, Model, Place, Real, Whole, Words, raise_if
+from raymix.recipe.base import Fault, FieldWords, Place, Real, RecipeModel, Whole, raise_if
 
-NAME = Words("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
+NAME = FieldWords("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
 # Entries of a prepared corpus' directory that are no domains.
 RESERVED_NAMES = ("tokenizer", "manifest.json", "prepare.json")
 
 
-class ByteTokenizer(Model):
+class ByteTokenizer(RecipeModel):
     """One token per UTF-8 byte plus an end-of-text token: vocabulary 257."""
 
     kind: Literal["byte"] = "byte"
     """Selects this tokenizer."""
 
 
-class TrainedTokenizer(Model):
+class TrainedTokenizer(RecipeModel):
     """A byte-level BPE trained on a fixed sample of the corpus itself."""
 
     train: Literal["bpe"]
@@ -32,7 +32,7 @@ class TrainedTokenizer(Model):
     """UTF-8 bytes of text to train on, drawn evenly from the domains."""
 
 
-class PretrainedTokenizer(Model):
+class PretrainedTokenizer(RecipeModel):
     """A Hugging Face `tokenizer.json`, or a directory that holds one."""
 
     path: Place = Field(min_length=1)
@@ -63,7 +63,7 @@ TokenizerConfig = Annotated[
     | Annotated[PretrainedTokenizer, Tag("path")],
     Discriminator(_tokenizer_kind),
     BeforeValidator(_tokenizer_shorthand, json_schema_input_type=_TokenizerModels | str),
-    Words("`byte`, a path, or a mapping such as {train: bpe, vocab_size: 8192}"),
+    FieldWords("`byte`, a path, or a mapping such as {train: bpe, vocab_size: 8192}"),
 ]
 
 
@@ -75,11 +75,11 @@ Glob = Annotated[Place, Field(min_length=1)]
 Globs = Annotated[
     tuple[Glob, ...],
     BeforeValidator(_listed, json_schema_input_type=tuple[Glob, ...] | Glob),
-    Words("a glob or a list of globs"),
+    FieldWords("a glob or a list of globs"),
 ]
 
 
-class DomainConfig(Model):
+class DomainConfig(RecipeModel):
     """One domain of the mixture and the files that hold its documents."""
 
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
@@ -93,10 +93,10 @@ class DomainConfig(Model):
     text_column: str = Field(default="text", min_length=1)
     """Column that holds the text (Parquet, JSONL, Arrow)."""
     tokens_column: str | None = Field(default=None, min_length=1)
-    """Column of ready token ids, such as `input_ids`; then nothing is tokenised."""
+    """Column of ready token ids, such as `input_ids`; then nothing is tokenized."""
     messages_column: str | None = Field(default=None, min_length=1)
     """Column of conversations, such as `messages`: lists of {role, content}; only the assistant's
-    answers are learnt."""
+    answers are learned."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
 
@@ -140,7 +140,7 @@ class DomainConfig(Model):
         return self
 
 
-class CorpusConfig(Model):
+class CorpusConfig(RecipeModel):
     """The corpus: its sources, its tokenizer, and where the prepared form lies."""
 
     path: Place = Field(min_length=1)

@@ -12,7 +12,7 @@ import annotated_types as at
 from pydantic import BaseModel, Discriminator, Tag
 from pydantic.fields import FieldInfo
 
-from raymix.recipe.base import Words
+from raymix.recipe.base import FieldWords
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Spot:
         if get_origin(self.annotation) not in (Union, types.UnionType):
             return [self]
         parts = [part for part in get_args(self.annotation) if part is not type(None)]
-        inherited = tuple(m for m in self.metadata if not isinstance(m, Words))
+        inherited = tuple(m for m in self.metadata if not isinstance(m, FieldWords))
         return [Spot(part, inherited).unwrapped() for part in parts]
 
     @property
@@ -96,7 +96,7 @@ def field_paths(spot: Spot, path: str = "") -> list[str]:
 
 def describe(spot: Spot) -> str:
     """Return what may stand at `spot`, such as `a whole number of at least 1, or null`."""
-    words = next((m.text for m in spot.metadata if isinstance(m, Words)), None)
+    words = next((m.text for m in spot.metadata if isinstance(m, FieldWords)), None)
     if words is None and spot.discriminator is not None:
         tags = [tag_of(member, spot) for member in spot.members()]
         words = f"a mapping whose {spot.discriminator} is {listed(tags, 'or')}"
@@ -115,7 +115,7 @@ def _describe_one(spot: Spot) -> str:
         get_origin(spot.annotation),
         get_args(spot.annotation),
     )
-    words = next((m.text for m in spot.metadata if isinstance(m, Words)), None)
+    words = next((m.text for m in spot.metadata if isinstance(m, FieldWords)), None)
     if words is not None:
         return words
     if origin is Literal:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from raymix.recipe.base import Model, Whole, raise_if
+from raymix.recipe.base import RecipeModel, Whole, raise_if
 from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
 from raymix.recipe.rules import broken_rules
@@ -24,7 +24,7 @@ from raymix.recipe.training import (
 from raymix.recipe.tune import TuneConfig
 
 
-class Recipe(Model):
+class Recipe(RecipeModel):
     """Everything a run depends on."""
 
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
@@ -40,7 +40,7 @@ class Recipe(Model):
     model: ModelConfig = ConfigModel()
     """The model to train."""
     train: TrainConfig
-    """The optimiser loop."""
+    """The optimizer loop."""
     eval: EvalConfig = EvalConfig()
     """Held-out evaluation."""
     cluster: ClusterConfig = ClusterConfig()

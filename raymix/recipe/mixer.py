@@ -20,7 +20,7 @@ from raymix.recipe.adaptive import (
     PikeMixer,
     RbMixer,
 )
-from raymix.recipe.base import Fault, Model, Real, Whole, raise_if
+from raymix.recipe.base import Fault, Real, RecipeModel, Whole, raise_if
 from raymix.recipe.plugins import MIXERS, OpenTo, PluginMixer
 from raymix.recipe.shares import MixerModel, Weights, sum_fault
 
@@ -91,7 +91,7 @@ class ImportanceMixer(MixerModel):
         return self
 
 
-class SchedulePiece(Model):
+class SchedulePiece(RecipeModel):
     """Weights from one step on."""
 
     step: Whole = Field(ge=0)

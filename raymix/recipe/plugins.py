@@ -15,7 +15,7 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from raymix.recipe.base import Model
+from raymix.recipe.base import RecipeModel
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class OpenTo:
     """Metadata of a union of models told apart by `kind`: a registry's kinds are welcome too."""
 
     registry: Registry
-    model: type[Model]
+    model: type[RecipeModel]
     own: frozenset[str]
     """The union's own kinds."""
 
@@ -92,7 +92,7 @@ class OpenTo:
         return {"anyOf": [own, {**kinds, "required": ["kind"]}]}
 
 
-class PluginMixer(Model):
+class PluginMixer(RecipeModel):
     """A mixer of another package: its keys are what that package says."""
 
     model_config = ConfigDict(extra="allow")

@@ -107,7 +107,7 @@ def _groups_of_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fau
 def _answers_are_of_documents(corpus: CorpusConfig, data: DataConfig) -> Iterable[Fault]:
     chats = [number for number, domain in enumerate(corpus.domains) if domain.messages_column]
     if chats and isinstance(data, PackedData):
-        wrong = "rows that are cut without regard to documents are learnt whole, not answers only"
+        wrong = "rows that are cut without regard to documents are learned whole, not answers only"
         advice = "Set data.mode to documents"
         path = f"corpus.domains.{chats[0]}.messages_column"
         yield Fault(path, corpus.domains[chats[0]].messages_column, wrong, (advice,))

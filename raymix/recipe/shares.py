@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from raymix.recipe.base import Fault, Model, Real, Words
+from raymix.recipe.base import Fault, FieldWords, Real, RecipeModel
 
 Weights = dict[str, Annotated[Real, Field(ge=0)]]
 SUM_TOLERANCE = 1e-6
@@ -22,11 +22,11 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[
     tuple[Name, ...],
     BeforeValidator(_listed, json_schema_input_type=tuple[Name, ...] | Name),
-    Words("a domain or a list of domains"),
+    FieldWords("a domain or a list of domains"),
 ]
 
 
-class MixerModel(Model):
+class MixerModel(RecipeModel):
     """What every mixer has."""
 
     kind: str

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from raymix.recipe.base import Fault, Model, Whole, raise_if
+from raymix.recipe.base import Fault, RecipeModel, Whole, raise_if
 
 # What would make a fine-tuned model another kind of thing than one run on one domain.
 _NOT_OF_FINETUNING = (
@@ -23,7 +23,7 @@ _NOT_OF_FINETUNING = (
 _FEWEST = 2
 
 
-class SpecialistsConfig(Model):
+class SpecialistsConfig(RecipeModel):
     """What `raymix specialists` fine-tunes from one base, and how it merges the outcome."""
 
     domains: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Recipe models of the batch, the model, the optimiser loop, evaluation and the cluster."""
+"""Recipe models of the batch, the model, the optimizer loop, evaluation and the cluster."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raymix.recipe.base import Fault, Faults, Model, Real, Whole, default_tag, raise_if
+from raymix.recipe.base import Fault, Faults, Real, RecipeModel, Whole, default_tag, raise_if
 
 Epochs = Annotated[Real, Field(gt=0)]
 Beta = Annotated[Real, Field(ge=0, lt=1)]
 
 
-class PackedData(Model):
+class PackedData(RecipeModel):
     """Rows of exactly `sequence_length` tokens; documents in a row do not see each other."""
 
     mode: Literal["packed"] = "packed"
@@ -35,7 +35,7 @@ class PackedData(Model):
 PlannerName = Literal["refine", "default", "flexsp", "hdp", "milp", "packed", "skrull", "sorted"]
 
 
-class AssignmentConfig(Model):
+class AssignmentConfig(RecipeModel):
     """Which worker takes which document of a step."""
 
     planner: PlannerName = "refine"
@@ -57,7 +57,7 @@ class AssignmentConfig(Model):
         return self
 
 
-class DocumentData(Model):
+class DocumentData(RecipeModel):
     """Whole documents, as in fine-tuning; a step is a budget of tokens."""
 
     mode: Literal["documents"]
@@ -83,7 +83,7 @@ DataConfig = Annotated[
 ]
 
 
-class ConfigModel(Model):
+class ConfigModel(RecipeModel):
     """A new model from a Hugging Face configuration."""
 
     kind: Literal["config"] = "config"
@@ -113,7 +113,7 @@ def _infinities(value: Any, path: str = "") -> list[Fault]:
     ]
 
 
-class PretrainedModel(Model):
+class PretrainedModel(RecipeModel):
     """A checkpoint directory in Hugging Face format."""
 
     kind: Literal["pretrained"]
@@ -127,7 +127,7 @@ ModelConfig = Annotated[
 ]
 
 
-class ProbeConfig(Model):
+class ProbeConfig(RecipeModel):
     """How gradient statistics are measured, for mixers that need them."""
 
     mode: Literal["exact", "backward", "last_layer"] = "exact"
@@ -138,11 +138,11 @@ class ProbeConfig(Model):
     """`adam`: in the metric of AdamW's second moment, as its updates are."""
 
 
-class TrainConfig(Model):
-    """The optimiser loop."""
+class TrainConfig(RecipeModel):
+    """The optimizer loop."""
 
     steps: Whole | None = Field(default=None, ge=1, le=10**12)
-    """Optimiser steps; give this or `tokens`."""
+    """Optimizer steps; give this or `tokens`."""
     tokens: Whole | None = Field(default=None, ge=1, le=10**18)
     """Training tokens; rounded up to whole steps."""
     lr: Real = Field(default=3e-4, gt=0)
@@ -209,7 +209,7 @@ def _ratio_fault(train: TrainConfig) -> Fault | None:
     return Fault("decay_ratio", train.decay_ratio, wrong, ("Their sum may be at most 1",))
 
 
-class EvalConfig(Model):
+class EvalConfig(RecipeModel):
     """Held-out evaluation, per domain."""
 
     every: Whole | None = Field(default=None, ge=1)
@@ -218,7 +218,7 @@ class EvalConfig(Model):
     """Rows of the valid split to score per domain, from its beginning."""
 
 
-class ClusterConfig(Model):
+class ClusterConfig(RecipeModel):
     """Where the work runs."""
 
     workers: Whole = Field(default=1, ge=0, le=100_000)
@@ -241,7 +241,7 @@ class ClusterConfig(Model):
     """Worker-group failures from which the run restarts by itself."""
 
 
-class RunConfig(Model):
+class RunConfig(RecipeModel):
     """Where results go."""
 
     dir: str = Field(default="runs/{name}", min_length=1)

@@ -60,7 +60,7 @@ _TELLING = ("value_error", "greater_than", "greater_than_equal", "less_than", "l
 
 
 @dataclass(frozen=True, slots=True)
-class _Located:
+class _ErrorLocation:
     """A pydantic error with the path as written in the recipe and what may stand there."""
 
     path: _Path
@@ -106,7 +106,7 @@ class _Short:
         return self.text
 
 
-def _locate(error: ErrorDetails, spot: Spot) -> _Located:
+def _locate(error: ErrorDetails, spot: Spot) -> _ErrorLocation:
     """Walk the error's location along the models, leaving out the tags of unions."""
     path: list[str | int] = []
     parent = spot
@@ -128,12 +128,12 @@ def _locate(error: ErrorDetails, spot: Spot) -> _Located:
         key = keys.pop(0)
         path.append(key)
         parent, spot = members[0], members[0].child(key) or Spot(Any)
-    return _Located(tuple(path), spot, parent, branch, error)
+    return _ErrorLocation(tuple(path), spot, parent, branch, error)
 
 
-def _one_per_place(located: Sequence[_Located]) -> list[_Located]:
+def _one_per_place(located: Sequence[_ErrorLocation]) -> list[_ErrorLocation]:
     """Keep one error per value where an untagged union reported every alternative."""
-    kept: list[_Located] = []
+    kept: list[_ErrorLocation] = []
     for item in located:
         if item.branch is None:
             # A list whose entries are at fault counts as too short: that says nothing new.
@@ -157,7 +157,7 @@ def _rank(kind: str) -> int:
     return _TELLING.index(kind) if kind in _TELLING else len(_TELLING)
 
 
-def _message(item: _Located, root: Spot) -> list[str]:
+def _message(item: _ErrorLocation, root: Spot) -> list[str]:
     error, kind, value = item.error, item.error["type"], item.error["input"]
     name = dotted(item.path)
     if kind == "extra_forbidden":
@@ -178,7 +178,7 @@ def _message(item: _Located, root: Spot) -> list[str]:
     return [problem(name, brief(value), wrong, f"Allowed: {describe(item.spot)}", near)]
 
 
-def _wrong_of_choice(kind: str, item: _Located, error: ErrorDetails) -> str:
+def _wrong_of_choice(kind: str, item: _ErrorLocation, error: ErrorDetails) -> str:
     if kind == "literal_error":
         return "not known"
     if kind in ("too_short", "too_long"):
@@ -197,7 +197,7 @@ def _near_choice(spot: Spot, value: object) -> str:
     return did_you_mean(value, choices) if isinstance(value, str) else ""
 
 
-def _unknown_key(item: _Located, name: str, root: Spot) -> str:
+def _unknown_key(item: _ErrorLocation, name: str, root: Spot) -> str:
     key = str(item.path[-1])
     model = item.parent.model
     known = list(model.model_fields) if model else []
@@ -215,7 +215,7 @@ def _elsewhere(key: str, root: Spot) -> str:
     return f"Did you mean {paths[near[0]]!r}?" if near else ""
 
 
-def _unknown_kind(item: _Located, name: str) -> str:
+def _unknown_kind(item: _ErrorLocation, name: str) -> str:
     context = item.error.get("ctx", {})
     key = str(context.get("discriminator", "kind")).strip("'")
     known = [tag_of(member, item.spot) for member in item.spot.members()]
@@ -228,7 +228,7 @@ def _unknown_kind(item: _Located, name: str) -> str:
     return problem(name, brief(tag), "not known", near, f"Known: {', '.join(known)}")
 
 
-def _missing(item: _Located, name: str) -> str:
+def _missing(item: _ErrorLocation, name: str) -> str:
     field = item.parent.model.model_fields[str(item.path[-1])] if item.parent.model else None
     meaning = field.description if field is not None and field.description else ""
     return problem(name, MISSING, "required", f"Give {describe(item.spot)}", meaning)

@@ -1,4 +1,4 @@
-"""Recipe model of `raymix tune`: which small runs, which law, what to minimise, what to verify."""
+"""Recipe model of `raymix tune`: which small runs, which law, what to minimize, what to verify."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raymix.recipe.base import Fault, Model, Real, Whole, raise_if
+from raymix.recipe.base import Fault, Real, RecipeModel, Whole, raise_if
 from raymix.recipe.shares import Weights, sum_fault
 
 Share = Annotated[Real, Field(ge=0, le=1)]
@@ -16,7 +16,7 @@ Share = Annotated[Real, Field(ge=0, le=1)]
 _NOT_OF_PROXIES = ("name", "seed", "corpus", "mixer", "run", "cluster", "tune", "specialists")
 
 
-class TuneConfig(Model):
+class TuneConfig(RecipeModel):
     """How `raymix tune` looks for the best shares."""
 
     mode: Literal["design", "sequential", "optuna"] = "design"
@@ -42,10 +42,10 @@ class TuneConfig(Model):
     law: str = Field(default="auto", min_length=1)
     """Kind of law to fit; `auto` chooses by cross-validation."""
     weights: Weights = Field(default_factory=dict)
-    """Weight of each domain's loss in what is minimised; left out, mixer.targets alike or, where
+    """Weight of each domain's loss in what is minimized; left out, mixer.targets alike or, where
     there are none, all domains alike."""
     minimax: bool = False
-    """Minimise the largest weighted loss instead of the sum."""
+    """Minimize the largest weighted loss instead of the sum."""
     horizon: Whole | None = Field(default=None, ge=1)
     """Steps of a run that the optimum is for; left out, those of the small runs."""
     floor: Real = Field(default=0.1, ge=0, lt=1)
@@ -60,7 +60,7 @@ class TuneConfig(Model):
     extrapolate: bool = False
     """Let the optimum give a domain more than any small run did: laws are often wrong there."""
     kl: Real = Field(default=0.0, ge=0)
-    """Weight of KL(shares || prior), in nats, in what is minimised."""
+    """Weight of KL(shares || prior), in nats, in what is minimized."""
     verify: Whole = Field(default=3, ge=0, le=100)
     """Seeds, new ones, to run the optimum and what it is compared with on; 0 for none."""
     scheduler: Literal["none", "asha"] = "none"

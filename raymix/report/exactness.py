@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from raymix.errors import CorpusError
 from raymix.report.read import RunRecord
 from raymix.report.steps import Counts, Floats
-from raymix.sampling import realised_error_bound
+from raymix.sampling import realized_error_bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +163,8 @@ def bound(run: RunRecord, shares_VD: NDArray[np.float64], *, capped: bool) -> Bo
         return Bound(ahead=half, behind=-half, unit=unit, because=because)
     because = f"{n_domains} domains, always the same"
     if unit == "rows":
-        ahead, behind = 1 - 1 / n_domains, -realised_error_bound(n_domains)
+        ahead, behind = 1 - 1 / n_domains, -realized_error_bound(n_domains)
     else:
         ahead = longest
-        behind = -longest * (realised_error_bound(n_domains - 1) + 1)
+        behind = -longest * (realized_error_bound(n_domains - 1) + 1)
     return Bound(ahead=ahead, behind=behind, unit=unit, because=because)

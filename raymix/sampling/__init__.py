@@ -16,8 +16,8 @@ from raymix.sampling.shares import (
     SHARE_BITS,
     epochs_implied,
     fixed_point,
-    realised_error_bound,
-    realised_shares,
+    realized_error_bound,
+    realized_shares,
 )
 
 __all__ = [
@@ -37,6 +37,6 @@ __all__ = [
     "domain_key",
     "epochs_implied",
     "fixed_point",
-    "realised_error_bound",
-    "realised_shares",
+    "realized_error_bound",
+    "realized_shares",
 ]

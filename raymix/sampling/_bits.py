@@ -1,4 +1,4 @@
-"""Keyed integer hashing and keyed permutations of [0, n), vectorised, without tables.
+"""Keyed integer hashing and keyed permutations of [0, n), vectorized, without tables.
 
 `permute` writes x < n as (high, low) with 2**j values of low and a = ceil(n / 2**j) values of
 high, and runs a Feistel network over the pair: in turn low is xored with a hash of high, and high
@@ -8,7 +8,7 @@ advances modulo a by a hash of low. Each half round is invertible, so the networ
 that concerns less than one value in sqrt(n).
 
 Four half rounds are random enough for large n; small n get more (measured: joint positions of
-neighbours, jumps, fixed points and the correlation of two keys against a random order).
+neighbors, jumps, fixed points and the correlation of two keys against a random order).
 
 Everything is unsigned arithmetic modulo 2**32 or 2**64: the same on every platform.
 """
@@ -49,7 +49,7 @@ _EXTRA = ((4, 6, 512), (6, 8, 32))
 
 
 def mix64(value: U64) -> U64:
-    """Return a 64-bit hash of each element (splitmix64's finaliser, Steele et al. 2014)."""
+    """Return a 64-bit hash of each element (splitmix64's finalizer, Steele et al. 2014)."""
     mixed = value ^ (value >> _S30)
     mixed *= _MIX[0]
     mixed ^= mixed >> _S27

@@ -56,7 +56,7 @@ class DomainGeometry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _OrderShape:
     """Numbers of a domain as uint64, one each or one per element, shapes () or (N,)."""
 
     key: U64
@@ -98,7 +98,7 @@ class CorpusOrder:
         inside = np.stack([np.minimum(width * size, units), units - last * width * size], axis=1)
         seed_key = mix_int(seed)
         keys = [mix_int(seed_key ^ g.key) for g in geometries]
-        self._shapes = _Shape(
+        self._shapes = _OrderShape(
             key=np.array(keys, dtype=np.uint64),
             group_key=mix64(np.array(keys, dtype=np.uint64)),
             units=units.astype(np.uint64),
@@ -144,9 +144,9 @@ class DomainOrder:
         return _locate(self._shape, self._pair, np.asarray(n), self._inside)
 
 
-def _take(shapes: _Shape, at: Ints | int) -> _Shape:
+def _take(shapes: _OrderShape, at: Ints | int) -> _OrderShape:
     where = (at, ...) if isinstance(at, int) else at
-    return _Shape(
+    return _OrderShape(
         key=shapes.key[where],
         group_key=shapes.group_key[where],
         units=shapes.units[where],
@@ -160,7 +160,9 @@ def _take(shapes: _Shape, at: Ints | int) -> _Shape:
     )
 
 
-def _locate(shape: _Shape, pair: Ints | int, n: Ints, inside: Radix) -> tuple[Ints, Ints, Ints]:
+def _locate(
+    shape: _OrderShape, pair: Ints | int, n: Ints, inside: Radix
+) -> tuple[Ints, Ints, Ints]:
     place = n.astype(np.uint64)
     epoch = place // shape.units
     place -= epoch * shape.units
@@ -180,7 +182,7 @@ def _locate(shape: _Shape, pair: Ints | int, n: Ints, inside: Radix) -> tuple[In
     return epoch.astype(np.int64), group.astype(np.int64), place.astype(np.int64)
 
 
-def _window_sizes(shape: _Shape, pair: Ints | int, window: U64, inside: Radix) -> Radix:
+def _window_sizes(shape: _OrderShape, pair: Ints | int, window: U64, inside: Radix) -> Radix:
     in_last = window == shape.last_window
     n_last = np.count_nonzero(in_last)
     if isinstance(pair, int) and n_last in {0, in_last.size}:
@@ -188,7 +190,7 @@ def _window_sizes(shape: _Shape, pair: Ints | int, window: U64, inside: Radix) -
     return inside.take(pair + in_last)
 
 
-def _full_group(position: U64, epoch: U64, shape: _Shape) -> U64:
+def _full_group(position: U64, epoch: U64, shape: _OrderShape) -> U64:
     """Return which full group stands at `position` of the epoch's order."""
     if np.ndim(shape.key) or not position.size:
         return permute(position, mix64(epoch * _EPOCH + shape.group_key), shape.groups)

@@ -67,7 +67,7 @@ def restricted(q_D: Ints, open_D: NDArray[np.bool_]) -> Ints:
     return out_D
 
 
-def realised_error_bound(n_domains_in_use: int, *, same_domains: bool = True) -> float:
+def realized_error_bound(n_domains_in_use: int, *, same_domains: bool = True) -> float:
     """Return the most rows by which what a domain got can differ from what was asked of it.
 
     It holds at every step, whatever the weights do. `raymix.sampling.allocate` has the proofs.
@@ -83,7 +83,7 @@ def realised_error_bound(n_domains_in_use: int, *, same_domains: bool = True) ->
     return math.fsum(1.0 / k for k in range(2, n_domains_in_use + 1))
 
 
-def realised_shares(count_D: ArrayLike) -> Floats:
+def realized_shares(count_D: ArrayLike) -> Floats:
     """Return the share of each domain in what was handed out, shape (D,); zeros before any was."""
     amount_D = np.asarray(count_D, dtype=np.float64)
     return amount_D / max(float(amount_D.sum()), 1.0)

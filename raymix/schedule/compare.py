@@ -26,7 +26,7 @@ MOST_EXACT = 10
 
 
 @dataclass(slots=True)
-class Tally:
+class PlannerTotals:
     """What one planner did, over all steps."""
 
     seconds: float = 0.0
@@ -64,7 +64,7 @@ class Comparison:
     """In a batch."""
     bound_s: float
     """Sum over steps of what no schedule can beat."""
-    tallies: dict[str, Tally]
+    tallies: dict[str, PlannerTotals]
     left_out: dict[str, str] = field(default_factory=dict)
     """Planners that could not plan these batches, and why."""
 
@@ -86,7 +86,7 @@ class Comparison:
             "left_out": self.left_out,
         }
 
-    def _row(self, tally: Tally) -> dict[str, Any]:
+    def _row(self, tally: PlannerTotals) -> dict[str, Any]:
         steps = tally.steps
         over = {name: self.tallies[name].seconds / tally.seconds for name in BASELINES}
         return {
@@ -138,7 +138,7 @@ def compare_planners(
         left_out["milp"] = f"exact plans of more than {MOST_EXACT} sequences can take hours"
     names = dict.fromkeys((*BASELINES, *wanted))
     chosen = {name: get_planner(name) for name in names}
-    tallies = {name: Tally() for name in chosen}
+    tallies = {name: PlannerTotals() for name in chosen}
     bound = 0.0
     for drawn_K in _batches(length_K, batch, steps, seed):
         bound += lower_bound(drawn_K, layout, cost)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from raymix.signals.gram import PassGram, Shared
+from raymix.signals.gram import PassGram, SharedParameter
 from raymix.signals.layout import Split
 
 
@@ -23,7 +23,7 @@ class Use:
     """One use of a parameter: where its pieces go."""
 
     gram: PassGram
-    shared: Shared
+    shared: SharedParameter
     split: Split
 
     def product(self, left_NA: Tensor, right_NB: Tensor, *, wanted: bool) -> Tensor | None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from raymix.errors import TrainingError, problem
-from raymix.signals.layout import Layout, Split
+from raymix.signals.layout import PieceLayout, Split
 
 CPU_TILE_BYTES, GPU_TILE_BYTES = 128 * 1024**2, 1024**3
 """Most bytes of pieces alive at once, where a parameter is used once."""
 
 
-class Workspace:
+class GramBuffer:
     """One buffer for the pieces of one layer after the other: fresh memory costs page faults."""
 
     def __init__(self, tile_bytes: int | None = None) -> None:
@@ -34,7 +34,7 @@ class Workspace:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return an uninitialised tensor that is valid until the next call."""
+        """Return an uninitialized tensor that is valid until the next call."""
         size = like.element_size() * torch.Size(shape).numel()
         if self._buffer.numel() < size or self._buffer.device != like.device:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
@@ -57,7 +57,7 @@ class _Lookup:
 
 
 @dataclass(slots=True)
-class Shared:
+class SharedParameter:
     """A parameter in one pass: how often it was used, and what its uses brought so far."""
 
     name: str
@@ -88,7 +88,7 @@ class PassGram:
     """Takes the pieces of all parameters of one pass."""
 
     def __init__(
-        self, layout: Layout, workspace: Workspace, root: Callable[[str], Tensor | None]
+        self, layout: PieceLayout, workspace: GramBuffer, root: Callable[[str], Tensor | None]
     ) -> None:
         """Start from zero.
 
@@ -100,7 +100,7 @@ class PassGram:
         self.layout = layout
         self._workspace = workspace
         self._root = root
-        self._shared: dict[str, Shared] = {}
+        self._shared: dict[str, SharedParameter] = {}
         self._slots = len(layout.pieces)
         self._gram_SS: Tensor | None = None
 
@@ -125,14 +125,20 @@ class PassGram:
             gram_PP[slot_S[:, None], slot_S] = self._gram_SS.cpu()
         return gram_PP[:-1, :-1]
 
-    def used(self, name: str, shape: tuple[int, ...]) -> Shared:
+    def used(self, name: str, shape: tuple[int, ...]) -> SharedParameter:
         """Return what is known of a parameter; the forward pass calls it for each use."""
         if name not in self._shared:
-            self._shared[name] = Shared(name, shape, self._root(name))
+            self._shared[name] = SharedParameter(name, shape, self._root(name))
         return self._shared[name]
 
     def product(
-        self, shared: Shared, split: Split, left_NA: Tensor, right_NB: Tensor, *, wanted: bool
+        self,
+        shared: SharedParameter,
+        split: Split,
+        left_NA: Tensor,
+        right_NB: Tensor,
+        *,
+        wanted: bool,
     ) -> Tensor | None:
         """Take pieces that are sums over vectors of `left * right`; return their sum.
 
@@ -167,7 +173,7 @@ class PassGram:
         return grad_AB
 
     def vector(
-        self, shared: Shared, split: Split, values_NA: Tensor, *, wanted: bool
+        self, shared: SharedParameter, split: Split, values_NA: Tensor, *, wanted: bool
     ) -> Tensor | None:
         """Take pieces that are sums over vectors of `values`, for a parameter of shape (A,)."""
         values_NA = values_NA.to(_wide(values_NA))
@@ -182,17 +188,17 @@ class PassGram:
         self._finish(shared)
         return grad_A
 
-    def lookup(self, shared: Shared, split: Split, row_N: Tensor, grad_NH: Tensor) -> None:
+    def lookup(self, shared: SharedParameter, split: Split, row_N: Tensor, grad_NH: Tensor) -> None:
         """Take what came back through a look-up of the rows `row_N` of a table (V, H)."""
         shared.lookups.append(_Lookup(row_N, grad_NH, split.slot_N))
         self._finish(shared)
 
-    def _total(self, shared: Shared, like: Tensor) -> Tensor:
+    def _total(self, shared: SharedParameter, like: Tensor) -> Tensor:
         if shared.total_SX is None:
             shared.total_SX = like.new_zeros(self._slots, *shared.shape)
         return shared.total_SX
 
-    def _used_again(self, shared: Shared, *, wanted: bool) -> Tensor | None:
+    def _used_again(self, shared: SharedParameter, *, wanted: bool) -> Tensor | None:
         shared.products_left -= 1
         total_SX = shared.total_SX
         if shared.products_left or total_SX is None:
@@ -203,7 +209,7 @@ class PassGram:
         self._finish(shared)
         return grad
 
-    def _take(self, shared: Shared, pieces_SX: Tensor, first: int, last: int) -> None:
+    def _take(self, shared: SharedParameter, pieces_SX: Tensor, first: int, last: int) -> None:
         """Multiply finished pieces of the rows `first` to `last` of a parameter."""
         if shared.root is not None:
             pieces_SX.mul_(shared.root[first:last])
@@ -218,7 +224,7 @@ class PassGram:
         begin, end = torch.searchsorted(rows_U, edges).tolist()
         shared.kept_SUH[:, begin:end] = pieces_SX[:, rows_U[begin:end] - first]
 
-    def _finish(self, shared: Shared) -> None:
+    def _finish(self, shared: SharedParameter) -> None:
         """Once every use has come back, add what the look-ups bring."""
         if not shared.done or not shared.rows:
             return
@@ -270,7 +276,7 @@ def _factors(
     return left.transpose(1, 2), right_NB[vectors].unflatten(0, (slots, -1))
 
 
-def _looked_up(shared: Shared) -> Tensor:
+def _looked_up(shared: SharedParameter) -> Tensor:
     if shared.looked_up_U is None:
         shared.looked_up_U = torch.unique(torch.cat([rows.flatten() for rows in shared.rows]))
     return shared.looked_up_U

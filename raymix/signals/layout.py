@@ -87,7 +87,7 @@ class Split:
         return vectors_NX if self.order_N is None else vectors_NX[self.order_N]
 
 
-class Layout:
+class PieceLayout:
     """The pieces of the rows of one forward pass."""
 
     def __init__(self, piece_B: Tensor, length: int) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from raymix.signals.capture import Capture, ParameterNames, StandIns
-from raymix.signals.gram import PassGram, Workspace
-from raymix.signals.layout import Layout, split_passes
+from raymix.signals.gram import GramBuffer, PassGram
+from raymix.signals.layout import PieceLayout, split_passes
 from raymix.signals.statistics import PieceGram
 
 Mode = Literal["exact", "backward", "last_layer"]
@@ -114,7 +114,7 @@ class GradientProbe:
             raise ValueError(f"mode = {mode!r}: the model has no trainable parameter to measure")
         self._trained = trained
         self._names = ParameterNames(model, trained)
-        self._workspace = Workspace(tile_bytes)
+        self._workspace = GramBuffer(tile_bytes)
         self._signature = inspect.signature(model.forward)
 
     @contextlib.contextmanager
@@ -205,7 +205,7 @@ class GradientProbe:
             if capture.begun or len(labels_BL) != len(piece_B):
                 wrong = "a second forward pass" if capture.begun else f"{len(labels_BL)} rows"
                 raise ValueError(f"a recording of one pass of {len(piece_B)} rows: got {wrong}")
-            layout = Layout(piece_B.to(labels_BL.device), labels_BL.shape[1])
+            layout = PieceLayout(piece_B.to(labels_BL.device), labels_BL.shape[1])
             gram = PassGram(layout, self._workspace, self._root)
             recording.begin(gram, self._n_groups, self._n_pieces)
             capture.begin(gram)

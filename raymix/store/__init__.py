@@ -5,7 +5,7 @@ CORPUS/manifest.json                            written last: its presence means
 CORPUS/tokenizer/                               Hugging Face files
 CORPUS/DOMAIN/{train,valid}/shard-00000.arrow   Arrow IPC file, one row per record batch = block
 CORPUS/DOMAIN/{train,valid}/documents.arrow     tokens of each document
-CORPUS/DOMAIN/{train,valid}/learnt.arrow        where only answers are learnt: which tokens
+CORPUS/DOMAIN/{train,valid}/learned.arrow        where only answers are learned: which tokens
 CORPUS/DOMAIN/rejects.jsonl                     sample of the bad records
 ```
 
@@ -16,7 +16,7 @@ into blocks of exactly `block_tokens` tokens; only the last block may be shorter
 from raymix.store.block import Block, StartArray, TokenArray, block_schema
 from raymix.store.columns import read_lengths, write_lengths
 from raymix.store.corpus import Corpus
-from raymix.store.loss_mask import Learnt
+from raymix.store.loss_mask import LossMask
 from raymix.store.manifest import (
     SPLITS,
     DomainInfo,
@@ -39,7 +39,7 @@ __all__ = [
     "Block",
     "Corpus",
     "DomainInfo",
-    "Learnt",
+    "LossMask",
     "Manifest",
     "ShardInfo",
     "ShardWriter",

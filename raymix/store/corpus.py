@@ -14,10 +14,10 @@ import pyarrow as pa
 from raymix.errors import CorpusError, did_you_mean, problem
 from raymix.store.block import Block
 from raymix.store.columns import read_lengths
-from raymix.store.loss_mask import LEARNT, Learnt, read_learnt
+from raymix.store.loss_mask import LOSS_MASK_FILE, LossMask, read_loss_mask
 from raymix.store.manifest import Manifest, SplitInfo, read_manifest
 from raymix.store.remote import files
-from raymix.store.remote.errors import is_remote, patiently, trouble
+from raymix.store.remote.errors import is_remote, storage_errors, with_retries
 from raymix.store.shard import ShardReader
 
 _OPEN_SHARDS = 64
@@ -38,7 +38,7 @@ class Corpus:
         self.manifest = manifest
         self.domain_names: tuple[str, ...] = tuple(manifest.domains)
         self._ends: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
-        self._learnt: dict[tuple[str, str], Learnt] = {}
+        self._loss_mask: dict[tuple[str, str], LossMask] = {}
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -139,24 +139,24 @@ class Corpus:
             raise self._corrupt(file, None, f"{len(lengths)} documents, {wanted} expected")
         return lengths
 
-    def learnt(self, domain: str, split: str) -> Learnt | None:
-        """Return which tokens of a split are learnt; None: all but each document's first.
+    def loss_mask(self, domain: str, split: str) -> LossMask | None:
+        """Return which tokens of a split are learned; None: all but each document's first.
 
         Raises:
             CorpusError: If the file that says so is missing or corrupt.
         """
         info = self.split(domain, split)
-        if info.learnt is None:
+        if info.loss_mask is None:
             return None
-        kept = self._learnt.get((domain, split))
+        kept = self._loss_mask.get((domain, split))
         if kept is not None:
             return kept
-        file = f"{domain}/{split}/{LEARNT}"
-        found = self._guarded(file, None, lambda: read_learnt(files.join(self.path, file)))
+        file = f"{domain}/{split}/{LOSS_MASK_FILE}"
+        found = self._guarded(file, None, lambda: read_loss_mask(files.join(self.path, file)))
         tokens = int(found.count(np.zeros(1, np.int64), np.array([info.tokens]))[0])
-        if tokens != info.learnt_tokens:
-            raise self._corrupt(file, None, f"{tokens} tokens, {info.learnt_tokens} expected")
-        self._learnt[domain, split] = found
+        if tokens != info.loss_tokens:
+            raise self._corrupt(file, None, f"{tokens} tokens, {info.loss_tokens} expected")
+        self._loss_mask[domain, split] = found
         return found
 
     def _read(self, file: str, row: int) -> Block:
@@ -179,7 +179,7 @@ class Corpus:
     def _guarded(self, file: str, row: int | None, read: Callable[[], _Result]) -> _Result:
         if not self._remote:
             return self._read_or_explain(file, row, read)
-        return patiently(lambda: self._read_or_explain(file, row, read))
+        return with_retries(lambda: self._read_or_explain(file, row, read))
 
     def _read_or_explain(self, file: str, row: int | None, read: Callable[[], _Result]) -> _Result:
         try:
@@ -187,7 +187,7 @@ class Corpus:
         except FileNotFoundError as error:
             raise self._corrupt(file, row, "the file is missing") from error
         except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
-            if known := trouble(files.join(self.path, file), error):
+            if known := storage_errors(files.join(self.path, file), error):
                 raise known from error
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise self._corrupt(file, row, first) from error

@@ -26,7 +26,7 @@ SPLITS: tuple[Split, Split] = ("train", "valid")
 """The two splits of every domain, in the order in which they are fingerprinted."""
 
 
-class _Model(BaseModel):
+class _ManifestModel(BaseModel):
     # A later minor version may add fields; the format number says when that breaks reading.
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
@@ -43,7 +43,7 @@ def _inside(path: str) -> str:
 _Inside = Annotated[str, AfterValidator(_inside)]
 
 
-class TokenizerInfo(_Model):
+class TokenizerInfo(_ManifestModel):
     """The tokenizer that made the ids; its files lie under `CORPUS/tokenizer`."""
 
     kind: str
@@ -56,7 +56,7 @@ class TokenizerInfo(_Model):
     """The id that ends every document."""
 
 
-class ShardInfo(_Model):
+class ShardInfo(_ManifestModel):
     """One shard: consecutive blocks of a split in one Arrow IPC file."""
 
     file: _Inside
@@ -69,7 +69,7 @@ class ShardInfo(_Model):
     """Hash of the file's bytes."""
 
 
-class SplitInfo(_Model):
+class SplitInfo(_ManifestModel):
     """One split of a domain: a stream of documents, cut into blocks."""
 
     documents: int
@@ -90,13 +90,13 @@ class SplitInfo(_Model):
     """Entropy of the token distribution, nats per token."""
     bigram_entropy: float
     """Entropy of the next token given the current one, nats per token."""
-    learnt: str | None = None
-    """Hash of the file that says which tokens are learnt; None: all but each document's first."""
-    learnt_tokens: int | None = None
+    loss_mask: str | None = None
+    """Hash of the file that says which tokens are learned; None: all but each document's first."""
+    loss_tokens: int | None = None
     """How many are."""
 
 
-class DomainInfo(_Model):
+class DomainInfo(_ManifestModel):
     """One domain: its splits and what became of the records that were read."""
 
     train: SplitInfo
@@ -117,7 +117,7 @@ class DomainInfo(_Model):
     """Documents dropped as too long."""
 
 
-class Manifest(_Model):
+class Manifest(_ManifestModel):
     """Everything about a prepared corpus that a reader needs before opening a shard."""
 
     format: int = FORMAT
@@ -159,7 +159,7 @@ def corpus_fingerprint(
 
 
 def _hashes(info: SplitInfo) -> list[str]:
-    return [shard.sha256 for shard in info.shards] + ([info.learnt] if info.learnt else [])
+    return [shard.sha256 for shard in info.shards] + ([info.loss_mask] if info.loss_mask else [])
 
 
 def read_manifest(corpus: str) -> Manifest:

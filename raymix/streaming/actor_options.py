@@ -10,7 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 _CALLS_AT_ONCE = 10_000
 
 
-def kept_here(name: str | None, *, movable: bool = True) -> dict[str, Any]:
+def actor_options(name: str | None, *, movable: bool = True) -> dict[str, Any]:
     """Return the options of an actor on this node that restarts as often as it dies.
 
     Args:

@@ -22,9 +22,9 @@ from raymix.training.launch.cluster import check_own, joined, keep_freed_memory,
 from raymix.training.launch.watch import watch
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
-from raymix.training.run.lock import claimed
-from raymix.training.run.progress import Progress
-from raymix.training.run.remote import LOGS, RECIPES, STOP, WORKERS, Keeper, newest, tidy
+from raymix.training.run.lock import run_lock
+from raymix.training.run.progress import RunProgress
+from raymix.training.run.remote import LOGS, RECIPES, STOP, WORKERS, RunSync, newest, tidy
 from raymix.training.run.rundir import IfExists, RunDirectory, open_run
 from raymix.training.setup import Job
 from raymix.training.summary import draw, summary
@@ -60,7 +60,7 @@ def train(
     has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
     corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, has))
     plan = preflight(loaded, corpus, has)
-    with claimed(run, note=_say):
+    with run_lock(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPES, *LOGS)
         if not _finished(run, plan.steps, corpus, loaded):
@@ -115,7 +115,7 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
     )
     with (
         ray_notices_to(run.path / "ray.log"),
-        Progress(run.metrics, steps=plan.steps) as progress,
+        RunProgress(run.metrics, steps=plan.steps) as progress,
         _kept(run, on_ray=recipe.cluster.workers > 0),
     ):
         if recipe.cluster.workers:
@@ -140,13 +140,13 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
         raise KeyboardInterrupt
 
 
-def _kept(run: RunDirectory, *, on_ray: bool) -> Keeper:
+def _kept(run: RunDirectory, *, on_ray: bool) -> RunSync:
     """Return what keeps the files that this process writes, and fetches those it only reads."""
     written = [*LOGS, "tensorboard", "error.log"]
     if not on_ray:
-        return Keeper(run, send=written)
+        return RunSync(run, send=written)
     mine = [name for name in written if name not in WORKERS]
-    return Keeper(run, send=[*mine, STOP], fetch=WORKERS)
+    return RunSync(run, send=[*mine, STOP], fetch=WORKERS)
 
 
 def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:

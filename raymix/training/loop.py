@@ -32,17 +32,17 @@ from raymix.training.run.checkpoint import TrainingState, save_checkpoint
 from raymix.training.run.recorder import Recorder, rounded
 from raymix.training.step.batches import count_micro_batches, micro_batches, token_factors
 from raymix.training.step.documents import ContextParallel, Pass, document_passes
-from raymix.training.step.metrics import PendingStep, StepAccount, StepSums
+from raymix.training.step.metrics import PendingStep, StepMetrics, StepSums
 from raymix.training.step.probing import Prober
 
 
 @dataclass(kw_only=True)
-class Parts:
+class TrainerComponents:
     """Everything a rank's loop works with."""
 
     recipe: Recipe
     steps: int
-    """Optimiser steps of the whole run."""
+    """Optimizer steps of the whole run."""
     domains: tuple[str, ...]
     replica: Replica
     optimizer: torch.optim.Optimizer
@@ -112,7 +112,7 @@ class LoopEnd:
 class TrainingLoop:
     """Trains from the resumed step, or 0, to the last."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: TrainerComponents) -> None:
         """Take over `parts`."""
         self._parts = parts
         self._world = parts.replica.world
@@ -181,7 +181,7 @@ class TrainingLoop:
         rate = learning_rate(batch.step, steps=parts.steps, config=parts.recipe.train)
         set_learning_rate(parts.optimizer, rate)
         seed_everything(parts.recipe.seed, batch.step, self._world.rank, self._world.device)
-        account = StepAccount(len(parts.domains), self._world)
+        account = StepMetrics(len(parts.domains), self._world)
         count, passes = self._passes(batch)
         factor_D = parts.stream.loss_weights(batch.step)
         scale = replica.gradient_scale / max(1, batch.label_tokens)

@@ -1,4 +1,4 @@
-"""From a job to the parts of a rank's loop: model, optimiser, stream, evaluation, recorder."""
+"""From a job to the parts of a rank's loop: model, optimizer, stream, evaluation, recorder."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
 from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
-from raymix.streaming.batches.assign import Assignments, planned_here
+from raymix.streaming.batches.assign import Assignments, assign_locally
 from raymix.streaming.batches.stream import MixtureStream, row_tokens
 from raymix.streaming.blocks.sources import BlockSource, LocalSource
 from raymix.streaming.controller.actor import MixtureController
 from raymix.streaming.controller.client import LocalController, RemoteController
-from raymix.streaming.sequences.step_plans import BucketPlan
+from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
 from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
-from raymix.training.loop import Parts
+from raymix.training.loop import TrainerComponents
 from raymix.training.model.hf_model import (
     CorpusFacts,
     ModelTraits,
@@ -38,7 +38,7 @@ from raymix.training.model.hf_model import (
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
-from raymix.training.plan.target_counts import nearest_documents
+from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.checkpoint import TrainingState, load_optimizer
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.recorder import Recorder
@@ -81,7 +81,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class ResumePoint:
     """What rank 0 decides before an attempt, for all."""
 
     attempt: str
@@ -111,13 +111,13 @@ def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext
         total_steps=steps,
         rows_per_step=rows,
         targets=recipe.mixer.targets,
-        nearest_D=nearest_documents(recipe, corpus),
+        nearest_D=target_domain_counts(recipe, corpus),
     )
 
 
-def begin(job: Job, world: World) -> Start:
+def resume(job: Job, world: World) -> ResumePoint:
     """Return where to go on, the same on every rank; rank 0 looks for the newest checkpoint."""
-    start: Start | None = None
+    start: ResumePoint | None = None
     if world.is_writer:
         found = newest(job.run)
         path, state = found if found else (None, None)
@@ -126,7 +126,7 @@ def begin(job: Job, world: World) -> Start:
             # The same passes as before, so that sums round the same.
             auto = job.recipe.train.micro_batch_rows == "auto"
             rows = state.micro_batch_rows if auto else rows
-        start = Start(uuid.uuid4().hex[:12], path, state, rows)
+        start = ResumePoint(uuid.uuid4().hex[:12], path, state, rows)
         if job.run.url is not None:
             job.run.path.mkdir(parents=True, exist_ok=True)
             job.run.mirror().fetch(*WORKERS, STOP)
@@ -141,12 +141,12 @@ def begin(job: Job, world: World) -> Start:
 def build_parts(
     job: Job,
     world: World,
-    start: Start,
+    start: ResumePoint,
     *,
     source: Callable[[Corpus], BlockSource],
     on_checkpoint: Callable[[Path, int], None],
     stop_asked: Callable[[], bool],
-) -> Parts:
+) -> TrainerComponents:
     """Return the parts of this rank's loop.
 
     Args:
@@ -174,7 +174,7 @@ def build_parts(
         load_optimizer(start.checkpoint, replica, optimizer)
     control = _control(job, world, start, corpus)
     mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps))
-    return Parts(
+    return TrainerComponents(
         recipe=recipe,
         steps=job.steps,
         domains=corpus.domain_names,
@@ -214,8 +214,8 @@ def build_parts(
 
 
 def _assigned(
-    job: Job, world: World, start: Start, model: PreTrainedModel
-) -> tuple[ContextParallel, Assignments | None, BucketPlan | None]:
+    job: Job, world: World, start: ResumePoint, model: PreTrainedModel
+) -> tuple[ContextParallel, Assignments | None, SchedulingConfig | None]:
     """Return how ranks share documents, who assigns them, and by what; for rows, nothing."""
     recipe, data = job.recipe, job.recipe.data
     if not isinstance(data, DocumentData):
@@ -224,10 +224,10 @@ def _assigned(
     rows = start.micro_batch_rows
     plan = bucket_plan(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
     if job.bucketer is None:
-        return how, planned_here(plan.layout, plan.cost, plan.planner), plan
-    from raymix.streaming.sequences.actor import planned_by
+        return how, assign_locally(plan.layout, plan.cost, plan.planner), plan
+    from raymix.streaming.sequences.actor import assign_remotely
 
-    return how, planned_by(job.bucketer, plan, attempt=start.attempt), plan
+    return how, assign_remotely(job.bucketer, plan, attempt=start.attempt), plan
 
 
 def _bf16(recipe: Recipe, world: World) -> bool:
@@ -236,7 +236,7 @@ def _bf16(recipe: Recipe, world: World) -> bool:
 
 
 def _evaluator(
-    recipe: Recipe, corpus: Corpus, world: World, start: Start, how: ContextParallel
+    recipe: Recipe, corpus: Corpus, world: World, start: ResumePoint, how: ContextParallel
 ) -> Evaluator:
     length, wanted = recipe.data.sequence_length, recipe.eval.rows_per_domain
     rows = held_out_rows(corpus, sequence_length=length, rows_per_domain=wanted)
@@ -246,7 +246,7 @@ def _evaluator(
 
 
 def _model(
-    recipe: Recipe, corpus: Corpus, start: Start
+    recipe: Recipe, corpus: Corpus, start: ResumePoint
 ) -> tuple[PreTrainedModel, float, ModelTraits]:
     """Return the model, its operations per token, and what it can do."""
     info = corpus.manifest.tokenizer
@@ -272,7 +272,7 @@ def _model(
 
 
 def _control(
-    job: Job, world: World, start: Start, corpus: Corpus
+    job: Job, world: World, start: ResumePoint, corpus: Corpus
 ) -> LocalController | RemoteController:
     if job.controller is not None:
         return RemoteController(
@@ -295,7 +295,7 @@ def _prober(
     mixer: Mixer,
     replica: Replica,
     optimizer: Optimizer,
-    start: Start,
+    start: ResumePoint,
 ) -> Prober | None:
     """Return what measures the gradients that the mixer needs; None where it needs none."""
     if not GRADIENT_STATISTICS & mixer.needs:
@@ -326,7 +326,7 @@ def _most_rows(recipe: Recipe, world: World) -> int | None:
 
 
 def _recorder(
-    job: Job, world: World, start: Start, corpus: Corpus, scheduled: BucketPlan | None
+    job: Job, world: World, start: ResumePoint, corpus: Corpus, scheduled: SchedulingConfig | None
 ) -> Recorder | None:
     if not world.is_writer:
         return None

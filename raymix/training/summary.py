@@ -12,7 +12,7 @@ from raymix.corpus.console import short
 from raymix.errors import RecipeError, problem
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
-from raymix.training.plan.domain_sizes import Supply, prepared_supply
+from raymix.training.plan.domain_sizes import DomainSizes, prepared_sizes
 from raymix.training.run.remote import newest
 from raymix.training.run.rundir import RunDirectory, read_metrics
 
@@ -54,7 +54,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
             first=first,
             last=last,
         )
-        for supply in prepared_supply(corpus, recipe.data)
+        for supply in prepared_sizes(corpus, recipe.data)
     }
     return {
         "run": run.where,
@@ -85,7 +85,7 @@ def asked_shares(run: RunDirectory, steps: int) -> dict[str, float]:
 
 
 def _domain(
-    supply: Supply,
+    supply: DomainSizes,
     *,
     entropy: float,
     asked: float,
@@ -113,7 +113,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     fancy = console.is_terminal
     table = Table(box=None, pad_edge=False, header_style="bold" if fancy else "")
     table.add_column("domain", no_wrap=True)
-    heads = ("tokens", "asked", "realised", "epochs", "loss before", "after", "unigram H", "bits/B")
+    heads = ("tokens", "asked", "realized", "epochs", "loss before", "after", "unigram H", "bits/B")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     ranked = sorted(document["domains"].items(), key=lambda item: -item[1]["tokens"])

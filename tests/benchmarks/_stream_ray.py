@@ -53,7 +53,7 @@ import ray
 
 from raymix.mixers import DomainStats, MixerContext
 from raymix.recipe.training import PackedData
-from raymix.sampling import realised_error_bound
+from raymix.sampling import realized_error_bound
 from raymix.store import Corpus
 from raymix.streaming.batches.stream import MixtureStream
 from raymix.streaming.blocks.actor import start_plane
@@ -297,7 +297,7 @@ def exactness(keys: npt.NDArray[np.uint16], log: list[Any]) -> dict[str, Any]:
     return {
         "tv": float(np.abs(asked_D - counts_SD.sum(axis=0) / counts_SD.sum()).sum() / 2),
         "most_rows_off": float(np.abs(behind_SD).max()),
-        "bound": realised_error_bound(DOMAINS),
+        "bound": realized_error_bound(DOMAINS),
         "changes": int((np.array(starts) < steps).sum()) - 1,
     }
 

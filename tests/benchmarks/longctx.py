@@ -32,10 +32,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from raymix.context_parallel import Teams, register
+from raymix.context_parallel import ContextParallelGroups, register
 from raymix.recipe import ConfigModel, TrainConfig
 from raymix.schedule import Layout, Schedule, load_cost_model, plan_batch
-from raymix.streaming.batches.step_batch import DocumentBatch, HeldDocument
+from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
@@ -99,8 +99,8 @@ def held(schedule: Schedule, batch: list[np.ndarray], rank: int) -> DocumentBatc
     """Return what a rank holds of a batch."""
     micro_batches = tuple(
         (
-            *(HeldDocument(0, (rank,), batch[k]) for k in micro.local),
-            *(HeldDocument(0, shard.team, batch[shard.sequence]) for shard in micro.sharded),
+            *(LocalDocument(0, (rank,), batch[k]) for k in micro.local),
+            *(LocalDocument(0, shard.team, batch[shard.sequence]) for shard in micro.sharded),
         )
         for micro in schedule.micro_batches(rank)
     )
@@ -127,7 +127,7 @@ class Trainer:
         self.world = world
         self.setting = setting
         self.layout = Layout(1, WORKERS, barrier="none")
-        self.how = ContextParallel(world.rank, Teams.of(self.layout))
+        self.how = ContextParallel(world.rank, ContextParallelGroups.of(self.layout))
         self.batches = documents(setting)
 
     def run(self, planner: str) -> dict[str, Any]:

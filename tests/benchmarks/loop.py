@@ -2,7 +2,7 @@
 
 Ours is `raymix train` as a user runs it: Ray, controller, block plane, stream, metrics,
 TensorBoard, threads; only evaluation and checkpoints lie outside the steps that are timed. The
-bare loop has the same model, optimiser, batches (in memory, as tensors), precision and threads in
+bare loop has the same model, optimizer, batches (in memory, as tensors), precision and threads in
 a process without Ray, under plain DDP where there are two workers. They take turns. On a CPU there
 is a second bare loop, with what ours sets for a process (how long threads that wait spin, and that
 freed memory is kept); the first has the defaults. On a CPU the model is that of the quick start;
@@ -87,7 +87,7 @@ def ours(recipe: Path, directory: Path) -> tuple[float, float]:
     timed = [line for line in lines if "loss" in line][WARM_UP:]
     seconds = [line["seconds"] for line in timed]
     waits = [line["seconds"] * line["data_wait"] for line in timed]
-    # The median: on a shared machine a neighbour's burst makes some steps twice as long.
+    # The median: on a shared machine a neighbor's burst makes some steps twice as long.
     return float(np.median(seconds)), sum(waits) / sum(seconds)
 
 
@@ -208,7 +208,7 @@ def turns_main(path: Path) -> None:
     from raymix.training.loop import TrainingLoop
     from raymix.training.model.parallel import World
     from raymix.training.run.rundir import RunDirectory
-    from raymix.training.setup import Job, begin, build_parts, local_source
+    from raymix.training.setup import Job, build_parts, local_source, resume
 
     recipe, world = load_recipe(path), World()
     keep_freed_memory()
@@ -218,7 +218,7 @@ def turns_main(path: Path) -> None:
         parts = build_parts(
             job,
             world,
-            begin(job, world),
+            resume(job, world),
             source=local_source(recipe),
             on_checkpoint=lambda path, step: None,
             stop_asked=lambda: False,
@@ -274,7 +274,7 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
     from raymix.training.run.recorder import Recorder
     from raymix.training.run.rundir import RunDirectory
     from raymix.training.step.batches import micro_batches
-    from raymix.training.step.metrics import StepAccount
+    from raymix.training.step.metrics import StepMetrics
 
     recipe = load_recipe(path)
     corpus = Corpus.open(recipe.corpus.path)
@@ -286,7 +286,7 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
     losses = torch.zeros(micro.tokens_BL.shape)
 
     def add_up() -> None:
-        account = StepAccount(len(corpus.domain_names), world)
+        account = StepMetrics(len(corpus.domain_names), world)
         account.add(micro, batch.domain_rows, losses)
         account.start(checkpoint=False, stop=False).result()
 

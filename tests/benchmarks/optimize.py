@@ -88,7 +88,7 @@ def raced(law: Law, objective: Objective, repeats: int) -> tuple[list[float], li
     value = np.nan
     for _ in range(repeats):
         began = time.process_time()
-        law.minimise(objective)
+        law.minimize(objective)
         middle = time.process_time()
         value = by_slsqp(law, objective)
         ours.append(middle - began)
@@ -100,7 +100,7 @@ def rows_of(kind: str, domains: int) -> Iterator[dict[str, object]]:
     """Yield one row for each task, having printed it."""
     law = fitted(kind, domains)
     for name, objective in tasks(law):
-        optimum = law.minimise(objective)
+        optimum = law.minimize(objective)
         again = REPEATS if domains <= SLOWEST else 1
         ours, theirs, other = raced(law, objective, again)
         ratio, spread = ratio_spread(ours, theirs)

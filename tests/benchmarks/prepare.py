@@ -4,7 +4,7 @@ The corpus is the shared real one, copied with a marker in every document (so th
 duplicate) to the size asked for; the tokenizer a byte-level BPE of GPT-2's size trained on it.
 The bare side reads the same Parquet files and calls `encode_batch_fast` with all cores, and does
 nothing with the result but count it. Ours is a whole `prepare`: reading, cleaning, hashing,
-tokenising, deduplicating, sharding, entropies, manifest. The two take turns.
+tokenizing, deduplicating, sharding, entropies, manifest. The two take turns.
 
     python -m tests.benchmarks.prepare [--megabytes 100] [--repeats 3] [--growth 10]
 """

@@ -58,7 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """A model, its optimiser and one batch that holds every piece."""
+    """A model, its optimizer and one batch that holds every piece."""
 
     def __init__(self, device: str, groups: int, *, rows_per_piece: int, even: bool) -> None:
         size = SIZES[device]

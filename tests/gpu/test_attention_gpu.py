@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raymix.context_parallel import Held, Part, Teams, attention
+from raymix.context_parallel import ContextParallelGroups, DocumentPart, LocalShards, attention
 from raymix.context_parallel.kernels import EfficientKernel, FlashKernel, Kernel, kernel_for
-from raymix.context_parallel.segments import Piece, Pieces
+from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 from tests.attending import Case, dense_attention, random_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -25,7 +25,9 @@ def test_local_documents_are_attended_to_one_by_one(seed: int, dtype: torch.dtyp
     expected = dense_attention(rows, case.lengths)
     expected_grads = torch.autograd.grad(expected, rows, grad)
     own = tuple(part.detach().to("cuda", dtype).requires_grad_() for part in rows)
-    held = Held([Part(length, (0,)) for length in case.lengths], 0, Teams())
+    held = LocalShards(
+        [DocumentPart(length, (0,)) for length in case.lengths], 0, ContextParallelGroups()
+    )
     out = attention(own[0], own[1], own[2], held)
     grads = torch.autograd.grad(out, own, grad.to("cuda", dtype))
     for found, right in zip((out, *grads), (expected, *expected_grads), strict=True):
@@ -47,7 +49,7 @@ def test_pieces_may_share_keys(kernel: Kernel, dtype: torch.dtype) -> None:
     whole = dense_attention(rows, [40], scale=0.3)
     expected = torch.autograd.grad(whole[at], rows, grad[at])
     query, key, value = (part.detach().to("cuda", dtype) for part in rows)
-    pieces = Pieces([Piece(0, 10, 0, 20), Piece(10, 7, 0, 37)])
+    pieces = AttentionSegments([AttentionSegment(0, 10, 0, 20), AttentionSegment(10, 7, 0, 37)])
     own = query[at.cuda()]
     out, sums = kernel.forward(own, key, value, pieces)
     grads = kernel.backward(grad[at].to("cuda", dtype), (own, key, value, out, sums), pieces)

@@ -15,9 +15,13 @@ from raymix.errors import TrainingError
 from raymix.sampling import MixtureLog
 from raymix.schedule import Layout
 from raymix.store import Corpus
-from raymix.streaming.batches.assign import Reader
-from raymix.streaming.sequences.actor import PlanRequest, RemoteBucketer, start_bucketer
-from raymix.streaming.sequences.step_plans import BucketPlan
+from raymix.streaming.batches.assign import AssignmentContext
+from raymix.streaming.sequences.actor import (
+    PlanRequest,
+    RemoteSequenceScheduler,
+    start_sequence_scheduler,
+)
+from raymix.streaming.sequences.step_plans import SchedulingConfig
 from tests.bucketing import DATA, HOW, expected, held_by, log_of, mixed_corpus, same, start
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -31,7 +35,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture
 def actor(ray_cluster: None, corpus: Corpus) -> Iterator[Any]:
-    handle = start_bucketer(corpus, DATA)
+    handle = start_sequence_scheduler(corpus, DATA)
     yield handle
     ray.kill(handle)
 
@@ -45,9 +49,10 @@ def clients(handle: Any, corpus: Corpus, log: MixtureLog, attempt: str = "a") ->
         return STEPS if len(log.entries) > 1 else 4
 
     readers = [
-        Reader(rank=rank, log=log, until=until, origin=origin) for rank in range(HOW.layout.ranks)
+        AssignmentContext(rank=rank, log=log, until=until, origin=origin)
+        for rank in range(HOW.layout.ranks)
     ]
-    return [RemoteBucketer(handle, HOW, reader, attempt=attempt) for reader in readers]
+    return [RemoteSequenceScheduler(handle, HOW, reader, attempt=attempt) for reader in readers]
 
 
 def test_the_order_of_asking_does_not_matter(actor: Any, corpus: Corpus) -> None:
@@ -91,7 +96,7 @@ def test_it_plans_ahead_but_never_beyond_known_weights(actor: Any, corpus: Corpu
         client.assignment(STEPS)
 
 
-def test_new_log_entries_are_learnt(actor: Any, corpus: Corpus) -> None:
+def test_new_log_entries_are_loss_mask(actor: Any, corpus: Corpus) -> None:
     log = log_of(corpus, (0, 4, 6))
     whole = expected(corpus, log, STEPS)
     known = MixtureLog(log.domains, log.entries[:1])
@@ -115,9 +120,9 @@ def test_an_earlier_attempt_is_refused(actor: Any, corpus: Corpus) -> None:
 
 
 def test_512_ranks_are_answered(corpus: Corpus, ray_cluster: None) -> None:
-    how = BucketPlan(seed=1, layout=Layout(64, 8), cost=HOW.cost)
+    how = SchedulingConfig(seed=1, layout=Layout(64, 8), cost=HOW.cost)
     data = DATA.model_copy(update={"tokens_per_step": 20_000})
-    handle = start_bucketer(corpus, data)
+    handle = start_sequence_scheduler(corpus, data)
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=3, version=1, entries=tuple(log.entries),

@@ -21,7 +21,7 @@ from raymix.store import Corpus
 from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.controller.client import start_controller
-from tests.corpora import labelled_domain, write_corpus
+from tests.corpora import labeled_domain, write_corpus
 from tests.streams import (
     BLOCK,
     ROW,
@@ -199,7 +199,7 @@ def test_forty_domains_of_weights_from_half_to_a_thousandth_change_as_soon(
     block = 8 * ROW
     corpus = write_corpus(
         tmp_path,
-        {f"d{d:02d}": labelled_domain(d % 16, 20 * block, 9.0) for d in range(40)},
+        {f"d{d:02d}": labeled_domain(d % 16, 20 * block, 9.0) for d in range(40)},
         block_tokens=block,
         shard_blocks=20,
     )

@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "my.yaml").write_text(yaml.safe_dump(recipe()))
     # What Python compiles there did not travel.
     told = "every = (p for p in Path('.').rglob('*') if p.is_file() and p.suffix != '.pyc')"
-    told += "; print('TRAVELLED', sorted(map(str, every)))"
+    told += "; print('TRAVELED', sorted(map(str, every)))"
     code = f"from pathlib import Path\nimport raymix\n\ndef recipe():\n    {told}\n"
     code += "    return raymix.load_recipe('my.yaml')\n"
     (root / "made.py").write_text(code)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raymix.corpus import Progress, prepare
+from raymix.corpus import PrepareProgress, prepare
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig
 
@@ -52,10 +52,10 @@ def test_the_same_bytes_whatever_the_parallelism(
     found = []
     for parallelism in (0, 1, 3, None):
         corpus = config(tmp_path / str(parallelism), shared_data)
-        events: list[Progress] = []
+        events: list[PrepareProgress] = []
         manifest = prepare(corpus, parallelism=parallelism, progress=events.append)
         found.append((manifest, content(corpus.path)))
-        last = [event for event in events if event.stage == "tokenise"][-1]
+        last = [event for event in events if event.stage == "tokenize"][-1]
         assert last.done == last.total > 3
         assert last.bytes_done == last.bytes_total
         counts = [
@@ -70,8 +70,8 @@ def test_interrupted_on_ray_and_finished_without(
 ) -> None:
     broken = config(tmp_path / "broken", shared_data)
 
-    def interrupt(event: Progress) -> None:
-        if event.stage == "tokenise" and event.done == 2:
+    def interrupt(event: PrepareProgress) -> None:
+        if event.stage == "tokenize" and event.done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from raymix.errors import CorpusError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.api import train
-from raymix.training.launch.worker import StopWhereHopeless
+from raymix.training.launch.worker import FailFastPolicy
 from raymix.training.run.rundir import RunDirectory, read_metrics
 from tests.training import train_corpus
 
@@ -99,14 +99,14 @@ def test_resumed_on_one_worker_it_reads_the_same(
 
 
 def test_what_starting_again_cannot_mend_ends_a_run(tmp_path: Path) -> None:
-    stop = StopWhereHopeless(RunDirectory(tmp_path))
+    stop = FailFastPolicy(RunDirectory(tmp_path))
     with pytest.raises(CorpusError, match="shard"):
         stop.after_exception(None, {0: RuntimeError("gloo"), 1: CorpusError("shard x is corrupt")})
 
 
 def test_the_same_failure_twice_ends_a_run(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    stop = StopWhereHopeless(run)
+    stop = FailFastPolicy(run)
     failure: dict[int, Exception] = {1: ValueError("no such kernel")}
     stop.after_exception(None, failure)
     run.metrics.write_text('{"step": 4, "loss": 1.0}\n')

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.laws import FitReport, MixtureTable, Objective, Optimum, law
-from raymix.laws.search import minimize as minimise
+from raymix.laws import FitReport, MixtureTable, Objective, Optimum, law, minimize
 from raymix.laws.table import Floats
 
 
@@ -63,8 +62,8 @@ class Form:
             pairs = zip(share_RD, step_R, strict=True)
             return np.stack([self.losses_at(*pair)[0] for pair in pairs])
 
-    def minimise(self, objective: Objective) -> Optimum:
-        return minimise(self, objective)
+    def minimize(self, objective: Objective) -> Optimum:
+        return minimize(self, objective)
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {name: array.tolist() for name, array in self.numbers.items()}
@@ -109,7 +108,7 @@ class Own(Form):
 
 
 class Wells(Form):
-    """3 - sum_k depth_k exp(-width |r - centre_k|^2): many local optima."""
+    """3 - sum_k depth_k exp(-width |r - center_k|^2): many local optima."""
 
     kind = "test-wells"
     convex = False

@@ -9,11 +9,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raymix.context_parallel import Held, Part, Teams, attending, attention, heads_fit, register
+from raymix.context_parallel import (
+    ContextParallelGroups,
+    DocumentPart,
+    LocalShards,
+    attending,
+    attention,
+    heads_fit,
+    register,
+)
 from raymix.context_parallel.kernels import CpuKernel, EfficientKernel, FlashKernel
-from raymix.context_parallel.segments import Piece, Pieces
+from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 from raymix.errors import TrainingError
-from raymix.streaming.batches.step_batch import HeldDocument
+from raymix.streaming.batches.step_batch import LocalDocument
 from raymix.training.model.hf_model import switch_attention
 from raymix.training.model.loss import IGNORED
 from raymix.training.step.documents import ContextParallel, document_passes
@@ -29,8 +37,10 @@ MODELS = {
 }
 
 
-def local(lengths: tuple[int, ...]) -> Held:
-    return Held([Part(length, (0,)) for length in lengths], 0, Teams())
+def local(lengths: tuple[int, ...]) -> LocalShards:
+    return LocalShards(
+        [DocumentPart(length, (0,)) for length in lengths], 0, ContextParallelGroups()
+    )
 
 
 def model_of(kind: str, **changes: Any) -> Any:
@@ -57,16 +67,18 @@ def test_a_piece_sees_the_keys_up_to_its_own() -> None:
     """Queries 5 to 8 of nine, with the keys of all: as the last four rows of the whole."""
     rows, _ = Case((9,), ((0,),), 4, 2, 8).rows(torch.float64)
     whole = dense_attention(rows, [9])
-    pieces = Pieces([Piece(0, 4, 0, 9)])
+    pieces = AttentionSegments([AttentionSegment(0, 4, 0, 9)])
     out, _ = CpuKernel(8**-0.5).forward(rows[0][5:], rows[1], rows[2], pieces)
     torch.testing.assert_close(out, whole[5:], atol=1e-13, rtol=0)
 
 
 def test_offsets_for_kernels_name_rows_where_pieces_share_keys() -> None:
-    apart = Pieces.whole([3, 2]).varlen(torch.device("cpu"))
+    apart = AttentionSegments.whole([3, 2]).varlen(torch.device("cpu"))
     assert apart.query_P1.tolist() == apart.key_P1.tolist() == [0, 3, 5]
     assert apart.rows is None
-    shared = Pieces([Piece(0, 2, 0, 2), Piece(2, 1, 0, 4)]).varlen(torch.device("cpu"))
+    shared = AttentionSegments([AttentionSegment(0, 2, 0, 2), AttentionSegment(2, 1, 0, 4)]).varlen(
+        torch.device("cpu")
+    )
     assert shared.rows is not None
     assert shared.rows.tolist() == [0, 1, 0, 1, 2, 3]
     assert shared.key_P1.tolist() == [0, 2, 6]
@@ -75,7 +87,7 @@ def test_offsets_for_kernels_name_rows_where_pieces_share_keys() -> None:
 
 def test_kernels_for_gpus_fit_torchs_signatures() -> None:
     """On a device without numbers: what is called is there and takes and gives these shapes."""
-    pieces = Pieces([Piece(0, 10, 0, 20), Piece(10, 7, 0, 37)])
+    pieces = AttentionSegments([AttentionSegment(0, 10, 0, 20), AttentionSegment(10, 7, 0, 37)])
     query = torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16)
     key = torch.empty(40, 2, 16, device="meta", dtype=torch.bfloat16)
     out, sums = FlashKernel(0.3).forward(query, key, key, pieces)
@@ -138,11 +150,11 @@ def test_heads_that_can_be_dealt_out() -> None:
 
 
 def test_labels_are_shifted_in_whole_documents_before_they_are_cut() -> None:
-    """Two ranks share six tokens: 0, 1 | 4, 5 and 2, 3; only the answers 2 and 5 are learnt."""
+    """Two ranks share six tokens: 0, 1 | 4, 5 and 2, 3; only the answers 2 and 5 are learned."""
     from raymix.training.step.documents import _piece
 
     answers = np.array([False, False, True, False, False, True])
-    shared = HeldDocument(3, (0, 1), np.arange(10, 16, dtype=np.uint16), answers)
+    shared = LocalDocument(3, (0, 1), np.arange(10, 16, dtype=np.uint16), answers)
     tokens, positions, labels, domains = _piece(shared, np.array([0, 1, 5]))
     assert tokens.tolist() == [10, 11, 15]
     assert positions.tolist() == [0, 1, 5]

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from raymix.errors import RecipeError
-from raymix.training.run.event_file import Board
+from raymix.training.run.event_file import EventFileWriter
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.rundir import RunDirectory
 
@@ -28,7 +28,7 @@ def events(file: Path) -> Iterator[Any]:
 
 
 def test_scalars_are_read_back(tmp_path: Path) -> None:
-    board = Board(tmp_path, start_step=0)
+    board = EventFileWriter(tmp_path, start_step=0)
     for step in (1, 2):
         board.scalar("train/loss", 1.5 * step, step)
     board.close()
@@ -42,7 +42,7 @@ def test_scalars_are_read_back(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_voids_what_it_will_repeat(tmp_path: Path) -> None:
-    Board(tmp_path, start_step=7).close()
+    EventFileWriter(tmp_path, start_step=7).close()
     _, begun = events(next(tmp_path.glob("events.out.tfevents.*")))
     assert (begun.step, begun.session_log.status) == (8, event_pb2.SessionLog.START)
 

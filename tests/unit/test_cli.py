@@ -172,10 +172,10 @@ def test_doctor_fails_where_no_cluster_answers(capsys: pytest.CaptureFixture[str
 
 def test_a_check_is_a_line_and_its_advice_another() -> None:
     check = doctor.Check("disk", "warn", "1 GB", "Free some.")
-    assert doctor.line(check, colour=False) == (
+    assert doctor.line(check, color=False) == (
         "warn disk            1 GB\n                     Free some."
     )
-    assert "\x1b[" in doctor.line(check, colour=True)
+    assert "\x1b[" in doctor.line(check, color=True)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from raymix.cli.optimize import rounded
-from raymix.laws import Objective, law_to_dict
-from raymix.laws.search import minimize as minimise
+from raymix.laws import Objective, law_to_dict, minimize
 from tests.unit.forms import Inverse, inverse
 from tests.unit.test_cli import call
 
@@ -39,7 +38,7 @@ def test_every_option_reaches_the_objective(
         *("d2=1e7", "--kl", "0.02", "--prior", "d0=0.4,d1=0.3,d2=0.2,d3=0.1", "--minimax"),
     )
     prior = {"d0": 0.4, "d1": 0.3, "d2": 0.2, "d3": 0.1}
-    expected = minimise(
+    expected = minimize(
         law,
         Objective(
             horizon=500,

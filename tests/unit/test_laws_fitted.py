@@ -27,7 +27,7 @@ from raymix.laws import (
     load_law,
     save_law,
 )
-from raymix.laws.models.fitted_law import absent, own_domains, training
+from raymix.laws.models.fitted_law import absent, make_training_table, own_domains
 from raymix.laws.models.parametric import run_weights
 from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats
@@ -50,7 +50,7 @@ def laws(stepped: MixtureTable) -> dict[str, Law]:
 
 def learned(kind: str, table: MixtureTable) -> FittedLaw:
     """Return a law that has learned and was not judged, which takes most of the time of a fit."""
-    law, data = build_law(kind), training(table)
+    law, data = build_law(kind), make_training_table(table)
     assert isinstance(law, FittedLaw)
     law.solver.learn(data)
     law.settle(data)
@@ -204,17 +204,17 @@ def test_what_is_added_to_shares_is_half_of_the_least() -> None:
 
 
 def test_the_steps_of_training_are_relative_to_their_geometric_mean(stepped: MixtureTable) -> None:
-    data = training(stepped)
+    data = make_training_table(stepped)
     assert data.inputs.log_step_N.mean() == pytest.approx(0, abs=1e-12)
     assert data.unit == pytest.approx(np.sqrt(STEPS[1] * STEPS[2]))
-    assert training(AdditiveTruth(3).table(5)).unit == 1.0
+    assert make_training_table(AdditiveTruth(3).table(5)).unit == 1.0
 
 
 def test_rows_of_a_subset_are_those_seen_or_all_if_there_are_none() -> None:
     table = AdditiveTruth(3).table(5).with_targets(["d0", "d1"])
     table.loss_RV[:2, 1] = np.nan
     use_FR = np.array([[True, True, False, False, False], [True, False, True, True, True]])
-    found_FVR = training(table).seen_in(use_FR)
+    found_FVR = make_training_table(table).seen_in(use_FR)
     np.testing.assert_array_equal(found_FVR[:, 0], use_FR)
     np.testing.assert_array_equal(found_FVR[0, 1], [False, False, True, True, True])
     np.testing.assert_array_equal(found_FVR[1, 1], [False, False, True, True, True])
@@ -250,7 +250,7 @@ def test_the_deviation_of_ridge_is_that_of_rows_left_out() -> None:
     relative = law.deviation(NEW) / law.predict(NEW)
     np.testing.assert_allclose(relative, relative[0, 0])
     assert relative[0, 0] == pytest.approx(noise, rel=0.35)
-    solver, data = RidgeSolver(), training(table)
+    solver, data = RidgeSolver(), make_training_table(table)
     solver.learn(data)
     left_FRV = solver.held_out(data, ~np.eye(60, dtype=bool))
     off_R = np.log(left_FRV[np.arange(60), np.arange(60), 0] / table.loss_RV[:, 0])
@@ -267,7 +267,7 @@ def test_a_ridge_of_pure_noise_shrinks_to_the_mean() -> None:
 @pytest.mark.parametrize("kind", ["additive", "regression", "gp"])
 def test_answers_of_subsets_have_the_shape_they_say(kind: str) -> None:
     table = AdditiveTruth(3).table(10, noise=0.01).with_targets(["d0", "d1"])
-    law, data = learned(kind, table), training(table)
+    law, data = learned(kind, table), make_training_table(table)
     use_FR = np.stack([np.arange(10) % 3 != fold for fold in range(3)])
     found_FRV = law.solver.held_out(data, use_FR)
     assert found_FRV.shape == (3, 10, 2)

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from raymix.laws import Score, mean_score, scores
 from raymix.laws.cross_validation import FOLDS, early, folds, left_out, score, verdict
-from raymix.laws.models.fitted_law import null_scores, questions, training
+from raymix.laws.models.fitted_law import make_training_table, null_scores, questions
 from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats, MixtureTable
 from tests.unit.tables import STEPS, AdditiveTruth, BiMixTruth, as_table, draw_shares
@@ -210,26 +210,26 @@ def test_a_null_model_of_steps_counts_too() -> None:
 def test_null_models_know_what_they_know() -> None:
     """Losses of the own share alone: `own` is exact; of steps alone: `steps` is."""
     table = BiMixTruth(3).table(12)
-    nulls = null_scores(training(table))
+    nulls = null_scores(make_training_table(table))
     assert nulls["own"].mre < 1e-6 < nulls["steps"].mre < nulls["mean"].mre
     share = np.repeat(draw_shares(12, 3), len(STEPS), axis=0)
     step = np.tile(STEPS, 12)
     loss = np.repeat((2 + 30 * step**-0.4)[:, None], 3, axis=1)
-    nulls = null_scores(training(as_table(share, loss, step)))
+    nulls = null_scores(make_training_table(as_table(share, loss, step)))
     assert nulls["steps"].mre < 1e-5
 
 
 def test_the_mean_is_that_of_the_other_folds() -> None:
     table = AdditiveTruth(3).table(4)
     expected = (table.loss_RV.sum(axis=0) - table.loss_RV) / 3
-    found = null_scores(training(table))["mean"]
+    found = null_scores(make_training_table(table))["mean"]
     assert found.mre == pytest.approx(np.mean(np.abs(expected - table.loss_RV) / table.loss_RV))
 
 
 class Oracle(RidgeSolver):
     """Knows the losses of the rows it may learn from, and says 1 of the others."""
 
-    def held_out(self, training: object, use_FR: np.ndarray) -> Floats:
+    def held_out(self, data: object, use_FR: np.ndarray) -> Floats:
         return np.where(use_FR[:, :, None], self.loss_RV, 1.0)
 
     def __init__(self, loss_RV: Floats) -> None:
@@ -239,7 +239,7 @@ class Oracle(RidgeSolver):
 
 def test_no_row_is_judged_by_a_fold_that_has_seen_it() -> None:
     table = BiMixTruth(3).table(12, noise=0.01)
-    apart, ahead = questions(Oracle(table.loss_RV), training(table))
+    apart, ahead = questions(Oracle(table.loss_RV), make_training_table(table))
     late_R = ~early(table)
     for at, target in enumerate(table.targets):
         off_R = np.abs(1 - table.loss_RV[:, at]) / table.loss_RV[:, at]
@@ -251,7 +251,7 @@ def test_no_row_is_judged_by_a_fold_that_has_seen_it() -> None:
 def test_losses_known_only_late_are_not_asked_about_ahead() -> None:
     table = BiMixTruth(3).table(12, noise=0.01)
     table.loss_RV[table.step_R < STEPS[-1], 1] = np.nan
-    apart, ahead = questions(Oracle(table.loss_RV), training(table))
+    apart, ahead = questions(Oracle(table.loss_RV), make_training_table(table))
     assert set(apart) == set(table.targets)
     assert set(ahead) == {"d0", "d2"}
     assert np.isfinite(apart["d1"].mre)

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymix.errors import LawError
-from raymix.laws import Objective, Region
-from raymix.laws.search import feasible
+from raymix.laws import Objective, Region, feasible
 
 DOMAINS, TARGETS = ("web", "books", "code"), ("web", "math")
 

@@ -9,11 +9,11 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from raymix.laws.models import gp_law as gp
-from raymix.laws.models.fitted_law import training
+from raymix.laws.models.fitted_law import make_training_table
 from raymix.laws.models.gaussian_process import (
     Hyper,
     Process,
-    Rows,
+    ProcessRows,
     condition,
     covariance,
     fit_process,
@@ -28,9 +28,9 @@ from tests.unit.tables import AdditiveTruth, BiMixTruth, draw_shares
 HYPER = Hyper(np.log([0.5, 0.7, 0.4]), np.log(0.1), np.log(0.01), 0.0, 0.0)
 
 
-def some_rows(count: int, *, seed: int = 0, steps: bool = True) -> Rows:
+def some_rows(count: int, *, seed: int = 0, steps: bool = True) -> ProcessRows:
     random = np.random.default_rng(seed)
-    return Rows(
+    return ProcessRows(
         root_ND=np.sqrt(draw_shares(count, 3, seed=seed)),
         log_step_N=random.normal(size=count) * steps,
         level_N=random.normal(size=count),
@@ -40,7 +40,7 @@ def some_rows(count: int, *, seed: int = 0, steps: bool = True) -> Rows:
     )
 
 
-def without_trend(rows: Rows) -> Rows:
+def without_trend(rows: ProcessRows) -> ProcessRows:
     return replace(rows, spread_NP=np.zeros_like(rows.spread_NP))
 
 
@@ -130,7 +130,9 @@ def test_the_deviation_grows_away_from_the_data_up_to_the_prior() -> None:
 
 def test_mean_and_deviation_are_those_of_a_conditional_normal() -> None:
     rows, new = some_rows(10), some_rows(3, seed=1)
-    every = Rows(*(np.concatenate([getattr(rows, n), getattr(new, n)]) for n in Rows.__slots__))
+    every = ProcessRows(
+        *(np.concatenate([getattr(rows, n), getattr(new, n)]) for n in ProcessRows.__slots__)
+    )
     joint = covariance(HYPER, every.root_ND, every.log_step_N, every)
     joint += every.spread_NP @ every.spread_NP.T
     seen = joint[:10, :10] + np.diag(HYPER.noise_at(rows.level_N, rows.doubt_N))
@@ -205,11 +207,11 @@ def processes(solver: ProcessSolver) -> list[Process]:
 def test_of_a_law_that_is_exact_the_process_says_nothing() -> None:
     """An additive table without noise: the prediction is that of the curve."""
     truth = AdditiveTruth(3)
-    data = training(truth.table(24).with_targets(["d0"]))
+    data = make_training_table(truth.table(24).with_targets(["d0"]))
     solver, curve = ProcessSolver(), CurveSolver("joint")
     solver.learn(data)
     curve.learn(data)
-    inputs = training(truth.table(24, seed=5)).inputs
+    inputs = make_training_table(truth.table(24, seed=5)).inputs
     off_NV = solver.losses(inputs) / curve.losses(inputs) - 1
     assert np.median(np.abs(off_NV)) < 0.002
     assert np.exp(processes(solver)[0].hyper.amplitude) < 0.02
@@ -222,7 +224,7 @@ def test_with_many_rows_what_is_left_out_is_conditioned_on_the_rest(
     monkeypatch.setattr(gp, "FEW_ROWS", 10)
     table = AdditiveTruth(3).table(24, noise=0.01).with_targets(["d0", "d1"])
     table.loss_RV[4, 1] = np.nan
-    data, use_R = training(table), np.arange(24) % 4 != 0
+    data, use_R = make_training_table(table), np.arange(24) % 4 != 0
     solver = ProcessSolver()
     solver.learn(data)
     found_RV = solver.held_out(data, use_R[None])[0]
@@ -230,7 +232,7 @@ def test_with_many_rows_what_is_left_out_is_conditioned_on_the_rest(
     for at, process in enumerate(processes(solver)):
         seen_R = np.isfinite(data.log_loss_VR[at])
         kept_N, rows = use_R[seen_R], process.rows
-        kept = Rows(*(getattr(rows, name)[kept_N] for name in Rows.__slots__))
+        kept = ProcessRows(*(getattr(rows, name)[kept_N] for name in ProcessRows.__slots__))
         apart = condition(process.hyper, kept)
         said_N = apart.mean(rows.root_ND, rows.log_step_N) + rows.spread_NP @ apart.shift_P
         # What the process calls left is the log loss, less the curve at its prior mean.
@@ -243,7 +245,7 @@ def test_folds_of_few_rows_know_nothing_of_what_is_left_out() -> None:
     """Changing a loss that is left out changes no prediction of it beyond the starting point."""
     table = BiMixTruth(3).table(6, noise=0.01).with_targets(["d1"])
     use_R = np.array([run != table.runs[0] for run in table.runs])
-    solver, data = ProcessSolver(), training(table)
+    solver, data = ProcessSolver(), make_training_table(table)
     solver.learn(data)
     found_FRV = solver.held_out(data, np.stack([use_R, use_R]))
     np.testing.assert_array_equal(found_FRV[0], found_FRV[1])

@@ -137,7 +137,7 @@ def test_07_duality_homogeneity_coefficients_and_order(drop: float) -> None:
     assert close(merged(deltas[::-1], drop=drop), plain)
 
 
-def test_08_of_one_row_it_is_ties_on_normalised_entries() -> None:
+def test_08_of_one_row_it_is_ties_on_normalized_entries() -> None:
     deltas = [random(1, 50, seed=k) * (k + 1) for k in range(3)]
     unit = torch.stack([d / d.norm() for d in deltas])
     place = 150 - round(150 * (1 - 0.6))
@@ -155,7 +155,7 @@ def test_08_without_drop_it_is_knots_of_density_one() -> None:
     assert close(merged(deltas, drop=0), found.delta)
 
 
-def test_09_renormalising_changes_only_what_is_pruned() -> None:
+def test_09_renormalizing_changes_only_what_is_pruned() -> None:
     deltas = tasks()
     assert torch.equal(merged(deltas, drop=0), merged(deltas, drop=0, renorm=False))
     assert not close(merged(deltas, drop=0.7), merged(deltas, drop=0.7, renorm=False), 0.01)
@@ -236,13 +236,13 @@ def test_auto_takes_the_cheaper_side() -> None:
     assert torch.equal(merged(tall, direction="auto"), merged(tall, direction="vertical"))
 
 
-def test_randomised_is_right_for_low_rank_only() -> None:
+def test_randomized_is_right_for_low_rank_only() -> None:
     low = [random(30, 3, seed=k) @ random(3, 40, seed=9 + k) for k in range(3)]
     exact = merged(low, rank_tolerance=1e-2)
-    found = merged(low, decomposition="randomised", rank=9, rank_tolerance=1e-2)
+    found = merged(low, decomposition="randomized", rank=9, rank_tolerance=1e-2)
     assert close(found, exact, 1e-8)
     full = [random(30, 40, seed=k) for k in range(3)]
-    assert not close(merged(full, decomposition="randomised", rank=9), merged(full), 0.3)
+    assert not close(merged(full, decomposition="randomized", rank=9), merged(full), 0.3)
 
 
 @given(

@@ -22,7 +22,7 @@ from raymix.merging.methods.order_statistics import (
     order_statistics,
 )
 from raymix.merging.methods.sign_election import agreeing_mean
-from raymix.merging.methods.spectral import orthogonalised
+from raymix.merging.methods.spectral import orthogonalized
 from raymix.merging.registry import Deltas, Factors, Merged, get_method
 
 F64 = torch.float64
@@ -254,12 +254,12 @@ def test_tsv_is_its_definition() -> None:
     assert close(merged("tsv", deltas), (p @ q) @ torch.diag(s) @ (x @ y).T, 1e-9)
 
 
-def test_orthogonalised_columns() -> None:
+def test_orthogonalized_columns() -> None:
     columns = random(20, 6)
-    found = orthogonalised(columns)
+    found = orthogonalized(columns)
     assert close(found.T @ found, torch.eye(6, dtype=F64))
     dependent = torch.cat([columns, columns[:, :2]], dim=1)
-    found = orthogonalised(dependent)
+    found = orthogonalized(dependent)
     assert torch.isfinite(found).all()
     assert int(torch.linalg.matrix_rank(found)) == 6
 

@@ -129,7 +129,7 @@ SPOILED = {
     "bad config": (_bad_config, "cannot be read"),
     "other kind": (_config(model_type="gpt2"), "its config says model_type 'gpt2'"),
     "other heads": (_config(num_attention_heads=8), "its config says num_attention_heads 8"),
-    "quantised": (_fp8, "cannot be merged. Dequantise"),
+    "quantized": (_fp8, "cannot be merged. Dequantize"),
 }
 
 
@@ -206,7 +206,7 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
         "must lie between 0 and 1",
     ),
     "conditions": ({"parameters": {"drop": [{"filtre": "q"}]}}, "not of the form"),
-    "randomised": ({"parameters": {"decomposition": "randomised"}}, "needs a rank"),
+    "randomized": ({"parameters": {"decomposition": "randomized"}}, "needs a rank"),
 }
 
 

@@ -208,9 +208,9 @@ def test_rounds_come_nearer() -> None:
     assert reached[-1] < 0.01
 
 
-def test_a_merge_that_fails_is_never_the_centre() -> None:
+def test_a_merge_that_fails_is_never_the_center() -> None:
     first = next_points((SCALE,), [], 11)
     losses = [math.inf, math.nan, 2.0, 1.0, math.inf, math.inf]
     second = next_points((SCALE,), list(zip(first, losses, strict=True)), 11)
-    centre = first[3]["scale"]
-    assert all(centre / 3 < point["scale"] < centre * 3 for point in second)
+    center = first[3]["scale"]
+    assert all(center / 3 < point["scale"] < center * 3 for point in second)

@@ -17,18 +17,18 @@ PLAIN = {**RAW, "gradients": "raw", "ema": 1.0}
 
 
 def joint(
-    centres: Any, curvature: Any, *, sign: float = 1.0, updates: int = 1500, inverse: bool = False
+    centers: Any, curvature: Any, *, sign: float = 1.0, updates: int = 1500, inverse: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where theta and the shares end, on quadratics about `centres`, the target's last."""
-    centre_DP, curve_P = np.array(centres), np.array(curvature)
-    n = len(centre_DP)
+    """Return where theta and the shares end, on quadratics about `centers`, the target's last."""
+    center_DP, curve_P = np.array(centers), np.array(curvature)
+    n = len(center_DP)
     mixer = adaptive("dga", context(n), **PLAIN, targets=f"d{n - 1}", eta=0.2)
     theta_P, share_D = np.array([0.7, 0.1]), mixer.initial
     for _ in range(updates):
         # The model follows its mixture faster than the mixture changes.
-        theta_P = share_D[:-1] @ centre_DP[:-1]
-        grad_DP = curve_P * (theta_P - centre_DP)
-        target_P = theta_P - centre_DP[-1]
+        theta_P = share_D[:-1] @ center_DP[:-1]
+        grad_DP = curve_P * (theta_P - center_DP)
+        target_P = theta_P - center_DP[-1]
         target_P = target_P / curve_P if inverse else target_P
         share_D = mixer.update(window(n, alignment=sign * (grad_DP @ target_P)))
     return theta_P, share_D
@@ -49,9 +49,9 @@ def test_the_printed_sign_runs_away_to_the_far_vertex() -> None:
 @pytest.mark.parametrize("h", [1.0, 4.0, 9.0])
 def test_greedy_alignment_is_biased_by_the_curvature(h: float) -> None:
     """With domains of curvature diag(1, h), the optimum is 1/2, plain DGA ends at 1 / (1 + h)."""
-    centres = [(0, 0), (1, 1), (1, 0)]
-    assert joint(centres, (1, h), updates=500)[1][1] == pytest.approx(1 / (1 + h), abs=1e-6)
-    assert joint(centres, (1, h), updates=500, inverse=True)[1][1] == pytest.approx(0.5, abs=1e-6)
+    centers = [(0, 0), (1, 1), (1, 0)]
+    assert joint(centers, (1, h), updates=500)[1][1] == pytest.approx(1 / (1 + h), abs=1e-6)
+    assert joint(centers, (1, h), updates=500, inverse=True)[1][1] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_one_step_is_a_softmax_of_plus_eta_times_alignment() -> None:

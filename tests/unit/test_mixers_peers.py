@@ -49,7 +49,7 @@ def test_doge_clips_gradients_and_scores() -> None:
 # -- R&B -------------------------------------------------------------------------------------
 
 
-def test_rb_is_a_softmax_of_the_normalised_alignment_and_remembers_nothing() -> None:
+def test_rb_is_a_softmax_of_the_normalized_alignment_and_remembers_nothing() -> None:
     mixer = adaptive("rb", context(3), **RAW, scale=3.0, eval_shares={"d0": 0.2, "d2": 0.8})
     mixer.update(window(3, gram=np.eye(3)))
     share = mixer.update(window(3, gram=GRAM))
@@ -87,7 +87,7 @@ def test_doremi_follows_excess_loss_and_sheared_llama_the_gap() -> None:
     assert log_odds(valid.update(stats)) == pytest.approx([0, 0.2, 0.3])
 
 
-def test_doremi_smooths_towards_uniform() -> None:
+def test_doremi_smooths_toward_uniform() -> None:
     fields = {"reference": REFERENCE, "floor": 0.3, "stats_ema": 1, "max_log_change": None}
     share = adaptive("doremi", context(3), **fields).update(window(3, loss=[99.0, 0, 0]))
     assert share == pytest.approx([0.8, 0.1, 0.1])
@@ -169,7 +169,7 @@ def test_known_power_laws_are_found_again() -> None:
         assert found.slope(n) == pytest.approx(truth.slope(n), rel=0.05)
 
 
-def test_the_fit_is_as_good_as_a_general_optimiser_and_passes_over_outliers() -> None:
+def test_the_fit_is_as_good_as_a_general_optimizer_and_passes_over_outliers() -> None:
     from scipy.optimize import minimize
     from scipy.special import huber
 

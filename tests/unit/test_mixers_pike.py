@@ -40,7 +40,7 @@ def test_the_qp_of_example_2_1_is_its_closed_form(seed: int) -> None:
     assert share == pytest.approx([first, 1 - first], abs=1e-10)
 
 
-def test_example_2_1_minimises_the_expected_loss_after_a_step() -> None:
+def test_example_2_1_minimizes_the_expected_loss_after_a_step() -> None:
     theta, sigma2, lr, batch = np.array([1.0, 0.8]), np.array([0.5, 4.0]), 0.4, 8
     share = one_step(theta**2, 2 * sigma2, batch, form="exact_qp", lr=lr, smoothness=1.0)
 

@@ -9,7 +9,7 @@ import pytest
 
 from raymix.recipe import Recipe
 from raymix.store import Corpus
-from raymix.training.plan.target_counts import PRIOR_TOKENS, nearest_documents
+from raymix.training.plan.target_counts import PRIOR_TOKENS, target_domain_counts
 from tests.corpora import write_corpus
 from tests.unit.recipes import document
 
@@ -20,16 +20,16 @@ def recipe(corpus: Corpus, mixer: dict[str, Any]) -> Recipe:
     return Recipe.model_validate(document(mixer=mixer, corpus={"path": corpus.path}))
 
 
-def texts(seed: int, favourites: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return documents, each of mostly its favourite tokens, and their lengths."""
+def texts(seed: int, favorites: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return documents, each of mostly its favorite tokens, and their lengths."""
     generator = np.random.default_rng(seed)
     parts = [
         np.where(
             generator.random(length) < 0.7,
-            generator.choice(favourite, length),
+            generator.choice(favorite, length),
             generator.integers(0, VOCAB, length),
         )
-        for favourite in favourites
+        for favorite in favorites
     ]
     return np.concatenate(parts).astype(np.uint16), np.full(len(parts), length, dtype=np.int64)
 
@@ -50,7 +50,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def test_documents_go_to_the_domain_that_wrote_their_like(corpus: Corpus) -> None:
-    found = nearest_documents(recipe(corpus, {"kind": "importance", "targets": "target"}), corpus)
+    found = target_domain_counts(
+        recipe(corpus, {"kind": "importance", "targets": "target"}), corpus
+    )
     assert found is not None
     assert found.tolist() == [3, 9, 0]
 
@@ -74,10 +76,12 @@ def test_it_is_naive_bayes_with_a_dirichlet_prior(corpus: Corpus) -> None:
         likely = (own + PRIOR_TOKENS * prior) / (len(tokens_of[name]) + PRIOR_TOKENS)
         scores.append(np.log(likely)[tokens_of["target"].reshape(12, 64)].sum(axis=1))
     expected = np.bincount(np.argmax(scores, axis=0), minlength=3)
-    found = nearest_documents(recipe(corpus, {"kind": "importance", "targets": "target"}), corpus)
+    found = target_domain_counts(
+        recipe(corpus, {"kind": "importance", "targets": "target"}), corpus
+    )
     assert found is not None
     assert found.tolist() == expected.tolist()
 
 
 def test_nobody_else_asks(corpus: Corpus) -> None:
-    assert nearest_documents(recipe(corpus, {"kind": "uniform"}), corpus) is None
+    assert target_domain_counts(recipe(corpus, {"kind": "uniform"}), corpus) is None

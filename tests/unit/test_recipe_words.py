@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from raymix.recipe import Recipe
-from raymix.recipe.base import Real, Whole, Words
+from raymix.recipe.base import FieldWords, Real, Whole
 from raymix.recipe.describe import Spot, describe, field_paths, listed, number, tag_of
 
 
@@ -36,7 +36,7 @@ def words(annotation: Any) -> str:
         (tuple[str, ...], "a list of texts"),
         (tuple[float, float], "a list of 2: a number, a number"),
         (dict[str, Annotated[Real, Field(gt=0)]], "a mapping of names to numbers above 0"),
-        (Annotated[str, Words("a glob")], "a glob"),
+        (Annotated[str, FieldWords("a glob")], "a glob"),
         (Recipe, "a mapping"),
         (tuple[Recipe, ...], "a list of mappings"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DocumentData, DomainConfig, PackedData, TrainedTokenizer
-from raymix.training.plan.domain_sizes import Supply, estimated_supply
+from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes
 
 TEXTS = [
     f"Document {number} holds some words, and {number * 7} more. " * 20 for number in range(99)
@@ -21,9 +21,9 @@ TEXTS = [
 BYTES = sum(len(text.encode()) for text in TEXTS)
 
 
-def supply(domain: DomainConfig, *, length: int = 8, **corpus: Any) -> Supply:
+def supply(domain: DomainConfig, *, length: int = 8, **corpus: Any) -> DomainSizes:
     config = CorpusConfig(path="/none", domains=(domain,), **corpus)
-    (found,) = estimated_supply(config, PackedData(sequence_length=length))
+    (found,) = estimated_sizes(config, PackedData(sequence_length=length))
     return found
 
 
@@ -80,7 +80,7 @@ def test_only_whole_rows_are_usable(tmp_path: Path) -> None:
     domain = DomainConfig(name="d", train=(f"{tmp_path}/a.txt",))
     found = supply(domain, length=300, valid_fraction=0.01)
     assert (found.tokens, found.usable, found.dropped) == (990, 900, 90)
-    (whole,) = estimated_supply(
+    (whole,) = estimated_sizes(
         CorpusConfig(path="/none", domains=(domain,), valid_fraction=0.01),
         DocumentData(mode="documents"),
     )
@@ -97,5 +97,5 @@ def test_domains_keep_the_order_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 1000)
     names = ("zeta", "alpha", "mid")
     domains = tuple(DomainConfig(name=name, train=(f"{tmp_path}/a.txt",)) for name in names)
-    found = estimated_supply(CorpusConfig(path="/none", domains=domains), PackedData())
+    found = estimated_sizes(CorpusConfig(path="/none", domains=domains), PackedData())
     assert tuple(domain.name for domain in found) == names

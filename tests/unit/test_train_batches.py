@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from raymix.training.model.loss import IGNORED
 from raymix.training.model.parallel import World
 from raymix.training.step.batches import (
-    MicroBatch,
+    MicroBatchTensors,
     count_micro_batches,
     micro_batches,
     most_rows_of_a_rank,
     positions_and_labels,
     starts_mask,
 )
-from raymix.training.step.metrics import StepAccount
+from raymix.training.step.metrics import StepMetrics
 
 CPU = torch.device("cpu")
 
@@ -72,14 +72,14 @@ def test_no_micro_batch_is_larger_than_allowed(rows: int, world: int, size: int)
         assert -(-own // count) <= size
 
 
-def micro(labels: torch.Tensor, rows: slice) -> MicroBatch:
-    return MicroBatch(labels, labels, labels, rows)
+def micro(labels: torch.Tensor, rows: slice) -> MicroBatchTensors:
+    return MicroBatchTensors(labels, labels, labels, rows)
 
 
 def test_account_adds_up_by_row_and_by_token() -> None:
     loss = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]])
     labels = torch.tensor([[1, 1], [1, IGNORED], [1, 1]])
-    by_row = StepAccount(3, World())
+    by_row = StepMetrics(3, World())
     for part in (slice(0, 2), slice(2, 3), slice(3, 3)):
         own = labels[part] if part.start < 3 else torch.full((1, 2), IGNORED)
         losses = loss[part] if part.start < 3 else torch.zeros(1, 2)
@@ -89,7 +89,7 @@ def test_account_adds_up_by_row_and_by_token() -> None:
     assert (sums.checkpoint, sums.stop) == (False, True)
     assert sums.nats_D.tolist() == [12, 0, 51]
     assert sums.labels_D.tolist() == [1, 0, 4]
-    by_token = StepAccount(3, World())
+    by_token = StepMetrics(3, World())
     domains = np.array([[0, 1], [1, 1], [2, -1]])
     padded = torch.where(torch.tensor(domains) < 0, IGNORED, labels)
     by_token.add(micro(padded, slice(0, 3)), domains, loss * (torch.tensor(domains) >= 0))
@@ -98,6 +98,6 @@ def test_account_adds_up_by_row_and_by_token() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_decides(rank: int) -> None:
-    account = StepAccount(1, World(rank=rank))
+    account = StepMetrics(1, World(rank=rank))
     sums = account.start(checkpoint=True, stop=True).result()
     assert (sums.checkpoint, sums.stop) == (rank == 0, rank == 0)

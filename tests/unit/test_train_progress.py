@@ -18,7 +18,7 @@ from raymix.errors import TrainingError
 from raymix.training.launch.watch import watch
 from raymix.training.run.progress import (
     MetricsTail,
-    Progress,
+    RunProgress,
     evaluation_line,
     shares_text,
     step_line,
@@ -107,7 +107,7 @@ def test_a_step_in_words() -> None:
 
 def test_a_first_step_says_how_long_it_took_and_promises_nothing(tmp_path: Path) -> None:
     path, stream = tmp_path / "metrics.jsonl", io.StringIO()
-    with Progress(path, steps=9, stream=stream) as progress:
+    with RunProgress(path, steps=9, stream=stream) as progress:
         append(path, line(1, seconds=41.25), line(2))
         progress.poll()
     first, second = stream.getvalue().splitlines()
@@ -133,7 +133,7 @@ def test_an_evaluation_in_words() -> None:
 
 def test_without_a_terminal_the_first_and_last_steps_are_lines(tmp_path: Path) -> None:
     path, stream = tmp_path / "metrics.jsonl", io.StringIO()
-    with Progress(path, steps=50, stream=stream) as progress:
+    with RunProgress(path, steps=50, stream=stream) as progress:
         append(path, {"step": 0, "eval": {"a": {"loss": 3.0}}}, *(line(n) for n in range(1, 51)))
         progress.poll()
     text = stream.getvalue().splitlines()
@@ -144,7 +144,7 @@ def test_without_a_terminal_the_first_and_last_steps_are_lines(tmp_path: Path) -
 
 def test_a_restart_is_said(tmp_path: Path) -> None:
     path, stream = tmp_path / "metrics.jsonl", io.StringIO()
-    with Progress(path, steps=9, stream=stream) as progress:
+    with RunProgress(path, steps=9, stream=stream) as progress:
         append(path, line(1), line(2))
         progress.poll()
         cut_metrics(path, 1)
@@ -159,7 +159,7 @@ def test_watch_raises_what_the_work_raised(tmp_path: Path) -> None:
 
     run = RunDirectory(tmp_path)
     with (
-        Progress(run.metrics, steps=1, stream=io.StringIO()) as progress,
+        RunProgress(run.metrics, steps=1, stream=io.StringIO()) as progress,
         pytest.raises(TrainingError, match="no"),
     ):
         watch(work, run, progress, starting="it")
@@ -171,7 +171,7 @@ def test_watch_raises_what_the_check_raises_while_the_work_goes_on(tmp_path: Pat
 
     run, over = RunDirectory(tmp_path), threading.Event()
     with (
-        Progress(run.metrics, steps=1, stream=io.StringIO()) as progress,
+        RunProgress(run.metrics, steps=1, stream=io.StringIO()) as progress,
         pytest.raises(TrainingError, match="it is gone"),
     ):
         watch(lambda: over.wait(60), run, progress, starting="it", check=check)
@@ -192,7 +192,7 @@ def test_ctrl_c_asks_for_a_clean_stop_and_waits(tmp_path: Path) -> None:
         while not run.stop_request.exists():
             time.sleep(0.01)
 
-    with Progress(run.metrics, steps=9, stream=stream) as progress:
+    with RunProgress(run.metrics, steps=9, stream=stream) as progress:
         threading.Timer(0.5, interrupt_soon).start()
         watch(work, run, progress, starting="it")
     assert "Stopping with a checkpoint" in stream.getvalue()
@@ -201,7 +201,7 @@ def test_ctrl_c_asks_for_a_clean_stop_and_waits(tmp_path: Path) -> None:
 def test_ctrl_c_before_the_first_step_does_not_wait(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     before = signal.getsignal(signal.SIGINT)  # ignored where the shell put us in the background
-    with Progress(run.metrics, steps=9, stream=io.StringIO()) as progress:
+    with RunProgress(run.metrics, steps=9, stream=io.StringIO()) as progress:
         threading.Thread(target=interrupt_soon).start()
         with pytest.raises(KeyboardInterrupt):
             watch(lambda: time.sleep(5), run, progress, starting="it")

@@ -42,7 +42,7 @@ from raymix.tuning.mixtures.candidates import (
     variant,
 )
 from raymix.tuning.mixtures.learn import check_law
-from raymix.tuning.mixtures.search_log import Record, free_directory
+from raymix.tuning.mixtures.search_log import SearchLog, free_directory
 from raymix.tuning.runs.variants import steps_of
 from tests.training import train_corpus
 from tests.unit.recipes import document, write
@@ -450,7 +450,7 @@ def test_small_runs_that_cannot_be_name_the_field(
 
 
 def opened(out: Path, one: Recipe, some: Space, fingerprint: str = "f") -> list[Mixture]:
-    return Record.open(out, one, some, fingerprint).mixtures
+    return SearchLog.open(out, one, some, fingerprint).mixtures
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_another_corpus_is_another_search(corpus: Corpus, tmp_path: Path) -> Non
 def test_what_is_proposed_is_on_disk_at_once(corpus: Corpus, tmp_path: Path) -> None:
     one = recipe(corpus, {"mode": "sequential", "runs": 6, "initial": 2})
     some = space_of(one, corpus)
-    record = Record.open(tmp_path, one, some, "f")
+    record = SearchLog.open(tmp_path, one, some, "f")
     proposed = Mixture(name="mix-002", origin="a law", shares=some.shares(np.ones(3) / 3))
     record.add(proposed)
     assert opened(tmp_path, one, some)[2] == proposed

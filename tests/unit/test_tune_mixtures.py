@@ -26,7 +26,7 @@ from raymix.tuning.mixtures.candidates import (
     variant,
 )
 from raymix.tuning.mixtures.learn import learn, mixture_table, path_of_optima, predicted, slices
-from raymix.tuning.mixtures.search_log import Record, free_directory
+from raymix.tuning.mixtures.search_log import SearchLog, free_directory
 from raymix.tuning.mixtures.verify import observed, roles_of, verified
 from raymix.tuning.runs.results import Point, RunResult
 from tests.laws import OwnShare
@@ -155,18 +155,18 @@ def test_a_begun_design_is_kept_or_refused(corpus: Corpus, tmp_path: Path) -> No
     out = tmp_path / "out"
     one = recipe(corpus, {"runs": 4})
     space = space_of(one, corpus)
-    first = Record.open(out, one, space, "f").mixtures
-    assert Record.open(out, one, space, "f").mixtures == first
+    first = SearchLog.open(out, one, space, "f").mixtures
+    assert SearchLog.open(out, one, space, "f").mixtures == first
     # Nothing has begun: another design takes its place.
     other = recipe(corpus, {"runs": 4, "seed": 3})
-    assert Record.open(out, other, space, "f").mixtures != first
-    Record.open(out, one, space, "f")
+    assert SearchLog.open(out, other, space, "f").mixtures != first
+    SearchLog.open(out, one, space, "f")
     (out / "mix-001").mkdir()
     # Longer, and what has begun stays what it is.
-    longer = Record.open(out, recipe(corpus, {"runs": 6}), space, "f").mixtures
+    longer = SearchLog.open(out, recipe(corpus, {"runs": 6}), space, "f").mixtures
     assert (len(longer), longer[:4]) == (6, first)
     with pytest.raises(RecipeError, match=r"tune.seed: 0 -> 3.*--if-exists new"):
-        Record.open(out, other, space, "f")
+        SearchLog.open(out, other, space, "f")
 
 
 def test_directories_of_something_else_are_refused(tmp_path: Path) -> None:

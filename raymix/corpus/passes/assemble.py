@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymix._utils.json import parse_json
-from raymix.corpus.passes.cut import Piece, clip, cut_blocks
+from raymix.corpus.passes.cut import TokenPiece, clip, cut_blocks
 from raymix.corpus.passes.entropy import (
     PairCounter,
     ShardCounts,
@@ -167,24 +167,26 @@ def finished_shard(job: ShardJob) -> ShardResult | None:
     return ShardResult(ShardInfo(**stored["info"]), [(low, high) for low, high in stored["runs"]])
 
 
-def _counted(pieces: Iterator[Piece], counter: PairCounter, before: int) -> Iterator[Piece]:
+def _counted(
+    pieces: Iterator[TokenPiece], counter: PairCounter, before: int
+) -> Iterator[TokenPiece]:
     """Yield the pieces less their first `before` tokens, having counted each."""
     for piece in pieces:
         if before:
             head = next(clip([piece], 0, 1))
             counter.add(head, count_tokens=False)
-            piece = Piece(piece.tokens[1:], piece.starts[len(head.starts) :] - 1)
+            piece = TokenPiece(piece.tokens[1:], piece.starts[len(head.starts) :] - 1)
             before = 0
         counter.add(piece)
         yield piece
 
 
-def _stream(job: ShardJob) -> Iterator[Piece]:
+def _stream(job: ShardJob) -> Iterator[TokenPiece]:
     for number, _ in job.parts:
         yield from selected_pieces(job, number)
 
 
-def selected_pieces(job: ShardJob, number: int) -> Iterator[Piece]:
+def selected_pieces(job: ShardJob, number: int) -> Iterator[TokenPiece]:
     """Yield a part's documents of the job's split, a few million tokens at a time."""
     documents = read_documents(job.work, job.domain, number)
     base = part_base(job.work, job.domain, number)
@@ -209,7 +211,7 @@ def selected_pieces(job: ShardJob, number: int) -> Iterator[Piece]:
                 )
             tokens = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
             starts = np.cumsum(lengths[inside]) - lengths[inside]
-            yield Piece(tokens, starts)
+            yield TokenPiece(tokens, starts)
 
 
 def _spans(lows: npt.NDArray[np.int64], highs: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -12,26 +12,26 @@ from raymix.store import Block, TokenArray
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenPiece:
     """Consecutive tokens of a stream, shape (T,), and where documents start in them, (S,)."""
 
     tokens: TokenArray
     starts: npt.NDArray[np.int64]
 
 
-def cut_blocks(pieces: Iterable[Piece], block_tokens: int) -> Iterator[Block]:
+def cut_blocks(pieces: Iterable[TokenPiece], block_tokens: int) -> Iterator[Block]:
     """Yield the stream as blocks of exactly `block_tokens` tokens; the last may be shorter.
 
     Joined again, the blocks are the stream: every token and every start once, in order.
     """
-    held: list[Piece] = []
+    held: list[TokenPiece] = []
     size = 0
     for piece in pieces:
         rest = piece
         while size + len(rest.tokens) >= block_tokens:
             head, rest = _split(rest, block_tokens - size)
             yield _join([*held, head])
-            held, size = list[Piece](), 0
+            held, size = list[TokenPiece](), 0
         if len(rest.tokens):
             held.append(rest)
             size += len(rest.tokens)
@@ -39,20 +39,20 @@ def cut_blocks(pieces: Iterable[Piece], block_tokens: int) -> Iterator[Block]:
         yield _join(held)
 
 
-def _split(piece: Piece, at: int) -> tuple[Piece, Piece]:
+def _split(piece: TokenPiece, at: int) -> tuple[TokenPiece, TokenPiece]:
     border = int(np.searchsorted(piece.starts, at))
-    head = Piece(piece.tokens[:at], piece.starts[:border])
-    return head, Piece(piece.tokens[at:], piece.starts[border:] - at)
+    head = TokenPiece(piece.tokens[:at], piece.starts[:border])
+    return head, TokenPiece(piece.tokens[at:], piece.starts[border:] - at)
 
 
-def _join(pieces: list[Piece]) -> Block:
+def _join(pieces: list[TokenPiece]) -> Block:
     offsets = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
     starts = [piece.starts + offset for piece, offset in zip(pieces, offsets, strict=False)]
     tokens = pieces[0].tokens if len(pieces) == 1 else np.concatenate([p.tokens for p in pieces])
     return Block(np.ascontiguousarray(tokens), np.concatenate(starts).astype(np.uint32))
 
 
-def clip(pieces: Iterable[Piece], low: int, high: int) -> Iterator[Piece]:
+def clip(pieces: Iterable[TokenPiece], low: int, high: int) -> Iterator[TokenPiece]:
     """Yield the tokens [low, high) of the stream that starts with `pieces`."""
     position = 0
     for piece in pieces:

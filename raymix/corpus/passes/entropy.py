@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raymix.corpus.passes.cut import Piece
+from raymix.corpus.passes.cut import TokenPiece
 from raymix.store.remote import files
 
 STRETCH = 1 << 22
@@ -58,7 +58,7 @@ class PairCounter:
         self._pending: list[npt.NDArray[np.uint64]] = []
         self._size = self._written = 0
 
-    def add(self, piece: Piece, *, count_tokens: bool = True) -> None:
+    def add(self, piece: TokenPiece, *, count_tokens: bool = True) -> None:
         """Count a piece, and the pair that leads into it from the piece before."""
         if count_tokens:
             self._counts.tokens += np.bincount(
@@ -67,7 +67,7 @@ class PairCounter:
         for low in range(0, len(piece.tokens), STRETCH):
             self._add_stretch(piece, low, min(low + STRETCH, len(piece.tokens)))
 
-    def _add_stretch(self, piece: Piece, low: int, high: int) -> None:
+    def _add_stretch(self, piece: TokenPiece, low: int, high: int) -> None:
         begin = self._position
         self._position += high - low
         tokens = np.concatenate([self._last, piece.tokens[low:high].astype(np.uint64)])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from raymix.corpus.passes.tokenize import REJECTS_KEPT, Tally, read_tally
+from raymix.corpus.passes.tokenize import REJECTS_KEPT, PartCounts, read_counts
 from raymix.corpus.read.parts import Part
 from raymix.errors import problem
 from raymix.store import atomic_write_text
@@ -17,7 +17,7 @@ from raymix.store.remote import files
 FILE = "rejects.jsonl"
 
 
-def by_reason(tallies: Iterable[Tally]) -> dict[str, int]:
+def by_reason(tallies: Iterable[PartCounts]) -> dict[str, int]:
     """Return the bad records of a domain by reason, the commonest first."""
     total: Counter[str] = Counter()
     for tally in tallies:
@@ -25,11 +25,11 @@ def by_reason(tallies: Iterable[Tally]) -> dict[str, int]:
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def examples(parts: Sequence[Part], tallies: Sequence[Tally]) -> Iterator[dict[str, Any]]:
+def examples(parts: Sequence[Part], tallies: Sequence[PartCounts]) -> Iterator[dict[str, Any]]:
     """Yield the bad records that the parts kept, in source order, numbered within their files."""
     file, before = "", 0
     for part, tally in zip(parts, tallies, strict=True):
-        kept = iter(read_tally(tally.base).examples if tally.rejected else ())
+        kept = iter(read_counts(tally.base).examples if tally.rejected else ())
         example = next(kept, None)
         for number, (piece, lines) in enumerate(zip(part.slices, tally.lines, strict=True)):
             if piece.file.url != file:
@@ -43,7 +43,7 @@ def examples(parts: Sequence[Part], tallies: Sequence[Tally]) -> Iterator[dict[s
 
 
 def write_rejects(
-    corpus: str, parts: Sequence[Part], tallies: Sequence[Tally]
+    corpus: str, parts: Sequence[Part], tallies: Sequence[PartCounts]
 ) -> list[dict[str, Any]]:
     """Return up to 100 bad records of a domain, some of every reason, having written them."""
     wanted = {reason: min(count, REJECTS_KEPT) for reason, count in by_reason(tallies).items()}
@@ -68,7 +68,7 @@ def write_rejects(
 
 
 def too_many(
-    domain: str, tallies: Sequence[Tally], shown: Sequence[dict[str, Any]], limit: float
+    domain: str, tallies: Sequence[PartCounts], shown: Sequence[dict[str, Any]], limit: float
 ) -> list[str]:
     """Return the message for a domain with more than the allowed share of bad records, if so."""
     records = sum(tally.records for tally in tallies)

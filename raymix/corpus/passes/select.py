@@ -23,7 +23,7 @@ from raymix.corpus.passes.tokenize import DOCUMENT, part_base
 from raymix.corpus.read.parts import HeldOut
 from raymix.store import SPLITS, Split, atomic_write_text
 from raymix.store.columns import write_lengths
-from raymix.store.loss_mask import LEARNT, write_learnt
+from raymix.store.loss_mask import LOSS_MASK_FILE, write_loss_mask
 from raymix.store.remote import files
 
 DROPPED, TRAIN, VALID = 0, 1, 2
@@ -53,14 +53,14 @@ class SelectJob:
     work: str
     key: str
     answers: bool = False
-    """Whether only answers are learnt."""
+    """Whether only answers are learned."""
 
 
 @dataclass(frozen=True)
 class SplitSelection:
     """What a split is made of; `part_tokens` are the ids that each part contributes.
 
-    `learnt` is the hash of the file that says what is learnt, `learnt_tokens` how many tokens
+    `loss_mask` is the hash of the file that says what is learned, `loss_tokens` how many tokens
     are; None where all but the first of each document are.
     """
 
@@ -70,8 +70,8 @@ class SplitSelection:
     part_tokens: list[int]
     length_quantiles: dict[str, int]
     length_histogram: dict[str, int]
-    learnt: str | None
-    learnt_tokens: int | None
+    loss_mask: str | None
+    loss_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
 
     directory = files.join(job.corpus, job.domain, split)
     write_lengths(files.join(directory, "documents.arrow"), pieces())
-    learnt, learnt_tokens = _write_learnt(job, split, codes, directory)
+    loss_mask, loss_tokens = _write_split_loss_mask(job, split, codes, directory)
     return SplitSelection(
         documents=lengths.total(),
         tokens=sum(part_tokens),
@@ -225,21 +225,21 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
         part_tokens=part_tokens,
         length_quantiles=length_quantiles(lengths),
         length_histogram=length_histogram(lengths),
-        learnt=learnt,
-        learnt_tokens=learnt_tokens,
+        loss_mask=loss_mask,
+        loss_tokens=loss_tokens,
     )
 
 
-def _write_learnt(
+def _write_split_loss_mask(
     job: SelectJob, split: Split, codes: Sequence[Codes], directory: str
 ) -> tuple[str | None, int | None]:
-    """Write which tokens of a split's stream are learnt; return the file's hash and how many."""
+    """Write which tokens of a split's stream are learned; return the file's hash and how many."""
     if not job.answers:
         return None, None
-    before = learnt = 0
+    before = loss_mask = 0
 
     def pieces() -> Iterator[npt.NDArray[np.int64]]:
-        nonlocal before, learnt
+        nonlocal before, loss_mask
         for number, piece in enumerate(codes):
             documents = read_documents(job.work, job.domain, number)
             kept_N = piece == CODES[split]
@@ -250,10 +250,10 @@ def _write_learnt(
             start_N = before + np.cumsum(length_N) - length_N
             edges = (edge_E + np.repeat(start_N, 2 * documents["spans"]))[kept_E]
             before += int(length_N.sum())
-            learnt += int((edges[1::2] - edges[::2]).sum())
+            loss_mask += int((edges[1::2] - edges[::2]).sum())
             yield edges
 
-    return write_learnt(files.join(directory, LEARNT), pieces()), learnt
+    return write_loss_mask(files.join(directory, LOSS_MASK_FILE), pieces()), loss_mask
 
 
 def length_quantiles(lengths: Counter[int]) -> dict[str, int]:

@@ -42,7 +42,7 @@ _BATCH_TEXTS = 4096
 
 @dataclass(frozen=True)
 class PartJob:
-    """What one task needs to know to tokenise a part."""
+    """What one task needs to know to tokenize a part."""
 
     part: Part
     domain: DomainConfig
@@ -76,7 +76,7 @@ def part_base(work: str, domain: str, number: int) -> str:
 
 
 @dataclass
-class Tally:
+class PartCounts:
     """What a part held; `lines` counts per slice.
 
     `examples` are bad records. They stay in the part's file, `base`.json: the driver reads those
@@ -103,31 +103,31 @@ class Tally:
             self.examples.append(example)
 
 
-def finished_tally(job: PartJob) -> Tally | None:
-    """Return the tally of a part that was tokenised before, or None if it must be done."""
+def finished_counts(job: PartJob) -> PartCounts | None:
+    """Return the tally of a part that was tokenized before, or None if it must be done."""
     try:
-        tally = read_tally(job.base)
+        tally = read_counts(job.base)
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return replace(tally, examples=[]) if tally.key == job.key() else None
 
 
-def read_tally(base: str) -> Tally:
+def read_counts(base: str) -> PartCounts:
     """Return the tally of a part with its examples.
 
     Raises:
-        FileNotFoundError: If the part has not been tokenised.
+        FileNotFoundError: If the part has not been tokenized.
     """
-    return Tally(**parse_json(files.read_bytes(base + ".json")))
+    return PartCounts(**parse_json(files.read_bytes(base + ".json")))
 
 
-def tokenise_part(job: PartJob) -> Tally:
-    """Return the tally of a part less its examples, having tokenised it.
+def tokenize_part(job: PartJob) -> PartCounts:
+    """Return the tally of a part less its examples, having tokenized it.
 
     Raises:
         CorpusError: If a file of the part is damaged, or the disk is full.
     """
-    tally = Tally(job.key(), job.base)
+    tally = PartCounts(job.key(), job.base)
     with _Writer(job, tally) as writer:
         for number, piece in enumerate(job.part.slices):
             last = 0
@@ -147,7 +147,7 @@ def tokenise_part(job: PartJob) -> Tally:
 class _Writer:
     """Cleans the records of a part and writes its documents batch by batch."""
 
-    def __init__(self, job: PartJob, tally: Tally) -> None:
+    def __init__(self, job: PartJob, tally: PartCounts) -> None:
         self._job = job
         self._tally = tally
         self._encoder = saved_encoder(job.corpus, job.tokenizer)
@@ -160,7 +160,9 @@ class _Writer:
         self._pending = 0
         self._tokens = files.AtomicFile(job.base + ".tokens")
         self._documents = files.AtomicFile(job.base + ".documents")
-        self._learnt = files.AtomicFile(job.base + ".edges") if job.domain.messages_column else None
+        self._loss_mask = (
+            files.AtomicFile(job.base + ".edges") if job.domain.messages_column else None
+        )
 
     def add(self, value: Value) -> Reject | None:
         """Take one record; return why it is bad, if it is."""
@@ -253,8 +255,8 @@ class _Writer:
         documents["bytes"] = self._sizes
         documents["spans"] = [len(edges) // 2 for edges in self._edges] or 0
         self._documents.write(documents.tobytes())
-        if self._learnt is not None:
-            self._learnt.write(np.concatenate(self._edges).astype("<u4").tobytes())
+        if self._loss_mask is not None:
+            self._loss_mask.write(np.concatenate(self._edges).astype("<u4").tobytes())
         self._tally.documents += len(documents)
         self._tally.tokens += len(tokens)
         self._tally.bytes += sum(self._sizes)
@@ -276,5 +278,5 @@ class _Writer:
                 file.abort()
 
     def _files(self) -> list[files.AtomicFile]:
-        every = (self._tokens, self._documents, self._learnt)
+        every = (self._tokens, self._documents, self._loss_mask)
         return [file for file in every if file is not None]

@@ -1,6 +1,6 @@
 """Conversations: rendered by a chat template, with the stretches that the model is to answer.
 
-Templates are Jinja, rendered by transformers as it does for inference. What is to be learnt are
+Templates are Jinja, rendered by transformers as it does for inference. What is to be learned are
 the answers of the assistant up to the end of its turn, found in one of two ways: where the
 template marks them (`{% generation %}`), or as what a turn adds to the prompt that asks for it.
 """

@@ -21,10 +21,10 @@ from raymix.corpus.read.sources import DomainSources, SourceFile
 from raymix.errors import CorpusError, RaymixError, problem
 from raymix.recipe import DomainConfig
 from raymix.store.remote import files
-from raymix.store.remote.errors import trouble
+from raymix.store.remote.errors import storage_errors
 
 SMALLEST_PART = 4 << 20
-"""Bytes of text in a part of a small corpus: a few seconds of tokenising on one core."""
+"""Bytes of text in a part of a small corpus: a few seconds of tokenizing on one core."""
 
 LARGEST_PART = 64 << 20
 """Bytes of text in a part of a huge one, so that there are not too many parts."""
@@ -37,7 +37,7 @@ HeldOut = Literal["by hash", "yes", "no"]
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class FileSlice:
     """A range of one file: row groups, record batches or bytes in [low, high); None is the end.
 
     `size` estimates its bytes of text.
@@ -51,12 +51,12 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive slices of a domain that one task tokenises; `number` counts in the domain."""
+    """Consecutive slices of a domain that one task tokenizes; `number` counts in the domain."""
 
     domain: str
     number: int
     held_out: HeldOut
-    slices: tuple[Slice, ...]
+    slices: tuple[FileSlice, ...]
 
     @property
     def size(self) -> int:
@@ -108,20 +108,20 @@ def plan_parts(
     return planned
 
 
-def _bundles(slices: Iterable[Slice], wanted: int) -> Iterator[list[Slice]]:
-    bundle: list[Slice] = []
+def _bundles(slices: Iterable[FileSlice], wanted: int) -> Iterator[list[FileSlice]]:
+    bundle: list[FileSlice] = []
     size = 0
     for piece in slices:
         if bundle and (size + piece.size > wanted or len(bundle) == _MOST_SLICES):
             yield bundle
-            bundle, size = list[Slice](), 0
+            bundle, size = list[FileSlice](), 0
         bundle.append(piece)
         size += piece.size
     if bundle:
         yield bundle
 
 
-def _cut(slices: Iterable[Slice], wanted: int) -> Iterator[Slice]:
+def _cut(slices: Iterable[FileSlice], wanted: int) -> Iterator[FileSlice]:
     """Yield the slices, those of byte ranges cut to about `wanted` bytes."""
     for piece in slices:
         file, end = piece.file, piece.high
@@ -131,28 +131,28 @@ def _cut(slices: Iterable[Slice], wanted: int) -> Iterator[Slice]:
             continue
         edges = [end * number // count for number in range(count + 1)]
         for low, high in itertools.pairwise(edges):
-            yield Slice(file, low, high, high - low)
+            yield FileSlice(file, low, high, high - low)
 
 
-def _slices(domain: DomainConfig, found: tuple[SourceFile, ...]) -> list[Slice]:
+def _slices(domain: DomainConfig, found: tuple[SourceFile, ...]) -> list[FileSlice]:
     with ThreadPoolExecutor(8) as pool:
         cuts = pool.map(_file_slices, itertools.repeat(domain), found)
         return list(itertools.chain.from_iterable(cuts))
 
 
-def _file_slices(domain: DomainConfig, file: SourceFile) -> list[Slice]:
+def _file_slices(domain: DomainConfig, file: SourceFile) -> list[FileSlice]:
     column = domain.column
     if file.format == "parquet":
         return _guarded(file, lambda: _parquet_slices(domain, file, column))
     if file.format == "arrow":
         return _guarded(file, lambda: _arrow_slices(domain, file, column))
     if file.compression:
-        return [Slice(file, 0, None, file.size * _COMPRESSED_RATIO)]
+        return [FileSlice(file, 0, None, file.size * _COMPRESSED_RATIO)]
     lines = file.format == "jsonl" or domain.text_unit == "line"
-    return [Slice(file, 0, file.size if lines else None, file.size)]
+    return [FileSlice(file, 0, file.size if lines else None, file.size)]
 
 
-def _guarded(file: SourceFile, read: Callable[[], list[Slice]]) -> list[Slice]:
+def _guarded(file: SourceFile, read: Callable[[], list[FileSlice]]) -> list[FileSlice]:
     try:
         return read()
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
@@ -162,7 +162,7 @@ def _guarded(file: SourceFile, read: Callable[[], list[Slice]]) -> list[Slice]:
 def unreadable(file: SourceFile, error: BaseException) -> RaymixError:
     """Return the error for a file that cannot be read as what its name says."""
     first = (str(error) or type(error).__name__).splitlines()[0]
-    return trouble(file.url, error, "file") or CorpusError(
+    return storage_errors(file.url, error, "file") or CorpusError(
         problem(
             "file",
             file.url,
@@ -172,7 +172,7 @@ def unreadable(file: SourceFile, error: BaseException) -> RaymixError:
     )
 
 
-def _parquet_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[Slice]:
+def _parquet_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[FileSlice]:
     filesystem, path = files.locate(file.url)
     with filesystem.open_input_file(path) as source:
         footer = pq.ParquetFile(source)
@@ -181,20 +181,20 @@ def _parquet_slices(domain: DomainConfig, file: SourceFile, column: str) -> list
         # footer is damaged (an exception that Arrow's binding does not catch).
         groups = map(footer.metadata.row_group, range(footer.metadata.num_row_groups))
         return [
-            Slice(file, number, number + 1, group.total_byte_size)
+            FileSlice(file, number, number + 1, group.total_byte_size)
             for number, group in enumerate(groups)
         ]
 
 
-def _arrow_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[Slice]:
+def _arrow_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[FileSlice]:
     with files.open_mapped(file.url) as source:
         if not is_arrow_file(source):
             check_column(domain, file, pa.ipc.open_stream(source).schema, column)
-            return [Slice(file, 0, None, file.size)]
+            return [FileSlice(file, 0, None, file.size)]
         reader = pa.ipc.open_file(source)
         check_column(domain, file, reader.schema, column)
         count = reader.num_record_batches
-    return [Slice(file, low, low + 1, file.size // count) for low in range(count)]
+    return [FileSlice(file, low, low + 1, file.size // count) for low in range(count)]
 
 
 def is_arrow_file(source: pa.NativeFile) -> bool:

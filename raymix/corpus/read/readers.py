@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from raymix.corpus.read.chat import Conversation, conversation
 from raymix.corpus.read.lines import lines_between
-from raymix.corpus.read.parts import Slice, check_column, is_arrow_file, no_column, unreadable
+from raymix.corpus.read.parts import FileSlice, check_column, is_arrow_file, no_column, unreadable
 from raymix.recipe import DomainConfig
 from raymix.store.remote import files
 
@@ -52,7 +52,7 @@ Value = str | TokenIds | Conversation | Reject
 Records = Iterator[tuple[int, Value | None]]
 
 
-def read_slice(piece: Slice, domain: DomainConfig, *, max_characters: int) -> Records:
+def read_slice(piece: FileSlice, domain: DomainConfig, *, max_characters: int) -> Records:
     """Yield the records of a slice: the line or row number in the slice (from 1) and the value.
 
     The value is None for a blank line, which is no record but has a number.
@@ -79,7 +79,7 @@ def read_slice(piece: Slice, domain: DomainConfig, *, max_characters: int) -> Re
 
 
 @contextlib.contextmanager
-def _opened(piece: Slice) -> Iterator[pa.NativeFile]:
+def _opened(piece: FileSlice) -> Iterator[pa.NativeFile]:
     filesystem, path = files.locate(piece.file.url)
     if piece.file.compression:
         raw = filesystem.open_input_stream(path, compression=None)
@@ -90,7 +90,7 @@ def _opened(piece: Slice) -> Iterator[pa.NativeFile]:
             yield source
 
 
-def _parquet(piece: Slice, domain: DomainConfig) -> Records:
+def _parquet(piece: FileSlice, domain: DomainConfig) -> Records:
     column = domain.column
     filesystem, path = files.locate(piece.file.url)
     remote = not isinstance(filesystem, pafs.LocalFileSystem)
@@ -106,12 +106,12 @@ def _parquet(piece: Slice, domain: DomainConfig) -> Records:
         yield from enumerate(chain.from_iterable(columns), 1)
 
 
-def _arrow(piece: Slice, domain: DomainConfig) -> Records:
+def _arrow(piece: FileSlice, domain: DomainConfig) -> Records:
     with files.open_mapped(piece.file.url) as source:
         yield from enumerate(_arrow_values(source, piece, domain), 1)
 
 
-def _arrow_values(source: pa.NativeFile, piece: Slice, domain: DomainConfig) -> Iterator[Value]:
+def _arrow_values(source: pa.NativeFile, piece: FileSlice, domain: DomainConfig) -> Iterator[Value]:
     column = domain.column
     for records in _arrow_batches(source, piece):
         check_column(domain, piece.file, records.schema, column)
@@ -131,7 +131,7 @@ def _check_layout(values: pa.Array) -> None:
     values.validate(full=True)
 
 
-def _arrow_batches(source: pa.NativeFile, piece: Slice) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(source: pa.NativeFile, piece: FileSlice) -> Iterator[pa.RecordBatch]:
     if not is_arrow_file(source):
         yield from pa.ipc.open_stream(source)
         return
@@ -179,7 +179,7 @@ def excerpt(value: object) -> str:
     return text[:_EXCERPT].encode(errors="backslashreplace").decode()
 
 
-def _jsonl(piece: Slice, domain: DomainConfig, limit: int) -> Records:
+def _jsonl(piece: FileSlice, domain: DomainConfig, limit: int) -> Records:
     with _opened(piece) as source:
         if piece.low:
             source.seek(piece.low - 1)
@@ -229,7 +229,7 @@ def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
     return Reject("not a list of token ids", excerpt(line))
 
 
-def _text(piece: Slice, domain: DomainConfig, limit: int) -> Records:
+def _text(piece: FileSlice, domain: DomainConfig, limit: int) -> Records:
     with _opened(piece) as source:
         if domain.text_unit == "file":
             yield 1, _whole_file(source, limit)
@@ -278,7 +278,7 @@ def _paragraph(lines: list[bytes], size: int, limit: int) -> Value:
     return _decoded(b"\n".join(lines)) if size <= limit else TOO_LONG
 
 
-def check_first_line(piece: Slice, domain: DomainConfig) -> None:
+def check_first_line(piece: FileSlice, domain: DomainConfig) -> None:
     """Check that the first JSON object of a file has the column the domain reads.
 
     Raises:

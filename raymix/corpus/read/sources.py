@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 from raymix.errors import CorpusError, did_you_mean, problem
 from raymix.recipe import CorpusConfig, DomainConfig
 from raymix.store.remote import files
-from raymix.store.remote.errors import trouble
+from raymix.store.remote.errors import storage_errors
 
 Format = Literal["parquet", "jsonl", "text", "arrow"]
 
@@ -182,7 +182,7 @@ def expand(
         deep = len(segments) > 1 or "**" in segments
         tails = (listings or Listings()).files(filesystem, base, deep=deep)
     except (OSError, pa.ArrowException) as error:
-        known = trouble(root, error, path)
+        known = storage_errors(root, error, path)
         raise known or CorpusError(problem(path, pattern, f"cannot be listed: {error}")) from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")

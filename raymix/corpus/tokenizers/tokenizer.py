@@ -175,9 +175,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def fingerprint(serialised: str) -> str:
+def fingerprint(serialized: str) -> str:
     """Return the hash of the canonical form of a tokenizer's JSON."""
-    canonical = json.dumps(parse_json(serialised), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(parse_json(serialized), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 

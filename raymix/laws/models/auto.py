@@ -15,7 +15,7 @@ import numpy as np
 from raymix._utils.threads import one_thread
 from raymix.errors import LawError, problem
 from raymix.laws.base import FitReport, Score, build_law, law, mean_score
-from raymix.laws.models.fitted_law import Answers, FittedLaw, questions, training
+from raymix.laws.models.fitted_law import Answers, FittedLaw, make_training_table, questions
 from raymix.laws.table import Floats, MixtureTable
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class AutoLaw:
 
     def _fit(self, table: MixtureTable) -> FitReport:
         began = time.process_time()
-        data = training(table)
+        data = make_training_table(table)
         fitted: dict[str, FittedLaw] = {}
         answers: dict[str, Answers] = {}
         found: dict[str, tuple[Score, float]] = {}
@@ -88,7 +88,7 @@ class AutoLaw:
                 continue
             try:
                 # Some kinds need more runs than others.
-                enough = training(table, least_runs=candidate.least_runs)
+                enough = make_training_table(table, least_runs=candidate.least_runs)
                 candidate.solver.learn(enough)
                 answers[kind] = apart, ahead = questions(candidate.solver, enough)
             except LawError as error:
@@ -119,9 +119,9 @@ class AutoLaw:
         """Return losses, shape (V,), and their derivatives by the shares, shape (V, D)."""
         return self.chosen.share_gradient(share_D, step)
 
-    def minimise(self, objective: Objective) -> Optimum:
+    def minimize(self, objective: Objective) -> Optimum:
         """Return the best shares, and what proves or supports that there are none better."""
-        return self.chosen.minimise(objective)
+        return self.chosen.minimize(objective)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the law it became in JSON types; `law_from_dict` builds that law."""

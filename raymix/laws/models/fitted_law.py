@@ -1,4 +1,4 @@
-"""What all laws share: fitting with judgement, steps and their unit, state, and the null models.
+"""What all laws share: fitting with judgment, steps and their unit, state, and the null models.
 
 A law has two halves. Its *solver* learns from a table, and predicts rows from subsets of it; this
 module asks it the questions of judge.py. Shapes: R rows, D domains, V targets, F subsets.
@@ -34,7 +34,7 @@ LEAST_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Training:
+class TrainingTable:
     """A table as solvers want it."""
 
     table: MixtureTable
@@ -73,11 +73,11 @@ class Solver(Protocol):
         """Return what the verdict should add."""
         ...
 
-    def learn(self, training: Training) -> None:
+    def learn(self, data: TrainingTable) -> None:
         """Learn from all rows."""
         ...
 
-    def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
+    def held_out(self, data: TrainingTable, use_FR: np.ndarray) -> Floats:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
         ...
 
@@ -93,7 +93,7 @@ class Solver(Protocol):
         """Return losses (V,) and derivatives (V, D) at one row."""
         ...
 
-    def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
+    def coefficients(self, data: TrainingTable) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return values and intervals by target and name."""
         ...
 
@@ -115,7 +115,7 @@ class SolvesPowers(Protocol):
         ...
 
 
-def training(table: MixtureTable, *, least_runs: int = LEAST_RUNS) -> Training:
+def make_training_table(table: MixtureTable, *, least_runs: int = LEAST_RUNS) -> TrainingTable:
     """Return the table for solvers.
 
     Raises:
@@ -135,7 +135,7 @@ def training(table: MixtureTable, *, least_runs: int = LEAST_RUNS) -> Training:
             advice = "Measure it in more runs, or choose other targets"
             raise LawError(problem(f"table.loss.{target}", None, wrong, advice))
     unit = 1.0 if table.step_R is None else float(np.exp(np.log(table.step_R).mean()))
-    return Training(table, _inputs(table.share_RD, table.step_R, unit), log_loss_VR, unit)
+    return TrainingTable(table, _inputs(table.share_RD, table.step_R, unit), log_loss_VR, unit)
 
 
 def _inputs(share_RD: Floats, step_R: Floats | None, unit: float) -> Inputs:
@@ -202,12 +202,12 @@ class FittedLaw:
         """
         began = time.process_time()
         with one_thread():
-            data = training(table, least_runs=self.least_runs)
+            data = make_training_table(table, least_runs=self.least_runs)
             self.solver.learn(data)
             self.settle(data)
             return self.judged(data, began, questions(self.solver, data))
 
-    def settle(self, data: Training) -> None:
+    def settle(self, data: TrainingTable) -> None:
         """Take names, steps and range from the table its solver has learned from."""
         self.domains, self.targets = data.table.domains, data.table.targets
         self._unit = data.unit
@@ -216,7 +216,7 @@ class FittedLaw:
 
     def judged(
         self,
-        data: Training,
+        data: TrainingTable,
         began: float,
         answers: Answers,
         candidates: Mapping[str, Score] | None = None,
@@ -282,11 +282,11 @@ class FittedLaw:
         even_RD = np.full((1, len(self.domains)), 1 / len(self.domains))
         return self.solver.powers(self._at(even_RD, None if step is None else np.array([step])))
 
-    def minimise(self, objective: Objective) -> Optimum:
+    def minimize(self, objective: Objective) -> Optimum:
         """Return the best shares, and what proves or supports that there are none better."""
-        from raymix.laws.search.minimize import minimise
+        from raymix.laws.search.minimize import minimize
 
-        return minimise(self, objective)
+        return minimize(self, objective)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted law in JSON types."""
@@ -308,7 +308,7 @@ class FittedLaw:
         self._most_D = np.array(state["most"], np.float64)
 
 
-def questions(solver: Solver, data: Training) -> Answers:
+def questions(solver: Solver, data: TrainingTable) -> Answers:
     """Return scores by cross-validation over runs, and of later steps from earlier ones."""
     table, use_FR = data.table, folds(data.table)
     early_R = early(table)
@@ -331,7 +331,7 @@ def _answers(
     return found, {target: score for target, score in late.items() if np.isfinite(score.mre)}
 
 
-def null_scores(data: Training) -> dict[str, Score]:
+def null_scores(data: TrainingTable) -> dict[str, Score]:
     """Return mean scores of the null models: `mean`, `own`, and with steps `steps`."""
     table, use_FR = data.table, folds(data.table)
     used_FVR = data.seen_in(use_FR)

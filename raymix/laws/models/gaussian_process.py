@@ -9,7 +9,7 @@ The process has a Matern 5/2 kernel in the square roots of the shares, one lengt
 a Matern 3/2 kernel in log steps, so that what sets a run apart at one checkpoint does at the next.
 Losses that are high are also noisy (a domain that is hardly read is learned by chance): the log of
 the noise is linear in the predicted level, and outliers count less, by Student's t of the residual
-each row has when it is left out. Hyper-parameters maximise the marginal likelihood under wide
+each row has when it is left out. Hyper-parameters maximize the marginal likelihood under wide
 priors. Shapes: N rows, M rows of a prediction, D domains, P coefficients, H hyper-parameters.
 """
 
@@ -36,7 +36,7 @@ _potrf, _potrs, _potri = get_lapack_funcs(("potrf", "potrs", "potri"), dtype=np.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class ProcessRows:
     """What one target's process is fitted to."""
 
     root_ND: Floats
@@ -44,7 +44,7 @@ class Rows:
     log_step_N: Floats
     """Shape (N,)."""
     level_N: Floats
-    """Predicted log loss, standardised, shape (N,)."""
+    """Predicted log loss, standardized, shape (N,)."""
     left_N: Floats
     """Log loss less the curve at its prior mean, linear in the coefficients, shape (N,)."""
     spread_NP: Floats
@@ -52,13 +52,13 @@ class Rows:
     doubt_N: Floats
     """Weights by outlier, in (0, 1.25], shape (N,)."""
 
-    def some(self, most: int) -> Rows:
+    def some(self, most: int) -> ProcessRows:
         """Return about `most` of the rows, evenly taken."""
         count = len(self.left_N)
         if count <= most:
             return self
         at = np.arange(most) * count // most
-        return Rows(*(getattr(self, name)[at] for name in Rows.__slots__))
+        return ProcessRows(*(getattr(self, name)[at] for name in ProcessRows.__slots__))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +69,7 @@ class Hyper:
     amplitude: float
     noise: float
     slope: float
-    """Of the log noise by the standardised level; not a log itself."""
+    """Of the log noise by the standardized level; not a log itself."""
     step_length: float
 
     @property
@@ -107,7 +107,7 @@ def _upper(count: int) -> Floats:
     return np.triu(np.ones((count, count)), 1) + 0.5 * np.eye(count)
 
 
-def covariance(hyper: Hyper, root_MD: Floats, step_M: Floats, rows: Rows) -> Floats:
+def covariance(hyper: Hyper, root_MD: Floats, step_M: Floats, rows: ProcessRows) -> Floats:
     """Return the process' covariance of M new points with the rows, shape (M, N)."""
     scale_D = np.sqrt(5) * np.exp(-hyper.length_D)
     a_MD, b_ND = root_MD * scale_D, rows.root_ND * scale_D
@@ -120,7 +120,7 @@ def covariance(hyper: Hyper, root_MD: Floats, step_M: Floats, rows: Rows) -> Flo
 
 
 def negative_evidence(
-    vector_H: Floats, rows: Rows, trend_NN: Floats, mean_H: Floats, sd_H: Floats
+    vector_H: Floats, rows: ProcessRows, trend_NN: Floats, mean_H: Floats, sd_H: Floats
 ) -> tuple[float, Floats]:
     """Return minus the log posterior of the hyper-parameters, and its gradient, shape (H,).
 
@@ -193,7 +193,7 @@ class Process:
     """One target's process, conditioned on its rows."""
 
     hyper: Hyper
-    rows: Rows
+    rows: ProcessRows
     inverse_NN: Floats
     """Of the covariance of all rows."""
     weight_N: Floats
@@ -230,7 +230,7 @@ class Process:
         return by_root_D / (2 * root_D)
 
 
-def condition(hyper: Hyper, rows: Rows) -> Process:
+def condition(hyper: Hyper, rows: ProcessRows) -> Process:
     """Return the process with these hyper-parameters, given the rows."""
     total = covariance(hyper, rows.root_ND, rows.log_step_N, rows)
     total += rows.spread_NP @ rows.spread_NP.T
@@ -239,7 +239,7 @@ def condition(hyper: Hyper, rows: Rows) -> Process:
     return Process(hyper, rows, inverse_NN, inverse_NN @ rows.left_N)
 
 
-def fit_process(rows: Rows, residual: float) -> Process:
+def fit_process(rows: ProcessRows, residual: float) -> Process:
     """Return the process that the rows make most likely.
 
     Args:
@@ -255,7 +255,9 @@ def fit_process(rows: Rows, residual: float) -> Process:
     return condition(_likeliest(hyper.vector, rows, mean_H, sd_H, _AGAIN), rows)
 
 
-def _likeliest(start_H: Floats, rows: Rows, mean_H: Floats, sd_H: Floats, most: int) -> Hyper:
+def _likeliest(
+    start_H: Floats, rows: ProcessRows, mean_H: Floats, sd_H: Floats, most: int
+) -> Hyper:
     some = rows.some(MOST_ROWS)
     # A line search that leaves these limits would overflow on its way back.
     low_H, high_H = mean_H - _FARTHEST * sd_H, mean_H + _FARTHEST * sd_H

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from raymix.laws.base import law
-from raymix.laws.models.fitted_law import FittedLaw, Training
-from raymix.laws.models.gaussian_process import Hyper, Process, Rows, condition, fit_process
+from raymix.laws.models.fitted_law import FittedLaw, TrainingTable
+from raymix.laws.models.gaussian_process import Hyper, Process, ProcessRows, condition, fit_process
 from raymix.laws.models.least_squares import Fitted, Inputs
 from raymix.laws.models.parametric import AnyCurve, CurveSolver
 from raymix.laws.table import Floats
@@ -64,12 +64,12 @@ class ProcessSolver:
         self._trend = CurveSolver("joint")
         self._targets: list[_Target] = []
 
-    def learn(self, training: Training) -> None:
+    def learn(self, data: TrainingTable) -> None:
         """Learn from all rows."""
-        self._trend.learn(training)
-        self._targets = self._around(training, self._trend.fitted, training.seen_VR > 0)
+        self._trend.learn(data)
+        self._targets = self._around(data, self._trend.fitted, data.seen_VR > 0)
 
-    def _around(self, training: Training, fitted: Fitted, use_VR: np.ndarray) -> list[_Target]:
+    def _around(self, data: TrainingTable, fitted: Fitted, use_VR: np.ndarray) -> list[_Target]:
         """Return the targets' processes around fitted curves, each from its rows."""
         found = []
         for at, (theta_P, row_R) in enumerate(zip(fitted.theta_BP, use_VR, strict=True)):
@@ -78,41 +78,41 @@ class ProcessSolver:
                 theta_P,
                 fitted.mean_BP[at],
                 fitted.sd_P,
-                training.inputs.rows(row_R),
-                training.log_loss_VR[at, row_R],
+                data.inputs.rows(row_R),
+                data.log_loss_VR[at, row_R],
             )
             process = fit_process(rows, residual)
             move_P = fitted.mean_BP[at] - theta_P + fitted.sd_P * process.shift_P
             found.append(_Target(self._trend.curve, theta_P, move_P, process))
         return found
 
-    def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
+    def held_out(self, data: TrainingTable, use_FR: np.ndarray) -> Floats:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them.
 
         With many rows only those left out are predicted, the others are NaN: at fixed
         hyper-parameters that is a block of the inverse that is known.
         """
-        if len(training.table) > FEW_ROWS:
-            return np.stack([self._without(training, use_R) for use_R in use_FR])
-        fitted = self._trend.subsets(training, use_FR)
-        count = len(training.table.targets)
+        if len(data.table) > FEW_ROWS:
+            return np.stack([self._without(data, use_R) for use_R in use_FR])
+        fitted = self._trend.subsets(data, use_FR)
+        count = len(data.table.targets)
         found = []
-        for at, use_VR in enumerate(training.seen_in(use_FR)):
+        for at, use_VR in enumerate(data.seen_in(use_FR)):
             mine = fitted.part(slice(at * count, (at + 1) * count))
-            targets = self._around(training, mine, use_VR)
-            found.append(np.exp([target.log_loss(training.inputs) for target in targets]).T)
+            targets = self._around(data, mine, use_VR)
+            found.append(np.exp([target.log_loss(data.inputs) for target in targets]).T)
         return np.stack(found)
 
-    def _without(self, training: Training, use_R: np.ndarray) -> Floats:
+    def _without(self, data: TrainingTable, use_R: np.ndarray) -> Floats:
         """Return the losses of rows that are not used, given the others, shape (R, V)."""
         loss_RV = np.full((len(use_R), len(self._targets)), np.nan)
         for at, target in enumerate(self._targets):
-            seen_R = np.isfinite(training.log_loss_VR[at])
+            seen_R = np.isfinite(data.log_loss_VR[at])
             out_N = ~use_R[seen_R]
             process = target.process
             block = process.inverse_NN[np.ix_(out_N, out_N)]
             error = np.linalg.solve(block, process.weight_N[out_N])
-            loss_RV[seen_R & ~use_R, at] = np.exp(training.log_loss_VR[at, seen_R][out_N] - error)
+            loss_RV[seen_R & ~use_R, at] = np.exp(data.log_loss_VR[at, seen_R][out_N] - error)
         return loss_RV
 
     def losses(self, inputs: Inputs) -> Floats:
@@ -130,9 +130,9 @@ class ProcessSolver:
         loss_V = self.losses(inputs)[0]
         return loss_V, loss_V[:, None] * np.stack([t.gradient(inputs) for t in self._targets])
 
-    def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
+    def coefficients(self, data: TrainingTable) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return those of the curve, and their intervals."""
-        return self._trend.coefficients(training)
+        return self._trend.coefficients(data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return curve, hyper-parameters and rows in JSON types."""
@@ -156,7 +156,7 @@ class ProcessSolver:
             theta_P, log_loss_N = fitted.theta_BP[at], np.array(given["log_loss"])
             inputs = Inputs(root_ND**2, log_step_N)
             rows, _ = _rows(curve, theta_P, fitted.mean_BP[at], fitted.sd_P, inputs, log_loss_N)
-            rows = Rows(
+            rows = ProcessRows(
                 root_ND,
                 log_step_N,
                 rows.level_N,
@@ -170,7 +170,7 @@ class ProcessSolver:
         self._targets = targets
 
 
-def _same_rows(one: Rows, other: Rows) -> bool:
+def _same_rows(one: ProcessRows, other: ProcessRows) -> bool:
     """Return whether they are of the same mixtures and steps; missing losses make them differ."""
     return np.array_equal(one.root_ND, other.root_ND) and np.array_equal(
         one.log_step_N, other.log_step_N
@@ -202,12 +202,12 @@ def _rows(
     sd_P: Floats,
     inputs: Inputs,
     log_loss_N: Floats,
-) -> tuple[Rows, float]:
+) -> tuple[ProcessRows, float]:
     """Return what the process sees of one target, and the usual size of what the curve misses."""
     at_BN, jac_BNP = curve.evaluate(theta_P[None], inputs)
     at_N, jac_NP = at_BN[0], jac_BNP[0]
     spread = float(at_N.std())
-    rows = Rows(
+    rows = ProcessRows(
         root_ND=np.sqrt(inputs.share_ND),
         log_step_N=inputs.log_step_N,
         level_N=(at_N - at_N.mean()) / (spread if spread > 0 else 1.0),

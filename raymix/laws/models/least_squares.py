@@ -6,7 +6,7 @@ The measure is the posterior mode: squared residuals of the log loss over their 
 distances of the coefficients from what is usual, over how much they vary. With few runs the prior
 keeps coefficients that nothing was measured of where they do no harm; with many it has no voice.
 Outliers count less by Student's t with four degrees of freedom, by reweighting; the scale of the
-noise is the median of studentised residuals. Shapes: B problems, N rows, P coefficients, D domains.
+noise is the median of studentized residuals. Shapes: B problems, N rows, P coefficients, D domains.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Fitted:
     scale_B: Floats
     """Of the noise in the log loss."""
     cost_B: Floats
-    """Half the sum of squares that was minimised."""
+    """Half the sum of squares that was minimized."""
 
     def part(self, chosen: slice) -> Fitted:
         """Return some of the curves."""

@@ -14,7 +14,7 @@ from scipy.special import expit
 from raymix.errors import LawError, problem
 from raymix.laws.base import law
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
-from raymix.laws.models.fitted_law import FittedLaw, Training, absent, own_domains
+from raymix.laws.models.fitted_law import FittedLaw, TrainingTable, absent, own_domains
 from raymix.laws.models.least_squares import Fitted, Inputs, bootstrap, fit_curves
 from raymix.laws.search.separable import Powers
 from raymix.laws.table import Floats, MixtureTable
@@ -53,15 +53,15 @@ class CurveSolver:
             raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
         return self._fitted
 
-    def learn(self, training: Training) -> None:
+    def learn(self, data: TrainingTable) -> None:
         """Learn from all rows."""
-        curve = self._formula(training.table)
-        fitted = fit_curves(curve, training.inputs, training.log_loss_VR, training.seen_VR)
+        curve = self._formula(data.table)
+        fitted = fit_curves(curve, data.inputs, data.log_loss_VR, data.seen_VR)
         if not np.isfinite(fitted.theta_BP).all() or not np.isfinite(fitted.cost_B).all():
             wrong = "no coefficients fit this table"
             raise LawError(problem("law", self.kind, wrong, "Try law 'regression'"))
         self._curve, self._fitted = curve, fitted
-        self._covariance_VPP = _covariance(curve, training.inputs, fitted)
+        self._covariance_VPP = _covariance(curve, data.inputs, fitted)
 
     def _formula(self, table: MixtureTable) -> AnyCurve:
         own_V, named_V = own_domains(table)
@@ -79,17 +79,17 @@ class CurveSolver:
         known_V = np.where(named_V, own_V, -1)
         return AdditiveCurve(table.domains, known_V, table.has_steps, joint)
 
-    def subsets(self, training: Training, use_FR: np.ndarray) -> Fitted:
+    def subsets(self, data: TrainingTable, use_FR: np.ndarray) -> Fitted:
         """Return F x V fits, each from some of the rows; they begin at the fit to all."""
-        use_BR = training.seen_in(use_FR).reshape(-1, len(training.table)).astype(np.float64)
-        y_BR = np.tile(training.log_loss_VR, (len(use_FR), 1))
+        use_BR = data.seen_in(use_FR).reshape(-1, len(data.table)).astype(np.float64)
+        y_BR = np.tile(data.log_loss_VR, (len(use_FR), 1))
         like = self.fitted.times(len(use_FR))
-        return fit_curves(self.curve, training.inputs, y_BR, use_BR, like=like)
+        return fit_curves(self.curve, data.inputs, y_BR, use_BR, like=like)
 
-    def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
+    def held_out(self, data: TrainingTable, use_FR: np.ndarray) -> Floats:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
-        fitted = self.subsets(training, use_FR)
-        loss_BR = np.exp(self.curve.evaluate(fitted.theta_BP, training.inputs)[0])
+        fitted = self.subsets(data, use_FR)
+        loss_BR = np.exp(self.curve.evaluate(fitted.theta_BP, data.inputs)[0])
         return np.swapaxes(loss_BR.reshape(len(use_FR), -1, loss_BR.shape[1]), 1, 2)
 
     def losses(self, inputs: Inputs) -> Floats:
@@ -116,16 +116,14 @@ class CurveSolver:
         scale_V = self.losses(inputs)[0] * (inputs.share_ND[0, own_V] + eps) ** exponent_V
         return Powers(scale_V=scale_V, exponent_V=exponent_V, own_V=own_V, offset=eps)
 
-    def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
+    def coefficients(self, data: TrainingTable) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return values and 90 % intervals of a bootstrap over runs, by target and name.
 
         Logarithms and logits are undone. Each draw weights whole runs by an exponential variable
         (Rubin's Bayesian bootstrap) and takes one Newton step.
         """
-        draw_KN = run_weights(training.table, DRAWS)
-        theta_KVP = bootstrap(
-            self.curve, training.inputs, training.log_loss_VR, self.fitted, draw_KN
-        )
+        draw_KN = run_weights(data.table, DRAWS)
+        theta_KVP = bootstrap(self.curve, data.inputs, data.log_loss_VR, self.fitted, draw_KN)
         tail = 50 * (1 - INTERVAL)
         low_VP, high_VP = np.percentile(theta_KVP, (tail, 100 - tail), axis=0)
         return {
@@ -134,7 +132,7 @@ class CurveSolver:
                 for name, value, low, high in zip(self.curve.names, *rows, strict=True)
             }
             for target, *rows in zip(
-                training.table.targets, self.fitted.theta_BP, low_VP, high_VP, strict=True
+                data.table.targets, self.fitted.theta_BP, low_VP, high_VP, strict=True
             )
         }
 

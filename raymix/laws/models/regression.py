@@ -13,7 +13,7 @@ import numpy as np
 
 from raymix.errors import LawError, problem
 from raymix.laws.base import law
-from raymix.laws.models.fitted_law import FittedLaw, Training
+from raymix.laws.models.fitted_law import FittedLaw, TrainingTable
 from raymix.laws.models.least_squares import Inputs
 from raymix.laws.table import Floats
 
@@ -47,16 +47,16 @@ class RidgeSolver:
         late = [log_s_N1, log_s_N1**2, share_ND * log_s_N1] if self._steps else []
         return np.concatenate([share_ND, log_ND, *late], axis=1)
 
-    def learn(self, training: Training) -> None:
+    def learn(self, data: TrainingTable) -> None:
         """Learn from all rows."""
-        share_RD = training.inputs.share_ND
+        share_RD = data.inputs.share_ND
         self._eps = max(_LEAST_EPS, float(share_RD[share_RD > 0].min()) / 2)
-        self._steps = training.table.has_steps
-        features_RQ = self._features(training.inputs)
+        self._steps = data.table.has_steps
+        features_RQ = self._features(data.inputs)
         self._mean_Q, self._size_Q = features_RQ.mean(axis=0), features_RQ.std(axis=0)
         self._size_Q[self._size_Q < 1e-12] = 1.0
-        seen_VR = training.seen_VR > 0
-        solved = [self._solve(training, at, seen_R) for at, seen_R in enumerate(seen_VR)]
+        seen_VR = data.seen_VR > 0
+        solved = [self._solve(data, at, seen_R) for at, seen_R in enumerate(seen_VR)]
         self._weight_VQ = np.stack([weight_Q for weight_Q, _, _ in solved])
         self._base_V = np.array([base for _, base, _ in solved])
         self._noise_V = np.array([noise for _, _, noise in solved])
@@ -64,10 +64,12 @@ class RidgeSolver:
     def _scaled(self, inputs: Inputs) -> Floats:
         return (self._features(inputs) - self._mean_Q) / self._size_Q
 
-    def _solve(self, training: Training, at: int, row_R: np.ndarray) -> tuple[Floats, float, float]:
+    def _solve(
+        self, data: TrainingTable, at: int, row_R: np.ndarray
+    ) -> tuple[Floats, float, float]:
         """Return weights (Q,), the constant, and the deviation of rows left out, of one target."""
-        y_N = training.log_loss_VR[at, row_R]
-        x_NQ = self._scaled(training.inputs.rows(row_R))
+        y_N = data.log_loss_VR[at, row_R]
+        x_NQ = self._scaled(data.inputs.rows(row_R))
         middle_Q, base = x_NQ.mean(axis=0), float(y_N.mean())
         u_NK, root_K, turn_KQ = np.linalg.svd(x_NQ - middle_Q, full_matrices=False)
         along_K = u_NK.T @ (y_N - base)
@@ -82,12 +84,12 @@ class RidgeSolver:
                 best = (error, weight_Q)
         return best[1], base - float(middle_Q @ best[1]), float(np.sqrt(best[0]))
 
-    def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
+    def held_out(self, data: TrainingTable, use_FR: np.ndarray) -> Floats:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
-        x_RQ = self._scaled(training.inputs)
+        x_RQ = self._scaled(data.inputs)
         found = []
-        for use_VR in training.seen_in(use_FR):
-            solved = [self._solve(training, at, use_R) for at, use_R in enumerate(use_VR)]
+        for use_VR in data.seen_in(use_FR):
+            solved = [self._solve(data, at, use_R) for at, use_R in enumerate(use_VR)]
             found.append(np.exp([base + x_RQ @ weight_Q for weight_Q, base, _ in solved]).T)
         return np.stack(found)
 
@@ -109,7 +111,7 @@ class RidgeSolver:
             slope_VD = slope_VD + weight_VQ[:, -count:] * inputs.log_step_N[0]
         return loss_V, loss_V[:, None] * slope_VD
 
-    def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
+    def coefficients(self, data: TrainingTable) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return nothing: a ridge's weights mean little one by one."""
         return {}
 
@@ -147,18 +149,18 @@ class TreeSolver:
         self._models: list[Any] = []
         self._noise_V = np.zeros(0)
 
-    def learn(self, training: Training) -> None:
+    def learn(self, data: TrainingTable) -> None:
         """Learn from all rows."""
-        self._models, noise = self._grown(training, training.seen_VR > 0)
+        self._models, noise = self._grown(data, data.seen_VR > 0)
         self._noise_V = np.array(noise)
 
-    def _grown(self, training: Training, use_VR: np.ndarray) -> tuple[list[Any], list[float]]:
+    def _grown(self, data: TrainingTable, use_VR: np.ndarray) -> tuple[list[Any], list[float]]:
         lightgbm = _lightgbm()
         parameters = {"learning_rate": 0.01, "verbosity": -1, "num_threads": 1, "seed": 0}
         models: list[Any] = []
         noise: list[float] = []
-        for loss_R, row_R in zip(training.log_loss_VR, use_VR, strict=True):
-            x_NQ, y_N = _plain(training.inputs.rows(row_R)), loss_R[row_R]
+        for loss_R, row_R in zip(data.log_loss_VR, use_VR, strict=True):
+            x_NQ, y_N = _plain(data.inputs.rows(row_R)), loss_R[row_R]
             order = np.random.default_rng(0).permutation(len(y_N))
             held, kept = order[: len(y_N) // 5], order[len(y_N) // 5 :]
             first = lightgbm.train(
@@ -176,10 +178,10 @@ class TreeSolver:
             )
         return models, noise
 
-    def held_out(self, training: Training, use_FR: np.ndarray) -> Floats:
+    def held_out(self, data: TrainingTable, use_FR: np.ndarray) -> Floats:
         """Return losses of all rows, shape (F, R, V), each time learned from some of them."""
-        x_RQ = _plain(training.inputs)
-        grown = [self._grown(training, use_VR)[0] for use_VR in training.seen_in(use_FR)]
+        x_RQ = _plain(data.inputs)
+        grown = [self._grown(data, use_VR)[0] for use_VR in data.seen_in(use_FR)]
         return np.stack([np.exp([m.predict(x_RQ) for m in models]).T for models in grown])
 
     def losses(self, inputs: Inputs) -> Floats:
@@ -197,7 +199,7 @@ class TreeSolver:
         loss_NV = self.losses(Inputs(moved, np.repeat(inputs.log_step_N, count + 1)))
         return loss_NV[0], ((loss_NV[1:] - loss_NV[0]) / _NUDGE).T
 
-    def coefficients(self, training: Training) -> dict[str, dict[str, tuple[float, float, float]]]:
+    def coefficients(self, data: TrainingTable) -> dict[str, dict[str, tuple[float, float, float]]]:
         """Return nothing: trees have none."""
         return {}
 

@@ -21,7 +21,7 @@ _LEAST = 1e-15
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reply:
+class BalanceResult:
     """The best answer of the shares to weights q."""
 
     value: float
@@ -33,13 +33,13 @@ class Reply:
 
 
 def balanced(
-    reply: Callable[[Floats], Reply],
+    reply: Callable[[Floats], BalanceResult],
     slope_KA: Floats,
     region: Region,
     sigma: float,
     start_K: Floats,
 ) -> tuple[Floats, Floats]:
-    """Return the weights q, shape (K,), that maximise psi, and the shares that answer them.
+    """Return the weights q, shape (K,), that maximize psi, and the shares that answer them.
 
     psi is concave, its slope is the levels, and its curvature -(G C G^T) / sigma with C the
     covariance of the shares between their limits. A barrier mu sum log q keeps q inside; Newton
@@ -66,13 +66,13 @@ def balanced(
 
 
 def _centred(
-    reply: Callable[[Floats], Reply],
+    reply: Callable[[Floats], BalanceResult],
     q_K: Floats,
-    now: Reply,
+    now: BalanceResult,
     mu: float,
     model: tuple[Floats, Region, float],
-) -> tuple[Floats, Reply]:
-    """Return the weights that maximise psi(q) + mu sum log q, and the answer to them."""
+) -> tuple[Floats, BalanceResult]:
+    """Return the weights that maximize psi(q) + mu sum log q, and the answer to them."""
     for _ in range(_MOST_NEWTON):
         step_K = _newton(q_K, now, mu, *model)
         slope = float((now.level_K + mu / q_K) @ step_K)
@@ -95,15 +95,15 @@ def _centred(
 
 
 def _newton(
-    q_K: Floats, now: Reply, mu: float, slope_KA: Floats, region: Region, sigma: float
+    q_K: Floats, now: BalanceResult, mu: float, slope_KA: Floats, region: Region, sigma: float
 ) -> Floats:
     """Return the Newton step of psi(q) + mu sum log q among weights that sum to 1."""
     share_A = now.share_A
     part_A = np.where((share_A > region.low_A) & (share_A < region.high_A), share_A, 0.0)
     total = float(part_A.sum())
     mean_K = slope_KA @ part_A / total if total else np.zeros(q_K.size)
-    centred_KA = slope_KA - mean_K[:, None]
-    hessian_KK = (centred_KA * part_A) @ centred_KA.T / sigma
+    centerd_KA = slope_KA - mean_K[:, None]
+    hessian_KK = (centerd_KA * part_A) @ centerd_KA.T / sigma
     # In units of q, so that weights of very different sizes keep the system well conditioned.
     scaled_KK = hessian_KK * q_K[:, None] * q_K + mu * np.eye(q_K.size)
     both = np.linalg.solve(scaled_KK, np.stack([q_K * now.level_K + mu, q_K], axis=1))

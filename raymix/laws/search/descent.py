@@ -1,9 +1,9 @@
-"""Minimising predicted losses over shares: entropic steps, and the bound that proves an optimum.
+"""Minimizing predicted losses over shares: entropic steps, and the bound that proves an optimum.
 
 The objective is max_k f_k(r) + kl x KL(r || prior) over the shares within floors and caps. A
 weighted sum of losses is one row k = 1; the worst of several is one row each.
 
-One step: with levels f_k and slopes g_k at r, the next shares minimise the model
+One step: with levels f_k and slopes g_k at r, the next shares minimize the model
 
     max_k [f_k + g_k . (s - r)] + kl KL(s || prior) + sigma KL(s || r),
 
@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import linprog
 
-from raymix.laws.search.balance import Reply, balanced
+from raymix.laws.search.balance import BalanceResult, balanced
 from raymix.laws.search.feasible import Region
 from raymix.laws.table import Floats
 
@@ -76,10 +76,10 @@ class _Point:
 
 @dataclass(slots=True)
 class Descender:
-    """Minimises rows over a region; see the module's text."""
+    """Minimizes rows over a region; see the module's text."""
 
     rows: Rows
-    """What to minimise the largest of."""
+    """What to minimize the largest of."""
     region: Region
     """The allowed shares."""
     kl: float = 0.0
@@ -143,7 +143,7 @@ class Descender:
         )
 
     def _soft(self, cost_A: Floats, sigma: float, log_A: Floats | None) -> Floats:
-        """Return the shares that minimise cost . s + kl KL(s || prior) + sigma KL(s || exp log)."""
+        """Return the shares that minimize cost . s + kl KL(s || prior) + sigma KL(s || exp log)."""
         total = -cost_A
         if self.kl and self.log_prior_A is not None:
             total = total + self.kl * self.log_prior_A
@@ -226,7 +226,7 @@ class Descender:
         away_A = log_A - self.log_prior_A if self.log_prior_A is not None else np.zeros(log_A.size)
         here_A = np.exp(log_A)
 
-        def reply(q_K: Floats) -> Reply:
+        def reply(q_K: Floats) -> BalanceResult:
             slope_A = q_K @ point.slope_KA
             share_A = self._soft(slope_A, sigma, log_A)
             moved_A = share_A - here_A
@@ -234,7 +234,7 @@ class Descender:
             log_ratio_A = np.log1p(np.maximum(ratio_A, -1 + 1e-16))
             far = (self.kl + sigma) * (here_A * ((1 + ratio_A) * log_ratio_A - ratio_A)).sum()
             change = q_K @ level_K + (slope_A + self.kl * away_A) @ moved_A + far
-            return Reply(float(change), share_A, level_K + point.slope_KA @ moved_A)
+            return BalanceResult(float(change), share_A, level_K + point.slope_KA @ moved_A)
 
         self._q_K, share_A = balanced(
             reply, point.slope_KA, self.region, self.kl + sigma, self._q_K

@@ -66,7 +66,7 @@ class Region:
             open_A[np.flatnonzero(open_A)[fixed]] = False
         return share_A
 
-    def centre(self, share_A: Floats) -> Floats:
+    def center(self, share_A: Floats) -> Floats:
         """Return allowed shares near to `share_A`, above 0 wherever that is allowed, shape (A,)."""
         inner = np.maximum(share_A, 1e-3 / share_A.size)
         return self.nearest(np.log(inner))
@@ -117,7 +117,7 @@ def feasible(objective: Objective, domains: Sequence[str], targets: Sequence[str
     Raises:
         LawError: If names, numbers or limits cannot be; all faults at once.
     """
-    faults = _Faults(tuple(domains), tuple(targets))
+    faults = _LimitFaults(tuple(domains), tuple(targets))
     weight_V = _weights(objective, faults)
     low_D, high_D = _limits(objective, faults)
     prior_D = _prior(objective, high_D, faults)
@@ -139,7 +139,7 @@ def feasible(objective: Objective, domains: Sequence[str], targets: Sequence[str
     )
 
 
-class _Faults:
+class _LimitFaults:
     """Collects what is wrong with an objective."""
 
     def __init__(self, domains: tuple[str, ...], targets: tuple[str, ...]) -> None:
@@ -186,7 +186,7 @@ def _is_finite(value: float) -> bool:
     return 0 <= value < np.inf
 
 
-def _weights(objective: Objective, faults: _Faults) -> Floats:
+def _weights(objective: Objective, faults: _LimitFaults) -> Floats:
     if objective.weights is None:
         alike = 1.0 if objective.minimax else 1 / len(faults.targets)
         return np.full(len(faults.targets), alike)
@@ -200,7 +200,7 @@ def _weights(objective: Objective, faults: _Faults) -> Floats:
     return weight_V
 
 
-def _limits(objective: Objective, faults: _Faults) -> tuple[Floats, Floats]:
+def _limits(objective: Objective, faults: _LimitFaults) -> tuple[Floats, Floats]:
     """Return floors and caps, shape (D,) each, such that some shares keep both."""
     before = len(faults.found)
     advice = "Allowed: a share from 0 to 1"
@@ -232,7 +232,7 @@ def _limits(objective: Objective, faults: _Faults) -> tuple[Floats, Floats]:
     return np.minimum(low_D, high_D), high_D
 
 
-def _supply_caps(objective: Objective, faults: _Faults) -> dict[str, float]:
+def _supply_caps(objective: Objective, faults: _LimitFaults) -> dict[str, float]:
     """Return the caps that `max_epochs` implies: max_epochs x available / total_tokens."""
     together = {
         "max_epochs": objective.max_epochs,
@@ -259,7 +259,7 @@ def _supply_caps(objective: Objective, faults: _Faults) -> dict[str, float]:
     return {name: min(1.0, most * tokens) for name, tokens in good.items()}
 
 
-def _prior(objective: Objective, high_D: Floats, faults: _Faults) -> Floats | None:
+def _prior(objective: Objective, high_D: Floats, faults: _LimitFaults) -> Floats | None:
     if objective.prior is None:
         if objective.kl > 0:
             faults.add("kl", objective.kl, "there is no prior to stay near to", "Give a prior")

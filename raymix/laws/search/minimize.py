@@ -31,7 +31,7 @@ _BEYOND = 0.05
 _BEYOND_LEAST = 1e-3
 
 
-def minimise(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum:
+def minimize(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum:
     """Return the best shares under a law, and what proves or supports that there are none better.
 
     A law that is one power of each target's own share (`HasPowers`) is solved exactly. For any
@@ -42,7 +42,7 @@ def minimise(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum
 
     Args:
         law: A fitted law.
-        objective: What to minimise, within which limits.
+        objective: What to minimize, within which limits.
         starts: Descents for a law that is not convex, >= 1.
 
     Raises:
@@ -51,7 +51,7 @@ def minimise(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum
     """
     if starts < 1:
         raise LawError(problem("starts", starts, "no number of descents", "Allowed: 1 or more"))
-    task = _Task(law, feasible(objective, law.domains, law.targets))
+    task = _DescentTask(law, feasible(objective, law.domains, law.targets))
     exact = _closed_form(law, task.problem)
     if exact is not None:
         share_D, gap = exact.share_D, exact.gap
@@ -140,7 +140,7 @@ def _check_finite(loss_V: Floats, share_D: Floats, asked: Problem) -> None:
         raise LawError(problem(where, float(loss_V[bad[0]]), wrong, advice))
 
 
-class _Task:
+class _DescentTask:
     """A law and a checked objective, as rows over the domains that may have a share."""
 
     def __init__(self, law: Law, asked: Problem) -> None:
@@ -168,7 +168,7 @@ class _Task:
         prior_D = self.problem.prior_D
         size = int(self._live_D.sum())
         wanted_A = np.full(size, 1 / size) if prior_D is None else prior_D[self._live_D]
-        start_A = self._region.centre(wanted_A)
+        start_A = self._region.center(wanted_A)
         with np.errstate(all="ignore"):
             horizon = self.problem.horizon
             loss_V, slope_VD = self._law.share_gradient(self._full(start_A), horizon)
@@ -205,7 +205,7 @@ class _Task:
         dense_RA = draws.dirichlet(np.ones(size), _DRAWS // 2)
         corners_RA = 0.2 * even_A + 0.8 * np.eye(size)[:_MOST_CORNERS]
         ranked = [self._ranked(corners_RA), self._ranked(np.vstack([sparse_RA, dense_RA]))]
-        chosen = [self._region.centre(even_A)] if self.problem.prior_D is not None else []
+        chosen = [self._region.center(even_A)] if self.problem.prior_D is not None else []
         for pair in zip(*ranked, strict=False):
             chosen.extend(pair)
         chosen.extend(max(ranked, key=len)[min(map(len, ranked)) :])
@@ -213,7 +213,7 @@ class _Task:
 
     def _ranked(self, wanted_RA: Floats) -> list[Floats]:
         """Return the allowed shares nearest to each row where losses are finite, best first."""
-        share_RA = np.stack([self._region.centre(row_A) for row_A in wanted_RA])
+        share_RA = np.stack([self._region.center(row_A) for row_A in wanted_RA])
         share_RD = np.zeros((len(share_RA), self._live_D.size))
         share_RD[:, self._live_D] = share_RA
         horizon = self.problem.horizon

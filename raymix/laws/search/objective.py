@@ -1,4 +1,4 @@
-"""What to minimise, within what limits, and what came of it.
+"""What to minimize, within what limits, and what came of it.
 
 Shapes: D domains, V targets.
 """
@@ -27,7 +27,7 @@ class Objective:
     horizon: float | None = None
     """Steps (in the unit of the table) to be best at; left out: the table's last."""
     minimax: bool = False
-    """Minimise the largest weighted loss instead of the sum."""
+    """Minimize the largest weighted loss instead of the sum."""
     floors: Mapping[str, float] = field(default_factory=dict)
     """Least share by domain."""
     caps: Mapping[str, float] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The exact optimum of a sum of powers of single shares: BiMix at a horizon.
 
-Minimise sum_i K_i (r_i + e_i)^-a_i over shares within floors and caps. The sum is convex, and at
+Minimize sum_i K_i (r_i + e_i)^-a_i over shares within floors and caps. The sum is convex, and at
 its optimum every domain between its bounds has the same slope l:
 
     r_i(l) = clip((a_i K_i / l)^(1 / (1 + a_i)) - e_i, floor_i, cap_i),    sum_i r_i(l) = 1.
@@ -63,7 +63,7 @@ class SeparableOptimum:
 def separable_optimum(
     scale_D: Floats, exponent_D: Floats, region: Region, *, offset_D: Floats | None = None
 ) -> SeparableOptimum:
-    """Return the shares that minimise sum_i scale_i (r_i + offset_i)^-exponent_i.
+    """Return the shares that minimize sum_i scale_i (r_i + offset_i)^-exponent_i.
 
     Domains without a scale or exponent change nothing: they get their floors, and what the caps
     of all others leave over.

@@ -1,7 +1,7 @@
 """PEFT LoRA adapters: read as factors, applied to a base, and written again.
 
 Delta of a module: scale * B A with B (m, r), A (r, n) and scale = alpha / r, or alpha / sqrt(r)
-with rank-stabilised LoRA; ranks and alphas may differ by module. What changes more than that
+with rank-stabilized LoRA; ranks and alphas may differ by module. What changes more than that
 (DoRA, biases, whole modules) is refused rather than merged wrongly.
 """
 

@@ -164,7 +164,7 @@ def file_specs(path: str, field_path: str) -> dict[str, TensorSpec]:
         part = handle.get_slice(key)
         if part.get_dtype() not in DTYPES:
             wrong = f"{key!r} is of dtype {part.get_dtype()}, which cannot be merged"
-            raise MergeError(problem(field_path, path, wrong, "Dequantise the model first"))
+            raise MergeError(problem(field_path, path, wrong, "Dequantize the model first"))
         specs[key] = TensorSpec(name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
     return specs
 

@@ -16,7 +16,7 @@ from raymix.merging.recipe import MergeFile
 
 
 @dataclass(slots=True)
-class Model:
+class SourceModel:
     """One model to merge."""
 
     label: str
@@ -53,25 +53,25 @@ class Model:
 
 
 @dataclass(slots=True)
-class Models:
+class SourceModels:
     """The base and the models of a merge, in the order of the file."""
 
-    base: Model | None
-    listed: tuple[Model, ...]
+    base: SourceModel | None
+    listed: tuple[SourceModel, ...]
 
     @property
-    def tasks(self) -> tuple[Model, ...]:
+    def tasks(self) -> tuple[SourceModel, ...]:
         """Return the models without the base."""
         if self.base is None:
             return self.listed
         return tuple(model for model in self.listed if model.label != self.base.label)
 
     @property
-    def first(self) -> Model:
+    def first(self) -> SourceModel:
         """Return the model whose configuration, dtype and tokenizer the output has."""
         return self.base or self.listed[0]
 
-    def every(self) -> list[Model]:
+    def every(self) -> list[SourceModel]:
         """Return all models, each once, the first one first."""
         return list({model.label: model for model in (self.first, *self.listed)}.values())
 
@@ -103,7 +103,7 @@ def open_adapters(file: MergeFile) -> list[Adapter]:
     return found
 
 
-def open_models(file: MergeFile) -> Models:
+def open_models(file: MergeFile) -> SourceModels:
     """Return the models of a merge file, their files checked and their adapters opened.
 
     Raises:
@@ -117,35 +117,35 @@ def open_models(file: MergeFile) -> Models:
             opened[path] = open_checkpoint(path, field, allow_pickle=file.allow_pickle)
         return opened[path]
 
-    def model(reference: str, field: str) -> Model | None:
+    def model(reference: str, field: str) -> SourceModel | None:
         try:
             return _open(reference, field)
         except MergeError as error:
             problems.extend(error.problems)
             return None
 
-    def _open(reference: str, field: str) -> Model:
+    def _open(reference: str, field: str) -> SourceModel:
         path, _, added = ("", "", "") if os.path.exists(reference) else reference.partition("+")
         if added:
-            return Model(reference, field, get(path, field), open_adapter(added, field))
+            return SourceModel(reference, field, get(path, field), open_adapter(added, field))
         if not is_adapter(reference):
-            return Model(reference, field, get(reference, field))
+            return SourceModel(reference, field, get(reference, field))
         if file.base_model is None:
             wrong = "an adapter beside full models, and no base to add it to"
             raise MergeError(problem(field, reference, wrong, "Set base_model"))
         adapter = open_adapter(reference, field)
-        return Model(reference, field, get(file.base_model, "base_model"), adapter)
+        return SourceModel(reference, field, get(file.base_model, "base_model"), adapter)
 
     base = None if file.base_model is None else model(file.base_model, "base_model")
     listed = [model(entry.model, f"models.{i}.model") for i, entry in enumerate(file.models)]
     if problems:
         raise MergeError(*dict.fromkeys(problems))
-    found = Models(base, tuple(m for m in listed if m is not None))
+    found = SourceModels(base, tuple(m for m in listed if m is not None))
     _check_adapters(found.listed)
     return found
 
 
-def _check_adapters(models: Sequence[Model]) -> None:
+def _check_adapters(models: Sequence[SourceModel]) -> None:
     """Raise MergeError if an adapter is for modules that its base does not have, or of a shape."""
     for model in models:
         for module in model.adapter.modules() if model.adapter else ():

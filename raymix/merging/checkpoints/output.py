@@ -33,7 +33,7 @@ _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorLocation:
     """Where a tensor of the output lies."""
 
     file: str
@@ -48,10 +48,10 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CheckpointLayout:
     """The files of the output and the place of every tensor in them."""
 
-    places: dict[str, Place]
+    places: dict[str, TensorLocation]
     headers: dict[str, bytes]
     stem: str
 
@@ -69,9 +69,9 @@ class Layout:
         return json.dumps(index, indent=2) + "\n"
 
 
-def plan_layout(
+def plan_checkpoint_layout(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], max_bytes: int, stem: str = "model"
-) -> Layout:
+) -> CheckpointLayout:
     """Return the layout of tensors in files of at most `max_bytes`, one tensor at least each."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -82,7 +82,7 @@ def plan_layout(
             filled = 0
         shards[-1].append(name)
         filled += size
-    places: dict[str, Place] = {}
+    places: dict[str, TensorLocation] = {}
     headers: dict[str, bytes] = {}
     for number, names in enumerate(shards, 1):
         of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -90,14 +90,14 @@ def plan_layout(
         # The format wants no holes, so wide dtypes come first and all stay aligned.
         ordered = sorted(names, key=lambda name: -tensors[name][0].itemsize)
         headers[file] = _header(file, ordered, tensors, places)
-    return Layout(places, headers, stem)
+    return CheckpointLayout(places, headers, stem)
 
 
 def _header(
     file: str,
     names: Iterable[str],
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    places: dict[str, Place],
+    places: dict[str, TensorLocation],
 ) -> bytes:
     """Return a file's header and note the places of its tensors."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -116,11 +116,11 @@ def _header(
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     for name, start in starts.items():
-        places[name] = Place(file, len(header) + start, *tensors[name])
+        places[name] = TensorLocation(file, len(header) + start, *tensors[name])
     return header
 
 
-def write_tensor(folder: str, place: Place, tensor: Tensor) -> int:
+def write_tensor(folder: str, place: TensorLocation, tensor: Tensor) -> int:
     """Write a tensor's bytes to their place and return their checksum.
 
     Raises:
@@ -139,7 +139,7 @@ def write_tensor(folder: str, place: Place, tensor: Tensor) -> int:
     return zlib.crc32(data)
 
 
-def read_checksum(folder: str, place: Place) -> int:
+def read_checksum(folder: str, place: TensorLocation) -> int:
     """Return the checksum of a tensor's bytes as they lie in the file."""
     found = 0
     with open(os.path.join(folder, place.file), "rb") as file:
@@ -154,7 +154,7 @@ def read_checksum(folder: str, place: Place) -> int:
     return found
 
 
-class Workspace:
+class OutputWorkspace:
     """The hidden directory beside the output, its journal, and what is done already."""
 
     def __init__(self, out: str | os.PathLike[str]) -> None:
@@ -171,7 +171,7 @@ class Workspace:
         self.done: dict[str, dict[str, Any]] = {}
 
     @contextlib.contextmanager
-    def opened(self, layout: Layout, identity: str) -> Iterator[None]:
+    def opened(self, layout: CheckpointLayout, identity: str) -> Iterator[None]:
         """Prepare the files, or take up what an interrupted run of the same merge left.
 
         When the block ends by a MergeError everything is removed; by anything else it stays
@@ -210,7 +210,7 @@ class Workspace:
             self.out.rmdir()
         os.replace(self.path, self.out)
 
-    def _resume(self, layout: Layout, identity: str) -> bool:
+    def _resume(self, layout: CheckpointLayout, identity: str) -> bool:
         """Fill `done` with the tensors whose bytes are as the journal says."""
         journal = self.path / JOURNAL
         if not journal.exists():
@@ -227,7 +227,7 @@ class Workspace:
                 self.done[line["name"]] = line
         return True
 
-    def _start(self, layout: Layout, identity: str) -> None:
+    def _start(self, layout: CheckpointLayout, identity: str) -> None:
         for entry in self.path.iterdir():
             if entry.name != ".lock":
                 entry.unlink()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from raymix.errors import MergeError, problem
 from raymix.merging.methods.eigen import eigh
-from raymix.merging.registry import Deltas, Made, as_deltas
+from raymix.merging.registry import Deltas, FactoredDelta, as_deltas
 
-Decomposition = Literal["gram", "svd", "gram_fp32", "svd_fp32", "randomised"]
+Decomposition = Literal["gram", "svd", "gram_fp32", "svd_fp32", "randomized"]
 
 # Columns converted to fp64 at a time, and rows per block of the lower triangle.
 _COLUMNS = 2048
@@ -29,7 +29,7 @@ _OVERSAMPLING = 10
 _POWER_ITERATIONS = 2
 
 
-class Transposed(Made):
+class Transposed(FactoredDelta):
     """The same matrices transposed, still read one at a time."""
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
@@ -45,7 +45,7 @@ class Transposed(Made):
         return len(self._matrices)
 
     def make(self, index: int) -> Tensor:
-        """See `Made`."""
+        """See `FactoredDelta`."""
         return self._matrices[index].T
 
 
@@ -66,20 +66,20 @@ def left_basis(
     Args:
         matrices: K matrices, shape (m, n) each, in the precision of the result.
         decomposition: `gram`: fp64 Gram matrix and eigh; `svd`: fp64 SVD of the stack, the
-            reference; `gram_fp32`, `svd_fp32`: the same in fp32; `randomised`: a range finder
+            reference; `gram_fp32`, `svd_fp32`: the same in fp32; `randomized`: a range finder
             (Halko, Martinsson and Tropp 2011) for matrices known to be of low rank.
         tolerance: Directions with sigma <= tolerance * sigma_1 are cut.
-        rank: Directions that `randomised` looks for.
+        rank: Directions that `randomized` looks for.
 
     Returns:
         U (m, r) in the matrices' dtype and sigma (r,) in fp64, descending.
 
     Raises:
-        MergeError: If `randomised` is not told a rank.
+        MergeError: If `randomized` is not told a rank.
     """
     tasks = to_read(matrices)
-    if decomposition == "randomised":
-        u, sigma = _randomised(tasks, rank)
+    if decomposition == "randomized":
+        u, sigma = _randomized(tasks, rank)
     elif decomposition in ("svd", "svd_fp32"):
         work = torch.float64 if decomposition == "svd" else torch.float32
         u, sigma, _ = torch.linalg.svd(_stacked(tasks, work), full_matrices=False)
@@ -102,7 +102,7 @@ def basis_size(
     """Return how many directions `left_basis` may return, and about how many bytes it takes."""
     columns = k_tasks * n
     r = min(m, columns)
-    if decomposition == "randomised":
+    if decomposition == "randomized":
         r = min(r, (rank or r) + _OVERSAMPLING)
         return r, itemsize * 4 * m * r
     work = 4 if decomposition.endswith("fp32") else 8
@@ -176,10 +176,10 @@ def _descending(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(1), _sigma(eigenvalues)
 
 
-def _randomised(tasks: Deltas | Transposed, rank: int | None) -> tuple[Tensor, Tensor]:
+def _randomized(tasks: Deltas | Transposed, rank: int | None) -> tuple[Tensor, Tensor]:
     if rank is None:
         advice = "Set rank to at least the rank of all tasks together"
-        raise MergeError(problem("parameters.rank", rank, "randomised needs a rank", advice))
+        raise MergeError(problem("parameters.rank", rank, "randomized needs a rank", advice))
     m, n = tasks.shape
     size = min(m, n * len(tasks), rank + _OVERSAMPLING)
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 """DRM, Decom-Renorm-Merge (arXiv 2505.23117), and KnOTS, which differs in one mask.
 
 The published algorithm takes the SVD of the stacked deltas, C = [D_1 | ... | D_K] = U S V^T,
-normalises the rows of each task's block of V^T, moves the norms into S, prunes, elects signs,
+normalizes the rows of each task's block of V^T, moves the norms into S, prunes, elects signs,
 averages, and maps back. S cancels: the scaled block of task k is B_k = U^T D_k. So, with
 U = the leading eigenvectors of sum_k D_k D_k^T:
 
@@ -15,7 +15,7 @@ the transposed matrices. `auto` takes the cheaper side of each matrix, which is 
 not another way to compute the same.
 
 Beyond the published code: a row of B_k that is zero up to rounding (orthogonal or frozen tasks) is
-zero, so it is neither normalised to noise nor counted; drop 0 elects and weighs as any other drop;
+zero, so it is neither normalized to noise nor counted; drop 0 elects and weighs as any other drop;
 D and -D cancel exactly; sign election can be switched off for matrices too; nothing forms an
 (m, nK) stack. KnOTS (arXiv 2410.19735) prunes each task by |B_k| instead, and scales the result.
 
@@ -74,12 +74,12 @@ class _SharedOptions(Options):
     elect: bool = True
     """Whether tasks that disagree with the elected sign are left out, entry by entry."""
     decomposition: Decomposition = "gram"
-    """`gram` (fp64) or `svd` (fp64, the reference); `gram_fp32`, `svd_fp32` and `randomised`
+    """`gram` (fp64) or `svd` (fp64, the reference); `gram_fp32`, `svd_fp32` and `randomized`
     change the result."""
     rank_tolerance: Annotated[Real, Field(ge=0, lt=1)] = 1e-2
     """Directions with a singular value at or below this part of the largest are cut."""
     rank: Annotated[Whole, Field(ge=1)] | None = None
-    """Directions that `randomised` looks for."""
+    """Directions that `randomized` looks for."""
 
 
 class DrmOptions(_SharedOptions):

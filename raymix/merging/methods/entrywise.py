@@ -138,7 +138,7 @@ def linear(base: Tensor | None, deltas: Sequence[Tensor], options: LinearOptions
     weight_K = each(options.weight, len(deltas))
     total = sum(weight_K)
     if options.normalize and abs(total) < 1e-12:
-        wrong = "the weights sum to 0 and cannot be normalised"
+        wrong = "the weights sum to 0 and cannot be normalized"
         raise MergeError(problem("parameters.weight", weight_K, wrong, "Set normalize: false"))
     tasks = as_deltas(deltas)
     out = tasks.new_matrix()

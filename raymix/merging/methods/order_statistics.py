@@ -39,7 +39,7 @@ def largest(deltas: Deltas, k: int, count: int) -> tuple[float, int]:
 def keep_from(values: Tensor, lowest: float) -> Tensor:
     """Return `values` with those of a magnitude below `lowest` set to 0.
 
-    `hardshrink` keeps what is above its threshold in one vectorised pass; comparisons that make
+    `hardshrink` keeps what is above its threshold in one vectorized pass; comparisons that make
     a mask of booleans take six to nine times as long on a CPU.
     """
     below = np.nextafter(_scalar(values, lowest), _scalar(values, -np.inf))

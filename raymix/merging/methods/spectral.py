@@ -25,8 +25,8 @@ from raymix.merging.methods.eigen import eigh
 from raymix.merging.methods.entrywise import LinearOptions, linear
 from raymix.merging.registry import (
     EachScale,
+    FactoredDelta,
     Factors,
-    Made,
     Merged,
     Options,
     Scale,
@@ -43,7 +43,7 @@ _Core = Callable[[Sequence[Tensor], int, Any], tuple[Tensor, int]]
 """Makes the merged matrix and its rank from K fp64 matrices and min(m, n) of the weight."""
 
 
-class _Weighted(Made):
+class _Weighted(FactoredDelta):
     """The deltas in fp64, each times its weight."""
 
     def __init__(self, deltas: Sequence[Tensor], weight_K: Sequence[float]) -> None:
@@ -53,7 +53,7 @@ class _Weighted(Made):
         return len(self._deltas)
 
     def make(self, index: int) -> Tensor:
-        """See `Made`."""
+        """See `FactoredDelta`."""
         delta = self._deltas[index].to(torch.float64, copy=True)
         return delta.mul_(self._weight_K[index])
 
@@ -135,13 +135,13 @@ def _joined(parts: Sequence[tuple[Tensor, ...]], *, flat: bool) -> tuple[Tensor,
     """Return U S V^T of all parts' directions made orthogonal, S their values or their mean."""
     lefts, sigmas, rights = zip(*parts, strict=True)
     sigma = torch.cat(sigmas)
-    u, v = orthogonalised(torch.cat(lefts, dim=1)), orthogonalised(torch.cat(rights, dim=1))
+    u, v = orthogonalized(torch.cat(lefts, dim=1)), orthogonalized(torch.cat(rights, dim=1))
     if flat and len(sigma):
         sigma = sigma.mean().expand(len(sigma))
     return (u * sigma) @ v.T, len(sigma)
 
 
-def orthogonalised(columns: Tensor) -> Tensor:
+def orthogonalized(columns: Tensor) -> Tensor:
     """Return the matrix of orthonormal columns nearest to `columns` (m, r): its polar factor.
 
     Directions in which the columns are dependent are left out rather than invented.

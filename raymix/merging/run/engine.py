@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from raymix.errors import MergeError, problem
-from raymix.merging.checkpoints.output import Workspace
+from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.methods.eigen import one_thread
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.run.finish import check_tokenizers, finish_files
@@ -81,7 +81,7 @@ def merge(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         wrong = "not a device of this machine"
         raise MergeError(problem("device", device, wrong, "Use cpu, or cuda where there is one"))
-    workspace = Workspace(out)
+    workspace = OutputWorkspace(out)
     plan = plan_merge(load_merge(source, overrides), device=device)
     notes = check_tokenizers(plan)
     jobs = sorted(plan.choices, key=plan.job_bytes, reverse=True)

@@ -14,7 +14,7 @@ from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import MergeError, problem
 from raymix.merging.checkpoints.adapter import CONFIG, merged_config
-from raymix.merging.checkpoints.models import Model
+from raymix.merging.checkpoints.models import SourceModel
 from raymix.merging.run.plan import Plan
 
 REPORT = "merge_report.json"
@@ -137,7 +137,7 @@ def _tokenizer_source(plan: Plan) -> str:
     return str(source)
 
 
-def _copy(plan: Plan, first: Model, folder: Path) -> None:
+def _copy(plan: Plan, first: SourceModel, folder: Path) -> None:
     config = dict(first.checkpoint.config)
     out = plan.file.out_dtype or plan.file.dtype
     if out is not None:
@@ -152,7 +152,7 @@ def _copy(plan: Plan, first: Model, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _config_problems(model: Model, first: Model) -> list[str]:
+def _config_problems(model: SourceModel, first: SourceModel) -> list[str]:
     ours, theirs = model.checkpoint.config, first.checkpoint.config
     return [
         problem(

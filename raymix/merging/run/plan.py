@@ -21,16 +21,16 @@ from raymix.errors import MergeError, problem
 from raymix.merging.checkpoints.adapter import Adapter, adapter_tensors
 from raymix.merging.checkpoints.checkpoint import TensorSpec
 from raymix.merging.checkpoints.models import (
-    Model,
-    Models,
+    SourceModel,
+    SourceModels,
     only_adapters,
     open_adapters,
     open_models,
 )
-from raymix.merging.checkpoints.output import Layout, plan_layout
+from raymix.merging.checkpoints.output import CheckpointLayout, plan_checkpoint_layout
 from raymix.merging.recipe import MergeFile
 from raymix.merging.registry import MergeMethod
-from raymix.merging.run.settings import Choice, Settings, is_matrix, layer_of
+from raymix.merging.run.settings import MethodChoice, Settings, is_matrix, layer_of
 
 _TORCH = {
     "float64": torch.float64,
@@ -46,10 +46,10 @@ class Plan:
     """A merge that can be carried out: read by every worker, changed by none."""
 
     file: MergeFile
-    layout: Layout
-    choices: dict[str, Choice]
+    layout: CheckpointLayout
+    choices: dict[str, MethodChoice]
     """Job to how it is merged: a parameter, or a module of adapters."""
-    models: Models | None = None
+    models: SourceModels | None = None
     adapters: tuple[Adapter, ...] = ()
     device: str = "cpu"
 
@@ -105,7 +105,7 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def members(models: Models, method: MergeMethod) -> Sequence[Model]:
+def members(models: SourceModels, method: MergeMethod) -> Sequence[SourceModel]:
     """Return the models that a method merges, the base not among them."""
     if method.base == "none" or (method.base == "optional" and models.base is None):
         return models.listed
@@ -142,10 +142,12 @@ def plan_merge(file: MergeFile, *, device: str = "cpu") -> Plan:
         for name, spec in specs.items()
     }
     choices = {name: settings.choice(name) for name in specs}
-    return Plan(file, plan_layout(wanted, file.max_shard_bytes), choices, models, device=device)
+    return Plan(
+        file, plan_checkpoint_layout(wanted, file.max_shard_bytes), choices, models, device=device
+    )
 
 
-def _check_count(method: MergeMethod, models: Models) -> None:
+def _check_count(method: MergeMethod, models: SourceModels) -> None:
     count = len(members(models, method))
     if method.base in ("required", "first") and models.base is None:
         wrong = f"{method.name} needs the model that the others come from"
@@ -157,7 +159,7 @@ def _check_count(method: MergeMethod, models: Models) -> None:
         raise MergeError(problem("models", count, wrong))
 
 
-def _check_tensors(models: Models) -> None:
+def _check_tensors(models: SourceModels) -> None:
     """Raise MergeError for tensors that are not in all models, or not of one shape."""
     first = models.first
     expected = first.checkpoint.specs
@@ -176,7 +178,7 @@ def _check_tensors(models: Models) -> None:
 
 
 def _shape_problems(
-    model: Model, first: Model, expected: Mapping[str, TensorSpec]
+    model: SourceModel, first: SourceModel, expected: Mapping[str, TensorSpec]
 ) -> Iterable[str]:
     specs = model.checkpoint.specs
     wrong = [n for n, s in expected.items() if n in specs and specs[n].shape != s.shape]
@@ -236,7 +238,7 @@ def _plan_adapters(file: MergeFile, device: str) -> Plan:
         a_name, b_name = adapter_tensors(module)
         wanted |= {a_name: (dtype, (rank, n)), b_name: (dtype, (m, rank))}
     choices = {module: settings.choice(f"{module}.weight") for module in modules}
-    layout = plan_layout(wanted, sum_bytes(wanted), "adapter_model")
+    layout = plan_checkpoint_layout(wanted, sum_bytes(wanted), "adapter_model")
     return Plan(file, layout, choices, adapters=tuple(adapters), device=device)
 
 

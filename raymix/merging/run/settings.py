@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raymix.errors import MergeError, did_you_mean, problem
-from raymix.merging.recipe import KEEP_BASE, MergeFile, Rule
+from raymix.merging.recipe import KEEP_BASE, MergeFile, ParameterRule
 from raymix.merging.registry import MergeMethod, Options, get_method
 from raymix.recipe.translate import translate
 
@@ -36,7 +36,7 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class MethodChoice:
     """How one parameter is merged; no method means the base's bytes."""
 
     method: MergeMethod | None
@@ -77,7 +77,7 @@ class Settings:
         self.methods = (self._main, *methods.values())
         self._check_names(self.methods)
 
-    def choice(self, name: str) -> Choice:
+    def choice(self, name: str) -> MethodChoice:
         """Return how the parameter called `name` is merged.
 
         Raises:
@@ -87,7 +87,7 @@ class Settings:
         rules = [(i, rule) for i, rule in enumerate(self._file.rules) if rule.applies(name, layer)]
         method = self._method(rules)
         if method is None:
-            return Choice(None)
+            return MethodChoice(None)
         scopes = [*(rule.parameters for _, rule in rules), self._file.parameters]
         values: dict[str, Any] = {}
         per_model, members = method.options.per_model(), self._members(method)
@@ -99,12 +99,12 @@ class Settings:
                 values[option] = self._value(option, name, layer, scopes)
         given = {key: value for key, value in values.items() if value is not None}
         try:
-            return Choice(method, method.options.model_validate(given))
+            return MethodChoice(method, method.options.model_validate(given))
         except ValidationError as error:
             messages = translate(error.errors(include_url=False), method.options)
             raise MergeError(*(f"parameters.{m} It is {name}'s." for m in messages)) from None
 
-    def _method(self, rules: Sequence[tuple[int, Rule]]) -> MergeMethod | None:
+    def _method(self, rules: Sequence[tuple[int, ParameterRule]]) -> MergeMethod | None:
         for index, rule in rules:
             if rule.merge_method == KEEP_BASE:
                 return None

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from raymix.errors import MergeError, problem
-from raymix.merging.checkpoints.models import Model, Models
+from raymix.merging.checkpoints.models import SourceModel, SourceModels
 from raymix.merging.checkpoints.output import write_tensor
 from raymix.merging.registry import Deltas, Factors, Merged, MergeMethod, Options
 from raymix.merging.run.measure import measure, measure_factors
 from raymix.merging.run.plan import Plan
-from raymix.merging.run.settings import Choice, is_matrix
+from raymix.merging.run.settings import MethodChoice, is_matrix
 
 
 def merge_job(plan: Plan, job: str, folder: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def hash_file(path: str) -> str:
 
 
 def _merge_parameter(
-    plan: Plan, models: Models, name: str, choice: Choice
+    plan: Plan, models: SourceModels, name: str, choice: MethodChoice
 ) -> tuple[Tensor, dict[str, Any]]:
     """Return the merged parameter in the output's dtype, and what the report says of it."""
     place = plan.layout.places[name]
@@ -72,7 +72,7 @@ def _merge_parameter(
 
 
 def _deltas(
-    plan: Plan, models: Models, name: str, method: MergeMethod
+    plan: Plan, models: SourceModels, name: str, method: MergeMethod
 ) -> tuple[Deltas, Tensor | None]:
     """Return the task vectors (or the models) that a method gets, and the base it works from."""
     dtype, merged = plan.dtype, plan.members(method)
@@ -88,7 +88,9 @@ def _deltas(
     return Deltas(parts, bases, dtype=dtype, device=plan.device), base
 
 
-def _part(model: Model, base: Model, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+def _part(
+    model: SourceModel, base: SourceModel, name: str, dtype: torch.dtype
+) -> tuple[Tensor, bool]:
     """Return a model's tensor, or its delta where that is known without a subtraction."""
     delta = model.delta(name, dtype)
     if delta is not None and base.adapter is None and model.checkpoint is base.checkpoint:
@@ -146,14 +148,14 @@ def _finished(delta: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _check_equal(models: Models, name: str, stored: Tensor) -> None:
+def _check_equal(models: SourceModels, name: str, stored: Tensor) -> None:
     for model in models.every()[1:]:
         if not torch.equal(model.checkpoint.read(name), stored):
             wrong = f"{name!r} holds whole numbers that differ from those of {models.first.label}"
             raise MergeError(problem(model.field, model.label, wrong, "They cannot be merged"))
 
 
-def _refuse_non_finite(models: Models, name: str) -> None:
+def _refuse_non_finite(models: SourceModels, name: str) -> None:
     """Raise MergeError that names the model whose tensor is at fault, if one is."""
     for model in models.every():
         tensor = model.read(name, torch.float32)
@@ -164,7 +166,7 @@ def _refuse_non_finite(models: Models, name: str) -> None:
             raise MergeError(problem(model.field, model.label, wrong, advice))
 
 
-def _merge_adapters(plan: Plan, module: str, choice: Choice, folder: str) -> dict[str, Any]:
+def _merge_adapters(plan: Plan, module: str, choice: MethodChoice, folder: str) -> dict[str, Any]:
     """Merge a module of LoRA adapters into factors, padded with zeros to the rank laid out."""
     if choice.method is None or choice.method.factored is None:
         raise MergeError(problem("rules", module, "an adapter has no base to keep"))

@@ -16,7 +16,7 @@ import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
 from raymix.mixers.adaptive.powerlaw import PowerLaws, fit_power_laws
-from raymix.mixers.adaptive.rule import Arms, Rule
+from raymix.mixers.adaptive.rule import MixedDomains, Rule
 from raymix.mixers.adaptive.simplex import Floats, log_of
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.mixers.by_name import shares_by_name
@@ -39,7 +39,7 @@ class Ado(Rule):
 
     needs = frozenset({"loss", "tokens"})
 
-    def __init__(self, config: AdoMixer, arms: Arms, prior_M: Floats) -> None:
+    def __init__(self, config: AdoMixer, arms: MixedDomains, prior_M: Floats) -> None:
         self._config = config
         self._arms = arms
         self._prior_M = prior_M
@@ -131,7 +131,7 @@ class Ado(Rule):
 
 @mixer("ado")
 def _ado(config: AdoMixer, context: MixerContext) -> Mixer:
-    arms = Arms.of(context)
+    arms = MixedDomains.of(context)
     if isinstance(config.initial, dict):
         prior_M = shares_by_name(config.initial, context, path="mixer.initial")[arms.mixed_M]
     elif config.initial == "uniform":

@@ -5,7 +5,7 @@ bursts of a few steps on one-hot-like mixtures, and set w_j ~ exp(eta sum_i A_ij
 procedure. There are no bursts with evaluations between them. Every window is itself a probe: a
 part of its shares goes to one block of domains in turn, and only the column sums of A, which are
 all that the weights use, are estimated, by ridge regression of the falls of the total loss from
-window to window on the shares, pulled towards equal gains. Training losses at a changing mixture
+window to window on the shares, pulled toward equal gains. Training losses at a changing mixture
 and a falling trend make it noisier than the paper's; its own finding is that such methods beat an
 even mixture by little. Shapes: D domains, M mixed, H windows.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule, loss_need, loss_of
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, loss_need, loss_of
 from raymix.mixers.adaptive.simplex import Floats
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import AioliMixer
@@ -30,7 +30,7 @@ _DECIMALS = 6
 class Aioli(Rule):
     """log w = eta K g, with g the estimated gains, shifted to be >= 0 and scaled to sum to 1."""
 
-    def __init__(self, config: AioliMixer, arms: Arms) -> None:
+    def __init__(self, config: AioliMixer, arms: MixedDomains) -> None:
         self._config = config
         self._arms = arms
         self._most = min(config.history, max(4, _MOST_NUMBERS // arms.mixed_M.size))
@@ -94,4 +94,4 @@ class Aioli(Rule):
 
 @mixer("aioli")
 def _aioli(config: AioliMixer, context: MixerContext) -> Mixer:
-    return Adaptive(Aioli(config, Arms.of(context)), config, context)
+    return Adaptive(Aioli(config, MixedDomains.of(context)), config, context)

@@ -17,8 +17,8 @@ import numpy as np
 from raymix.errors import RecipeError, problem
 from raymix.mixers.adaptive.bases import read_bases
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule, given
-from raymix.mixers.adaptive.simplex import Floats, log_normalised
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, given
+from raymix.mixers.adaptive.simplex import Floats, log_normalized
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import DgaMixer
 
@@ -26,7 +26,7 @@ from raymix.recipe.adaptive import DgaMixer
 class Dga(Rule):
     """The exponents of DGA, and the task weights of GRAPE."""
 
-    def __init__(self, config: DgaMixer, arms: Arms, *, groups: int) -> None:
+    def __init__(self, config: DgaMixer, arms: MixedDomains, *, groups: int) -> None:
         self._config = config
         self._arms = arms
         self._groups = groups
@@ -68,7 +68,7 @@ class Dga(Rule):
             # The gradient of log loss: no task counts for more by the size of its loss.
             align_AT = align_AT / np.maximum(means["target_loss"], 1e-6)
             helped_T = np.exp(log_A) @ align_AT
-            self._log_task_T = log_normalised(self._log_task_T - self._config.task_step * helped_T)
+            self._log_task_T = log_normalized(self._log_task_T - self._config.task_step * helped_T)
         return log_A + self._config.eta * (align_AT @ task_T)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,5 +132,5 @@ def _dga(config: DgaMixer, context: MixerContext) -> Mixer:
     groups_ND: Floats | None = None
     if config.bases is not None:
         groups_ND = read_bases(config.bases, context, uniform=config.uniform_basis)
-    rule = Dga(config, Arms.of(context), groups=0 if groups_ND is None else len(groups_ND))
+    rule = Dga(config, MixedDomains.of(context), groups=0 if groups_ND is None else len(groups_ND))
     return Adaptive(rule, config, context, groups_ND=groups_ND, ema=config.ema)

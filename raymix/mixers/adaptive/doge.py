@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule, given, products
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, given, products
 from raymix.mixers.adaptive.simplex import Floats
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import DogeMixer
@@ -25,12 +25,12 @@ class Doge(Rule):
 
     needs = frozenset({"gram"})
 
-    def __init__(self, config: DogeMixer, arms: Arms) -> None:
+    def __init__(self, config: DogeMixer, arms: MixedDomains) -> None:
         self._config = config
         self._arms = arms
-        towards = f"{arms.target_T.size} targets" if arms.target_T.size else "all domains"
+        toward = f"{arms.target_T.size} targets" if arms.target_T.size else "all domains"
         self.summary = (
-            f"by alignment with {towards}, from the Gram matrix: one probe per window, no extra "
+            f"by alignment with {toward}, from the Gram matrix: one probe per window, no extra "
             "backward"
         )
 
@@ -59,4 +59,4 @@ class Doge(Rule):
 
 @mixer("doge")
 def _doge(config: DogeMixer, context: MixerContext) -> Mixer:
-    return Adaptive(Doge(config, Arms.of(context)), config, context)
+    return Adaptive(Doge(config, MixedDomains.of(context)), config, context)

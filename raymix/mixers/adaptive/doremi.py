@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule, loss_need, loss_of
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, loss_need, loss_of
 from raymix.mixers.adaptive.simplex import Floats
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.mixers.by_name import values_by_name
@@ -23,7 +23,7 @@ from raymix.recipe.adaptive import DoremiMixer
 class Doremi(Rule):
     """log w += step x max(loss - reference, 0), or without the max (gap)."""
 
-    def __init__(self, config: DoremiMixer, arms: Arms, reference_M: Floats) -> None:
+    def __init__(self, config: DoremiMixer, arms: MixedDomains, reference_M: Floats) -> None:
         self._config = config
         self._arms = arms
         self._reference_M = reference_M
@@ -44,6 +44,6 @@ class Doremi(Rule):
 
 @mixer("doremi")
 def _doremi(config: DoremiMixer, context: MixerContext) -> Mixer:
-    arms = Arms.of(context)
+    arms = MixedDomains.of(context)
     reference_D = values_by_name(config.reference, context, path="mixer.reference")
     return Adaptive(Doremi(config, arms, reference_D[arms.mixed_M]), config, context)

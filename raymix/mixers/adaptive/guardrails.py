@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from raymix.errors import RecipeError, problem
-from raymix.mixers.adaptive.rule import Arms, Rule
-from raymix.mixers.adaptive.simplex import Floats, log_normalised, log_of, within
+from raymix.mixers.adaptive.rule import MixedDomains, Rule
+from raymix.mixers.adaptive.simplex import Floats, log_normalized, log_of, within
 from raymix.mixers.base import STATISTICS, DomainStats, MixerContext, Shares
 from raymix.mixers.by_name import shares_by_name
 from raymix.mixers.fixed.planned import tempered
@@ -27,7 +27,7 @@ _SAME = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class Rails:
+class Guardrails:
     """How far a rule is trusted."""
 
     floor: float = 0.0
@@ -40,7 +40,7 @@ class Rails:
     """Weight of the newest window in the mean of a statistic."""
 
     @classmethod
-    def of(cls, config: AdaptiveModel) -> Rails:
+    def of(cls, config: AdaptiveModel) -> Guardrails:
         """Return the rails of a recipe; none in paper-exact mode."""
         if config.paper_exact:
             return cls()
@@ -139,9 +139,9 @@ class Adaptive:
         self.warnings = 0
         self.notes: tuple[str, ...] = ()
         self._rule = rule
-        self._rails = Rails.of(config)
+        self._rails = Guardrails.of(config)
         self._averages = Averages(self._rails.stats_ema)
-        self._arms = Arms.of(context)
+        self._arms = MixedDomains.of(context)
         self._n_domains = len(context.domains)
         self._ema = ema
         share_A = self._rails.floored(_initial(config, context, self._arms, groups_ND))
@@ -210,7 +210,7 @@ class Adaptive:
         self._rule.load_state_dict(state["rule"])
 
     def _move(self, proposed_A: Floats) -> None:
-        log_A = log_normalised(np.where(self._rule.live_A, proposed_A, -np.inf))
+        log_A = log_normalized(np.where(self._rule.live_A, proposed_A, -np.inf))
         if self._rails.floor or not np.isinf(self._rails.max_log_change):
             log_A = log_of(self._rails.held(np.exp(log_A), np.exp(self._log_A)))
         self._log_A = log_A
@@ -256,7 +256,7 @@ class Adaptive:
 
 
 def _initial(
-    config: AdaptiveModel, context: MixerContext, arms: Arms, groups_ND: Floats | None
+    config: AdaptiveModel, context: MixerContext, arms: MixedDomains, groups_ND: Floats | None
 ) -> Floats:
     """Return the shares that the recipe begins with, shape (A,)."""
     if groups_ND is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule
+from raymix.mixers.adaptive.rule import MixedDomains, Rule
 from raymix.mixers.adaptive.simplex import Floats, log_of, softmax
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import OdmMixer
@@ -27,13 +27,13 @@ class Odm(Rule):
     With e_t = min(1 / K, sqrt(ln K / (K t))) after t updates, and R the rewards so far:
 
     * exp3: R += (loss / scale) / w; w = (1 - K e_t) softmax(e_(t-1) R) + e_t, with the w under
-      which the loss was seen: the realised shares of the window.
+      which the loss was seen: the realized shares of the window.
     * smoothed_mean: R = 0.9 R + 0.1 exp(loss); w = (1 - K e_t) R / sum R + e_t.
     """
 
     needs = frozenset({"loss", "tokens"})
 
-    def __init__(self, config: OdmMixer, arms: Arms) -> None:
+    def __init__(self, config: OdmMixer, arms: MixedDomains) -> None:
         self._config = config
         self._arms = arms
         self._reward_M = np.zeros(arms.mixed_M.size)
@@ -85,4 +85,4 @@ class Odm(Rule):
 
 @mixer("odm")
 def _odm(config: OdmMixer, context: MixerContext) -> Mixer:
-    return Adaptive(Odm(config, Arms.of(context)), config, context)
+    return Adaptive(Odm(config, MixedDomains.of(context)), config, context)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule, given, loss_need, loss_of
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, given, loss_need, loss_of
 from raymix.mixers.adaptive.simplex import Floats, log_of, softmax, water_fill
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import PikeMixer
@@ -37,7 +37,7 @@ class Pike(Rule):
     sums to tau instead.
     """
 
-    def __init__(self, config: PikeMixer, arms: Arms) -> None:
+    def __init__(self, config: PikeMixer, arms: MixedDomains) -> None:
         self._config = config
         self._arms = arms
         self._unit_free = config.unit_free and not config.paper_exact
@@ -101,4 +101,4 @@ class Pike(Rule):
 
 @mixer("pike")
 def _pike(config: PikeMixer, context: MixerContext) -> Mixer:
-    return Adaptive(Pike(config, Arms.of(context)), config, context)
+    return Adaptive(Pike(config, MixedDomains.of(context)), config, context)

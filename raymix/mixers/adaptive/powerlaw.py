@@ -45,7 +45,7 @@ def fit_power_laws(n_H: Floats, loss_HM: Floats) -> PowerLaws:
     """Return the laws that fit curves best in the log of the loss, by Huber's measure.
 
     Floor and scale have a closed form for each power on a grid, so all curves are fitted at once:
-    least squares, reweighted a few times towards Huber's measure, then powers between those of the
+    least squares, reweighted a few times toward Huber's measure, then powers between those of the
     grid. Curves with fewer than three points get NaN.
 
     Args:

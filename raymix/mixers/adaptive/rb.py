@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import Arms, Rule, given, products
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, given, products
 from raymix.mixers.adaptive.simplex import Floats
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.mixers.by_name import shares_by_name
@@ -23,7 +23,7 @@ class Rb(Rule):
 
     needs = frozenset({"gram"})
 
-    def __init__(self, config: RbMixer, arms: Arms, eval_D: Floats) -> None:
+    def __init__(self, config: RbMixer, arms: MixedDomains, eval_D: Floats) -> None:
         self._scale = config.scale
         self._arms = arms
         self._eval_D = eval_D
@@ -44,7 +44,7 @@ class Rb(Rule):
 
 @mixer("rb")
 def _rb(config: RbMixer, context: MixerContext) -> Mixer:
-    arms = Arms.of(context)
+    arms = MixedDomains.of(context)
     if config.eval_shares is None:
         eval_D = np.zeros(len(context.domains))
         eval_D[arms.target_T if arms.target_T.size else arms.mixed_M] = 1.0

@@ -22,7 +22,7 @@ LossKind = Literal["train", "valid"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Arms:
+class MixedDomains:
     """Where the mixed domains and the targets stand among the domains of the corpus."""
 
     mixed_M: Indices
@@ -33,7 +33,7 @@ class Arms:
     """Sequences in a global batch: b of the papers."""
 
     @classmethod
-    def of(cls, context: MixerContext) -> Arms:
+    def of(cls, context: MixerContext) -> MixedDomains:
         """Return the arms of a run."""
         mixed_D = context.mixed_D
         may_D = mixed_D & (context.tokens_D > 0)
@@ -41,7 +41,7 @@ class Arms:
         return cls(np.flatnonzero(may_D), np.flatnonzero(~mixed_D), context.rows_per_step)
 
     def trained(self, stats: DomainStats) -> Floats:
-        """Return the realised shares of the window, shape (M,); 0 where nothing was trained."""
+        """Return the realized shares of the window, shape (M,); 0 where nothing was trained."""
         tokens_M = stats.tokens_D[self.mixed_M].astype(np.float64)
         return tokens_M / max(tokens_M.sum(), 1.0)
 

@@ -1,4 +1,4 @@
-"""Shares in log space: normalising, limits on change, and the water-filling of PiKE.
+"""Shares in log space: normalizing, limits on change, and the water-filling of PiKE.
 
 Shapes: A arms (domains, or groups of them).
 """
@@ -20,7 +20,7 @@ def log_of(share_A: Floats) -> Floats:
         return np.log(share_A)
 
 
-def log_normalised(log_A: Floats) -> Floats:
+def log_normalized(log_A: Floats) -> Floats:
     """Return log weights shifted so that the weights sum to 1, shape (A,)."""
     top = log_A.max()
     return log_A - (top + np.log(np.exp(log_A - top).sum()))
@@ -52,7 +52,7 @@ def within(wanted_A: Floats, low_A: Floats, high_A: Floats) -> Floats:
 
 
 def water_fill(linear_A: Floats, curve_A: Floats) -> Floats:
-    """Return the shares that minimise sum(linear x w + curve x w ** 2 / 2), shape (A,).
+    """Return the shares that minimize sum(linear x w + curve x w ** 2 / 2), shape (A,).
 
     Problem (9) of PiKE. The optimum is w = max(0, (level - linear) / curve) for one level, found
     by sorting. A domain without curvature takes all that is left once the level reaches it; the

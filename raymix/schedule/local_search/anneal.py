@@ -33,7 +33,7 @@ _SWAPS, _SLOWEST = 0.4, 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class SlotCosts:
     """The places of a batch's sequences and what they cost there."""
 
     length_K: Ints
@@ -71,14 +71,14 @@ class Board:
 class _Judge:
     """Times of many placements of one batch."""
 
-    board: Board
+    board: SlotCosts
     attention_KT: Floats
     share_KT: Ints
     latency_T: Floats
     token_T: Floats
 
     @classmethod
-    def of(cls, board: Board) -> _Judge:
+    def of(cls, board: SlotCosts) -> _Judge:
         slots, cost = board.layout.slots, board.cost
         links = [cost.link(width) for width in slots.width_T.tolist()]
         return cls(
@@ -114,7 +114,7 @@ class _Judge:
         return busy, np.where(full_P, np.inf, 0.0)
 
 
-def anneal(board: Board, starts: Sequence[Placement], seed: int = 0) -> Placement:
+def anneal(board: SlotCosts, starts: Sequence[Placement], seed: int = 0) -> Placement:
     """Return the fastest placement met, or the fastest of the starts.
 
     Args:
@@ -144,7 +144,7 @@ def anneal(board: Board, starts: Sequence[Placement], seed: int = 0) -> Placemen
     return board.placement(found_PK[int(best_P.argmin())])
 
 
-def _times(board: Board, busy_PQN: Floats, lost_P: Floats) -> tuple[Floats, Floats]:
+def _times(board: SlotCosts, busy_PQN: Floats, lost_P: Floats) -> tuple[Floats, Floats]:
     """Return the time of every placement, and that time with all ranks counting a little."""
     by_group = (busy_PQN.shape[0], board.layout.groups, board.micro)
     slowest = busy_PQN.max(axis=2).reshape(by_group).sum(axis=2)
@@ -153,7 +153,7 @@ def _times(board: Board, busy_PQN: Floats, lost_P: Floats) -> tuple[Floats, Floa
     return true_P, true_P + _MEAN * (slowest.mean(axis=1) + mean)
 
 
-def _changed(board: Board, place_PK: Ints, busy_PQN: Floats, rng: np.random.Generator) -> Ints:
+def _changed(board: SlotCosts, place_PK: Ints, busy_PQN: Floats, rng: np.random.Generator) -> Ints:
     """Return the placements with one sequence moved, or two swapped, in each."""
     n_chains, n_k = place_PK.shape
     n_q, n_slots = board.shape

@@ -25,7 +25,7 @@ _SLACK = 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class SearchBudget:
     """How much is tried."""
 
     annealed: bool
@@ -94,7 +94,7 @@ class Cutter:
     length_K: Ints
     layout: Layout
     cost: CostModel
-    effort: Effort
+    effort: SearchBudget
 
     def split(self, groups: Sequence[Ints]) -> list[Cut]:
         """Return the most promising cuts of each group, given its sequences, rising."""

@@ -59,7 +59,7 @@ def solve_exact(
     tokens = int(length_K.sum())
     most = max(1, -(-tokens // (cost.memory_tokens * layout.ranks))) + 1
     while most <= length_K.size + 1:
-        model = _Model(length_K, layout, cost, min(most, length_K.size))
+        model = _ScheduleProgram(length_K, layout, cost, min(most, length_K.size))
         found = model.program.solve(gap=gap, nodes=nodes)
         if found is not None:
             return Exact(model.placement(found), found.objective, found.bound)
@@ -68,7 +68,7 @@ def solve_exact(
     raise ScheduleError(problem("lengths", length_K.size, wrong, "Use planner='refine'"))
 
 
-class _Model:
+class _ScheduleProgram:
     """The integer program of one batch and the place that each variable stands for."""
 
     def __init__(self, length_K: Ints, layout: Layout, cost: CostModel, micro: int) -> None:

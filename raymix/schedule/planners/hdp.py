@@ -25,7 +25,7 @@ def hdp(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
     width_K = cost.narrowest(length_K, layout.widths)
     share_K = shards(length_K, width_K)
     second_K = cost.attention(length_K, width_K) + cost.linear_s * share_K
-    ranks = _Ranks(layout.ranks, cost)
+    ranks = _RankLoads(layout.ranks, cost)
     # Widths never grow from long to short: teams come first, then single ranks.
     items = zip(width_K.tolist(), share_K.tolist(), second_K.tolist(), strict=True)
     placed = [ranks.place(*item) for item in items]
@@ -33,7 +33,7 @@ def hdp(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
     return Placement(micro_K, first_K, width_K)
 
 
-class _Ranks:
+class _RankLoads:
     """How far the ranks are: seconds, the micro-batch that is open, and the tokens it holds."""
 
     def __init__(self, ranks: int, cost: CostModel) -> None:

@@ -22,7 +22,7 @@ class Solution:
 
 
 class Program:
-    """Minimise a linear function of variables >= 0 under linear rows."""
+    """Minimize a linear function of variables >= 0 under linear rows."""
 
     def __init__(self) -> None:
         """Begin without variables and rows."""

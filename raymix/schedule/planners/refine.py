@@ -26,9 +26,9 @@ from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import Placement, lower_bound, timing
 from raymix.schedule.group import Draft, over_groups
 from raymix.schedule.layout import Ints, Layout
-from raymix.schedule.local_search.anneal import Board, anneal
+from raymix.schedule.local_search.anneal import SlotCosts, anneal
 from raymix.schedule.local_search.cross_group_moves import exchange, rearrange
-from raymix.schedule.local_search.cuts import Cut, Cutter, Effort, fastest
+from raymix.schedule.local_search.cuts import Cut, Cutter, SearchBudget, fastest
 from raymix.schedule.planners.baselines import packed
 from raymix.schedule.planners.hdp import hdp
 
@@ -36,7 +36,7 @@ from raymix.schedule.planners.hdp import hdp
 _LEVEL = 0.002
 # In small batches more is tried, for there it costs little.
 _SMALL = 24
-_MUCH = Effort(
+_MUCH = SearchBudget(
     annealed=True,
     more=3,
     seated=3,
@@ -56,7 +56,7 @@ _MUCH = Effort(
     patience=0,
     worth=0.0,
 )
-_LITTLE = Effort(
+_LITTLE = SearchBudget(
     annealed=False,
     more=1,
     seated=2,
@@ -89,7 +89,7 @@ def quickly_refined(length_K: Ints, layout: Layout, cost: CostModel) -> Placemen
     return _refined(length_K, layout, cost, _LITTLE)
 
 
-def _refined(length_K: Ints, layout: Layout, cost: CostModel, effort: Effort) -> Placement:
+def _refined(length_K: Ints, layout: Layout, cost: CostModel, effort: SearchBudget) -> Placement:
     bound = lower_bound(length_K, layout, cost) * (1 + _LEVEL)
     simple, merged = packed(length_K, layout, cost), hdp(length_K, layout, cost)
     plans = [_timed(length_K, plan, layout, cost) for plan in (simple, merged)]
@@ -107,7 +107,7 @@ def _refined(length_K: Ints, layout: Layout, cost: CostModel, effort: Effort) ->
     if effort.annealed and min(plans, key=_seconds)[0] > bound:
         found = [plan for _, plan in plans]
         micro = 1 + max(int(plan.micro_K.max()) for plan in found)
-        placed = anneal(Board(length_K, layout, cost, micro), found)
+        placed = anneal(SlotCosts(length_K, layout, cost, micro), found)
         plans.append(_timed(length_K, placed, layout, cost))
     return min(plans, key=_seconds)[1]
 

@@ -26,7 +26,7 @@ from raymix.schedule.layout import Ints, Layout
 SHARDED = -1
 
 
-class _Ranks:
+class _BucketLoads:
     """The ranks of one group while DACP fills them: room in tokens and load in seconds."""
 
     def __init__(self, length_K: Ints, ranks: int, cost: CostModel, *, paper_exact: bool) -> None:
@@ -95,7 +95,7 @@ def dacp(
         cost: Its work stands for the paper's FLOPs, its memory for BucketSize.
         paper_exact: Roll back as printed but for the sign; ranks may then hold too much.
     """
-    state = _Ranks(length_K, ranks, cost, paper_exact=paper_exact)
+    state = _BucketLoads(length_K, ranks, cost, paper_exact=paper_exact)
     for k in reversed(range(length_K.size)):
         while not state.keep(k):
             tightest = min(range(ranks), key=state.room.__getitem__)

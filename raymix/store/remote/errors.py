@@ -30,7 +30,7 @@ def is_remote(url: str) -> bool:
     return "://" in url and not url.startswith("file://")
 
 
-def trouble(url: str, error: BaseException, field: str = "path") -> StorageError | None:
+def storage_errors(url: str, error: BaseException, field: str = "path") -> StorageError | None:
     """Return what an error says of the store behind `url`; None if it is not the store's.
 
     Args:
@@ -60,15 +60,15 @@ def _is_absence(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def asking(url: str, field: str = "path") -> Iterator[None]:
+def translate_storage_errors(url: str, field: str = "path") -> Iterator[None]:
     """Raise what the store behind `url` has against being used as a StorageError."""
     try:
         yield
     except OSError as error:
-        raise trouble(url, error, field) or error from error
+        raise storage_errors(url, error, field) or error from error
 
 
-def patiently(work: Callable[[], _Result]) -> _Result:
+def with_retries(work: Callable[[], _Result]) -> _Result:
     """Return what `work` does, tried again for half a minute while the store does not answer.
 
     Raises:

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 from typing_extensions import Buffer
 
 from raymix.errors import CorpusError, StorageError, problem
-from raymix.store.remote.errors import asking, is_remote, trouble
+from raymix.store.remote.errors import is_remote, storage_errors, translate_storage_errors
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # What is the place's fault rather than the program's: too large a file, or one may not write.
@@ -52,7 +52,7 @@ def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return _fsspec(url, field)
     except OSError as error:  # where a bucket is: that is asked of the store
-        raise trouble(url, error, field) or error from error
+        raise storage_errors(url, error, field) or error from error
 
 
 def _fsspec(url: str, field: str) -> tuple[pafs.FileSystem, str]:
@@ -74,7 +74,7 @@ def check_store(url: str, field: str) -> None:
     if not is_remote(url):
         return
     filesystem, path = locate(url, field)
-    with asking(url, field), contextlib.suppress(FileNotFoundError):
+    with translate_storage_errors(url, field), contextlib.suppress(FileNotFoundError):
         filesystem.get_file_info(pafs.FileSelector(path))
 
 
@@ -86,7 +86,7 @@ def join(url: str, *parts: str) -> str:
 def exists(url: str) -> bool:
     """Return whether a file or directory lies at `url`."""
     filesystem, path = locate(url)
-    with asking(url):
+    with translate_storage_errors(url):
         return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
 
@@ -97,7 +97,7 @@ def read_bytes(url: str) -> bytes:
         FileNotFoundError: If there is none.
     """
     filesystem, path = locate(url)
-    with asking(url), filesystem.open_input_file(path) as source:
+    with translate_storage_errors(url), filesystem.open_input_file(path) as source:
         return source.read()
 
 
@@ -106,7 +106,7 @@ def open_mapped(url: str) -> pa.NativeFile:
     filesystem, path = locate(url)
     if isinstance(filesystem, pafs.LocalFileSystem):
         return pa.memory_map(path, "r")
-    with asking(url):
+    with translate_storage_errors(url):
         return filesystem.open_input_file(path)
 
 
@@ -126,7 +126,7 @@ def make_directory(url: str) -> None:
 def remove(url: str) -> None:
     """Delete the file or the whole directory at `url`; what is absent is no error."""
     filesystem, path = locate(url)
-    with asking(url):
+    with translate_storage_errors(url):
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.Directory:
             filesystem.delete_dir(path)
@@ -138,7 +138,7 @@ def list_directory(url: str) -> list[str]:
     """Return the sorted names of what lies directly in the directory `url`."""
     filesystem, path = locate(url)
     selector = pafs.FileSelector(path, allow_not_found=True)
-    with asking(url):
+    with translate_storage_errors(url):
         return sorted(info.base_name for info in filesystem.get_file_info(selector))
 
 
@@ -174,7 +174,7 @@ def write_error(url: str, error: OSError, needed: int) -> Exception:
     if error.errno in _REFUSED:
         why = os.strerror(error.errno or 0)
         return CorpusError(problem("path", url, f"cannot be written: {why}", "choose another path"))
-    return trouble(url, error) or error
+    return storage_errors(url, error) or error
 
 
 class AtomicFile:

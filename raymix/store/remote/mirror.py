@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from raymix.store.remote import files
-from raymix.store.remote.errors import asking, patiently
+from raymix.store.remote.errors import translate_storage_errors, with_retries
 
 SHORTEST_S = 5.0
 """Seconds between two looks at files that change."""
@@ -56,7 +56,7 @@ class Mirror:
         Raises:
             StorageError: If the store cannot be used.
         """
-        self._moved(sum(patiently(partial(self._fetch, name)) for name in names))
+        self._moved(sum(with_retries(partial(self._fetch, name)) for name in names))
         return any(name in self._fetched for name in names)
 
     def send(self, *names: str) -> None:
@@ -70,7 +70,7 @@ class Mirror:
         found = [file for name in names for file in self._files(name)]
         # In turn, so that an older state of a file never comes after a newer one.
         with _SENDING:
-            self._moved(sum(patiently(partial(self._send, name)) for name in found))
+            self._moved(sum(with_retries(partial(self._send, name)) for name in found))
 
     def _moved(self, size: int) -> None:
         self._last_bytes = size or self._last_bytes
@@ -78,7 +78,7 @@ class Mirror:
     def _fetch(self, name: str) -> int:
         url, here = files.join(self._url, name), self._here / name
         filesystem, path = files.locate(url)
-        with asking(url):
+        with translate_storage_errors(url):
             info = filesystem.get_file_info(path)
         if info.type != pafs.FileType.File:
             here.unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def download(url: str, here: Path) -> None:
     """
     filesystem, path = files.locate(url)
     with (
-        asking(url),
+        translate_storage_errors(url),
         filesystem.open_input_stream(path, compression=None) as source,
         here.open("wb") as target,
     ):
@@ -144,7 +144,7 @@ def upload(here: Path, url: str) -> None:
     filesystem, path = files.locate(url)
     with (
         here.open("rb") as source,
-        asking(url),
+        translate_storage_errors(url),
         filesystem.open_output_stream(path, compression=None) as target,
     ):
         shutil.copyfileobj(source, target, _CHUNK)

@@ -16,7 +16,7 @@ from raymix.schedule import CostModel, Layout, MicroBatch, training_planner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class AssignmentContext:
     """A rank, and what it knows of what it reads: all that assignments depend on."""
 
     rank: int
@@ -28,13 +28,13 @@ class Reader:
     """Returns the state of a `DocumentPlanner` at a step or before it."""
 
 
-Deal = Callable[[DocumentStep], tuple[MicroBatch, ...]]
+RankAssignment = Callable[[DocumentStep], tuple[MicroBatch, ...]]
 """Returns what a rank holds of a step, as many micro-batches on every rank; asked step by step."""
 
-Assignments = Callable[[Reader], Deal]
+Assignments = Callable[[AssignmentContext], RankAssignment]
 
 
-def planned_here(layout: Layout, cost: CostModel, planner: str = "refine") -> Assignments:
+def assign_locally(layout: Layout, cost: CostModel, planner: str = "refine") -> Assignments:
     """Return assignments that this process plans when it is asked.
 
     Raises:
@@ -43,13 +43,13 @@ def planned_here(layout: Layout, cost: CostModel, planner: str = "refine") -> As
     """
     chosen = training_planner(planner)
 
-    def assignments(reader: Reader) -> Deal:
+    def assignments(reader: AssignmentContext) -> RankAssignment:
         return lambda step: chosen.plan(step.length_N, layout, cost).micro_batches(reader.rank)
 
     return assignments
 
 
-def whole_documents(ranks: int, most_tokens: int) -> Assignments:
+def assign_whole_documents(ranks: int, most_tokens: int) -> Assignments:
     """Return assignments that keep every document on one of `ranks` and balance their work.
 
     Args:
@@ -58,4 +58,4 @@ def whole_documents(ranks: int, most_tokens: int) -> Assignments:
     """
     # Only the ratio matters: attention overtakes the rest at some thousands of tokens.
     cost = CostModel(quadratic_s=1e-4, linear_s=1.0, memory_tokens=most_tokens)
-    return planned_here(Layout(ranks), cost)
+    return assign_locally(Layout(ranks), cost)

@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 _Job = tuple[Callable[[int], Any], int, "Future[Any]"]
 
 
-class Background(Generic[Result]):
+class BackgroundCall(Generic[Result]):
     """Runs calls in order on a thread of its own, which ends with this object.
 
     The thread is a daemon: one that waits for the cluster must not keep a process alive.

@@ -10,7 +10,7 @@ from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankInfo:
     """Which part of which order a rank reads."""
 
     seed: int
@@ -38,7 +38,7 @@ class Chunk(Protocol):
         ...
 
 
-class Feed(Protocol):
+class BatchBuilder(Protocol):
     """Plans steps in order and makes their batches; the stream says how far it may."""
 
     def load(self, state: Mapping[str, Any]) -> int:

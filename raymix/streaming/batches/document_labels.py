@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymix.sampling import DocumentStep
-from raymix.store import Corpus, Learnt
+from raymix.store import Corpus, LossMask
 from raymix.streaming.blocks.batch import Ints
 
 
@@ -27,31 +27,31 @@ class DocumentLabels:
     """
 
     def __init__(self, corpus: Corpus, lengths: Sequence[npt.NDArray[np.uint32]]) -> None:
-        self._learnt: dict[int, tuple[Learnt, Ints]] = {}
+        self._loss_mask: dict[int, tuple[LossMask, Ints]] = {}
         for domain, name in enumerate(corpus.domain_names):
-            learnt = corpus.learnt(name, "train")
-            if learnt is not None:
+            loss_mask = corpus.loss_mask(name, "train")
+            if loss_mask is not None:
                 size_N = lengths[domain].astype(np.int64)
-                self._learnt[domain] = learnt, np.cumsum(size_N) - size_N
+                self._loss_mask[domain] = loss_mask, np.cumsum(size_N) - size_N
 
     def count(self, step: DocumentStep) -> int:
         """Return the labels of all documents of a step, as far as they are read."""
         whole_N = np.ones(len(step.length_N), dtype=np.bool_)
         labels = 0
-        for domain, (learnt, place_N) in self._learnt.items():
+        for domain, (loss_mask, place_N) in self._loss_mask.items():
             own_N = step.domain_N == domain
             first_N = place_N[step.document_N[own_N]]
-            labels += int(learnt.count(first_N, first_N + step.length_N[own_N]).sum())
+            labels += int(loss_mask.count(first_N, first_N + step.length_N[own_N]).sum())
             whole_N &= ~own_N
         return labels + int((step.length_N[whole_N] - 1).sum())
 
     def mask(self, domain: int, document: int, length: int) -> npt.NDArray[np.bool_] | None:
-        """Return which of the first `length` tokens of a document are learnt, shape (L,).
+        """Return which of the first `length` tokens of a document are learned, shape (L,).
 
         None: all but the first.
         """
-        if domain not in self._learnt:
+        if domain not in self._loss_mask:
             return None
-        learnt, place_N = self._learnt[domain]
+        loss_mask, place_N = self._loss_mask[domain]
         first = int(place_N[document])
-        return learnt.mask(first, first + length)
+        return loss_mask.mask(first, first + length)

@@ -21,13 +21,13 @@ from raymix.sampling import (
     batch_hash,
 )
 from raymix.store import Corpus
-from raymix.streaming.batches.assign import Assignments, Reader
-from raymix.streaming.batches.builder import Place
+from raymix.streaming.batches.assign import AssignmentContext, Assignments
+from raymix.streaming.batches.builder import RankInfo
 from raymix.streaming.batches.document_labels import DocumentLabels
 from raymix.streaming.batches.packed_rows import ranges
-from raymix.streaming.batches.prefetch import Floats, Lookahead
-from raymix.streaming.batches.sample_index import Ahead
-from raymix.streaming.batches.step_batch import DocumentBatch, HeldDocument
+from raymix.streaming.batches.prefetch import BlockPrefetcher, Floats
+from raymix.streaming.batches.sample_index import UpcomingSamples
+from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.streaming.batches.table import BlockTable
 from raymix.streaming.blocks.batch import Tokens
 from raymix.streaming.blocks.geometry import (
@@ -43,14 +43,14 @@ from raymix.streaming.blocks.sources import BlockSource
 _MOST_STEPS = 8
 
 
-class DocumentFeed:
-    """Batches of whole documents; see `raymix.streaming.batches.builder.Feed`."""
+class DocumentBatchBuilder:
+    """Batches of whole documents; see `raymix.streaming.batches.builder.BatchBuilder`."""
 
     def __init__(
         self,
         corpus: Corpus,
         data: DocumentData,
-        place: Place,
+        place: RankInfo,
         *,
         log: MixtureLog,
         source: BlockSource,
@@ -82,7 +82,7 @@ class DocumentFeed:
         self._origin = self._planner.state_dict()
         self._until = 0
         self._deal = assignments(
-            Reader(
+            AssignmentContext(
                 rank=place.rank,
                 log=log,
                 until=lambda: self._until,
@@ -90,10 +90,10 @@ class DocumentFeed:
             )
         )
         self._table = BlockTable(source, numbers.total)
-        self._lookahead = Lookahead(
+        self._lookahead = BlockPrefetcher(
             source,
             self._table,
-            Ahead(order),
+            UpcomingSamples(order),
             total_blocks=numbers.total,
             block_bytes=self._block_tokens * corpus.dtype.itemsize,
             blocks_of=self._blocks_of,
@@ -129,13 +129,13 @@ class DocumentFeed:
 
     def _batch(self, plan: DocumentStep, shares_D: Floats) -> DocumentBatch:
         counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
-        facts = DocumentFacts(plan, shares_D.size, self._labels)
+        facts = DocumentBatchInfo(plan, shares_D.size, self._labels)
         held = self._held(plan)
         return DocumentBatch(
             plan.step, plan.version, shares_D, counts_D, facts, held, lengths=plan.length_N
         )
 
-    def _held(self, plan: DocumentStep) -> tuple[tuple[HeldDocument, ...], ...]:
+    def _held(self, plan: DocumentStep) -> tuple[tuple[LocalDocument, ...], ...]:
         """Return what this rank holds of a step, micro-batch by micro-batch."""
         teams = [
             dict.fromkeys(micro.local, (self._place.rank,))
@@ -148,12 +148,12 @@ class DocumentFeed:
             for micro in teams
         )
 
-    def _document(self, plan: DocumentStep, document: int, team: tuple[int, ...]) -> HeldDocument:
+    def _document(self, plan: DocumentStep, document: int, team: tuple[int, ...]) -> LocalDocument:
         tokens = np.empty(int(plan.length_N[document]), dtype=self._dtype)
         self._copy(plan, document, tokens)
         domain = int(plan.domain_N[document])
-        learnt = self._labels.mask(domain, int(plan.document_N[document]), len(tokens))
-        return HeldDocument(domain, team, tokens, learnt)
+        loss_mask = self._labels.mask(domain, int(plan.document_N[document]), len(tokens))
+        return LocalDocument(domain, team, tokens, loss_mask)
 
     def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
         """Copy a document, whichever blocks it lies in, and return its tokens."""
@@ -227,7 +227,7 @@ class DocumentChunk:
         return self.after if step == self.end else self._steps[step - self._first][0]
 
 
-class DocumentFacts:
+class DocumentBatchInfo:
     """What is known of a step's documents, all ranks'."""
 
     def __init__(self, plan: DocumentStep, n_domains: int, labels: DocumentLabels) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 from raymix.recipe.training import PackedData
 from raymix.sampling import SHARE_BITS, CorpusOrder, MixtureLog, PackedPlanner
 from raymix.store import Corpus
-from raymix.streaming.batches.builder import Place
-from raymix.streaming.batches.packed_rows import PackedChunk, find_rows, rank_rows
-from raymix.streaming.batches.prefetch import Floats, Lookahead
-from raymix.streaming.batches.sample_index import Ahead
+from raymix.streaming.batches.builder import RankInfo
+from raymix.streaming.batches.packed_rows import PackedChunk, locate_rows, rank_rows
+from raymix.streaming.batches.prefetch import BlockPrefetcher, Floats
+from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.table import BlockTable
 from raymix.streaming.blocks.geometry import BlockNumbers, Ints, epoch_limits, row_geometry
 from raymix.streaming.blocks.sources import BlockSource
@@ -23,14 +23,14 @@ from raymix.streaming.blocks.sources import BlockSource
 _MOST_ROWS = 1 << 14
 
 
-class PackedFeed:
+class PackedBatchBuilder:
     """Rows of `sequence_length` tokens."""
 
     def __init__(
         self,
         corpus: Corpus,
         data: PackedData,
-        place: Place,
+        place: RankInfo,
         *,
         log: MixtureLog,
         source: BlockSource,
@@ -55,9 +55,9 @@ class PackedFeed:
         self._planner = plan()
         # States of steps already planned are worked out apart, while planning goes on.
         self._again = plan()
-        self._ahead = Ahead(order)
+        self._ahead = UpcomingSamples(order)
         self._table = BlockTable(source, numbers.total)
-        self._lookahead = Lookahead(
+        self._lookahead = BlockPrefetcher(
             source,
             self._table,
             self._ahead,
@@ -88,7 +88,7 @@ class PackedFeed:
         owed_D = planner.carry_D / float(1 << SHARE_BITS)
         self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
         plan = planner.plan(max(1, min(n_steps, self._most_steps, self._lookahead.reach)))
-        found, slot_SB = find_rows(
+        found, slot_SB = locate_rows(
             plan,
             self._ahead,
             self._table,

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raymix.sampling import PackedPlanner, PlanChunk
-from raymix.streaming.batches.sample_index import Ahead
+from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.step_batch import RowStarts, StepBatch
 from raymix.streaming.batches.table import BlockTable
-from raymix.streaming.blocks.batch import Ints, Slab, Tokens
+from raymix.streaming.blocks.batch import BlockBatch, Ints, Tokens
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,7 +42,7 @@ class PackedChunk:
         plan: PlanChunk,
         slot_SB: Ints,
         columns: slice,
-        found: Found,
+        found: RowLocations,
         shares: Mapping[int, Floats],
         planner: PackedPlanner,
     ) -> None:
@@ -136,10 +136,10 @@ class PackedChunk:
         return self._found.starts(self._slot_SB[:, self._columns].ravel())
 
 
-class Found:
+class RowLocations:
     """The slabs that hold the rows of a chunk; rows in the order of their slabs."""
 
-    def __init__(self, slabs: list[Slab], edges: list[int], row_N: Ints) -> None:
+    def __init__(self, slabs: list[BlockBatch], edges: list[int], row_N: Ints) -> None:
         self._slabs = slabs
         self._edges = edges
         self._row_N = row_N
@@ -184,7 +184,7 @@ class Found:
         positions = np.concatenate(pieces)[ranges(first_N[slot_M], count_M)]
         return np.concatenate([[0], np.cumsum(count_M)]), positions
 
-    def _parts(self) -> list[tuple[Slab, Ints]]:
+    def _parts(self) -> list[tuple[BlockBatch, Ints]]:
         parts = zip(self._slabs, pairwise(self._edges), strict=True)
         return [(slab, self._row_N[first:end]) for slab, (first, end) in parts]
 
@@ -197,9 +197,14 @@ def ranges(first_N: Ints, count_N: Ints) -> Ints:
     )
 
 
-def find_rows(
-    plan: PlanChunk, ahead: Ahead, table: BlockTable, *, first_block_D: Ints, row_tokens: int
-) -> tuple[Found, Ints]:
+def locate_rows(
+    plan: PlanChunk,
+    ahead: UpcomingSamples,
+    table: BlockTable,
+    *,
+    first_block_D: Ints,
+    row_tokens: int,
+) -> tuple[RowLocations, Ints]:
     """Return the rows of a plan, and the number of each among them, shape (S, B).
 
     Raises:
@@ -229,4 +234,4 @@ def find_rows(
     slabs = [table.slab(key) for key in slab_N[first].tolist()]
     slot_N = np.empty_like(order_N)
     slot_N[order_N] = np.arange(order_N.size)
-    return Found(slabs, [*first.tolist(), order_N.size], row_N[order_N]), slot_N[place_SB]
+    return RowLocations(slabs, [*first.tolist(), order_N.size], row_N[order_N]), slot_N[place_SB]

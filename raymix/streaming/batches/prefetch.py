@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from raymix.streaming.batches.sample_index import Ahead
+from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.table import BlockTable
 from raymix.streaming.blocks.sources import BlockSource
 
@@ -32,14 +32,14 @@ _FILL = 0.75
 _SPARE = 2
 
 
-class Lookahead:
+class BlockPrefetcher:
     """Keeps a source informed of what comes next, and a table free of what does not."""
 
     def __init__(
         self,
         source: BlockSource,
         table: BlockTable,
-        ahead: Ahead,
+        ahead: UpcomingSamples,
         *,
         total_blocks: int,
         block_bytes: int,

@@ -34,7 +34,7 @@ class _Located:
         return self.first + len(self.group_N)
 
 
-class Ahead:
+class UpcomingSamples:
     """Group (block) and place in it of each domain's next samples."""
 
     def __init__(self, order: CorpusOrder) -> None:

@@ -17,7 +17,7 @@ from raymix.streaming.blocks.batch import Ints, Tokens
 RowStarts = tuple[Ints, Ints]
 
 
-class Facts(Protocol):
+class BatchInfo(Protocol):
     """What is worked out for a batch only when somebody asks."""
 
     def tokens_by_domain(self, step: int) -> Ints:
@@ -33,7 +33,7 @@ class Facts(Protocol):
         ...
 
 
-class RowFacts(Protocol):
+class LocalRowInfo(Protocol):
     """The same of this rank's rows."""
 
     def row_starts(self, step: int) -> RowStarts:
@@ -52,7 +52,7 @@ class _Step:
     """Shares asked for, shape (D,)."""
     counts_D: Ints
     """Samples (rows or documents) of each domain in the whole batch, shape (D,)."""
-    facts: Facts
+    facts: BatchInfo
 
     @property
     def tokens_D(self) -> Ints:
@@ -78,7 +78,7 @@ class StepBatch(_Step):
     """Token ids of this rank's rows, shape (B, L)."""
     domain_rows: npt.NDArray[np.int32]
     """Domain of each of this rank's rows, shape (B,)."""
-    rows: RowFacts
+    rows: LocalRowInfo
 
     @property
     def row_starts(self) -> RowStarts:
@@ -90,7 +90,7 @@ class StepBatch(_Step):
 
 
 @dataclass(frozen=True, slots=True)
-class HeldDocument:
+class LocalDocument:
     """A document of which a rank holds the whole, or its shard."""
 
     domain: int
@@ -98,7 +98,7 @@ class HeldDocument:
     """The ranks that share it, rising; one rank: it holds the whole."""
     tokens: Tokens
     """Token ids of the whole document, cut at the sequence length, shape (L,)."""
-    learnt: npt.NDArray[np.bool_] | None = None
+    loss_mask: npt.NDArray[np.bool_] | None = None
     """Which tokens are to be predicted, shape (L,); None: all but the first."""
 
 
@@ -106,7 +106,7 @@ class HeldDocument:
 class DocumentBatch(_Step):
     """One step of whole documents, as a schedule gives them to a rank."""
 
-    micro_batches: tuple[tuple[HeldDocument, ...], ...]
+    micro_batches: tuple[tuple[LocalDocument, ...], ...]
     """What it holds in each micro-batch; every rank has as many of them, some of them empty."""
     lengths: Ints | None = None
     """Tokens of each document of the whole batch, in the order that schedules name them by."""

@@ -19,11 +19,11 @@ from raymix.errors import CorpusError, RecipeError, problem
 from raymix.recipe.training import DocumentData, PackedData
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
-from raymix.streaming.batches.assign import Assignments, whole_documents
-from raymix.streaming.batches.background import Background
-from raymix.streaming.batches.builder import Chunk, Feed, Place
-from raymix.streaming.batches.documents import DocumentFeed
-from raymix.streaming.batches.packed import PackedFeed
+from raymix.streaming.batches.assign import Assignments, assign_whole_documents
+from raymix.streaming.batches.background import BackgroundCall
+from raymix.streaming.batches.builder import BatchBuilder, Chunk, RankInfo
+from raymix.streaming.batches.documents import DocumentBatchBuilder
+from raymix.streaming.batches.packed import PackedBatchBuilder
 from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 from raymix.streaming.blocks.sources import BlockSource
 from raymix.streaming.controller.client import Controller
@@ -82,13 +82,13 @@ class MixtureStream:
             "mode": data.mode,
             "sequence_length": data.sequence_length,
         }
-        place = Place(seed=seed, rank=rank, world_size=world_size)
-        self._feed: Feed
+        place = RankInfo(seed=seed, rank=rank, world_size=world_size)
+        self._feed: BatchBuilder
         if isinstance(data, PackedData):
-            self._feed = PackedFeed(corpus, data, place, log=self.log, source=source)
+            self._feed = PackedBatchBuilder(corpus, data, place, log=self.log, source=source)
         else:
-            assign = assignments or whole_documents(world_size, data.sequence_length)
-            self._feed = DocumentFeed(
+            assign = assignments or assign_whole_documents(world_size, data.sequence_length)
+            self._feed = DocumentBatchBuilder(
                 corpus, data, place, log=self.log, source=source, assignments=assign
             )
         self._step = 0
@@ -101,10 +101,10 @@ class MixtureStream:
         self._want = 1
         self._asked = False
         self._paced: tuple[float, int] | None = None
-        self._background: Background[Chunk] | None = None
+        self._background: BackgroundCall[Chunk] | None = None
         self._upcoming: Future[Chunk] | None = None
         if controller.remote and not self.done:
-            self._background = Background("raymix-stream")
+            self._background = BackgroundCall("raymix-stream")
             self._upcoming = self._background.submit(self._prepare, self._step)
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from raymix.streaming.blocks.batch import Slab
+from raymix.streaming.blocks.batch import BlockBatch
 from raymix.streaming.blocks.sources import BlockSource
 
 Ints = npt.NDArray[np.int64]
@@ -25,7 +25,7 @@ class BlockTable:
         self._source = source
         self._slab_G = np.full(total, _NONE, dtype=np.int32)
         self._first_G = np.zeros(total, dtype=np.int64)
-        self._slabs: dict[int, Slab] = {}
+        self._slabs: dict[int, BlockBatch] = {}
         self._next = 0
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class BlockTable:
             slab_N = self._slab_G[number_N]
         return slab_N, self._first_G[number_N]
 
-    def slab(self, key: int) -> Slab:
+    def slab(self, key: int) -> BlockBatch:
         """Return a slab that `find` named."""
         return self._slabs[key]
 
@@ -55,7 +55,7 @@ class BlockTable:
         """Return whether each block is at hand."""
         return self._slab_G[numbers] != _NONE
 
-    def take_in(self, slabs: Iterable[Slab]) -> None:
+    def take_in(self, slabs: Iterable[BlockBatch]) -> None:
         """Hold slabs that have come; blocks held before are now found in the new ones."""
         for slab in slabs:
             self._slabs[self._next] = slab

@@ -19,7 +19,7 @@ import ray
 
 from raymix.errors import ClusterError, problem
 from raymix.store import Corpus, Split
-from raymix.streaming.actor_options import kept_here
+from raymix.streaming.actor_options import actor_options
 from raymix.streaming.blocks.cache import BlockCache
 from raymix.streaming.blocks.geometry import BlockNumbers
 
@@ -222,7 +222,7 @@ def start_plane(
         name: Name to find it by; none needed where the handle is passed on.
     """
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return RemoteBlockPlane.options(**kept_here(name)).remote(
+    return RemoteBlockPlane.options(**actor_options(name)).remote(
         corpus.path,
         row_tokens=row_tokens,
         cache_bytes=auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,

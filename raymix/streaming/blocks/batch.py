@@ -23,7 +23,7 @@ Tokens = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
-class Slab:
+class BlockBatch:
     """Some blocks one after the other."""
 
     numbers: list[int]
@@ -59,7 +59,9 @@ class Slab:
         return self.row_tokens - 1 - np.diff(inside[self.start_range])
 
 
-def make_slab(numbers: Sequence[int], blocks: Sequence[Block], row_tokens: int) -> Slab:
+def make_block_batch(
+    numbers: Sequence[int], blocks: Sequence[Block], row_tokens: int
+) -> BlockBatch:
     """Return `blocks` as one slab, each cut to whole rows; a single block is not copied."""
     sizes = np.array([len(block.tokens) // row_tokens * row_tokens for block in blocks])
     first_K = np.cumsum(sizes, dtype=np.int64) - sizes
@@ -68,7 +70,7 @@ def make_slab(numbers: Sequence[int], blocks: Sequence[Block], row_tokens: int) 
         block.starts[block.starts < size].astype(np.int64) + first
         for block, size, first in zip(blocks, sizes, first_K, strict=True)
     ]
-    return Slab(
+    return BlockBatch(
         numbers=list(numbers),
         first_K=first_K,
         tokens=tokens[0] if len(tokens) == 1 else np.concatenate(tokens),
@@ -77,7 +79,7 @@ def make_slab(numbers: Sequence[int], blocks: Sequence[Block], row_tokens: int) 
     )
 
 
-def to_table(slab: Slab, errors: Sequence[str | None]) -> pa.Table:
+def to_table(slab: BlockBatch, errors: Sequence[str | None]) -> pa.Table:
     """Return a slab as a table of one row per block; all tokens are one buffer."""
     first_K = np.append(slab.first_K, len(slab.tokens))
     starts_K = np.searchsorted(slab.starts, first_K)
@@ -93,7 +95,7 @@ def to_table(slab: Slab, errors: Sequence[str | None]) -> pa.Table:
     )
 
 
-def from_table(table: pa.Table, row_tokens: int) -> tuple[Slab, dict[int, str]]:
+def from_table(table: pa.Table, row_tokens: int) -> tuple[BlockBatch, dict[int, str]]:
     """Return the slab of a table without copying, and what went wrong with which block."""
     numbers: list[int] = table.column("number").to_pylist()
     errors = {
@@ -103,7 +105,7 @@ def from_table(table: pa.Table, row_tokens: int) -> tuple[Slab, dict[int, str]]:
     }
     tokens, starts = (_one(table.column(name)) for name in ("tokens", "starts"))
     good = [at for at, number in enumerate(numbers) if number not in errors]
-    slab = Slab(
+    slab = BlockBatch(
         numbers=[numbers[at] for at in good],
         first_K=as_numpy(tokens.offsets)[:-1][good],
         tokens=as_numpy(tokens.values),

@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 
 from raymix.errors import RaymixError
 from raymix.store import Block, Corpus, Split
-from raymix.streaming.blocks.batch import make_slab, to_table
+from raymix.streaming.blocks.batch import make_block_batch, to_table
 from raymix.streaming.blocks.geometry import BlockNumbers
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ def _read_bundle(
     nothing = Block(np.empty(0, dtype=corpus.dtype), np.empty(0, dtype=np.uint32))
     for number in numbers:
         domain, block = names.find(number)
-        # A corrupt block must not fail its neighbours, nor before somebody needs it.
+        # A corrupt block must not fail its neighbors, nor before somebody needs it.
         try:
             blocks.append(corpus.read_block(domain, split, block))
             errors.append(None)
         except RaymixError as error:
             blocks.append(nothing)
             errors.append(str(error))
-    yield to_table(make_slab(numbers, blocks, row_tokens), errors)
+    yield to_table(make_block_batch(numbers, blocks, row_tokens), errors)

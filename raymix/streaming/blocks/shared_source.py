@@ -11,7 +11,7 @@ import ray
 import ray.exceptions
 
 from raymix.errors import ClusterError, CorpusError, problem
-from raymix.streaming.blocks.batch import Slab, from_table
+from raymix.streaming.blocks.batch import BlockBatch, from_table
 from raymix.streaming.controller.client import get
 
 
@@ -60,7 +60,7 @@ class PlaneSource:
         if self._pending is None:
             self._ask()
 
-    def arrived(self) -> list[Slab]:
+    def arrived(self) -> list[BlockBatch]:
         """Return what has come of the wanted blocks since the last call, without waiting."""
         if self._pending is None or not ray.wait([self._pending], timeout=0)[0]:
             return []
@@ -69,7 +69,7 @@ class PlaneSource:
         self._ask()
         return slabs
 
-    def fetch(self, numbers: Sequence[int]) -> list[Slab]:
+    def fetch(self, numbers: Sequence[int]) -> list[BlockBatch]:
         """Return slabs that hold these blocks, waiting for them.
 
         Raises:
@@ -78,7 +78,7 @@ class PlaneSource:
         """
         deadline = time.monotonic() + self._patience_s
         left = dict.fromkeys(numbers)
-        slabs: list[Slab] = []
+        slabs: list[BlockBatch] = []
         while left:
             self._raise_corrupt(left)
             wait = deadline - time.monotonic()
@@ -97,7 +97,7 @@ class PlaneSource:
             wanted = np.fromiter(self._missing, dtype=np.int64)
             self._pending = self._plane.take.remote(wanted, urgent=False)
 
-    def _load(self, refs: Sequence[Any], wanted: Sequence[int]) -> list[Slab]:
+    def _load(self, refs: Sequence[Any], wanted: Sequence[int]) -> list[BlockBatch]:
         """Return the slabs behind `refs`; none if objects were lost, which the plane is told."""
         try:
             tables = ray.get(list(refs), timeout=self._patience_s)

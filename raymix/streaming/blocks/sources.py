@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from raymix.store import Corpus, Split
-from raymix.streaming.blocks.batch import Slab, make_slab
+from raymix.streaming.blocks.batch import BlockBatch, make_block_batch
 from raymix.streaming.blocks.geometry import BlockNumbers
 
 _LOCAL_BUDGET = 1 << 30
@@ -31,11 +31,11 @@ class BlockSource(Protocol):
         """
         ...
 
-    def arrived(self) -> list[Slab]:
+    def arrived(self) -> list[BlockBatch]:
         """Return what has come of the wanted blocks since the last call, without waiting."""
         ...
 
-    def fetch(self, numbers: Sequence[int]) -> list[Slab]:
+    def fetch(self, numbers: Sequence[int]) -> list[BlockBatch]:
         """Return slabs that hold these blocks, waiting for them.
 
         Raises:
@@ -67,11 +67,11 @@ class LocalSource:
     ) -> None:
         """Do nothing: reading takes place in `fetch`."""
 
-    def arrived(self) -> list[Slab]:
+    def arrived(self) -> list[BlockBatch]:
         """Return nothing: reading takes place in `fetch`."""
         return []
 
-    def fetch(self, numbers: Sequence[int]) -> list[Slab]:
+    def fetch(self, numbers: Sequence[int]) -> list[BlockBatch]:
         """Return one slab per block.
 
         Raises:
@@ -81,5 +81,5 @@ class LocalSource:
         for number in numbers:
             domain, block = self._numbers.find(number)
             read = self._corpus.read_block(domain, self._split, block)
-            slabs.append(make_slab([number], [read], self._row_tokens))
+            slabs.append(make_block_batch([number], [read], self._row_tokens))
         return slabs

@@ -16,7 +16,7 @@ import ray.exceptions
 
 from raymix.errors import ClusterError, RaymixError, TrainingError, problem
 from raymix.mixers import DomainStats
-from raymix.streaming.actor_options import kept_here
+from raymix.streaming.actor_options import actor_options
 from raymix.streaming.controller.actor import MixtureController, RemoteMixtureController
 from raymix.streaming.controller.leases import Lease
 
@@ -236,6 +236,6 @@ def start_controller(*, name: str | None = None, **options: Any) -> Any:
         name: Name to find it by (`ray.get_actor`); none needed where the handle is passed on.
         options: Arguments of `MixtureController`, all but `session`.
     """
-    return RemoteMixtureController.options(**kept_here(name, movable=False)).remote(
+    return RemoteMixtureController.options(**actor_options(name, movable=False)).remote(
         session=uuid.uuid4().hex, **options
     )

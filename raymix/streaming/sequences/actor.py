@@ -1,4 +1,4 @@
-"""The planner of ranks as an actor, and how a rank asks it: `planned_by`.
+"""The planner of ranks as an actor, and how a rank asks it: `assign_remotely`.
 
 One actor plans for all ranks, each step once, and the next steps while these are worked on. It
 keeps nothing that cannot be made again: a rank that finds it new, after it died, brings it the
@@ -24,10 +24,10 @@ from raymix.recipe.training import DocumentData
 from raymix.sampling import DocumentStep, MixtureEntry, batch_hash
 from raymix.schedule import MicroBatch
 from raymix.store import Corpus
-from raymix.streaming.actor_options import kept_here
-from raymix.streaming.batches.assign import Assignments, Deal, Reader
+from raymix.streaming.actor_options import actor_options
+from raymix.streaming.batches.assign import AssignmentContext, Assignments, RankAssignment
 from raymix.streaming.controller.client import get
-from raymix.streaming.sequences.step_plans import Assignment, BucketPlan, StepPlans
+from raymix.streaming.sequences.step_plans import RankMicroBatches, SchedulingConfig, StepPlans
 
 _AHEAD = 2
 _PATIENCE_S = 600.0
@@ -49,11 +49,11 @@ class PlanRequest:
     """The asker's log, where it was told that it is needed."""
     state: Mapping[str, Any] | None = None
     """With them, the state of the order of documents at `step` or before."""
-    how: BucketPlan | None = None
+    how: SchedulingConfig | None = None
     """With them, how documents are dealt out."""
 
 
-class LengthBucketer:
+class SequenceScheduler:
     """Plans the ranks of a run, some steps ahead.
 
     Args of the constructor:
@@ -74,7 +74,7 @@ class LengthBucketer:
         self._looking: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "raymix-bucketer")
 
-    async def plan(self, request: PlanRequest) -> Assignment | None:
+    async def plan(self, request: PlanRequest) -> RankMicroBatches | None:
         """Return the rank's part of a step; None: ask again with log and state.
 
         Raises:
@@ -149,10 +149,10 @@ class LengthBucketer:
         await loop.run_in_executor(self._thread, plans.planned, step)
 
 
-RemoteLengthBucketer = ray.remote(LengthBucketer)
+RemoteLengthBucketer = ray.remote(SequenceScheduler)
 
 
-class RemoteBucketer:
+class RemoteSequenceScheduler:
     """The actor as one rank sees it; the next step is asked for while this one is worked on.
 
     Args of the constructor:
@@ -162,14 +162,16 @@ class RemoteBucketer:
         reader: The rank.
     """
 
-    def __init__(self, handle: Any, how: BucketPlan, reader: Reader, *, attempt: str) -> None:
+    def __init__(
+        self, handle: Any, how: SchedulingConfig, reader: AssignmentContext, *, attempt: str
+    ) -> None:
         self._handle = handle
         self._how = how
         self._attempt = attempt
         self._reader = reader
         self._asked: tuple[int, Any] | None = None
 
-    def assignment(self, step: int) -> Assignment:
+    def assignment(self, step: int) -> RankMicroBatches:
         """Return this rank's part of a step, which the log must cover.
 
         Raises:
@@ -207,12 +209,14 @@ class RemoteBucketer:
         )
         return self._handle.plan.remote(request)
 
-    def _get(self, answer: Any) -> Assignment | None:
-        found: Assignment | None = get(answer, timeout_s=_PATIENCE_S, what="the planner of ranks")
+    def _get(self, answer: Any) -> RankMicroBatches | None:
+        found: RankMicroBatches | None = get(
+            answer, timeout_s=_PATIENCE_S, what="the planner of ranks"
+        )
         return found
 
 
-def planned_by(handle: Any, how: BucketPlan, *, attempt: str) -> Assignments:
+def assign_remotely(handle: Any, how: SchedulingConfig, *, attempt: str) -> Assignments:
     """Return assignments that the actor plans, each held against what the rank itself reads.
 
     Args:
@@ -221,8 +225,8 @@ def planned_by(handle: Any, how: BucketPlan, *, attempt: str) -> Assignments:
         attempt: Names the worker group, the same on all its ranks.
     """
 
-    def assignments(reader: Reader) -> Deal:
-        bucketer = RemoteBucketer(handle, how, reader, attempt=attempt)
+    def assignments(reader: AssignmentContext) -> RankAssignment:
+        bucketer = RemoteSequenceScheduler(handle, how, reader, attempt=attempt)
 
         def deal(step: DocumentStep) -> tuple[MicroBatch, ...]:
             found = bucketer.assignment(step.step)
@@ -236,7 +240,7 @@ def planned_by(handle: Any, how: BucketPlan, *, attempt: str) -> Assignments:
     return assignments
 
 
-def start_bucketer(corpus: Corpus, data: DocumentData, *, name: str | None = None) -> Any:
+def start_sequence_scheduler(corpus: Corpus, data: DocumentData, *, name: str | None = None) -> Any:
     """Return the actor of a new planner of ranks on this node, owned by this process.
 
     Args:
@@ -244,4 +248,4 @@ def start_bucketer(corpus: Corpus, data: DocumentData, *, name: str | None = Non
         data: The recipe's `data` section.
         name: Name to find it by; none needed where the handle is passed on.
     """
-    return RemoteLengthBucketer.options(**kept_here(name)).remote(corpus.path, data)
+    return RemoteLengthBucketer.options(**actor_options(name)).remote(corpus.path, data)

@@ -30,7 +30,7 @@ from raymix.streaming.blocks.geometry import document_geometry, epoch_limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BucketPlan:
+class SchedulingConfig:
     """How the documents of steps are dealt out: the same on all ranks of a run."""
 
     seed: int
@@ -52,7 +52,7 @@ class BucketPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
+class RankMicroBatches:
     """What one rank does in one step."""
 
     step: int
@@ -75,14 +75,14 @@ class PlannedStep:
     label_tokens: int
     batch_hash: str
 
-    def of(self, rank: int) -> Assignment:
+    def of(self, rank: int) -> RankMicroBatches:
         """Return a rank's part.
 
         Raises:
             ScheduleError: If the layout has no such rank.
         """
         step = self.documents
-        return Assignment(
+        return RankMicroBatches(
             step=step.step,
             version=step.version,
             micro_batches=self.schedule.micro_batches(rank),
@@ -103,7 +103,7 @@ class StepPlans:
         ScheduleError: If the planner is unknown, or the longest document does not fit a group.
     """
 
-    def __init__(self, corpus: Corpus, data: DocumentData, how: BucketPlan) -> None:
+    def __init__(self, corpus: Corpus, data: DocumentData, how: SchedulingConfig) -> None:
         geometries = document_geometry(corpus)
         lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
         _check_room(lengths, data, how)
@@ -198,7 +198,7 @@ class StepPlans:
         return tuple(sorted(self._plans))
 
 
-def _check_room(lengths: Sequence[Any], data: DocumentData, how: BucketPlan) -> None:
+def _check_room(lengths: Sequence[Any], data: DocumentData, how: SchedulingConfig) -> None:
     room = how.layout.context * how.cost.memory_tokens
     longest = max((int(part.max(initial=0)) for part in lengths), default=0)
     if (needed := min(longest, data.sequence_length)) > room:

@@ -65,7 +65,7 @@ _GPU_SHARE, _CPU_SHARE = 0.8, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
+class CalibrationBudget:
     """How long and how far is measured."""
 
     seconds: float = 60.0
@@ -144,7 +144,7 @@ def recipe_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def calibrate(
-    setup: Setup, effort: Effort, report: Callable[[str], None] = lambda line: None
+    setup: Setup, effort: CalibrationBudget, report: Callable[[str], None] = lambda line: None
 ) -> tuple[CostModel, list[Measurement]]:
     """Return the cost model that fits what was measured, and the measurements.
 
@@ -195,7 +195,7 @@ def hardware(setup: Setup) -> str:
     return f"{name}; {model}, {kind}; {setup.ranks} ranks; torch {torch.__version__}"
 
 
-def _attention(setup: Setup, effort: Effort) -> Iterator[Measurement]:
+def _attention(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]:
     layers = setup.config.num_hidden_layers
     for width in _widths(setup.ranks):
         spent = 0.0
@@ -240,7 +240,7 @@ def _kernel(setup: Setup, tokens: int, width: int, documents: int = 1) -> Callab
     return shards
 
 
-def _linear(setup: Setup, effort: Effort) -> Iterator[Measurement]:
+def _linear(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]:
     layers = setup.config.num_hidden_layers
     depths = _depths(setup)
     models = {depth: _model(setup, depth) for depth in depths}

@@ -21,7 +21,7 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
+class _BenchmarkTask:
     ranks: int
     device: str
     widths: tuple[int, ...]
@@ -55,7 +55,7 @@ def gather_times(
     """
     with tempfile.TemporaryDirectory(prefix="raymix-calibrate-") as directory:
         out = Path(directory) / "times.json"
-        task = _Task(
+        task = _BenchmarkTask(
             ranks=ranks,
             device=device,
             widths=tuple(widths),
@@ -77,7 +77,7 @@ def gather_times(
     return {(width, tokens): seconds for width, tokens, seconds in rows}
 
 
-def _rank(rank: int, task: _Task) -> None:
+def _rank(rank: int, task: _BenchmarkTask) -> None:
     """Measure as one of the processes; rank 0 writes what it found."""
     torch.set_num_threads(1)
     ranks, device, out = task.ranks, task.device, task.out

@@ -19,7 +19,7 @@ from raymix.training.run.rundir import RunDirectory
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class CheckpointRef:
     """A checkpoint and what is known of it."""
 
     checkpoint: Path
@@ -46,7 +46,7 @@ class Target:
         return self.run.recipe()
 
 
-def find_target(path: str | Path) -> Target:
+def find_checkpoint(path: str | Path) -> CheckpointRef:
     """Return what lies at `path`: a run (its newest checkpoint) or a checkpoint.
 
     Raises:
@@ -61,15 +61,15 @@ def find_target(path: str | Path) -> Target:
         found = newest_checkpoint(run.checkpoints)
         if found is None:
             raise _untrained(str(path))
-        return Target(*found, run, str(found[0]))
+        return CheckpointRef(*found, run, str(found[0]))
     if not (place / "config.json").is_file():
         raise _neither(str(path), there=place.exists())
     state = read_state(place) if (place / "state.json").is_file() else None
     above = RunDirectory(place.resolve().parent.parent)
-    return Target(place, state, above if above.resolved.is_file() else None, str(place))
+    return CheckpointRef(place, state, above if above.resolved.is_file() else None, str(place))
 
 
-def _fetched(url: str) -> Target:
+def _fetched(url: str) -> CheckpointRef:
     """Return what lies at a URL, its files fetched to a directory that ends with this process."""
     files.check_store(url, "run")
     here = Path(tempfile.mkdtemp(prefix="raymix-"))
@@ -85,10 +85,10 @@ def _fetched(url: str) -> Target:
     if found is None:
         raise _untrained(url)
     path = fetch_checkpoint(run, found[0])
-    return Target(path, found[1], run, files.join(url, "checkpoints", path.name))
+    return CheckpointRef(path, found[1], run, files.join(url, "checkpoints", path.name))
 
 
-def _fetched_checkpoint(url: str, names: list[str], here: Path) -> Target:
+def _fetched_checkpoint(url: str, names: list[str], here: Path) -> CheckpointRef:
     place = here / url.rsplit("/", 1)[-1]
     place.mkdir()
     for name in names:
@@ -97,7 +97,7 @@ def _fetched_checkpoint(url: str, names: list[str], here: Path) -> Target:
     above = url.rsplit("/", 2)[0]
     run = RunDirectory(here / above.rsplit("/", 1)[-1], above)
     run.mirror().fetch(*RECIPES, *LOGS)
-    return Target(place, state, run if run.resolved.is_file() else None, url)
+    return CheckpointRef(place, state, run if run.resolved.is_file() else None, url)
 
 
 def _untrained(place: str) -> RecipeError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import RecipeError, problem
-from raymix.training.evaluate.checkpoint_ref import Target, find_target
+from raymix.training.evaluate.checkpoint_ref import CheckpointRef, find_checkpoint
 from raymix.training.host.environment import raymix_version
 from raymix.training.run.checkpoint import disk_full
 from raymix.training.summary import summary
@@ -27,7 +27,7 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: If `out` is taken, the checkpoint cannot be used, or the disk is full.
     """
-    target = find_target(path)
+    target = find_checkpoint(path)
     place = Path(os.path.abspath(out))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         wrong = "it exists, and nothing is overwritten"
@@ -53,7 +53,7 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
     }
 
 
-def _card(target: Target) -> str:
+def _card(target: CheckpointRef) -> str:
     """Return the model card: what the model is, what it read, how well it does."""
     head = {
         "library_name": "transformers",
@@ -94,7 +94,7 @@ def _card(target: Target) -> str:
 
 def _table(domains: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| domain | tokens | share asked | share realised | epochs | loss before | loss after "
+        "| domain | tokens | share asked | share realized | epochs | loss before | loss after "
         "| bits per byte |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]

@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymix.context_parallel import Held, Part, Teams, attending
+from raymix.context_parallel import ContextParallelGroups, DocumentPart, LocalShards, attending
 from raymix.errors import CorpusError, problem
 from raymix.store import Block, Corpus
 from raymix.training.model.loss import IGNORED
 from raymix.training.model.parallel import PendingSum, Replica, World
 from raymix.training.step.batches import (
-    MicroBatch,
+    MicroBatchTensors,
     count_micro_batches,
-    learnt_rows,
     micro_batches,
+    row_loss_mask,
 )
 
 Table = dict[str, dict[str, float | int | None]]
@@ -42,7 +42,7 @@ class HeldOutRows:
     """Domain of each row."""
     length_B: npt.NDArray[np.int64]
     """Tokens of each row; what follows them is padding."""
-    learnt: npt.NDArray[np.bool_] | None
+    loss_mask: npt.NDArray[np.bool_] | None
     """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
 
     def part(self, rank: int, world_size: int) -> HeldOutRows:
@@ -53,9 +53,9 @@ class HeldOutRows:
         own = offsets[first : last + 1]
         starts = own - own[0], positions[own[0] : own[-1]]
         part = slice(first, last)
-        learnt = self.learnt if self.learnt is None else self.learnt[part]
+        loss_mask = self.loss_mask if self.loss_mask is None else self.loss_mask[part]
         own_B = self.domain_B[part], self.length_B[part]
-        return HeldOutRows(self.tokens[part], starts, *own_B, learnt)
+        return HeldOutRows(self.tokens[part], starts, *own_B, loss_mask)
 
 
 _Row = tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64], int]
@@ -149,8 +149,10 @@ def _stacked(
     offsets = np.concatenate([[0], np.cumsum([len(begun) for begun in starts])]).astype(np.int64)
     positions = np.concatenate(starts).astype(np.int64) if starts else np.empty(0, np.int64)
     domain_B = np.array(domains, dtype=np.int64)
-    learnt = learnt_rows(corpus, "valid", domain_B, np.array(places, np.int64), sequence_length)
-    return HeldOutRows(tokens_BL, (offsets, positions), domain_B, lengths, learnt)
+    loss_mask = row_loss_mask(
+        corpus, "valid", domain_B, np.array(places, np.int64), sequence_length
+    )
+    return HeldOutRows(tokens_BL, (offsets, positions), domain_B, lengths, loss_mask)
 
 
 def _domain_rows(corpus: Corpus, name: str, length: int, wanted: int) -> list[_Row]:
@@ -252,11 +254,11 @@ class Evaluator:
                 table[name] = self._scores(nats_D[index], int(tokens_D[index]), index)
         return table
 
-    def _batches(self) -> Iterator[MicroBatch]:
+    def _batches(self) -> Iterator[MicroBatchTensors]:
         rows, device = self._rows, self._world.device
-        return micro_batches(rows, self._passes, device, learnt_BL=rows.learnt)
+        return micro_batches(rows, self._passes, device, loss_mask_BL=rows.loss_mask)
 
-    def _score(self, replica: Replica, batch: MicroBatch, sums: torch.Tensor) -> None:
+    def _score(self, replica: Replica, batch: MicroBatchTensors, sums: torch.Tensor) -> None:
         labels_BL = batch.labels_BL
         length_B = torch.from_numpy(self._rows.length_B[batch.rows]).to(labels_BL.device)
         domain_B = torch.from_numpy(self._rows.domain_B[batch.rows]).to(labels_BL.device)
@@ -269,7 +271,9 @@ class Evaluator:
             sums[0].index_add_(0, domain_B, loss_BL.double().sum(1))
             sums[1].index_add_(0, domain_B, (labels_BL != IGNORED).sum(1).double())
 
-    def _losses(self, replica: Replica, batch: MicroBatch, labels_BL: torch.Tensor) -> torch.Tensor:
+    def _losses(
+        self, replica: Replica, batch: MicroBatchTensors, labels_BL: torch.Tensor
+    ) -> torch.Tensor:
         """Return the loss of every token, (B, L)."""
         tensors = batch.tokens_BL, batch.positions_BL, labels_BL
         if not self._by_document:
@@ -277,7 +281,9 @@ class Evaluator:
             return loss_BL
         begins = (batch.positions_BL == 0).flatten().nonzero()[:, 0].tolist()
         lengths = np.diff(begins, append=batch.positions_BL.numel()).tolist()
-        held = Held([Part(length, (0,)) for length in lengths], 0, Teams())
+        held = LocalShards(
+            [DocumentPart(length, (0,)) for length in lengths], 0, ContextParallelGroups()
+        )
         with attending(held):
             _, loss_1N = replica.module(*(part.flatten()[None] for part in tensors))
         return loss_1N.view(labels_BL.shape)

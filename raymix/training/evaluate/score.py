@@ -10,7 +10,7 @@ import torch
 
 from raymix.recipe import PretrainedModel, Recipe
 from raymix.store import Corpus
-from raymix.training.evaluate.checkpoint_ref import find_target
+from raymix.training.evaluate.checkpoint_ref import find_checkpoint
 from raymix.training.evaluate.held_out import Evaluator, HeldOutRows, Table, held_out_rows
 from raymix.training.host.device import quiet_libraries, use_threads
 from raymix.training.model.hf_model import CorpusFacts, build_model, probe_model
@@ -33,7 +33,7 @@ def score(
     Raises:
         RaymixError: If checkpoint or corpus cannot be used, or do not fit each other.
     """
-    target = find_target(path)
+    target = find_checkpoint(path)
     used = target.recipe(recipe)
     corpus = Corpus.open(used.corpus.path)
     rows = held_out_rows(

@@ -42,7 +42,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 def use_threads(threads: int | None, world: World) -> None:
     """Give this process `threads` threads, or its share of the machine's cores."""
-    share = max(1, cores() // max(1, world.neighbours))
+    share = max(1, cores() // max(1, world.neighbors))
     torch.set_num_threads(threads or share)
 
 

@@ -24,11 +24,11 @@ from raymix.store.remote import files
 from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.controller.client import start_controller
-from raymix.streaming.sequences.actor import start_bucketer
+from raymix.streaming.sequences.actor import start_sequence_scheduler
 from raymix.training.launch.cluster import no_room, worker_environment
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
-from raymix.training.launch.worker import StopWhereHopeless, train_worker
+from raymix.training.launch.worker import FailFastPolicy, train_worker
 from raymix.training.run.remote import newest
 from raymix.training.setup import Job, mixer_context
 
@@ -67,7 +67,9 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
     )
     bucketer = None
     if isinstance(recipe.data, DocumentData):
-        bucketer = start_bucketer(corpus, recipe.data, name=f"raymix-bucketer-{job.session}")
+        bucketer = start_sequence_scheduler(
+            corpus, recipe.data, name=f"raymix-bucketer-{job.session}"
+        )
     trainer = _trainer(replace(job, controller=controller, plane=plane, bucketer=bucketer))
     try:
         watched(trainer.fit)
@@ -104,7 +106,7 @@ def _trainer(job: Job) -> Any:
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=_START_TRIES
             ),
-            callbacks=[StopWhereHopeless(job.run)],
+            callbacks=[FailFastPolicy(job.run)],
             worker_runtime_env={"env_vars": worker_environment(on_gpu=job.on_gpu)},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from raymix.training.loop import LoopEnd, Parts, TrainingLoop
+from raymix.training.loop import LoopEnd, TrainerComponents, TrainingLoop
 from raymix.training.model.parallel import World
 from raymix.training.run.remote import keep_checkpoint
-from raymix.training.setup import Job, begin, build_parts, local_source
+from raymix.training.setup import Job, build_parts, local_source, resume
 
 
 def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
@@ -24,7 +24,7 @@ def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
     """
     keep = job.recipe.train.keep_checkpoints
     world = World(device=torch.device("cuda" if job.on_gpu else "cpu"))
-    start = begin(job, world)
+    start = resume(job, world)
     parts = build_parts(
         job,
         world,
@@ -36,7 +36,7 @@ def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
     return looped(parts)
 
 
-def looped(parts: Parts) -> LoopEnd:
+def looped(parts: TrainerComponents) -> LoopEnd:
     """Return how the loop of a rank ended; its files are closed then.
 
     Raises:

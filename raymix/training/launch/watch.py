@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from raymix.training.run.progress import Progress
+from raymix.training.run.progress import RunProgress
 from raymix.training.run.rundir import RunDirectory
 
 _POLL_S = 0.2
@@ -22,7 +22,7 @@ _POLL_S = 0.2
 def watch(
     work: Callable[[], object],
     run: RunDirectory,
-    progress: Progress,
+    progress: RunProgress,
     *,
     starting: str,
     check: Callable[[], None] = lambda: None,

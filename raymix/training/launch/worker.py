@@ -22,9 +22,9 @@ from raymix.streaming.blocks.sources import BlockSource
 from raymix.training.launch.local import looped
 from raymix.training.model.parallel import World
 from raymix.training.run.checkpoint import disk_full
-from raymix.training.run.remote import STOP, WORKERS, Keeper, keep_checkpoint, tidy
+from raymix.training.run.remote import STOP, WORKERS, RunSync, keep_checkpoint, tidy
 from raymix.training.run.rundir import RunDirectory, read_metrics
-from raymix.training.setup import Job, begin, build_parts
+from raymix.training.setup import Job, build_parts, resume
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _train(job: Job) -> None:
     world = _world(job)
-    start = begin(job, world)
+    start = resume(job, world)
     parts = build_parts(
         job,
         world,
@@ -54,7 +54,7 @@ def _train(job: Job) -> None:
     )
     kept = (*WORKERS, "tensorboard") if world.is_writer else ()
     try:
-        with Keeper(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
+        with RunSync(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
             end = looped(parts)
         if world.is_writer and not end.stopped:
             tidy(job.run)
@@ -75,7 +75,7 @@ def _world(job: Job) -> World:
         rank=context.get_world_rank(),
         size=context.get_world_size(),
         device=device,
-        neighbours=context.get_local_world_size(),
+        neighbors=context.get_local_world_size(),
     )
 
 
@@ -106,7 +106,7 @@ def _reporter(job: Job, world: World) -> Callable[[Path, int], None]:
     return report
 
 
-class StopWhereHopeless(UserCallback):
+class FailFastPolicy(UserCallback):
     """Ends a run at once where starting the workers again would change nothing.
 
     Ray Train starts a worker group again after any exception. That is right for a lost machine;

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raymix.context_parallel import Held, Part, Teams, attending, register
+from raymix.context_parallel import (
+    ContextParallelGroups,
+    DocumentPart,
+    LocalShards,
+    attending,
+    register,
+)
 from raymix.errors import RecipeError, TrainingError, did_you_mean, problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 
@@ -291,7 +297,10 @@ def switch_attention(model: PreTrainedModel, *, longest: int) -> bool:
     one document, which must give others. A model that computes anything else keeps its own.
     """
     before, was_training = model.config._attn_implementation, model.training
-    two, one = (Held([Part(4, (0,))] * 2, 0, Teams()), Held([Part(8, (0,))], 0, Teams()))
+    two, one = (
+        LocalShards([DocumentPart(4, (0,))] * 2, 0, ContextParallelGroups()),
+        LocalShards([DocumentPart(8, (0,))], 0, ContextParallelGroups()),
+    )
     two.longest = longest
     row = _two_documents(model)
     try:

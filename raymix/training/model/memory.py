@@ -1,6 +1,6 @@
 """How much memory a run takes, part by part, without allocating any of it.
 
-Weights, gradients and optimiser states follow from the parameter count. What the forward pass
+Weights, gradients and optimizer states follow from the parameter count. What the forward pass
 keeps for the backward pass is counted on fake tensors: the model runs without data, and every
 tensor that autograd saves is added up, so the count holds for any architecture.
 """
@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from raymix.context_parallel import Held, Part, Teams, attending, register
+from raymix.context_parallel import (
+    ContextParallelGroups,
+    DocumentPart,
+    LocalShards,
+    attending,
+    register,
+)
 from raymix.recipe import ModelConfig, TrainConfig
 from raymix.training.model.hf_model import CorpusFacts, resolve_config, skeleton
 from raymix.training.model.loss import LOGIT_BYTES
@@ -90,7 +96,7 @@ def worker_memory(
         facts: What it takes from the corpus.
         train: How it is trained.
         batch: What a worker passes through it at once.
-        workers: Workers over which FSDP2 spreads weights, gradients and optimiser states.
+        workers: Workers over which FSDP2 spreads weights, gradients and optimizer states.
     """
     parameters, activations = _measure(model, facts, train, batch)
     held = parameters * _FP32
@@ -101,7 +107,7 @@ def worker_memory(
         MemoryPart("process", _PROCESS_BYTES),
         MemoryPart("weights", share),
         MemoryPart("gradients", share),
-        MemoryPart("optimiser", 2 * share),
+        MemoryPart("optimizer", 2 * share),
         MemoryPart("activations", activations),
         MemoryPart("gathered keys", _gathered_bytes(model, facts, batch)),
         MemoryPart("logits", logits),
@@ -189,7 +195,9 @@ def _saved_bytes(model: PreTrainedModel, batch: Batch) -> int:
     if batch.documents:
         model.set_attn_implementation(register())
         ids_BL, positions_BL = (part.reshape(1, -1) for part in (ids_BL, positions_BL))
-        attends = attending(Held([Part(batch.length, (0,))] * batch.rows, 0, Teams()))
+        attends = attending(
+            LocalShards([DocumentPart(batch.length, (0,))] * batch.rows, 0, ContextParallelGroups())
+        )
     with hooks, mixed, attends:
         model.base_model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())

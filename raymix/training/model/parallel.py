@@ -28,7 +28,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    neighbours: int = 1
+    neighbors: int = 1
     """Workers on this machine, this one among them."""
 
     @property

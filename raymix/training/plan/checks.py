@@ -13,12 +13,12 @@ from raymix.recipe import PackedData, Recipe
 from raymix.store import Corpus
 from raymix.training.host.machine import Resources
 from raymix.training.model.memory import MemoryPart
-from raymix.training.plan.domain_sizes import Supply
+from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Forecast
 
 _GB = 1e9
 # What a worker holds for certain; the rest is an estimate.
-_STATES = ("weights", "gradients", "optimiser")
+_STATES = ("weights", "gradients", "optimizer")
 
 
 def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
@@ -63,15 +63,15 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
                 "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
             )
         )
-    answers = [name for name, info in corpus.manifest.domains.items() if info.train.learnt]
+    answers = [name for name, info in corpus.manifest.domains.items() if info.train.loss_mask]
     if isinstance(recipe.data, PackedData) and answers:
-        wrong = f"of {answers[0]!r} only answers are learnt, which packed rows do not tell"
+        wrong = f"of {answers[0]!r} only answers are learned, which packed rows do not tell"
         advice = "allowed here: documents"
         found.append(problem("data.mode", recipe.data.mode, wrong, advice))
     return found
 
 
-def empty_domains(supply: Sequence[Supply], recipe: Recipe) -> list[str]:
+def empty_domains(supply: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
     """Return the domains that hold nothing, or not one row."""
     found = []
     for number, domain in enumerate(supply):
@@ -88,7 +88,7 @@ def empty_domains(supply: Sequence[Supply], recipe: Recipe) -> list[str]:
     return found
 
 
-def probe_problems(recipe: Recipe, supply: Sequence[Supply], mixer: Mixer) -> list[str]:
+def probe_problems(recipe: Recipe, supply: Sequence[DomainSizes], mixer: Mixer) -> list[str]:
     """Return the domains whose gradients the mixer needs and that do not have two rows."""
     if not GRADIENT_STATISTICS & mixer.needs:
         return []
@@ -102,14 +102,14 @@ def probe_problems(recipe: Recipe, supply: Sequence[Supply], mixer: Mixer) -> li
     ]
 
 
-def caps_per_domain(recipe: Recipe, supply: Sequence[Supply]) -> list[float | None]:
+def caps_per_domain(recipe: Recipe, supply: Sequence[DomainSizes]) -> list[float | None]:
     """Return `data.max_epochs` of every domain."""
     cap = recipe.data.max_epochs
     return [cap.get(domain.name) if isinstance(cap, dict) else cap for domain in supply]
 
 
 def cap_problems(
-    recipe: Recipe, supply: Sequence[Supply], found: Forecast, *, steps: int, tokens: int
+    recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast, *, steps: int, tokens: int
 ) -> list[str]:
     """Return why the caps on epochs leave nothing to read before the last step.
 
@@ -141,7 +141,7 @@ def cap_problems(
 def room_problems(
     recipe: Recipe, parts: Sequence[MemoryPart], resources: Resources, *, on_gpu: bool
 ) -> list[str]:
-    """Return why the weights and optimiser states do not fit into memory."""
+    """Return why the weights and optimizer states do not fit into memory."""
     states = sum(part.bytes for part in parts if part.name in _STATES)
     workers = max(1, recipe.cluster.workers)
     if on_gpu or states * workers <= resources.memory_bytes:
@@ -150,7 +150,7 @@ def room_problems(
         problem(
             "model",
             recipe.model.model_dump(exclude_defaults=True),
-            f"weights, gradients and optimiser states take {workers} x {states / _GB:.1f} GB, "
+            f"weights, gradients and optimizer states take {workers} x {states / _GB:.1f} GB, "
             f"{resources.where} has "
             f"{resources.memory_bytes / _GB:.1f} GB of memory",
             "Make the model smaller, or take fewer workers",

@@ -22,7 +22,7 @@ _ID_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Supply:
+class DomainSizes:
     """What one domain holds for training."""
 
     name: str
@@ -45,7 +45,7 @@ class Supply:
         return self.tokens - self.usable
 
 
-def prepared_supply(corpus: Corpus, data: DataConfig) -> list[Supply]:
+def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
     """Return what the domains of a prepared corpus hold, in its order."""
     found = []
     for name in corpus.domain_names:
@@ -57,7 +57,7 @@ def prepared_supply(corpus: Corpus, data: DataConfig) -> list[Supply]:
             lengths = corpus.document_lengths(name, "train")
             usable = int(np.minimum(lengths, data.sequence_length).sum(dtype=np.int64))
         found.append(
-            Supply(
+            DomainSizes(
                 name=name,
                 tokens=train.tokens,
                 usable=usable,
@@ -76,7 +76,7 @@ def packed_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:
     return full * (block_tokens // sequence_length) + tail // sequence_length
 
 
-def estimated_supply(config: CorpusConfig, data: DataConfig) -> list[Supply]:
+def estimated_sizes(config: CorpusConfig, data: DataConfig) -> list[DomainSizes]:
     """Return what the sources of a recipe may hold, from file sizes alone.
 
     Raises:
@@ -97,7 +97,7 @@ def estimated_supply(config: CorpusConfig, data: DataConfig) -> list[Supply]:
         tokens = _three_digits(train / per_token)
         length = data.sequence_length if isinstance(data, PackedData) else 1
         found.append(
-            Supply(
+            DomainSizes(
                 name=domain.name,
                 tokens=tokens,
                 usable=tokens // length * length,

@@ -46,10 +46,10 @@ from raymix.training.plan.checks import (
     probe_problems,
     room_problems,
 )
-from raymix.training.plan.domain_sizes import Supply, estimated_supply, prepared_supply
+from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
 from raymix.training.plan.forecast import Forecast, Segment, forecast, segments
 from raymix.training.plan.runplan import DomainPlan, RunPlan
-from raymix.training.plan.target_counts import nearest_documents
+from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.step.document_layout import context_of, held_tokens
 
@@ -88,16 +88,16 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         RecipeError: If the run cannot work, with one message per reason.
     """
     found = _Findings(cluster_problems(recipe, has))
-    supply: list[Supply] = []
+    supply: list[DomainSizes] = []
     with found.guard():
         if corpus is None:
-            supply = estimated_supply(recipe.corpus, recipe.data)
+            supply = estimated_sizes(recipe.corpus, recipe.data)
         else:
             found.problems += corpus_problems(recipe, corpus)
-            supply = prepared_supply(corpus, recipe.data)
+            supply = prepared_sizes(corpus, recipe.data)
     empty = empty_domains(supply, recipe)
     found.problems += empty
-    shape = _Shape.of(recipe, has)
+    shape = _BatchShape.of(recipe, has)
     mixture = weight = None
     with found.guard():
         weight = _Weight.of(recipe, corpus, shape, has)
@@ -159,7 +159,7 @@ class _Findings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _BatchShape:
     """The run in numbers that follow from the recipe alone."""
 
     steps: int
@@ -175,7 +175,7 @@ class _Shape:
     bf16: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, has: Resources) -> _Shape:
+    def of(cls, recipe: Recipe, has: Resources) -> _BatchShape:
         data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
         row_tokens, sharing = data.sequence_length, 1
         if isinstance(data, PackedData):
@@ -209,7 +209,11 @@ class _Mixture:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, corpus: Corpus | None, supply: Sequence[Supply], shape: _Shape
+        cls,
+        recipe: Recipe,
+        corpus: Corpus | None,
+        supply: Sequence[DomainSizes],
+        shape: _BatchShape,
     ) -> _Mixture:
         context = MixerContext(
             domains=tuple(domain.name for domain in supply),
@@ -218,7 +222,7 @@ class _Mixture:
             total_steps=shape.steps,
             rows_per_step=shape.rows,
             targets=recipe.mixer.targets,
-            nearest_D=nearest_documents(recipe, corpus) if corpus is not None else None,
+            nearest_D=target_domain_counts(recipe, corpus) if corpus is not None else None,
         )
         mixer = build_mixer(recipe.mixer, context)
         few = probe_problems(recipe, supply, mixer)
@@ -242,7 +246,9 @@ class _Weight:
     micro_batch_rows: int
 
     @classmethod
-    def of(cls, recipe: Recipe, corpus: Corpus | None, shape: _Shape, has: Resources) -> _Weight:
+    def of(
+        cls, recipe: Recipe, corpus: Corpus | None, shape: _BatchShape, has: Resources
+    ) -> _Weight:
         facts = corpus_facts(recipe, corpus)
         size = model_size(recipe.model, facts)
 
@@ -295,7 +301,7 @@ def _pretrained_facts(tokenizer: PretrainedTokenizer, length: int) -> CorpusFact
 
 
 def _domain_plans(
-    recipe: Recipe, supply: Sequence[Supply], found: Forecast
+    recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast
 ) -> Iterator[DomainPlan]:
     caps = caps_per_domain(recipe, supply)
     for at, domain in enumerate(supply):
@@ -318,7 +324,7 @@ def _cache_bytes(recipe: Recipe, has: Resources) -> int:
 
 
 def _notes(
-    recipe: Recipe, supply: Sequence[Supply], found: Forecast, shape: _Shape
+    recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast, shape: _BatchShape
 ) -> Iterator[str]:
     """Yield what works but may not be what was meant."""
     length = recipe.data.sequence_length

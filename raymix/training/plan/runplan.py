@@ -7,7 +7,7 @@ from typing import Any
 
 from raymix.training.host.machine import Resources
 from raymix.training.model.memory import MemoryPart
-from raymix.training.plan.domain_sizes import Supply
+from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Segment
 
 
@@ -15,7 +15,7 @@ from raymix.training.plan.forecast import Segment
 class DomainPlan:
     """What a run would read of one domain."""
 
-    supply: Supply
+    supply: DomainSizes
     share: float
     """Mean share of tokens asked over the run."""
     read: int

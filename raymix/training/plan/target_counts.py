@@ -19,7 +19,7 @@ _MOST_TOKENS = 1 << 26
 _MOST_PER_DOMAIN = 1 << 20
 
 
-def nearest_documents(recipe: Recipe, corpus: Corpus) -> NDArray[np.int64] | None:
+def target_domain_counts(recipe: Recipe, corpus: Corpus) -> NDArray[np.int64] | None:
     """Return how many documents of the recipe's targets are nearest to each domain, shape (D,).
 
     None for mixers that do not ask. A document is nearest to the domain whose token frequencies

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model, the optimiser's state, and what the data order needs.
+"""Checkpoints: a Hugging Face model, the optimizer's state, and what the data order needs.
 
 ```
 checkpoints/step-00000100/config.json, model.safetensors, tokenizer files
@@ -8,7 +8,7 @@ checkpoints/step-00000100/state.json                 the rest, and the size of e
 
 One is written under a temporary name and renamed once whole; nothing in it depends on the number
 of ranks or on how parameters were sharded. `state.json` lists the files' sizes, so a checkpoint
-that was cut short afterwards (a full disk, a half-done copy) is recognised and passed over.
+that was cut short afterwards (a full disk, a half-done copy) is recognized and passed over.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TrainingState:
     """What a checkpoint holds besides tensors; everything is in JSON types."""
 
     step: int
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     sampler: dict[str, Any]
     """The stream's state: position, carries, counts, mixture log."""
     controller: dict[str, Any] | None

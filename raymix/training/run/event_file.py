@@ -20,7 +20,7 @@ _FLUSH_S = 30.0
 _messages: Any = event_pb2
 
 
-class Board:
+class EventFileWriter:
     """Appends scalars to an event file of its own in a directory."""
 
     def __init__(self, directory: Path, *, start_step: int) -> None:

@@ -20,7 +20,7 @@ _REPORTED = "RAY_enable_metrics_collection"
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One gauge: `ray_NAME` to Prometheus, labelled by run, and by domain where it has one."""
+    """One gauge: `ray_NAME` to Prometheus, labeled by run, and by domain where it has one."""
 
     name: str
     """Name as Ray is given it."""
@@ -33,7 +33,7 @@ class Metric:
 
 
 METRICS = (
-    Metric("raymix_step", "Optimiser steps done", "step"),
+    Metric("raymix_step", "Optimizer steps done", "step"),
     Metric("raymix_loss", "Training loss, nats per token", "loss"),
     Metric("raymix_learning_rate", "Learning rate", "lr"),
     Metric("raymix_grad_norm", "Norm of the gradient before clipping", "grad_norm"),

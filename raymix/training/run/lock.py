@@ -21,7 +21,7 @@ from typing import Any
 from raymix._utils.json import parse_json
 from raymix.errors import RaymixError, RecipeError, problem
 from raymix.store.remote import files
-from raymix.store.remote.errors import patiently
+from raymix.store.remote.errors import with_retries
 from raymix.training.run.rundir import RunDirectory
 
 BEAT_S = 5.0
@@ -30,7 +30,7 @@ _NAME = ".lock"
 
 
 @contextmanager
-def claimed(run: RunDirectory, *, note: Callable[[str], None]) -> Iterator[None]:
+def run_lock(run: RunDirectory, *, note: Callable[[str], None]) -> Iterator[None]:
     """Hold a run for this process, on this machine and, where it is kept at a URL, on all.
 
     Args:
@@ -47,14 +47,14 @@ def claimed(run: RunDirectory, *, note: Callable[[str], None]) -> Iterator[None]
             return
         url = files.join(run.url, _NAME)
         _wait_for_silence(run, url, note)
-        heart = _Heart(url, run)
+        heart = _Heartbeat(url, run)
         try:
             yield
         finally:
             heart.stop()
 
 
-class _Heart:
+class _Heartbeat:
     """Says every few seconds that this process works on the run."""
 
     def __init__(self, url: str, run: RunDirectory) -> None:
@@ -62,7 +62,7 @@ class _Heart:
         self._url, self._run = url, run
         self._mine = _sign(run)
         self._ended = threading.Event()
-        patiently(self._beat)
+        with_retries(self._beat)
         self._thread = threading.Thread(target=self._keep, name="raymix-claim", daemon=True)
         self._thread.start()
 
@@ -116,7 +116,7 @@ def _wait_for_silence(run: RunDirectory, url: str, note: Callable[[str], None]) 
     Raises:
         RecipeError: If somebody does.
     """
-    first = patiently(lambda: _read(url))
+    first = with_retries(lambda: _read(url))
     mine = _sign(run)
     if not first or (first.get("host"), first.get("place")) == (mine["host"], mine["place"]):
         return  # of this machine is only one: it has the directory here
@@ -125,7 +125,7 @@ def _wait_for_silence(run: RunDirectory, url: str, note: Callable[[str], None]) 
     note(f"waiting {seconds:g} s to see whether {holder} still works on {run.where}")
     for _ in range(_MISSED):
         time.sleep(BEAT_S)
-        found = patiently(lambda: _read(url))
+        found = with_retries(lambda: _read(url))
         if not found:
             return
         if found != first:

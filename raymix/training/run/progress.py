@@ -94,7 +94,7 @@ class LiveConsole:
         return True
 
 
-class Progress(LiveConsole):
+class RunProgress(LiveConsole):
     """Shows a run: a live line on a terminal, else a line now and then.
 
     `poll` is called a few times a second.

@@ -17,7 +17,7 @@ from raymix.training.run.gauges import Gauges
 from raymix.training.run.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from raymix.training.run.event_file import Board
+    from raymix.training.run.event_file import EventFileWriter
 
 _BOARD_INTERVAL_S = 0.2
 _MOST_SHARES_EACH_STEP = 100
@@ -54,16 +54,16 @@ class Recorder:
         self._run = run
         self._gauges = gauges
         self._scheduled = dict(scheduled or {})
-        self._board: Board | None = None
+        self._board: EventFileWriter | None = None
         self._board_due = 0.0
         self._version: int | None = None
         with self._told():
             # Unbuffered: the driver reads along, and a killed worker loses nothing.
             self._file = run.metrics.open("ab", buffering=0)
             if tensorboard:
-                from raymix.training.run.event_file import Board
+                from raymix.training.run.event_file import EventFileWriter
 
-                self._board = Board(run.path / "tensorboard", start_step=start_step)
+                self._board = EventFileWriter(run.path / "tensorboard", start_step=start_step)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Write the numbers of one step."""

@@ -28,7 +28,7 @@ import pyarrow.fs as pafs
 
 from raymix.errors import StorageError, TrainingError, problem
 from raymix.store.remote import files
-from raymix.store.remote.errors import asking, patiently
+from raymix.store.remote.errors import translate_storage_errors, with_retries
 from raymix.store.remote.mirror import Mirror, download, upload
 from raymix.training.run.checkpoint import (
     STATE,
@@ -63,7 +63,7 @@ def newest(
     for name, sizes in sorted(_checkpoints(run).items(), reverse=True):
         place = files.join(run.url, "checkpoints", name)
         try:
-            raw = patiently(lambda place=place: files.read_bytes(files.join(place, STATE)))
+            raw = with_retries(lambda place=place: files.read_bytes(files.join(place, STATE)))
             return run.checkpoints / name, parse_state(raw, sizes.__getitem__, place)
         except FileNotFoundError:  # its writer was killed
             continue
@@ -79,7 +79,7 @@ def _checkpoints(run: RunDirectory) -> dict[str, dict[str, int]]:
     url = files.join(run.url, "checkpoints")
     filesystem, base = files.locate(url)
     selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-    with asking(url):
+    with translate_storage_errors(url):
         infos = filesystem.get_file_info(selector)
     found: dict[str, dict[str, int]] = {}
     for info in infos:
@@ -105,7 +105,7 @@ def fetch_checkpoint(run: RunDirectory, checkpoint: Path) -> Path:
     here.parent.mkdir(parents=True, exist_ok=True)
     with (here.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = patiently(lambda: files.read_bytes(files.join(there, STATE)))
+        wanted = with_retries(lambda: files.read_bytes(files.join(there, STATE)))
         if _is_here(here, wanted):
             return here
         shutil.rmtree(here, ignore_errors=True)
@@ -156,7 +156,7 @@ def keep_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
     names = [path.name for path in checkpoint.iterdir() if path.name != STATE]
     _each(names, lambda name: upload(checkpoint / name, files.join(there, name)))
     state = (checkpoint / STATE).read_bytes()
-    patiently(lambda: files.atomic_write_bytes(files.join(there, STATE), state))
+    with_retries(lambda: files.atomic_write_bytes(files.join(there, STATE), state))
     found = _checkpoints(run)
     whole = sorted(name for name, sizes in found.items() if STATE in sizes)
     for name in set(found) - set(whole[-keep:]):
@@ -173,11 +173,11 @@ def tidy(run: RunDirectory) -> None:
 def _each(names: Sequence[str], move: Callable[[str], None]) -> None:
     """Call `move` for every name, some at a time."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(patiently, lambda name=name: move(name)) for name in names]:
+        for done in [pool.submit(with_retries, lambda name=name: move(name)) for name in names]:
             done.result()
 
 
-class Keeper:
+class RunSync:
     """Sends and fetches files of a run now and then, and once more at the end: a context manager.
 
     Does nothing for a run without a URL. A store that fails for a while does no harm: the work is

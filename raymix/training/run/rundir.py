@@ -5,7 +5,7 @@ RUN/recipe.yaml           what the user wrote: fields left at their defaults are
 RUN/resolved.yaml         every field; its presence makes the directory a run
 RUN/environment.json      versions, machine, code revision of the last start
 RUN/mixture_log.jsonl     the weights and the steps they start at (written by the controller)
-RUN/metrics.jsonl         one object per step; `step` counts the optimiser steps done
+RUN/metrics.jsonl         one object per step; `step` counts the optimizer steps done
 RUN/schedule.jsonl        in document mode: lengths of some steps, and what deals them out
 RUN/checkpoints/step-XXXXXXXX/
 RUN/tensorboard/

@@ -17,7 +17,7 @@ from raymix.store import Corpus, Split
 from raymix.training.model.loss import IGNORED
 
 
-class Rows(Protocol):
+class RowBatch(Protocol):
     """What a step gives one rank: whole rows and where documents begin in them."""
 
     @property
@@ -32,7 +32,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatchTensors:
     """The tensors of one forward pass, all int64 of shape (B, L), on the model's device."""
 
     tokens_BL: torch.Tensor
@@ -67,7 +67,7 @@ def positions_and_labels(
     return offset_L - begun_BL, labels_BL
 
 
-def learnt_rows(
+def row_loss_mask(
     corpus: Corpus,
     split: Split,
     domain_B: npt.NDArray[np.int64],
@@ -83,17 +83,17 @@ def learnt_rows(
         place_B: The first token of each row, counted from the beginning of its split.
         length: Tokens per row, L.
     """
-    learnt_of = {
-        domain: corpus.learnt(corpus.domain_names[domain], split)
+    loss_mask_of = {
+        domain: corpus.loss_mask(corpus.domain_names[domain], split)
         for domain in np.unique(domain_B).tolist()
     }
-    if not any(learnt_of.values()):
+    if not any(loss_mask_of.values()):
         return None
     found = np.ones((len(domain_B), length), dtype=np.bool_)
     for row, (domain, place) in enumerate(zip(domain_B.tolist(), place_B.tolist(), strict=True)):
-        learnt = learnt_of[domain]
-        if learnt is not None:
-            found[row] = learnt.mask(place, place + length)
+        loss_mask = loss_mask_of[domain]
+        if loss_mask is not None:
+            found[row] = loss_mask.mask(place, place + length)
     return found
 
 
@@ -107,30 +107,30 @@ def starts_mask(
 
 
 def micro_batches(
-    batch: Rows,
+    batch: RowBatch,
     count: int,
     device: torch.device,
     *,
-    learnt_BL: npt.NDArray[np.bool_] | None = None,
-) -> Iterator[MicroBatch]:
+    loss_mask_BL: npt.NDArray[np.bool_] | None = None,
+) -> Iterator[MicroBatchTensors]:
     """Yield exactly `count` micro-batches of nearly equal size.
 
     A rank with fewer rows than `count` yields stand-ins of one row without labels: their loss
-    and gradient are zero, but all ranks make the same number of passes. Where `learnt_BL` is given,
-    shape (B, L), only tokens that it says are predicted; else all that something precedes.
+    and gradient are zero, but all ranks make the same number of passes. Where `loss_mask_BL`,
+    shape (B, L), is given, only its tokens are predicted; else every token but a document's first.
     """
     tokens_BL = batch.tokens.astype(np.int64)
     rows, length = tokens_BL.shape
     mask_BL = starts_mask((rows, length), *batch.row_starts)
     positions_BL, labels_BL = positions_and_labels(tokens_BL, mask_BL)
-    if learnt_BL is not None:
-        labels_BL[:, :-1][~learnt_BL[:, 1:]] = IGNORED
+    if loss_mask_BL is not None:
+        labels_BL[:, :-1][~loss_mask_BL[:, 1:]] = IGNORED
     for index in range(count):
         part = slice(rows * index // count, rows * (index + 1) // count)
         if part.start == part.stop:
             yield _stand_in(length, part, device)
         else:
-            yield MicroBatch(
+            yield MicroBatchTensors(
                 _tensor(tokens_BL[part], device),
                 _tensor(positions_BL[part], device),
                 _tensor(labels_BL[part], device),
@@ -143,14 +143,14 @@ def _tensor(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor
     return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor
 
 
-def _stand_in(length: int, part: slice, device: torch.device) -> MicroBatch:
+def _stand_in(length: int, part: slice, device: torch.device) -> MicroBatchTensors:
     tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
     positions = torch.arange(length, device=device)[None]
-    return MicroBatch(tokens, positions, torch.full_like(tokens, IGNORED), part)
+    return MicroBatchTensors(tokens, positions, torch.full_like(tokens, IGNORED), part)
 
 
 def token_factors(
-    micro: MicroBatch, domains: npt.NDArray[np.integer], factor_D: Sequence[float]
+    micro: MicroBatchTensors, domains: npt.NDArray[np.integer], factor_D: Sequence[float]
 ) -> torch.Tensor:
     """Return the factor of each token's loss, float32 of shape (B, L).
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from raymix.context_parallel import Teams, heads_fit
+from raymix.context_parallel import ContextParallelGroups, heads_fit
 from raymix.errors import RecipeError, ScheduleError, problem
 from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import CostModel, Layout, Link, load_cost_model
-from raymix.streaming.sequences.step_plans import BucketPlan
+from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.model.hf_model import multiplied_parameters, switch_attention
 from raymix.training.step.documents import ContextParallel
 
@@ -60,7 +60,7 @@ def layout_of(recipe: Recipe, data: DocumentData) -> Layout:
 
 def bucket_plan(
     recipe: Recipe, data: DocumentData, model: PreTrainedModel, *, rows: int, on_gpu: bool
-) -> BucketPlan:
+) -> SchedulingConfig:
     """Return how the documents of a step are dealt out.
 
     Args:
@@ -79,7 +79,7 @@ def bucket_plan(
     else:
         cost = replace(_measured(data.assign.cost), memory_tokens=memory)
     layout = layout_of(recipe, data)
-    return BucketPlan(seed=recipe.seed, layout=layout, cost=cost, planner=data.assign.planner)
+    return SchedulingConfig(seed=recipe.seed, layout=layout, cost=cost, planner=data.assign.planner)
 
 
 def _measured(path: str) -> CostModel:
@@ -141,4 +141,6 @@ def context_parallel_of(
         if data.assign.exchange == "ulysses" and odd:
             wrong = f"{heads} heads and {keys} key heads cannot be dealt out to {odd[0]} workers"
             raise RecipeError(problem("data.assign.exchange", "ulysses", wrong, "Take gather"))
-    return ContextParallel(world.rank, Teams.of(layout), data.assign.exchange, known)
+    return ContextParallel(
+        world.rank, ContextParallelGroups.of(layout), data.assign.exchange, known
+    )

@@ -15,11 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymix.context_parallel import Held, Part, Teams, attending, held_positions
+from raymix.context_parallel import (
+    ContextParallelGroups,
+    DocumentPart,
+    LocalShards,
+    attending,
+    local_positions,
+)
 from raymix.context_parallel.local_shards import ExchangeName
-from raymix.streaming.batches.step_batch import DocumentBatch, HeldDocument
+from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.training.model.loss import IGNORED
-from raymix.training.step.batches import MicroBatch
+from raymix.training.step.batches import MicroBatchTensors
 
 Ints = npt.NDArray[np.int64]
 _NO_DOMAIN = -1
@@ -30,7 +36,7 @@ class ContextParallel:
     """How a rank attends to the documents of a schedule."""
 
     rank: int = 0
-    teams: Teams = field(default_factory=Teams)
+    teams: ContextParallelGroups = field(default_factory=ContextParallelGroups)
     """Process groups of the teams that share documents."""
     exchange: ExchangeName = "gather"
     """How they share them."""
@@ -43,10 +49,10 @@ class ContextParallel:
 class Pass:
     """One forward and backward pass."""
 
-    micro: MicroBatch
+    micro: MicroBatchTensors
     domains: npt.NDArray[np.integer]
     """Domain of each of the rows that `micro.rows` picks from, or of each of their tokens."""
-    held: Held | None = None
+    held: LocalShards | None = None
     """What the row holds, for the attention of `raymix.context_parallel`."""
 
     def attending(self) -> AbstractContextManager[None]:
@@ -62,22 +68,22 @@ def document_passes(
         yield _pass(documents, how, device)
 
 
-def _pass(documents: Sequence[HeldDocument], how: ContextParallel, device: torch.device) -> Pass:
-    parts = [Part(len(document.tokens), document.team) for document in documents]
-    held = Held(parts, how.rank, how.teams, exchange=how.exchange)
-    pieces = [_piece(documents[at], held_positions(parts[at], how.rank)) for at in held.order]
+def _pass(documents: Sequence[LocalDocument], how: ContextParallel, device: torch.device) -> Pass:
+    parts = [DocumentPart(len(document.tokens), document.team) for document in documents]
+    held = LocalShards(parts, how.rank, how.teams, exchange=how.exchange)
+    pieces = [_piece(documents[at], local_positions(parts[at], how.rank)) for at in held.order]
     # A token that nobody learns from keeps a rank without documents in step with the others.
     columns = list(zip(*pieces or [_STAND_IN], strict=True))
     tokens, positions, labels, domains = (np.concatenate(column)[None] for column in columns)
     on_device = [torch.from_numpy(part).to(device) for part in (tokens, positions, labels)]
-    micro = MicroBatch(on_device[0], on_device[1], on_device[2], slice(0, 1))
+    micro = MicroBatchTensors(on_device[0], on_device[1], on_device[2], slice(0, 1))
     return Pass(micro, domains, held if how.known else None)
 
 
 _STAND_IN = tuple(np.array([value]) for value in (0, 0, IGNORED, _NO_DOMAIN))
 
 
-def _piece(document: HeldDocument, position_T: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def _piece(document: LocalDocument, position_T: Ints) -> tuple[Ints, Ints, Ints, Ints]:
     """Return tokens, positions, labels and domains of the positions that a rank holds, (T,) each.
 
     Padding repeats the last position, which a table of learned positions has.
@@ -86,8 +92,8 @@ def _piece(document: HeldDocument, position_T: Ints) -> tuple[Ints, Ints, Ints, 
     inside_T = np.minimum(position_T, last)
     tokens = document.tokens.astype(np.int64)
     labels = np.append(tokens[1:], IGNORED)
-    if document.learnt is not None:
-        labels[:-1][~document.learnt[1:]] = IGNORED
+    if document.loss_mask is not None:
+        labels[:-1][~document.loss_mask[1:]] = IGNORED
     label_T = np.where(position_T <= last, labels[inside_T], IGNORED)
     domain_T = np.where(position_T <= last, document.domain, _NO_DOMAIN)
     return tokens[inside_T], inside_T, label_T, domain_T

@@ -15,7 +15,7 @@ import torch
 
 from raymix.training.model.loss import IGNORED
 from raymix.training.model.parallel import PendingSum, World
-from raymix.training.step.batches import MicroBatch
+from raymix.training.step.batches import MicroBatchTensors
 
 Domains = npt.NDArray[np.integer]
 
@@ -38,7 +38,7 @@ class StepSums:
     """Labels of each domain, shape (D,)."""
 
 
-class StepAccount:
+class StepMetrics:
     """Adds up one step on this rank, then over all ranks."""
 
     def __init__(self, n_domains: int, world: World) -> None:
@@ -48,7 +48,7 @@ class StepAccount:
         size = _HEAD + 2 * n_domains
         self._sums = torch.zeros(size, dtype=torch.float64, device=world.device)
 
-    def add(self, batch: MicroBatch, domains: Domains, loss_BL: torch.Tensor) -> None:
+    def add(self, batch: MicroBatchTensors, domains: Domains, loss_BL: torch.Tensor) -> None:
         """Add a micro-batch.
 
         Args:

@@ -26,7 +26,7 @@ from raymix.store import Corpus
 from raymix.streaming.blocks.geometry import row_geometry
 from raymix.training.host.device import seed_everything
 from raymix.training.model.parallel import Replica
-from raymix.training.step.batches import learnt_rows, micro_batches
+from raymix.training.step.batches import micro_batches, row_loss_mask
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -38,13 +38,13 @@ _ORDER = 0x70726F6265
 
 @dataclass(frozen=True, slots=True)
 class ProbeRows:
-    """Rows of a pass; see `raymix.training.step.batches.Rows`."""
+    """Rows of a pass; see `raymix.training.step.batches.RowBatch`."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     """Token ids, shape (B, L)."""
     row_starts: tuple[Ints, Ints]
     """Offsets, shape (B + 1,), into the in-row positions at which documents begin."""
-    learnt: npt.NDArray[np.bool_] | None
+    loss_mask: npt.NDArray[np.bool_] | None
     """Which tokens are to be predicted, shape (B, L); None: all that something precedes."""
 
 
@@ -88,9 +88,9 @@ class ProbeReader:
             starts.append(inside.astype(np.int64) - first)
         offsets = np.concatenate([[0], np.cumsum([len(begun) for begun in starts])])
         place_B = block_B * self._corpus.manifest.block_tokens + unit_B * self._length
-        learnt = learnt_rows(self._corpus, "train", domain_B, place_B, self._length)
+        loss_mask = row_loss_mask(self._corpus, "train", domain_B, place_B, self._length)
         row_starts = offsets.astype(np.int64), np.concatenate(starts)
-        return ProbeRows(np.stack(tokens), row_starts, learnt)
+        return ProbeRows(np.stack(tokens), row_starts, loss_mask)
 
     def draw(self, group_ND: Floats, group_B: Ints, number_B: Ints) -> Ints:
         """Return a domain for each row, drawn from its group's distribution, shape (B,)."""
@@ -187,7 +187,7 @@ class Prober:
             )
         rows = self._reader.rows(domain_B, self._reader.numbers(domain_B, number, half_B))
         device = self._replica.world.device
-        (batch,) = micro_batches(rows, 1, device, learnt_BL=rows.learnt)
+        (batch,) = micro_batches(rows, 1, device, loss_mask_BL=rows.loss_mask)
         piece_B = torch.from_numpy(half_B * self._n_groups + member_B)
         # Dropout draws the same whoever makes the pass.
         seed_everything(self._reader.seed, number, 0, device)

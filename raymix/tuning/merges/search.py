@@ -19,7 +19,7 @@ from typing import Any
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import MergeError, RecipeError, TrainingError, problem
 from raymix.merging.checkpoints.models import only_adapters
-from raymix.merging.checkpoints.output import Workspace
+from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.run.engine import merge
 from raymix.merging.run.plan import Plan, plan_merge
@@ -32,8 +32,9 @@ from raymix.training.model.hf_model import CorpusFacts, resolve_config
 from raymix.tuning.merges.scoring import HeldOut, Search, best_of, mean_loss, refuse_another
 from raymix.tuning.merges.trials import PointTrial, ScoreTrial, round_of
 from raymix.tuning.runs.group import locked
-from raymix.tuning.runs.planning import Seats, share_out
-from raymix.tuning.runs.trials import Piece, run_trials
+from raymix.tuning.runs.planning import TrialResources, share_out
+from raymix.tuning.runs.trial_task import TrialTask
+from raymix.tuning.runs.trials import run_trials
 
 FORMAT = 1
 TRIALS = {1: 11}
@@ -78,7 +79,7 @@ def search_merge(
         KeyboardInterrupt: After Ctrl-C; the same command goes on.
     """
     file = load_merge(source, overrides)
-    place = Workspace(out).out
+    place = OutputWorkspace(out).out
     one = _opened(file, place, search, recipe, trials, device)
     plan = plan_merge(file)
     with locked(one.folder, "search"):
@@ -149,7 +150,9 @@ def _refuse_misfit(file: MergeFile, recipe: Recipe, corpus: Corpus) -> None:
     resolve_config(PretrainedModel(kind="pretrained", path=models.first.checkpoint.path), facts)
 
 
-def _seats(plan: Plan, has: Resources, workers: int | None, points: int, *, on_gpu: bool) -> Seats:
+def _seats(
+    plan: Plan, has: Resources, workers: int | None, points: int, *, on_gpu: bool
+) -> TrialResources:
     """Return how many points at once: one per core, fewer where memory holds fewer models."""
     entries = sum(place.n_bytes // place.dtype.itemsize for place in plan.layout.places.values())
     largest = max(plan.job_bytes(job) for job in plan.choices)
@@ -164,7 +167,7 @@ class _Runner:
 
     search: Search
     cluster: ClusterConfig
-    seats: Seats
+    seats: TrialResources
 
     def run_rounds(self) -> None:
         """Try the points that were not tried, round by round.
@@ -188,7 +191,7 @@ class _Runner:
         self._run([trial for trial in trials if trial.result() is None], 0)
         return {trial.name: trial.result() or {} for trial in trials}
 
-    def _run(self, pieces: Sequence[Piece], done: int) -> None:
+    def _run(self, pieces: Sequence[TrialTask], done: int) -> None:
         if not pieces:
             return
         outcome = run_trials(

@@ -16,14 +16,14 @@ from raymix.tuning.compare.statistics import paired, spread
 from raymix.tuning.runs.results import RunResult
 
 FORMAT = 1
-BASE, JOINT, SPECIALISTS = "base", "joint", "specialists"
+BASE, JOINT, SPECIALIZTS = "base", "joint", "specialists"
 GIVEN, BEST = "given", "best"
 Losses = Mapping[int, Mapping[str, float]]
 """By seed, by domain."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class SpecialistLosses:
     """What there is to say something about."""
 
     domains: Sequence[str]
@@ -35,7 +35,7 @@ class Measured:
     """By method and seed, what its search came to."""
 
 
-def fold(measured: Measured, problems: Mapping[str, str]) -> dict[str, Any]:
+def specialist_stats(measured: SpecialistLosses, problems: Mapping[str, str]) -> dict[str, Any]:
     """Return rows of models, methods with their scales, differences, and what failed.
 
     Args:
@@ -74,7 +74,7 @@ def fold(measured: Measured, problems: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _references(measured: Measured) -> dict[str, Losses]:
+def _references(measured: SpecialistLosses) -> dict[str, Losses]:
     """Return the losses of the base, of each domain's own specialist, and of joint training."""
     base: dict[int, dict[str, float]] = {}
     joint: dict[int, dict[str, float]] = {}
@@ -86,10 +86,10 @@ def _references(measured: Measured) -> dict[str, Losses]:
         for name in measured.domains:
             if run.mixer == f"specialist-{name}":
                 own[run.seed][name] = run.losses[name]
-    return {BASE: base, SPECIALISTS: own, JOINT: joint}
+    return {BASE: base, SPECIALIZTS: own, JOINT: joint}
 
 
-def _matrix(measured: Measured) -> dict[str, dict[str, float]]:
+def _matrix(measured: SpecialistLosses) -> dict[str, dict[str, float]]:
     """Return by specialist the loss on every domain, in the mean over seeds."""
     found: dict[str, dict[str, float]] = {}
     for name in measured.domains:
@@ -115,7 +115,7 @@ def _means(losses: Losses) -> dict[int, float]:
 
 def _row(losses: Losses, references: Mapping[str, Losses]) -> dict[str, Any]:
     means, base, own, joint = map(
-        _means, (losses, references[BASE], references[SPECIALISTS], references[JOINT])
+        _means, (losses, references[BASE], references[SPECIALIZTS], references[JOINT])
     )
     domains = list(next(iter(losses.values())))
     recovered = {

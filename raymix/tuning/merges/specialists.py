@@ -29,11 +29,11 @@ from raymix.training.host.machine import Resources, resources
 from raymix.training.run.checkpoint import newest_checkpoint
 from raymix.training.run.rundir import RunDirectory
 from raymix.tuning.merges.scoring import HeldOut, Search
-from raymix.tuning.merges.specialist_stats import Measured, fold
+from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
 from raymix.tuning.merges.trials import SearchTrial
 from raymix.tuning.mixtures.candidates import smoke_changes
 from raymix.tuning.runs.group import Group, locked, make_runs, output_directory, read_results
-from raymix.tuning.runs.planning import ComparisonPlan, Seats
+from raymix.tuning.runs.planning import ComparisonPlan, TrialResources
 from raymix.tuning.runs.results import RunResult
 from raymix.tuning.runs.trials import Outcome, run_trials
 from raymix.tuning.runs.variants import Variant, as_trial, changed_recipe, step_tokens, steps_of
@@ -170,8 +170,10 @@ def specialists(
         outcome = _merge(setting, searches, plan.seats)
         document = _document(setting, corpus, plan, held_out, results)
         merged = {name: trial.result() for name, trial in searches.items()}
-        measured = Measured(setting.domains, setting.seeds, tuple(setting.methods), results, merged)
-        document |= fold(measured, outcome.problems)
+        measured = SpecialistLosses(
+            setting.domains, setting.seeds, tuple(setting.methods), results, merged
+        )
+        document |= specialist_stats(measured, outcome.problems)
         document["files"] = _write(document, setting.out)
     return document
 
@@ -275,7 +277,7 @@ def _refuse_failed(results: Sequence[RunResult]) -> None:
 
 
 def _searches(
-    setting: _Setting, bases: Mapping[int, str], held_out: HeldOut, seats: Seats
+    setting: _Setting, bases: Mapping[int, str], held_out: HeldOut, seats: TrialResources
 ) -> dict[tuple[str, int], SearchTrial]:
     """Return the search of every method and seed."""
     found: dict[tuple[str, int], SearchTrial] = {}
@@ -303,7 +305,7 @@ def _checkpoint(setting: _Setting, label: str, seed: int) -> str:
 
 
 def _merge(
-    setting: _Setting, searches: Mapping[tuple[str, int], SearchTrial], seats: Seats
+    setting: _Setting, searches: Mapping[tuple[str, int], SearchTrial], seats: TrialResources
 ) -> Outcome:
     """Return how the searches that were not finished ended, having made them."""
     left = [trial for trial in searches.values() if trial.result() is None]

@@ -18,7 +18,7 @@ from raymix.errors import MergeError
 from raymix.merging.search_space import Point, next_points, start_point
 from raymix.store import atomic_write_text
 from raymix.tuning.merges.scoring import Search, best_of, tried
-from raymix.tuning.runs.trial_task import told
+from raymix.tuning.runs.trial_task import trial_outcome
 
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
@@ -53,7 +53,7 @@ class PointTrial:
         """Return how it ended, having tried the point."""
         if stop_asked():
             return {"state": "stopped"}
-        with told(self.search.folder) as end:
+        with trial_outcome(self.search.folder) as end:
             self.search.record(self.number, self.point, threads=self.threads)
             end["state"] = "done"
         return end
@@ -88,7 +88,7 @@ class SearchTrial:
         """Return how it ended, having tried the points that were not tried."""
         if stop_asked():
             return {"state": "stopped"}
-        with told(self.search.folder) as end:
+        with trial_outcome(self.search.folder) as end:
             end["state"] = "done" if self._work(stop_asked) else "stopped"
         return end
 
@@ -177,7 +177,7 @@ class ScoreTrial:
         """Return how it ended, having scored the model."""
         if stop_asked():
             return {"state": "stopped"}
-        with told(self.search.folder) as end:
+        with trial_outcome(self.search.folder) as end:
             losses: dict[str, float] = {}
             with suppress(MergeError):  # without a loss: its point in the search says why
                 losses = self._losses()

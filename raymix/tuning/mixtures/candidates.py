@@ -28,7 +28,7 @@ from raymix.laws.design import (
 from raymix.laws.models.fitted_law import LEAST_RUNS
 from raymix.recipe import Recipe, StaticMixer, TuneConfig, load_recipe
 from raymix.store import Corpus
-from raymix.training.plan.domain_sizes import prepared_supply
+from raymix.training.plan.domain_sizes import prepared_sizes
 from raymix.tuning.runs.variants import Variant, as_trial, changed_recipe, step_tokens, steps_of
 
 Floats = NDArray[np.float64]
@@ -93,7 +93,7 @@ def space_of(recipe: Recipe, corpus: Corpus) -> Space:
     faults = [*_target_faults(held, corpus), *_name_faults(config, held, corpus)]
     if faults:
         raise RecipeError(*faults)
-    usable = {s.name: s.usable for s in prepared_supply(corpus, recipe.data) if s.name not in held}
+    usable = {s.name: s.usable for s in prepared_sizes(corpus, recipe.data) if s.name not in held}
     domains = tuple(usable)
     usable_D = np.array([usable[name] for name in domains], dtype=np.float64)
     proportional_D = usable_D / usable_D.sum()
@@ -180,7 +180,7 @@ def _prior(config: TuneConfig, domains: Sequence[str], proportional_D: Floats) -
 
 
 def loss_weights(recipe: Recipe, space: Space) -> dict[str, float]:
-    """Return the weight of each loss in what is minimised, summing to 1."""
+    """Return the weight of each loss in what is minimized, summing to 1."""
     given = {name: weight for name, weight in recipe.tune.weights.items() if weight > 0}
     chosen = given or dict.fromkeys(space.targets or space.domains, 1.0)
     total = sum(chosen.values())
@@ -188,7 +188,7 @@ def loss_weights(recipe: Recipe, space: Space) -> dict[str, float]:
 
 
 def objective_of(recipe: Recipe, space: Space, *, horizon: float) -> Objective:
-    """Return what to minimise, at so many steps."""
+    """Return what to minimize, at so many steps."""
     config = recipe.tune
     return Objective(
         weights=loss_weights(recipe, space),

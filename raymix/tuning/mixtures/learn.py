@@ -46,7 +46,7 @@ _FEWEST_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
+class LearnedLaw:
     """A fitted law, and the mixture it thinks best."""
 
     law: Law
@@ -89,11 +89,11 @@ def mixture_table(
     return make_table(columns, name="mixtures.csv")
 
 
-def learn(table: MixtureTable, recipe: Recipe, space: Space) -> Learned:
+def learn(table: MixtureTable, recipe: Recipe, space: Space) -> LearnedLaw:
     """Return the law of the recipe fitted to the table, and its optimum.
 
     Raises:
-        LawError: If the law cannot be fitted, or a loss that is to be minimised was not measured.
+        LawError: If the law cannot be fitted, or a loss that is to be minimized was not measured.
     """
     law = build_law(recipe.tune.law)
     report = law.fit(table)
@@ -108,7 +108,7 @@ def learn(table: MixtureTable, recipe: Recipe, space: Space) -> Learned:
         most = dict(zip(law.domains, map(float, law.most_D), strict=True))
         caps = {name: min(cap, most[name]) for name, cap in objective.caps.items()}
         objective = replace(objective, caps=caps)
-    return Learned(law=law, report=report, objective=objective, optimum=law.minimise(objective))
+    return LearnedLaw(law=law, report=report, objective=objective, optimum=law.minimize(objective))
 
 
 def check_law(kind: str) -> None:
@@ -119,7 +119,7 @@ def check_law(kind: str) -> None:
         raise RecipeError(*(f"tune: {message}" for message in error.problems)) from error
 
 
-def judged(learned: Learned, table: MixtureTable) -> dict[str, Any]:
+def judged(learned: LearnedLaw, table: MixtureTable) -> dict[str, Any]:
     """Return how well the law predicts, beside BiMix, models that know less, and the paper.
 
     `unseen` are scores on runs left out, over all steps; `unseen_last` the same for the last step
@@ -154,7 +154,7 @@ def value_of(objective: Objective, losses: Mapping[str, float]) -> float:
     return max(weighted) if objective.minimax else math.fsum(weighted)
 
 
-def predicted(learned: Learned, shares: Mapping[str, float], *, step: float) -> dict[str, Any]:
+def predicted(learned: LearnedLaw, shares: Mapping[str, float], *, step: float) -> dict[str, Any]:
     """Return the losses and the value predicted for a mixture, with 95 % intervals.
 
     An interval holds two errors, as if they were normal: the usual one of runs left out of the fit,
@@ -184,7 +184,9 @@ def predicted(learned: Learned, shares: Mapping[str, float], *, step: float) -> 
     }
 
 
-def path_of_optima(learned: Learned, recipe: Recipe, table: MixtureTable) -> list[dict[str, Any]]:
+def path_of_optima(
+    learned: LearnedLaw, recipe: Recipe, table: MixtureTable
+) -> list[dict[str, Any]]:
     """Return the optimum at growing horizons, up to the recipe's own run or four small ones."""
     if table.step_R is None or not table.has_steps:
         return []
@@ -193,7 +195,7 @@ def path_of_optima(learned: Learned, recipe: Recipe, table: MixtureTable) -> lis
     steps = sorted({*map(round, np.geomspace(max(first, last / 4), far, _HORIZONS)), round(last)})
     found: list[dict[str, Any]] = []
     for step in steps:
-        optimum = learned.law.minimise(replace(learned.objective, horizon=float(step)))
+        optimum = learned.law.minimize(replace(learned.objective, horizon=float(step)))
         found.append(
             {
                 "step": step,
@@ -205,7 +207,7 @@ def path_of_optima(learned: Learned, recipe: Recipe, table: MixtureTable) -> lis
     return found
 
 
-def slices(learned: Learned, space: Space, *, step: float) -> dict[str, dict[str, list[float]]]:
+def slices(learned: LearnedLaw, space: Space, *, step: float) -> dict[str, dict[str, list[float]]]:
     """Return by domain the value predicted as its share changes, the others in proportion."""
     base_D = space.array(learned.optimum.shares)
     found: dict[str, dict[str, list[float]]] = {}

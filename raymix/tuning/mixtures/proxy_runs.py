@@ -19,12 +19,12 @@ from raymix.tuning.mixtures.candidates import (
     mixture_name,
     variant,
 )
-from raymix.tuning.mixtures.search_log import CUT, Record
+from raymix.tuning.mixtures.search_log import CUT, SearchLog
 from raymix.tuning.runs.group import Group, announce, read_results, refuse_full_disk, trial_of
-from raymix.tuning.runs.planning import ComparisonPlan, Seats, find_runs
+from raymix.tuning.runs.planning import ComparisonPlan, TrialResources, find_runs
 from raymix.tuning.runs.results import RunResult
-from raymix.tuning.runs.trial_task import Trial
-from raymix.tuning.runs.trials import Course, Outcome, listed, run_course, watched_of
+from raymix.tuning.runs.trial_task import RunTrial
+from raymix.tuning.runs.trials import Outcome, TrialPlan, listed, run_trial_plan, watched_of
 
 _GRACE = 0.25
 _REDUCTION = 3
@@ -33,7 +33,7 @@ _REDUCTION = 3
 def run_proxies(
     recipe: Recipe,
     group_of: Callable[[Sequence[Mixture]], Group],
-    record: Record,
+    record: SearchLog,
     *,
     corpus: Corpus,
     space: Space,
@@ -92,13 +92,13 @@ def _run_design(
     ]
     announce(one, plan.seats, total=total, left=len(left), out=group.out)
     early = recipe.tune.scheduler == "asha"
-    course = Course(
+    course = TrialPlan(
         watched_of(trials),
         partial(listed, trials=tuple(trials)),
         scheduler=_asha(one.steps) if early else None,
         objective=loss_weights(recipe, space) if early else None,
     )
-    return run_course(
+    return run_trial_plan(
         course,
         out=group.out,
         seats=plan.seats,
@@ -125,7 +125,7 @@ def _run_proposed(
     recipe: Recipe,
     group: Group,
     plan: ComparisonPlan,
-    record: Record,
+    record: SearchLog,
     corpus: Corpus,
     space: Space,
 ) -> Outcome:
@@ -149,8 +149,8 @@ def _run_proposed(
         session=uuid.uuid4().hex[:12],
     )
     watched = {name: (group.out / name / "metrics.jsonl", one.steps) for name in names}
-    return run_course(
-        Course(watched, make, searcher=searcher),
+    return run_trial_plan(
+        TrialPlan(watched, make, searcher=searcher),
         out=group.out,
         seats=plan.seats,
         cluster=group.recipe.cluster,
@@ -163,10 +163,10 @@ def _proposed(
     *,
     proxy: Recipe,
     planned: RunPlan,
-    seats: Seats,
+    seats: TrialResources,
     out: str,
     session: str,
-) -> Trial:
+) -> RunTrial:
     """Return the run of a mixture that the searcher named; called in the run's own process."""
     mixture = Mixture(name=config["name"], origin="", shares=config["shares"])
     return trial_of(variant(proxy, mixture, out=out), planned, seats, session)

@@ -54,7 +54,7 @@ def free_directory(path: Path, if_exists: IfExists) -> Path:
     return path
 
 
-class Record:
+class SearchLog:
     """The mixtures of a search, on disk."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], mixtures: Sequence[Mixture]) -> None:
@@ -63,7 +63,7 @@ class Record:
         self.mixtures = list(mixtures)
 
     @classmethod
-    def open(cls, out: Path, recipe: Recipe, space: Space, fingerprint: str) -> Record:
+    def open(cls, out: Path, recipe: Recipe, space: Space, fingerprint: str) -> SearchLog:
         """Return the record in `out`, made from the recipe's design where there is none.
 
         Raises:

@@ -24,7 +24,7 @@ from raymix.recipe import Recipe
 from raymix.training.run.rundir import RunDirectory, read_metrics
 from raymix.tuning.mixtures.candidates import Mixture, Space, mixture_name, objective_of
 from raymix.tuning.mixtures.learn import value_of
-from raymix.tuning.mixtures.search_log import Record
+from raymix.tuning.mixtures.search_log import SearchLog
 
 Floats = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ _NEAR = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
+class FinishedRun:
     """What a mixture came to at the end of its run."""
 
     mixture: Mixture
@@ -47,7 +47,7 @@ class Finished:
 class Proposer(Protocol):
     """Says which mixture to run next."""
 
-    def finished(self, run: Finished) -> None:
+    def finished(self, run: FinishedRun) -> None:
         """Learn what a mixture came to."""
         ...
 
@@ -62,7 +62,7 @@ class MixtureSearcher(Searcher):
     def __init__(
         self,
         recipe: Recipe,
-        record: Record,
+        record: SearchLog,
         names: Sequence[str],
         *,
         space: Space,
@@ -131,7 +131,7 @@ class MixtureSearcher(Searcher):
         losses = final_losses(self._out / mixture.name, self._steps)
         if losses is not None and all(n in losses for n in self._objective.weights or {}):
             value = value_of(self._objective, losses)
-            self._proposer.finished(Finished(mixture=mixture, losses=losses, value=value))
+            self._proposer.finished(FinishedRun(mixture=mixture, losses=losses, value=value))
 
 
 def final_losses(run: Path, steps: int) -> dict[str, float] | None:
@@ -153,9 +153,9 @@ class LawProposer:
         self._kind, self._seed = recipe.tune.law, recipe.tune.seed
         self._objective = objective_of(recipe, space, horizon=float(steps))
         self._space = space
-        self._runs: list[Finished] = []
+        self._runs: list[FinishedRun] = []
 
-    def finished(self, run: Finished) -> None:
+    def finished(self, run: FinishedRun) -> None:
         """Learn what a mixture came to."""
         self._runs.append(run)
 
@@ -167,7 +167,7 @@ class LawProposer:
         try:
             law = build_law(self._kind)
             report = law.fit(self._table())
-            optimum = law.minimise(self._objective)
+            optimum = law.minimize(self._objective)
         except LawError:
             # Too little to learn from yet: look anywhere.
             return share_CD[0], "a draw: no law fits the runs so far"
@@ -249,7 +249,7 @@ class OptunaProposer:
         self._search.set_search_properties("value", "min", axes)
         self._asked: dict[str, str] = {}
 
-    def finished(self, run: Finished) -> None:
+    def finished(self, run: FinishedRun) -> None:
         """Learn what a mixture came to."""
         asked = self._asked.pop(run.mixture.name, None)
         if asked is not None:

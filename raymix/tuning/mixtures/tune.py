@@ -30,7 +30,7 @@ from raymix.tuning.mixtures.candidates import (
     variant,
 )
 from raymix.tuning.mixtures.learn import (
-    Learned,
+    LearnedLaw,
     check_law,
     judged,
     learn,
@@ -40,7 +40,7 @@ from raymix.tuning.mixtures.learn import (
     slices,
 )
 from raymix.tuning.mixtures.proxy_runs import run_proxies
-from raymix.tuning.mixtures.search_log import IfExists, Record, free_directory
+from raymix.tuning.mixtures.search_log import IfExists, SearchLog, free_directory
 from raymix.tuning.mixtures.verify import observed, roles_of, verified
 from raymix.tuning.runs.group import Group, locked, make_runs, output_directory, read_results
 from raymix.tuning.runs.results import RunResult
@@ -99,7 +99,7 @@ def tune(
     search = _search(load_recipe(recipe), out, parallel, smoke=smoke, if_exists=if_exists)
     corpus, space = _prepared(search)
     with locked(search.out, "search"):
-        record = Record.open(search.out, search.recipe, space, corpus.fingerprint)
+        record = SearchLog.open(search.out, search.recipe, space, corpus.fingerprint)
         results = run_proxies(search.recipe, search.group, record, corpus=corpus, space=space)
         shares = {mixture.name: mixture.shares for mixture in record.mixtures}
         table = mixture_table(results, shares, space)
@@ -158,7 +158,7 @@ def _prepared(search: _Search) -> tuple[Corpus, Space]:
 
 
 def _learned_part(
-    search: _Search, corpus: Corpus, space: Space, learned: Learned, table: MixtureTable
+    search: _Search, corpus: Corpus, space: Space, learned: LearnedLaw, table: MixtureTable
 ) -> dict[str, Any]:
     """Return what is known before anything is verified."""
     recipe, steps = search.recipe, steps_of(search.proxy)
@@ -190,7 +190,7 @@ def _verified_part(
     search: _Search,
     corpus: Corpus,
     space: Space,
-    learned: Learned,
+    learned: LearnedLaw,
     runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the small runs and, having made them, those that verify."""

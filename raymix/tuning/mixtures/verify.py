@@ -10,7 +10,7 @@ import numpy as np
 from raymix.laws import Objective
 from raymix.tuning.compare.statistics import paired, spread
 from raymix.tuning.mixtures.candidates import Mixture, Space
-from raymix.tuning.mixtures.learn import Learned, predicted, value_of
+from raymix.tuning.mixtures.learn import LearnedLaw, predicted, value_of
 from raymix.tuning.runs.results import RunResult
 
 Roles = Mapping[str, Mixture]
@@ -67,7 +67,7 @@ def roles_of(
 
 
 def verified(
-    roles: Roles, results: Sequence[RunResult], learned: Learned, *, space: Space, step: float
+    roles: Roles, results: Sequence[RunResult], learned: LearnedLaw, *, space: Space, step: float
 ) -> dict[str, dict[str, Any]]:
     """Return by role what was predicted of a mixture and what it came to over new seeds.
 
@@ -96,7 +96,9 @@ def verified(
     return found
 
 
-def _values(mixture: Mixture, results: Sequence[RunResult], learned: Learned) -> dict[int, float]:
+def _values(
+    mixture: Mixture, results: Sequence[RunResult], learned: LearnedLaw
+) -> dict[int, float]:
     return {
         run.seed: value_of(learned.objective, run.losses)
         for run in results

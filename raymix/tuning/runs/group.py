@@ -18,13 +18,13 @@ from raymix.training.run.rundir import RunDirectory
 from raymix.training.setup import Job
 from raymix.tuning.runs.planning import (
     ComparisonPlan,
-    Seats,
+    TrialResources,
     disk_problem,
     find_runs,
     plan_comparison,
 )
 from raymix.tuning.runs.results import RunResult, State, read_result
-from raymix.tuning.runs.trial_task import Trial
+from raymix.tuning.runs.trial_task import RunTrial
 from raymix.tuning.runs.trials import Outcome, run_trials
 from raymix.tuning.runs.variants import Variant
 
@@ -109,7 +109,7 @@ def refuse_full_disk(plan: RunPlan, runs: int) -> None:
 
 
 def announce(
-    plan: RunPlan, seats: Seats, *, total: int, left: int, out: Path, most: int = 0
+    plan: RunPlan, seats: TrialResources, *, total: int, left: int, out: Path, most: int = 0
 ) -> None:
     """Say what is about to run; `most` are the steps of the longest run."""
     up_to = f" to {most:,}" if most > plan.steps else ""
@@ -124,7 +124,7 @@ def announce(
     )
 
 
-def _seat(seats: Seats) -> str:
+def _seat(seats: TrialResources) -> str:
     """Return in words what a run gets."""
     each = "a GPU" if seats.gpus else f"{seats.threads} thread" + "s" * (seats.threads > 1)
     if not seats.workers:
@@ -132,7 +132,7 @@ def _seat(seats: Seats) -> str:
     return f"{seats.workers} worker" + "s" * (seats.workers > 1) + f" of {each}"
 
 
-def trial_of(variant: Variant, planned: RunPlan, seats: Seats, session: str) -> Trial:
+def trial_of(variant: Variant, planned: RunPlan, seats: TrialResources, session: str) -> RunTrial:
     """Return the run as Ray Tune is given it."""
     job = Job(
         recipe=variant.recipe,
@@ -143,7 +143,7 @@ def trial_of(variant: Variant, planned: RunPlan, seats: Seats, session: str) -> 
         threads=seats.threads,
         session=session,
     )
-    return Trial(variant.name, job, planned.parameters)
+    return RunTrial(variant.name, job, planned.parameters)
 
 
 def read_results(

@@ -29,7 +29,7 @@ _SCORED_ON = "eval.rows_per_domain"
 
 
 @dataclass(frozen=True, slots=True)
-class Seats:
+class TrialResources:
     """How the machine is shared between runs."""
 
     parallel: int
@@ -51,7 +51,7 @@ class Seats:
 class ComparisonPlan:
     """What every run would do, and on what."""
 
-    seats: Seats
+    seats: TrialResources
     plans: Mapping[str, RunPlan]
     """By mixer."""
 
@@ -97,7 +97,9 @@ def plan_comparison(
     return ComparisonPlan(seats, plans)
 
 
-def share_out(has: Resources, runs: int, cluster: ClusterConfig, *, crowded: bool = False) -> Seats:
+def share_out(
+    has: Resources, runs: int, cluster: ClusterConfig, *, crowded: bool = False
+) -> TrialResources:
     """Return how `runs` runs, or as many as there is room for, share the machine.
 
     Args:
@@ -118,10 +120,10 @@ def share_out(has: Resources, runs: int, cluster: ClusterConfig, *, crowded: boo
     node = max(1.0, has.cpus // has.nodes)
     # Ray hands out CPUs in ten-thousandths.
     cpus = min(float(int(each)), node) if each >= 1 else max(0.01, int(each * 1e4) / 1e4)
-    return Seats(parallel, cpus, int(gpu))
+    return TrialResources(parallel, cpus, int(gpu))
 
 
-def _share_out_workers(has: Resources, runs: int, cluster: ClusterConfig) -> Seats:
+def _share_out_workers(has: Resources, runs: int, cluster: ClusterConfig) -> TrialResources:
     """Return the seats of runs whose workers Ray Train places: these cannot share cores."""
     workers, each = cluster.workers, cluster.cpus_per_worker
     gpu = cluster.gpus_per_worker != 0 and has.gpus >= workers
@@ -131,10 +133,10 @@ def _share_out_workers(has: Resources, runs: int, cluster: ClusterConfig) -> Sea
         wrong = f"{workers} workers need {workers * each:g} CPUs, {has.where} has {has.cpus:g}"
         advice = "Take fewer workers, or a larger cluster"
         raise RecipeError(problem("cluster.workers_per_trial", workers, wrong, advice))
-    return Seats(max(1, min(runs, room)), workers * each, int(gpu), workers)
+    return TrialResources(max(1, min(runs, room)), workers * each, int(gpu), workers)
 
 
-def part(has: Resources, seats: Seats) -> Resources:
+def part(has: Resources, seats: TrialResources) -> Resources:
     """Return what one run has of the machine."""
     return replace(
         has,
@@ -145,7 +147,7 @@ def part(has: Resources, seats: Seats) -> Resources:
     )
 
 
-def _fits(variant: Variant, corpus: Corpus | None, has: Resources, seats: Seats) -> bool:
+def _fits(variant: Variant, corpus: Corpus | None, has: Resources, seats: TrialResources) -> bool:
     share = part(has, seats)
     try:
         plan = preflight(variant.recipe, corpus, share)

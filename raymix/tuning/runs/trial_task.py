@@ -25,7 +25,7 @@ from raymix.tuning.runs.planning import ERROR_LOG
 _POLL_S = 0.2
 
 
-class Piece(Protocol):
+class TrialTask(Protocol):
     """What one trial of Tune brings to its end."""
 
     @property
@@ -49,7 +49,7 @@ class Piece(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class RunTrial:
     """A run to be made or brought to its end."""
 
     name: str
@@ -71,14 +71,14 @@ class Trial:
         """Return how the run ended, having trained it."""
         if stop_asked():
             return {"state": "stopped"}
-        with told(self.job.run.path) as end, self.job.run.locked():
+        with trial_outcome(self.job.run.path) as end, self.job.run.locked():
             stopped = _train(self, _now_and_then(stop_asked))
             end["state"] = "stopped" if stopped else "done"
         return end
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[dict[str, str]]:
+def trial_outcome(folder: Path) -> Iterator[dict[str, str]]:
     """Yield a piece's end, to be filled in; an error inside is told there: the others go on.
 
     Args:
@@ -98,7 +98,7 @@ def told(folder: Path) -> Iterator[dict[str, str]]:
         end |= {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
 
 
-def _train(trial: Trial, stop_asked: Callable[[], bool]) -> bool:
+def _train(trial: RunTrial, stop_asked: Callable[[], bool]) -> bool:
     """Return whether the run was stopped before its end."""
     job, workers = trial.job, trial.job.recipe.cluster.workers
     job.run.write_recipe(job.recipe)

@@ -23,9 +23,9 @@ from raymix.recipe import ClusterConfig
 from raymix.training.launch.cluster import check_own, joined, ray_notices_to
 from raymix.training.launch.watch import Work, ctrl_c
 from raymix.training.run.progress import MetricsTail
-from raymix.tuning.runs.planning import Seats
+from raymix.tuning.runs.planning import TrialResources
 from raymix.tuning.runs.progress import TrialsProgress
-from raymix.tuning.runs.trial_task import Piece
+from raymix.tuning.runs.trial_task import TrialTask
 
 _POLL_S = 0.25
 _DRIVER_BYTES = 2**28
@@ -46,12 +46,12 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class TrialPlan:
     """What Tune is to run, and in what order."""
 
     watched: Mapping[str, tuple[Path, int]]
     """By name of a run, in their order: its metrics, and its steps."""
-    make: Callable[[Mapping[str, Any]], Piece]
+    make: Callable[[Mapping[str, Any]], TrialTask]
     """Returns a run from what Tune configures it with: its place `at` in the order, and what else
     the searcher says. Called in the run's own process, so it must pickle."""
     searcher: Searcher | None = None
@@ -63,25 +63,30 @@ class Course:
 
 
 def run_trials(
-    trials: Sequence[Piece], *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
+    trials: Sequence[TrialTask],
+    *,
+    out: Path,
+    seats: TrialResources,
+    cluster: ClusterConfig,
+    done: int,
 ) -> Outcome:
-    """Return how pieces that are known beforehand ended; the arguments are `run_course`'s."""
-    course = Course(watched_of(trials), partial(listed, trials=tuple(trials)))
-    return run_course(course, out=out, seats=seats, cluster=cluster, done=done)
+    """Return how pieces that are known beforehand ended; the arguments are `run_trial_plan`'s."""
+    course = TrialPlan(watched_of(trials), partial(listed, trials=tuple(trials)))
+    return run_trial_plan(course, out=out, seats=seats, cluster=cluster, done=done)
 
 
-def watched_of(trials: Sequence[Piece]) -> dict[str, tuple[Path, int]]:
+def watched_of(trials: Sequence[TrialTask]) -> dict[str, tuple[Path, int]]:
     """Return what is watched of each piece: its metrics, and its steps."""
     return {trial.name: (trial.metrics, trial.steps) for trial in trials}
 
 
-def listed(config: Mapping[str, Any], *, trials: Sequence[Piece]) -> Piece:
+def listed(config: Mapping[str, Any], *, trials: Sequence[TrialTask]) -> TrialTask:
     """Return the run at a place of a list."""
     return trials[config["at"]]
 
 
-def run_course(
-    course: Course, *, out: Path, seats: Seats, cluster: ClusterConfig, done: int
+def run_trial_plan(
+    course: TrialPlan, *, out: Path, seats: TrialResources, cluster: ClusterConfig, done: int
 ) -> Outcome:
     """Return how the runs ended, having shown their progress.
 
@@ -101,7 +106,7 @@ def run_course(
         request.unlink(missing_ok=True)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    board = _Board(list(course.watched))
+    board = _TrialBoard(list(course.watched))
     try:
         with (
             ray_notices_to(out / "ray.log"),
@@ -119,11 +124,11 @@ def run_course(
 
 
 def _tuner(
-    course: Course,
+    course: TrialPlan,
     out: Path,
-    seats: Seats,
+    seats: TrialResources,
     cluster: ClusterConfig,
-    board: _Board,
+    board: _TrialBoard,
     requests: tuple[Path, Path],
 ) -> tune.Tuner:
     stop, end = requests
@@ -145,14 +150,14 @@ def _tuner(
             name=_SCRATCH,
             storage_path=str(out),
             callbacks=[board],
-            stop=_EndOfAll(str(end)),
+            stop=_StopAllTrials(str(end)),
             failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
             verbose=0,
         ),
     )
 
 
-def _needs(seats: Seats) -> dict[str, float]:
+def _needs(seats: TrialResources) -> dict[str, float]:
     """Return what Tune reserves for a trial; workers reserve what they need themselves."""
     if seats.workers:
         # Tune wants something reserved, and every CPU may be a worker's.
@@ -160,7 +165,7 @@ def _needs(seats: Seats) -> dict[str, float]:
     return {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
 
 
-class _EndOfAll(tune.Stopper):
+class _StopAllTrials(tune.Stopper):
     """Ends Tune when a file appears: left to itself, it would begin every run that is waiting."""
 
     def __init__(self, path: str) -> None:
@@ -177,7 +182,7 @@ class _EndOfAll(tune.Stopper):
 
 def _watch(
     fit: Callable[[], object],
-    board: _Board,
+    board: _TrialBoard,
     progress: TrialsProgress,
     requests: tuple[Path, Path],
 ) -> None:
@@ -211,7 +216,7 @@ def _watch(
     work.end()
 
 
-class _Board(tune.Callback):
+class _TrialBoard(tune.Callback):
     """Notes what Tune says of its trials."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -251,7 +256,7 @@ class _Board(tune.Callback):
 def _trial(
     config: Mapping[str, Any],
     *,
-    make: Callable[[Mapping[str, Any]], Piece],
+    make: Callable[[Mapping[str, Any]], TrialTask],
     stop: str,
     objective: Mapping[str, float] | None,
 ) -> None:
@@ -260,7 +265,7 @@ def _trial(
     if objective is None:
         tune.report(trial.attempt(stop_asked=stop_file.exists))
         return
-    losses = _Told(trial.metrics, objective)
+    losses = _TrialReports(trial.metrics, objective)
 
     def stop_asked() -> bool:
         losses.report()
@@ -270,7 +275,7 @@ def _trial(
     losses.report(**end)
 
 
-class _Told:
+class _TrialReports:
     """Reports a run's losses to Tune as they come."""
 
     def __init__(self, metrics: Path, weights: Mapping[str, float]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from raymix.store import Corpus
-from raymix.training.run.progress import Progress
+from raymix.training.run.progress import RunProgress
 from raymix.training.step.probing import Prober
 from tests.e2e.without_ray.test_train_run import at, numbers, recipe, train
 from tests.training import train_corpus
@@ -93,7 +93,7 @@ def test_a_window_that_tells_nothing_is_said_once(
     assert noted[0]["note"] == wrong
     shown = io.StringIO()
     file = tmp_path / "again.jsonl"
-    with Progress(file, steps=10, stream=shown) as progress:
+    with RunProgress(file, steps=10, stream=shown) as progress:
         file.write_text(at(tmp_path, used).metrics.read_text())
         progress.poll()
     assert shown.getvalue().count(f"step 7: {wrong}\n") == 1

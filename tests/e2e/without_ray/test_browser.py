@@ -19,7 +19,7 @@ from raymix.report.schedule import schedule_page
 from raymix.report.specialists import specialists_page
 from raymix.report.tuning import tuning_page
 from raymix.schedule import Layout, compare_planners
-from raymix.tuning.merges.specialist_stats import Measured, fold
+from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
 from tests import chromium
 from tests.chromium import Page
 from tests.e2e.without_ray.test_folding import FACTS, SEEDS, merged
@@ -129,7 +129,9 @@ def specialists(folder: Path) -> Path:
         for at, name in enumerate(methods)
         for seed in SEEDS
     }
-    found = fold(Measured(("a", "b"), SEEDS, methods, trained(), told), {"x": "went wrong"})
+    found = specialist_stats(
+        SpecialistLosses(("a", "b"), SEEDS, methods, trained(), told), {"x": "went wrong"}
+    )
     (folder / "specialists.html").write_text(specialists_page(found | FACTS))
     return folder / "specialists.html"
 

@@ -1,4 +1,4 @@
-"""Conversations: only answers are learnt, from the file to the loss."""
+"""Conversations: only answers are learned, from the file to the loss."""
 
 from __future__ import annotations
 
@@ -90,28 +90,28 @@ def test_threads_may_render_at_once() -> None:
 @pytest.mark.parametrize("tokenizer", [
     "byte", {"train": "bpe", "vocab_size": 400, "sample_bytes": 20_000}
 ])  # fmt: skip
-def test_the_learnt_tokens_are_the_answers(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_loss_mask_tokens_are_the_answers(tmp_path: Path, tokenizer: Any) -> None:
     chats = sums(80)
     corpus = chat_corpus(tmp_path, chats, tokenizer=tokenizer)
     said: list[str] = []
     for split in ("train", "valid"):
-        learnt = corpus.learnt("chat", split)
-        assert learnt is not None
+        loss_mask = corpus.loss_mask("chat", split)
+        assert loss_mask is not None
         tokens = stream_of(corpus, "chat", split)
         for first, last in documents(corpus, "chat", split):
-            mask = learnt.mask(first, last)
+            mask = loss_mask.mask(first, last)
             assert not mask[0]
-            assert mask[-1], "the end of the conversation is learnt with its last answer"
+            assert mask[-1], "the end of the conversation is learned with its last answer"
             edges = np.flatnonzero(np.diff(mask[:-1], prepend=False, append=False))
             said += [
                 decoded(corpus, tokens[first:last][a:b]) for a, b in edges.reshape(-1, 2).tolist()
             ]
     expected = [f"{answer}<|im_end|>" for chat in chats for answer in answers(chat)]
     assert sorted(said) == sorted(expected)
-    assert corpus.learnt("text", "train") is None
+    assert corpus.loss_mask("text", "train") is None
 
 
-def test_a_batch_counts_and_marks_what_is_learnt(corpus: Corpus) -> None:
+def test_a_batch_counts_and_marks_what_is_loss_mask(corpus: Corpus) -> None:
     stream = local_stream(corpus, local(fixed([0.5, 0.5]), corpus), DATA)
     plans = StepPlans(corpus, DATA, HOW)
     even = MixtureEntry(0, 0, (0.5, 0.5), "fixed")
@@ -121,9 +121,9 @@ def test_a_batch_counts_and_marks_what_is_learnt(corpus: Corpus) -> None:
         batch = stream.next()
         labels = 0
         for document in chain.from_iterable(batch.micro_batches):
-            chat = document.learnt is not None
+            chat = document.loss_mask is not None
             held[chat] += 1
-            labels += int(document.learnt.sum()) if chat else len(document.tokens) - 1
+            labels += int(document.loss_mask.sum()) if chat else len(document.tokens) - 1
         planned = plans.planned(step).of(0)
         assert batch.label_tokens == labels == planned.label_tokens
         assert batch.batch_hash == planned.batch_hash
@@ -132,19 +132,19 @@ def test_a_batch_counts_and_marks_what_is_learnt(corpus: Corpus) -> None:
 
 def test_held_out_and_probed_rows_are_masked(corpus: Corpus) -> None:
     rows = held_out_rows(corpus, sequence_length=64, rows_per_domain=3)
-    assert rows.learnt is not None
-    chat, text = rows.learnt[rows.domain_B == 0], rows.learnt[rows.domain_B == 1]
+    assert rows.loss_mask is not None
+    chat, text = rows.loss_mask[rows.domain_B == 0], rows.loss_mask[rows.domain_B == 1]
     assert text.all()
     assert 0 < chat.mean() < 0.9
-    learnt = corpus.learnt("chat", "valid")
-    assert learnt is not None
-    assert chat.ravel().tolist() == learnt.mask(0, chat.size).tolist()
+    loss_mask = corpus.loss_mask("chat", "valid")
+    assert loss_mask is not None
+    assert chat.ravel().tolist() == loss_mask.mask(0, chat.size).tolist()
     reader = ProbeReader(corpus, sequence_length=64, seed=3)
     domain_B = np.array([0, 1])
     probed = reader.rows(domain_B, np.array([2, 2]))
-    assert probed.learnt is not None
-    assert 0 < probed.learnt[0].mean() < 0.9
-    assert probed.learnt[1].all()
+    assert probed.loss_mask is not None
+    assert 0 < probed.loss_mask[0].mean() < 0.9
+    assert probed.loss_mask[1].all()
 
 
 def test_a_run_learns_answers_and_its_held_out_loss_is_of_answers(
@@ -186,14 +186,14 @@ def direct_loss(corpus: Corpus, checkpoint: Path) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokens = stream_of(corpus, "chat", "valid").astype(np.int64)
-    learnt = corpus.learnt("chat", "valid")
-    assert learnt is not None
+    loss_mask = corpus.loss_mask("chat", "valid")
+    assert loss_mask is not None
     starts = [first for first, _ in documents(corpus, "chat", "valid")]
     nats = count = 0.0
     for first in range(0, 4 * 96, 96):
         inside = [s for s in starts if first < s < first + 96]
         for a, b in pairwise([first, *inside, first + 96]):
-            mask = torch.from_numpy(learnt.mask(a, b)[1:])
+            mask = torch.from_numpy(loss_mask.mask(a, b)[1:])
             piece = torch.from_numpy(tokens[a:b])[None]
             with torch.no_grad():
                 logits = model(piece).logits[0, :-1]
@@ -216,9 +216,9 @@ def test_parquet_and_other_keys_hold_conversations_too(tmp_path: Path) -> None:
          "messages_column": "conversations"},
     ]  # fmt: skip
     corpus = chat_corpus(tmp_path, domains=domains)
-    learnt = [corpus.split(name, "train").learnt_tokens for name in "ab"]
-    held_out = [corpus.split(name, "valid").learnt_tokens for name in "ab"]
-    assert learnt[0] + held_out[0] == learnt[1] + held_out[1] > 0
+    loss_mask = [corpus.split(name, "train").loss_tokens for name in "ab"]
+    held_out = [corpus.split(name, "valid").loss_tokens for name in "ab"]
+    assert loss_mask[0] + held_out[0] == loss_mask[1] + held_out[1] > 0
 
 
 def test_bad_conversations_are_rejected_by_reason(tmp_path: Path) -> None:
@@ -276,10 +276,10 @@ def test_a_corpus_of_conversations_is_not_packed(corpus: Corpus, tmp_path: Path)
 
 def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     corpus = chat_corpus(tmp_path)
-    file = Path(corpus.path, "chat/train/learnt.arrow")
+    file = Path(corpus.path, "chat/train/learned.arrow")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CorpusError, match=r"chat/train/learnt\.arrow is corrupt"):
-        Corpus.open(corpus.path).learnt("chat", "train")
+    with pytest.raises(CorpusError, match=r"chat/train/learned\.arrow is corrupt"):
+        Corpus.open(corpus.path).loss_mask("chat", "train")
 
 
 def test_templates_are_text_of_the_recipe_only(tmp_path: Path) -> None:

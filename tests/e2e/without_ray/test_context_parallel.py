@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from raymix.context_parallel import Held, Part, Teams, attention, held_positions, register
+from raymix.context_parallel import (
+    ContextParallelGroups,
+    DocumentPart,
+    LocalShards,
+    attention,
+    local_positions,
+    register,
+)
 from raymix.context_parallel.local_shards import ExchangeName
 from raymix.recipe import ConfigModel, TrainConfig
 from raymix.schedule import CostModel, Layout, Placement, Schedule, plan_batch
-from raymix.streaming.batches.step_batch import DocumentBatch, HeldDocument
+from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.parallel import Replica, World, gathered, place_model
 from raymix.training.step.documents import ContextParallel, document_passes
-from raymix.training.step.metrics import StepAccount
+from raymix.training.step.metrics import StepMetrics
 from tests.attending import Case, dense_attention, random_case
 from tests.ranks import found_by_ranks, on_ranks
 
@@ -50,11 +57,11 @@ STEPS: list[tuple[str, ExchangeName, str, torch.dtype]] = [
 ]
 
 
-def own_tokens(case: Case, held: Held, mine: list[int], rank: int) -> tuple[Any, Any]:
+def own_tokens(case: Case, held: LocalShards, mine: list[int], rank: int) -> tuple[Any, Any]:
     """Return which tokens of all documents are in this rank's row, and which are no padding."""
     tokens, real = [], []
     for at in (mine[place] for place in held.order):
-        positions = held_positions(Part(case.lengths[at], case.teams[at]), rank)
+        positions = local_positions(DocumentPart(case.lengths[at], case.teams[at]), rank)
         last = case.lengths[at] - 1
         tokens.append(case.begins()[at] + np.minimum(positions, last))
         real.append(positions <= last)
@@ -64,12 +71,12 @@ def own_tokens(case: Case, held: Held, mine: list[int], rank: int) -> tuple[Any,
 
 
 def errors(
-    case: Case, exchange: ExchangeName, dtype: torch.dtype, rank: int, teams: Teams
+    case: Case, exchange: ExchangeName, dtype: torch.dtype, rank: int, teams: ContextParallelGroups
 ) -> torch.Tensor:
     """Return the largest errors of output and gradients on this rank, shape (4,)."""
     mine = [at for at, team in enumerate(case.teams) if rank in team]
-    parts = [Part(case.lengths[at], case.teams[at]) for at in mine]
-    held = Held(parts, rank, teams, exchange=exchange)
+    parts = [DocumentPart(case.lengths[at], case.teams[at]) for at in mine]
+    held = LocalShards(parts, rank, teams, exchange=exchange)
     rows, grad = case.rows(dtype)
     for part in rows:
         part.requires_grad_()
@@ -87,14 +94,14 @@ def errors(
     return torch.tensor([float(error) for error in found])
 
 
-def documents() -> list[HeldDocument]:
-    """Return a batch of documents of very unequal lengths, of some only the answers learnt."""
+def documents() -> list[LocalDocument]:
+    """Return a batch of documents of very unequal lengths, of some only the answers learned."""
     generator = np.random.default_rng(7)
     found = []
     for number, length in enumerate(LENGTHS):
-        learnt = generator.random(length) < 0.4 if number % 2 else None
+        loss_mask = generator.random(length) < 0.4 if number % 2 else None
         tokens = generator.integers(0, FACTS.vocab_size, length).astype(np.uint16)
-        found.append(HeldDocument(number % 3, (0,), tokens, learnt))
+        found.append(LocalDocument(number % 3, (0,), tokens, loss_mask))
     return found
 
 
@@ -110,9 +117,13 @@ def planned(name: str) -> Schedule:
     return Schedule.build(name, lengths, Placement(micro, first, width), layout, cost)
 
 
-def labels_of(document: HeldDocument) -> int:
-    learnt = np.ones(len(document.tokens), np.bool_) if document.learnt is None else document.learnt
-    return int(learnt[1:].sum())
+def labels_of(document: LocalDocument) -> int:
+    loss_mask = (
+        np.ones(len(document.tokens), np.bool_)
+        if document.loss_mask is None
+        else document.loss_mask
+    )
+    return int(loss_mask[1:].sum())
 
 
 def model_of(dtype: torch.dtype, parallel: str, world: World) -> Replica:
@@ -131,8 +142,8 @@ def alone(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
         tokens = torch.from_numpy(document.tokens.astype(np.int64))[None]
         following = torch.full_like(tokens, IGNORED)
         following[:, :-1] = tokens[:, 1:]
-        if document.learnt is not None:
-            following[:, :-1][:, ~document.learnt[1:]] = IGNORED
+        if document.loss_mask is not None:
+            following[:, :-1][:, ~document.loss_mask[1:]] = IGNORED
         loss, _ = replica.module(tokens, torch.arange(tokens.shape[1])[None], following)
         (loss / labels).backward()
         nats += float(loss.detach())
@@ -140,7 +151,9 @@ def alone(dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
     return nats, {name: p.grad for name, p in named if p.grad is not None}
 
 
-def step_error(world: World, teams: Teams, case: tuple[str, ExchangeName, str, torch.dtype]) -> Any:
+def step_error(
+    world: World, teams: ContextParallelGroups, case: tuple[str, ExchangeName, str, torch.dtype]
+) -> Any:
     """Return the errors of loss, gradients and labels of one step on all ranks."""
     parallel, exchange, planner, dtype = case
     replica = model_of(dtype, parallel, world)
@@ -152,7 +165,7 @@ def step_error(world: World, teams: Teams, case: tuple[str, ExchangeName, str, t
     )
     batch = DocumentBatch(0, 0, np.zeros(3), np.zeros(3, np.int64), None, mine)
     how = ContextParallel(world.rank, teams, exchange)
-    account, count = StepAccount(3, world), len(mine)
+    account, count = StepMetrics(3, world), len(mine)
     labels = sum(map(labels_of, every))
     for index, one in enumerate(document_passes(batch, how, world.device)):
         with replica.accumulating(last=index == count - 1), one.attending():
@@ -173,7 +186,7 @@ def step_error(world: World, teams: Teams, case: tuple[str, ExchangeName, str, t
 
 
 def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
-    teams = Teams.of(Layout(1, RANKS, widths=(2,)))
+    teams = ContextParallelGroups.of(Layout(1, RANKS, widths=(2,)))
     found: dict[Any, Any] = {}
     for dtype in TOLERANCE:
         for exchange in get_args(ExchangeName):

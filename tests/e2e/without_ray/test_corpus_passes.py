@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from raymix.corpus.passes import entropy
 from raymix.corpus.passes.assemble import automatic_block_tokens, plan_shards
-from raymix.corpus.passes.cut import Piece, clip, cut_blocks
+from raymix.corpus.passes.cut import TokenPiece, clip, cut_blocks
 from raymix.corpus.passes.entropy import PairCounter, bigram_entropy, unigram_entropy
 from raymix.corpus.passes.select import (
     SelectJob,
@@ -44,13 +44,13 @@ from raymix.store import read_lengths
 Lengths = list[int]
 
 
-def pieces_of(lengths: Lengths, per_piece: int) -> list[Piece]:
+def pieces_of(lengths: Lengths, per_piece: int) -> list[TokenPiece]:
     """Return documents of known tokens, several to a piece."""
     found, at = [], 0
     for low in range(0, len(lengths), per_piece):
         inside = np.array(lengths[low : low + per_piece])
         tokens = np.arange(at, at + inside.sum(), dtype=np.uint32)
-        found.append(Piece(tokens, np.cumsum(inside) - inside))
+        found.append(TokenPiece(tokens, np.cumsum(inside) - inside))
         at += int(inside.sum())
     return found
 
@@ -251,9 +251,9 @@ def test_entropies_are_exact_however_the_stream_is_cut(
     assert found == pytest.approx(plain_entropies(stream, starts), abs=1e-9)
 
 
-def piece(stream: list[int], starts: set[int], low: int, high: int) -> Piece:
+def piece(stream: list[int], starts: set[int], low: int, high: int) -> TokenPiece:
     inside = sorted(start - low for start in starts if low <= start < high)
-    return Piece(np.array(stream[low:high], np.uint16), np.array(inside, np.int64))
+    return TokenPiece(np.array(stream[low:high], np.uint16), np.array(inside, np.int64))
 
 
 def test_large_splits_count_every_kth_stretch() -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raymix.corpus import Progress, differences, prepare
+from raymix.corpus import PrepareProgress, differences, prepare
 from raymix.corpus.console import clock, print_manifest, short, watching
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig
@@ -71,7 +71,7 @@ def refusal(found: CorpusConfig, **options: Any) -> str:
 
 
 def decoded(corpus: Corpus, domain: str, split: str) -> list[str]:
-    """Return the documents of a split of a byte-tokenised corpus."""
+    """Return the documents of a split of a byte-tokenized corpus."""
     count = corpus.split(domain, split).blocks
     blocks = corpus.read_blocks(domain, split, range(count))
     stream = np.concatenate([block.tokens for block in blocks])
@@ -158,7 +158,7 @@ def test_line_numbers_hold_across_parts(tmp_path: Path, monkeypatch: pytest.Monk
     rows: list[Any] = [{"text": text} for text in texts(300, "good")]
     path = jsonl(tmp_path / "a.jsonl", [*rows[:200], "", "bad", *rows[200:], "worse"])
     found = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
-    events: list[Progress] = []
+    events: list[PrepareProgress] = []
     run(found, progress=events.append)
     assert max(event.total for event in events) > 10
     shown = [json.loads(line) for line in (tmp_path / "corpus/d/rejects.jsonl").open()]
@@ -201,7 +201,7 @@ def test_same_bytes_however_it_is_cut_short(
     monkeypatch.setattr("raymix.corpus.passes.assemble.SHARD_BYTES", 9000)
     options = {"tokenizer": {"train": "bpe", "vocab_size": 300}, "block_tokens": 4096}
     whole = config(tmp_path / "whole", sources, **options)
-    events: list[Progress] = []
+    events: list[PrepareProgress] = []
     manifest = run(whole, progress=events.append)
     jobs = sum(1 for event in events if event.done)
     assert jobs > 15
@@ -219,7 +219,7 @@ def test_same_bytes_however_it_is_cut_short(
 def interrupt_after(count: int) -> Any:
     seen = iter(range(count))
 
-    def listen(event: Progress) -> None:
+    def listen(event: PrepareProgress) -> None:
         if event.done and next(seen, None) is None:
             raise KeyboardInterrupt
 
@@ -230,7 +230,7 @@ def test_second_run_does_nothing(tmp_path: Path, sources: list[dict[str, Any]]) 
     found = config(tmp_path, sources)
     first = run(found)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
-    events: list[Progress] = []
+    events: list[PrepareProgress] = []
     assert run(found, progress=events.append) == first
     assert "nothing to do" in events[-1].note
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
@@ -289,8 +289,8 @@ def test_changed_sources_are_reported(tmp_path: Path, sources: list[dict[str, An
     assert any("sources are gone" in event.note for event in collected(found))
 
 
-def collected(found: CorpusConfig) -> list[Progress]:
-    events: list[Progress] = []
+def collected(found: CorpusConfig) -> list[PrepareProgress]:
+    events: list[PrepareProgress] = []
     run(found, progress=events.append)
     return events
 
@@ -346,7 +346,7 @@ def test_only_one_at_a_time(tmp_path: Path, sources: list[dict[str, Any]]) -> No
     found = config(tmp_path, sources)
     said: list[str] = []
 
-    def second(event: Progress) -> None:
+    def second(event: PrepareProgress) -> None:
         if event.done and not said:
             thread = threading.Thread(target=lambda: said.append(refusal(found)))
             thread.start()
@@ -404,7 +404,7 @@ def test_what_a_person_sees(tmp_path: Path, sources: list[dict[str, Any]], print
     print_manifest(found.path, manifest)
     out = printed()
     assert "2 domains, 4 files" in out
-    assert "tokenising: 100%" in out
+    assert "tokenizing: 100%" in out
     assert "documents, took 0 s" in out
     assert f"fingerprint {manifest.fingerprint[:12]}" in out
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymix.corpus.read.lines import lines_between
-from raymix.corpus.read.parts import Slice, check_column, plan_parts
+from raymix.corpus.read.parts import FileSlice, check_column, plan_parts
 from raymix.corpus.read.readers import TOO_LONG, Reject, json_value, read_slice
 from raymix.corpus.read.sources import find_sources
 from raymix.errors import CorpusError
@@ -42,7 +42,7 @@ def domain(**fields: object) -> DomainConfig:
     return DomainConfig.model_validate({"name": "d", "train": "x", **fields})
 
 
-def slices(path: Path, **fields: object) -> list[Slice]:
+def slices(path: Path, **fields: object) -> list[FileSlice]:
     entry = {"name": "d", "train": str(path), **fields}
     config = CorpusConfig.model_validate({"path": "unused", "domains": [entry]})
     parts = plan_parts(config.domains, find_sources(config))["d"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from raymix.report.specialists import specialists_page
-from raymix.tuning.merges.specialist_stats import Measured, fold
+from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
 from raymix.tuning.runs.results import Point, RunResult
 
 BASE = {"a": 4.0, "b": 6.0}
@@ -56,8 +56,8 @@ def document(**changes: Any) -> dict[str, Any]:
         ("broken", 1): None,
         ("broken", 2): None,
     }
-    measured = Measured(DOMAINS, SEEDS, ("drm", "linear", "broken"), runs(), told)
-    return fold(measured, {"broken-seed1": "no <luck>"}) | changes
+    measured = SpecialistLosses(DOMAINS, SEEDS, ("drm", "linear", "broken"), runs(), told)
+    return specialist_stats(measured, {"broken-seed1": "no <luck>"}) | changes
 
 
 def test_references_are_of_the_runs() -> None:
@@ -124,9 +124,11 @@ def test_the_page_says_all_of_it() -> None:
 
 
 def test_the_page_of_one_seed_and_one_method_without_a_scale() -> None:
-    measured = Measured(
+    measured = SpecialistLosses(
         DOMAINS, (1,), ("linear",), runs()[:3], {("linear", 1): merged(4.5, 4.5, None)}
     )
-    page = specialists_page(fold(measured, {}) | FACTS | {"seeds": [1], "base": "some/base"})
+    page = specialists_page(
+        specialist_stats(measured, {}) | FACTS | {"seeds": [1], "base": "some/base"}
+    )
     assert page.count("<svg") == 1
     assert "some/base" in page

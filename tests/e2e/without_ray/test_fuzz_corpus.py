@@ -18,7 +18,7 @@ import pytest
 from raymix.corpus import prepare
 from raymix.recipe import CorpusConfig
 from raymix.store import Corpus
-from tests.corpora import labelled_domain, write_corpus
+from tests.corpora import labeled_domain, write_corpus
 from tests.fuzzing import damaged, outcome
 
 CASES = [60, pytest.param(1200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
@@ -98,7 +98,7 @@ def test_sources(
 def test_prepared_corpora(cases: int, tmp_path: Path) -> None:
     """Every file of a prepared corpus in turn: what can be read is what was written."""
     whole = tmp_path / "whole"
-    domains = {name: labelled_domain(at, 600) for at, name in enumerate("ab")}
+    domains = {name: labeled_domain(at, 600) for at, name in enumerate("ab")}
     write_corpus(whole, domains, block_tokens=64, shard_blocks=4)
     expected = {name: contents(str(whole), name) for name in domains}
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())

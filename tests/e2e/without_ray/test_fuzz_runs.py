@@ -12,7 +12,7 @@ import yaml
 from raymix.recipe import Recipe
 from raymix.report.live import LiveRun
 from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.summary import summarize
 from raymix.training.api import train
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.score import score
@@ -43,7 +43,7 @@ def test_files_that_are_read(name: str, cases: int, run: Path) -> None:
     for case in range(cases):
         (run / name).write_bytes(damaged(raw, case))
         told = f"{name} case {case}"
-        outcome(lambda: summarise(read_run(run)), f"report, {told}")
+        outcome(lambda: summarize(read_run(run)), f"report, {told}")
         outcome(lambda: watch_once(run), f"watch, {told}")
 
 

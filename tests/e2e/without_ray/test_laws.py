@@ -21,7 +21,7 @@ from raymix.laws import (
     scores,
 )
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
-from raymix.laws.models.gaussian_process import Rows, negative_evidence, usual
+from raymix.laws.models.gaussian_process import ProcessRows, negative_evidence, usual
 from raymix.laws.models.least_squares import Inputs
 from tests.unit.tables import AdditiveTruth, BiMixTruth, as_table, draw_shares
 
@@ -140,7 +140,7 @@ def test_curves_have_the_jacobian_they_say(joint: bool, steps: bool) -> None:
 def test_the_evidence_has_the_gradient_it_says() -> None:
     random = np.random.default_rng(0)
     share = draw_shares(20, 3)
-    rows = Rows(
+    rows = ProcessRows(
         np.sqrt(share),
         random.normal(size=20),
         random.normal(size=20),

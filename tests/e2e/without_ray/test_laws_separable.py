@@ -39,7 +39,7 @@ def by_solver(
     scale: Floats, exponent: Floats, offset: Floats, region: Region
 ) -> tuple[Floats, float]:
     """Return shares and value of SLSQP, started again where it stops until it gains nothing."""
-    share, value = region.centre(np.full(scale.size, 1 / scale.size)), np.inf
+    share, value = region.center(np.full(scale.size, 1 / scale.size)), np.inf
     low = np.maximum(region.low_A, 1e-9)
     for _ in range(20):
         found = minimize(

@@ -13,7 +13,7 @@ from torch import Tensor
 import raymix
 from raymix.errors import MergeError
 from raymix.merging import known_methods
-from raymix.merging.checkpoints.output import plan_layout
+from raymix.merging.checkpoints.output import plan_checkpoint_layout
 from raymix.merging.recipe import load_merge
 from raymix.merging.registry import Options
 from raymix.merging.run.engine import merge
@@ -127,7 +127,7 @@ def test_the_bytes_do_not_depend_on_the_workers(family: dict[str, Any], tmp_path
 
 def test_layouts_align_mixed_dtypes() -> None:
     tensors = {"a": (torch.bool, (3,)), "b": (torch.float64, (2,)), "c": (torch.bfloat16, (5,))}
-    layout = plan_layout(tensors, 1000)
+    layout = plan_checkpoint_layout(tensors, 1000)
     for place in layout.places.values():
         assert place.offset % place.dtype.itemsize == 0
     assert layout.total_bytes == 3 + 16 + 10

@@ -66,7 +66,7 @@ MERGES = [
     ("drm", {}),
     ("drm", {"direction": "vertical"}),
     ("drm", {"decomposition": "svd"}),
-    ("drm", {"decomposition": "randomised", "rank": 40}),
+    ("drm", {"decomposition": "randomized", "rank": 40}),
     ("knots", {}),
     ("knots", {"direction": "auto"}),
     ("tsv", {}),

@@ -82,7 +82,7 @@ dtype: float32
 """,
     "task_arithmetic": gta("task_arithmetic", "weight: 0.7", "weight: [0.2, 0.9]", "  lambda: 0.8"),
     "ties": gta("ties", "weight: 0.5, density: 0.4", "weight: 0.8, density: 0.55"),
-    "ties_normalised": gta(
+    "ties_normalized": gta(
         "ties", "weight: 0.5, density: [1, 0.3]", "weight: 1, density: 0.6"
     ).replace("normalize: false", "normalize: true"),
     "breadcrumbs": gta(
@@ -169,7 +169,7 @@ def test_methods_that_do_not_trim_agree_on_bf16_too(name: str, results: Any) -> 
     assert error(theirs, ours) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["ties", "ties_normalised", "breadcrumbs"])
+@pytest.mark.parametrize("name", ["ties", "ties_normalized", "breadcrumbs"])
 def test_trimming_of_bf16_differs_at_ties_only(name: str, results: Any) -> None:
     """Deltas of bf16 weights take few values: we keep all that equal the threshold.
 

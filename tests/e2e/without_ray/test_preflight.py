@@ -25,7 +25,7 @@ from raymix.training.model.memory import Batch, auto_micro_batch_rows, worker_me
 from raymix.training.plan import preflight
 from raymix.training.plan.domain_sizes import packed_rows
 from raymix.training.plan.runplan import RunPlan
-from tests.corpora import labelled_domain, write_corpus
+from tests.corpora import labeled_domain, write_corpus
 from tests.unit.recipes import write
 
 QUICKSTART = Path(__file__).parents[3] / "pipelines" / "quickstart"
@@ -42,7 +42,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    domains = {name: labelled_domain(at, size) for at, (name, size) in enumerate(TOKENS.items())}
+    domains = {name: labeled_domain(at, size) for at, (name, size) in enumerate(TOKENS.items())}
     path = tmp_path_factory.mktemp("corpus")
     return write_corpus(path, domains, block_tokens=1024, vocab_size=16_384)
 
@@ -221,7 +221,7 @@ def test_rows_longer_than_a_block_or_a_domain(recipe: Recipe, corpus: Corpus) ->
 
 
 def test_gradients_take_two_rows_of_every_domain(tmp_path: Path, recipe: Recipe) -> None:
-    domains = {"books": labelled_domain(0, 4000), "scraps": labelled_domain(1, 200)}
+    domains = {"books": labeled_domain(0, 4000), "scraps": labeled_domain(1, 200)}
     corpus = write_corpus(tmp_path / "c", domains, block_tokens=1024, vocab_size=16_384)
     even = load_recipe(recipe, [f"corpus.path={corpus.path}", "mixer={kind: uniform}"])
     assert plan(even, corpus).steps == 20
@@ -267,7 +267,7 @@ def test_weights_of_other_domains(recipe: Recipe, corpus: Corpus) -> None:
 
 def test_an_empty_domain(tmp_path: Path, recipe: Recipe) -> None:
     nothing = (np.zeros(0, np.uint16), np.zeros(0, np.int64))
-    domains = {"books": labelled_domain(0, 5000), "void": nothing}
+    domains = {"books": labeled_domain(0, 5000), "void": nothing}
     made = write_corpus(tmp_path / "c", domains, block_tokens=1024)
     found = refusals(recipe, made, "mixer={kind: uniform}")
     assert found == [
@@ -326,10 +326,10 @@ def test_memory_grows_with_what_it_should() -> None:
 
     one, four = parts(1), parts(4)
     weights = 4 * sum(p.numel() for p in build_model(model, facts, seed=0).parameters())
-    assert one["weights"] == one["gradients"] == one["optimiser"] // 2 == weights
+    assert one["weights"] == one["gradients"] == one["optimizer"] // 2 == weights
     assert four["activations"] == pytest.approx(4 * one["activations"], rel=0.1)
     assert four["logits"] == 4 * one["logits"]
-    assert parts(4, parallel="fsdp2")["optimiser"] == -(-weights // 2) * 2
+    assert parts(4, parallel="fsdp2")["optimizer"] == -(-weights // 2) * 2
     assert parts(4, activation_checkpointing=True)["activations"] < four["activations"]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymix.errors import CorpusError, RaymixError, RecipeError
-from raymix.sampling import SHARE_BITS, Allocator, fixed_point, realised_error_bound
+from raymix.sampling import SHARE_BITS, Allocator, fixed_point, realized_error_bound
 from raymix.sampling.shares import Ints, restricted
 
 ROW = 1 << SHARE_BITS
@@ -87,7 +87,7 @@ def test_every_prefix_is_within_the_bound_of_what_was_asked(
             (asked - int(got) * ROW) / ROW
             for asked, got in zip(asked_D, allocator.count_D, strict=True)
         ]
-        assert max(trailing) <= realised_error_bound(n_domains)
+        assert max(trailing) <= realized_error_bound(n_domains)
         assert min(trailing) >= -(1 - 1 / n_domains)
 
 
@@ -103,7 +103,7 @@ def test_domains_may_leave_and_return_within_the_wider_bound(
         assert (count_D[np.array(weights_D) == 0] == 0).all()
         assert count_D.sum() == budget
         assert allocator.carry_D.sum() == 0
-        bound = realised_error_bound(n_domains, same_domains=False)
+        bound = realized_error_bound(n_domains, same_domains=False)
         assert np.abs(allocator.carry_D).max() <= bound * ROW
 
 
@@ -139,7 +139,7 @@ def test_no_adversary_gets_past_the_bound(
         if step % 75 == 0:
             allocator.count_D[:] = 0
         allocator.allocate(adversary(allocator), budget)
-        assert allocator.carry_D.max() <= realised_error_bound(n_domains) * ROW + 1
+        assert allocator.carry_D.max() <= realized_error_bound(n_domains) * ROW + 1
         assert allocator.carry_D.min() >= -(1 - 1 / n_domains) * ROW - 1
 
 
@@ -148,12 +148,12 @@ def test_the_bound_is_tight(n_domains: int) -> None:
     allocator = Allocator(n_domains)
     for _ in range(n_domains - 1):
         allocator.allocate(untaken_share_alike(allocator), 1)
-    bound = realised_error_bound(n_domains)
+    bound = realized_error_bound(n_domains)
     assert bound - 1e-3 < allocator.carry_D.max() / ROW <= bound
 
 
 def test_the_bound_for_changing_domains_is_tight() -> None:
-    # Two neighbours in rank are brought to one level, which puts 1 row between them.
+    # Two neighbors in rank are brought to one level, which puts 1 row between them.
     allocator = Allocator(5)
     for turn in range(400):
         order = np.argsort(allocator.carry_D, kind="stable")
@@ -179,7 +179,7 @@ def test_ten_thousand_domains_with_changing_weights_stay_in_bounds() -> None:
     n_domains, budget = 10_000, 1024
     rng = np.random.default_rng(0)
     allocator = Allocator(n_domains)
-    bound = realised_error_bound(n_domains)
+    bound = realized_error_bound(n_domains)
     for _ in range(15):
         q_D = fixed_point(rng.dirichlet(np.full(n_domains, 0.05)) + 1e-9)
         counts_SD = allocator.allocate_steps(q_D, budget, 3)
@@ -218,7 +218,7 @@ def test_limits_are_never_passed_and_the_rest_is_shared(
         assert count_D.sum() == budget
         assert (count_D[~used_D] == 0).all()
         assert (allocator.count_D <= limit_D).all()
-        bound = realised_error_bound(n_domains, same_domains=False)
+        bound = realized_error_bound(n_domains, same_domains=False)
         assert np.abs(allocator.carry_D).max() <= bound * ROW
 
 
@@ -298,8 +298,8 @@ def test_restricted_shares_keep_their_proportions(
 
 
 def test_the_bounds_by_hand() -> None:
-    assert realised_error_bound(1) == 0
-    assert realised_error_bound(2) == 0.5
-    assert realised_error_bound(4) == pytest.approx(1 / 2 + 1 / 3 + 1 / 4)
-    assert realised_error_bound(10_000) < 8.8
-    assert realised_error_bound(9, same_domains=False) == 4
+    assert realized_error_bound(1) == 0
+    assert realized_error_bound(2) == 0.5
+    assert realized_error_bound(4) == pytest.approx(1 / 2 + 1 / 3 + 1 / 4)
+    assert realized_error_bound(10_000) < 8.8
+    assert realized_error_bound(9, same_domains=False) == 4

@@ -123,7 +123,7 @@ def test_small_permutations_are_all_equally_likely(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [64, 100, 777, 1000, 1024, 15_625])
-def test_places_and_neighbours_are_uniform_over_keys(n: int) -> None:
+def test_places_and_neighbors_are_uniform_over_keys(n: int) -> None:
     n_keys = 200_000 // n
     keys = np.random.default_rng(n).integers(0, 2**64, n_keys, dtype=np.uint64)
     value = np.tile(np.arange(n, dtype=np.uint64), n_keys)

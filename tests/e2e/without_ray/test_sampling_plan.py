@@ -18,8 +18,8 @@ from raymix.sampling import (
     batch_hash,
     epochs_implied,
     fixed_point,
-    realised_error_bound,
-    realised_shares,
+    realized_error_bound,
+    realized_shares,
 )
 from raymix.sampling.shares import Ints
 
@@ -95,11 +95,11 @@ def test_every_step_holds_the_next_samples_of_each_domain_and_nothing_else(
 
 @settings(max_examples=50)
 @given(logs(), st.integers(1, 20))
-def test_realised_shares_follow_the_asked_ones_at_every_step(log: MixtureLog, rows: int) -> None:
+def test_realized_shares_follow_the_asked_ones_at_every_step(log: MixtureLog, rows: int) -> None:
     chunk = planner(log, rows).plan(40)
     asked_SD = np.array([fixed_point(log.at(at).weights) for at in range(40)]) / 2.0**40 * rows
     trailing_SD = asked_SD.cumsum(axis=0) - chunk.counts_SD.cumsum(axis=0)
-    bound = realised_error_bound(len(log.domains), same_domains=False)
+    bound = realized_error_bound(len(log.domains), same_domains=False)
     assert np.abs(trailing_SD).max() <= bound + 1e-6
 
 
@@ -195,8 +195,8 @@ def test_a_batch_hash_depends_on_order_and_not_on_types() -> None:
 
 
 def test_helpers_of_reports() -> None:
-    assert realised_shares([3, 1]).tolist() == [0.75, 0.25]
-    assert realised_shares([0, 0]).tolist() == [0, 0]
+    assert realized_shares([3, 1]).tolist() == [0.75, 0.25]
+    assert realized_shares([0, 0]).tolist() == [0, 0]
     epochs_D = epochs_implied([0.5, 0.5, 0.0, 0.0], [100, 1000, 10, 0], 400)
     assert epochs_D.tolist() == [2, 0.2, 0, 0]
     assert epochs_implied([1.0], [0], 400).tolist() == [np.inf]

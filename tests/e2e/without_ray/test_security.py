@@ -25,7 +25,7 @@ from raymix.merging.run.engine import merge
 from raymix.recipe import Recipe, load_recipe
 from raymix.report.live import LiveRun
 from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.summary import summarize
 from raymix.schedule import load_cost_model
 from raymix.store import Corpus
 from raymix.training.api import train
@@ -179,7 +179,7 @@ def use(run: Recipe, out: Path) -> None:
     """Do all that reads a run directory and its corpus; each works or refuses."""
     path = Path(run.run_dir)
     uses: dict[str, Callable[[], object]] = {
-        "report": lambda: summarise(read_run(path)),
+        "report": lambda: summarize(read_run(path)),
         "watch": lambda: watch_once(path),
         "eval": lambda: score(path),
         "export": lambda: export(path, out),
@@ -205,7 +205,7 @@ def test_run_directories_and_corpora_run_nothing(
                              "resolved.yaml", "model.safetensors", "documents.arrow"}:  # fmt: skip
                 use(run, tmp_path / "out")
             else:
-                outcome(lambda: summarise(read_run(run.run_dir)), str(file))
+                outcome(lambda: summarize(read_run(run.run_dir)), str(file))
             assert not sprung.exists(), file
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(before)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.mixers import DomainStats, Planned
-from raymix.sampling import realised_error_bound
+from raymix.sampling import realized_error_bound
 from raymix.store import Corpus
-from tests.corpora import labelled_domain, write_corpus
+from tests.corpora import labeled_domain, write_corpus
 from tests.streams import (
     BLOCK,
     ROW,
@@ -98,7 +98,7 @@ def test_batches_stay_valid_while_they_are_held(corpus: Corpus) -> None:
         assert batch.batch_hash == seen.batch_hash
 
 
-def test_realised_shares_keep_the_proved_bound_at_every_step(corpus: Corpus) -> None:
+def test_realized_shares_keep_the_proved_bound_at_every_step(corpus: Corpus) -> None:
     controller = local(fixed(SHARES), corpus)
     stream = local_stream(corpus, controller)
     asked, given_rows = np.zeros(3), np.zeros(3)
@@ -111,7 +111,7 @@ def test_realised_shares_keep_the_proved_bound_at_every_step(corpus: Corpus) -> 
         given_rows += batch.counts_D
         assert batch.counts_D.sum() == 6
         assert np.bincount(batch.domain_rows, minlength=3).tolist() == batch.counts_D.tolist()
-        assert (asked - given_rows).max() <= realised_error_bound(3) + 1e-9
+        assert (asked - given_rows).max() <= realized_error_bound(3) + 1e-9
         assert (given_rows - asked).max() <= 1 - 1 / 3 + 1e-9
 
 
@@ -236,10 +236,10 @@ def test_a_corrupt_block_is_named_when_its_turn_comes(tmp_path: Path) -> None:
 def test_many_domains_of_very_different_weights(tmp_path: Path) -> None:
     corpus = write_corpus(
         tmp_path / "many",
-        {f"d{d}": labelled_domain(d % 16, 2 * ROW, 9.0) for d in range(64)},
+        {f"d{d}": labeled_domain(d % 16, 2 * ROW, 9.0) for d in range(64)},
         block_tokens=2 * ROW,
     )
     weights = np.random.default_rng(0).dirichlet([0.2] * 64)
     stream = local_stream(corpus, local(fixed(weights.tolist()), corpus))
     counts = np.sum([step.counts for step in read(stream, 200)], axis=0)
-    assert np.abs(counts - 1200 * weights).max() <= realised_error_bound(64) + 1
+    assert np.abs(counts - 1200 * weights).max() <= realized_error_bound(64) + 1

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from raymix.store import Block, Corpus
 from raymix.streaming.batches.stream import MixtureStream
-from raymix.streaming.blocks.batch import Slab, from_table, make_slab, to_table
+from raymix.streaming.blocks.batch import BlockBatch, from_table, make_block_batch, to_table
 from raymix.streaming.blocks.cache import BlockCache
 from raymix.streaming.blocks.sources import LocalSource
-from tests.corpora import labelled_domain, write_corpus
+from tests.corpora import labeled_domain, write_corpus
 from tests.streams import ROW, fixed, local, packed
 
 BUNDLE = 4
@@ -121,7 +121,7 @@ def test_a_slab_survives_its_table_whole(row_tokens: int) -> None:
         )
         for size in (20, 0, 23, 5)
     ]
-    slab = make_slab([7, 8, 9, 3], blocks, row_tokens)
+    slab = make_block_batch([7, 8, 9, 3], blocks, row_tokens)
     back, errors = from_table(to_table(slab, [None, "broken", None, None]), row_tokens)
     assert errors == {8: "broken"}
     assert back.numbers == [7, 9, 3]
@@ -153,11 +153,11 @@ class Prefetching(LocalSource):
         self.most = max(self.most, sum(math.isfinite(s) for s in steps))
         self._coming = list(missing)
 
-    def arrived(self) -> list[Slab]:
+    def arrived(self) -> list[BlockBatch]:
         coming, self._coming = self._coming, []
         return super().fetch(coming)
 
-    def fetch(self, numbers: Sequence[int]) -> list[Slab]:
+    def fetch(self, numbers: Sequence[int]) -> list[BlockBatch]:
         self.waits += numbers
         return super().fetch(numbers)
 
@@ -168,7 +168,7 @@ def test_rare_domains_neither_starve_nor_fill_the_store(tmp_path: Path) -> None:
     block = 4 * ROW
     corpus = write_corpus(
         tmp_path,
-        {f"d{d:02d}": labelled_domain(d % 16, 40 * block, 9.0) for d in range(40)},
+        {f"d{d:02d}": labeled_domain(d % 16, 40 * block, 9.0) for d in range(40)},
         block_tokens=block,
         shard_blocks=40,
     )

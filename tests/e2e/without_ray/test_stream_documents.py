@@ -12,8 +12,8 @@ from raymix.recipe.training import DocumentData
 from raymix.sampling import DocumentStep, batch_hash
 from raymix.schedule import CostModel, Layout
 from raymix.store import Corpus
-from raymix.streaming.batches.assign import planned_here
-from raymix.streaming.batches.documents import DocumentChunk, DocumentFacts
+from raymix.streaming.batches.assign import assign_locally
+from raymix.streaming.batches.documents import DocumentBatchInfo, DocumentChunk
 from raymix.streaming.batches.stream import MixtureStream
 from tests.streams import fixed, local, local_stream, read, small_corpus
 
@@ -45,7 +45,7 @@ def all_documents(corpus: Corpus) -> list[list[list[int]]]:
 def plan_of(stream: MixtureStream, step: int) -> DocumentStep:
     assert isinstance(stream._chunk, DocumentChunk)
     facts = stream._chunk.batch(step).facts
-    assert isinstance(facts, DocumentFacts)
+    assert isinstance(facts, DocumentBatchInfo)
     return facts.plan
 
 
@@ -81,7 +81,7 @@ def test_ranks_hold_what_the_schedule_says(corpus: Corpus, groups: int, context:
                 documents(),
                 rank=rank,
                 world_size=layout.ranks,
-                assignments=planned_here(layout, cost),
+                assignments=assign_locally(layout, cost),
             ),
             20,
         )

@@ -15,7 +15,7 @@ from raymix.errors import RecipeError
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import Space, space_of
-from raymix.tuning.mixtures.search_log import Record
+from raymix.tuning.mixtures.search_log import SearchLog
 from raymix.tuning.mixtures.searchers import MixtureSearcher, expected_improvement, final_losses
 from tests.laws import OwnShare
 from tests.training import train_corpus
@@ -53,7 +53,7 @@ def write_end(run: Path, losses: Mapping[str, float], step: int = STEPS) -> None
 
 
 def searcher(one: Recipe, space: Space, out: Path, names: list[str]) -> MixtureSearcher:
-    record = Record.open(out, one, space, "f")
+    record = SearchLog.open(out, one, space, "f")
     return MixtureSearcher(one, record, names, space=space, out=out, steps=STEPS)
 
 

@@ -16,9 +16,9 @@ from raymix.store import Corpus
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.setup import Job
 from raymix.tuning.mixtures.candidates import Mixture, proxy_recipe, space_of, variant
-from raymix.tuning.mixtures.search_log import CUT, Record
+from raymix.tuning.mixtures.search_log import CUT, SearchLog
 from raymix.tuning.runs.group import locked
-from raymix.tuning.runs.trial_task import Trial
+from raymix.tuning.runs.trial_task import RunTrial
 from tests.laws import OwnShare
 from tests.training import train_corpus
 from tests.unit.test_cli import call
@@ -159,12 +159,12 @@ def train(here: Path, corpus: Corpus) -> list[Mixture]:
     """Make the small runs of a search, one after another in this process."""
     out, one = here / "out", load_recipe("r.yaml")
     proxy = proxy_recipe(one)
-    mixtures = Record.open(out, one, space_of(one, corpus), corpus.fingerprint).mixtures
+    mixtures = SearchLog.open(out, one, space_of(one, corpus), corpus.fingerprint).mixtures
     for mixture in mixtures:
         run = variant(proxy, mixture, out=str(out))
         directory = RunDirectory(Path(run.recipe.run_dir))
         job = Job(run.recipe, directory, STEPS, 6, on_gpu=False, threads=1, session="test")
-        assert Trial(run.name, job, 1000).attempt(stop_asked=lambda: False) == {"state": "done"}
+        assert RunTrial(run.name, job, 1000).attempt(stop_asked=lambda: False) == {"state": "done"}
     return mixtures
 
 

@@ -21,7 +21,7 @@ from raymix.report.merging import draw_merge
 from raymix.report.tuning import interval, number
 from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import Mixture, Space, designed, references, space_of
-from raymix.tuning.mixtures.learn import Learned, learn, mixture_table, predicted, value_of
+from raymix.tuning.mixtures.learn import LearnedLaw, learn, mixture_table, predicted, value_of
 from raymix.tuning.mixtures.verify import observed, roles_of, verified
 from raymix.tuning.runs.results import Point, RunResult
 from tests.searches import SEEDS, changed, search_document, table_of, unverified
@@ -45,7 +45,7 @@ def mixtures(space: Space) -> list[Mixture]:
 
 
 @pytest.fixture(scope="module")
-def learned(corpus: Corpus, space: Space, mixtures: list[Mixture]) -> Learned:
+def learned(corpus: Corpus, space: Space, mixtures: list[Mixture]) -> LearnedLaw:
     return learn(table_of(mixtures, space), recipe(corpus), space)
 
 
@@ -141,7 +141,7 @@ def test_the_value_is_the_sum_or_the_worst() -> None:
     assert value_of(Objective(weights=weights, minimax=True), losses) == 2
 
 
-def test_the_interval_of_the_worst_is_its_own(learned: Learned) -> None:
+def test_the_interval_of_the_worst_is_its_own(learned: LearnedLaw) -> None:
     even = dict.fromkeys("abc", 1 / 3)
     mean = predicted(learned, even, step=STEPS)
     worst = predicted(
@@ -152,7 +152,7 @@ def test_the_interval_of_the_worst_is_its_own(learned: Learned) -> None:
     assert worst["high"] - worst["low"] == pytest.approx((mean["high"] - mean["low"]) / 3, rel=1e-6)
 
 
-def test_a_loss_that_was_not_judged_has_no_interval(learned: Learned) -> None:
+def test_a_loss_that_was_not_judged_has_no_interval(learned: LearnedLaw) -> None:
     some = {name: score for name, score in learned.report.targets.items() if name != "a"}
     told = predicted(
         replace(learned, report=replace(learned.report, targets=some)),
@@ -234,7 +234,7 @@ def test_only_finished_runs_are_best(mixtures: list[Mixture], space: Space) -> N
     assert "runner-up" in roles_of([*told, run("w", "done", 2.0)], optimum, others)
 
 
-def test_a_verifying_run_that_failed_is_left_out(learned: Learned, space: Space) -> None:
+def test_a_verifying_run_that_failed_is_left_out(learned: LearnedLaw, space: Space) -> None:
     roles = {mixture.name: mixture for mixture in references(space)}
     runs: list[RunResult] = results_of(list(roles.values()), seeds=(1, 2, 3))
     lost = [

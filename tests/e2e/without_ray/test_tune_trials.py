@@ -23,7 +23,7 @@ from raymix.tuning.runs.planning import (
     share_out,
 )
 from raymix.tuning.runs.progress import TrialsProgress
-from raymix.tuning.runs.trial_task import Trial
+from raymix.tuning.runs.trial_task import RunTrial
 from raymix.tuning.runs.variants import Variant, make_variants
 from tests.training import train_corpus
 
@@ -62,10 +62,10 @@ def variants(corpus: Corpus, out: Path, mixers: str = "uniform", **train: Any) -
     return make_variants(recipe, mixers, seeds=2, out=str(out))
 
 
-def trial(variant: Variant) -> Trial:
+def trial(variant: Variant) -> RunTrial:
     run = RunDirectory(Path(variant.recipe.run_dir))
     job = Job(variant.recipe, run, STEPS, 4, on_gpu=False, threads=1, session="test")
-    return Trial(variant.name, job, 1000)
+    return RunTrial(variant.name, job, 1000)
 
 
 @pytest.mark.parametrize(

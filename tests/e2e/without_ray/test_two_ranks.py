@@ -17,7 +17,7 @@ from raymix.training.model.optim import build_optimizer, clip_gradients
 from raymix.training.model.parallel import World, gathered, place_model
 from raymix.training.run.checkpoint import TrainingState, load_optimizer, save_checkpoint
 from raymix.training.step.batches import count_micro_batches, micro_batches, most_rows_of_a_rank
-from raymix.training.step.metrics import StepAccount
+from raymix.training.step.metrics import StepMetrics
 from tests.ranks import found_by_ranks, on_two_ranks
 
 ROWS, LENGTH = 5, 32
@@ -54,7 +54,7 @@ def one_step(world: World, parallel: str, micro_batch_rows: int, directory: Path
     loss = PackedLoss(build_model(MODEL, FACTS, seed=3), linear_head=True)
     replica = place_model(loss, config, world, bf16=False)
     optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
-    account = StepAccount(2, world)
+    account = StepMetrics(2, world)
     rows, labels = rows_of_rank(world.rank, world.size)
     count = count_micro_batches(most_rows_of_a_rank(ROWS, world.size), micro_batch_rows)
     for index, micro in enumerate(micro_batches(rows, count, world.device)):

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import minimize as scipy_minimize
 
 from raymix.errors import LawError
-from raymix.laws import Objective, Optimum, Region, separable_optimum
-from raymix.laws.search import feasible
-from raymix.laws.search import minimize as minimise
+from raymix.laws import Objective, Optimum, Region, feasible, minimize, separable_optimum
 from raymix.laws.table import Floats
 from tests.unit.forms import Form, Wells, exponential, inverse, own
 
@@ -57,12 +55,12 @@ def by_solver(law: Form, objective: Objective) -> float:
         prior = np.ones(r.size) if asked.prior_D is None else asked.prior_D
         return asked.kl * (np.log(r / prior) + 1)
 
-    share = asked.region.centre(np.full(low.size, 1 / low.size))
+    share = asked.region.center(np.full(low.size, 1 / low.size))
     best = value(share)
     for _ in range(12):
         if objective.minimax:
             top = float((asked.weight_V * law.predict(share[None])[0])[counted].max())
-            found = minimize(
+            found = scipy_minimize(
                 lambda x: x[-1] + asked.divergence(x[:-1]),
                 np.append(share, top),
                 jac=lambda x: np.append(pull(x[:-1]), 1.0),
@@ -90,7 +88,7 @@ def by_solver(law: Form, objective: Objective) -> float:
                 options={"maxiter": 200, "ftol": 1e-14},
             )
         else:
-            found = minimize(
+            found = scipy_minimize(
                 value,
                 share,
                 jac=lambda r: asked.weight_V @ law.share_gradient(r)[1] + pull(r),
@@ -125,7 +123,7 @@ def check_allowed(optimum: Optimum, law: Form, objective: Objective) -> None:
 def test_no_general_solver_does_better_on_a_convex_law(name: str, task: str) -> None:
     law = LAWS[name]()
     objective = objective_of(law, task)
-    found = minimise(law, objective)
+    found = minimize(law, objective)
     check_allowed(found, law, objective)
     assert found.method == "convex"
     assert found.gap is not None
@@ -142,7 +140,7 @@ def test_no_point_of_a_grid_does_better() -> None:
     grid = np.array([(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-12])
     losses = law.predict(np.maximum(grid, 0))
     for minimax, values in ((False, losses.mean(axis=1)), (True, losses.max(axis=1))):
-        found = minimise(law, Objective(minimax=minimax))
+        found = minimize(law, Objective(minimax=minimax))
         assert found.value <= values.min() + 1e-6
         assert values.min() - found.value < 1e-3
 
@@ -150,7 +148,7 @@ def test_no_point_of_a_grid_does_better() -> None:
 def test_it_agrees_with_the_closed_form() -> None:
     law = own(40, seed=2)
     objective = Objective(caps={"d0": 0.01, "d1": 0.01}, floors={"d2": 0.2})
-    found = minimise(law, objective)
+    found = minimize(law, objective)
     region = feasible(objective, law.domains, law.targets).region
     exact = separable_optimum(np.diag(law.numbers["c"]) / 40, law.numbers["a"], region)
     assert found.value == pytest.approx(exact.value, rel=1e-9)
@@ -165,7 +163,7 @@ def test_a_thousand_domains_need_few_evaluations() -> None:
         Objective(kl=0.05, prior=even),
     ):
         law.calls = 0
-        found = minimise(law, objective)
+        found = minimize(law, objective)
         assert found.gap is not None
         assert found.gap <= 1e-8 * found.value
         assert law.calls < 60
@@ -174,21 +172,21 @@ def test_a_thousand_domains_need_few_evaluations() -> None:
 def test_the_prior_draws_the_shares() -> None:
     law = inverse(3, 4)
     prior = {"d0": 0.7, "d1": 0.1, "d2": 0.1, "d3": 0.1}
-    shares = [minimise(law, Objective(kl=kl, prior=prior)).shares["d0"] for kl in (1e-6, 0.1, 100)]
+    shares = [minimize(law, Objective(kl=kl, prior=prior)).shares["d0"] for kl in (1e-6, 0.1, 100)]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(0.7, abs=3e-3)
-    assert shares[0] == pytest.approx(minimise(law, Objective()).shares["d0"], abs=1e-3)
+    assert shares[0] == pytest.approx(minimize(law, Objective()).shares["d0"], abs=1e-3)
 
 
 def test_the_horizon_reaches_the_law() -> None:
     law = inverse(2, 3)
-    early, late = (minimise(law, Objective(horizon=step)).value for step in (100, 10_000))
+    early, late = (minimize(law, Objective(horizon=step)).value for step in (100, 10_000))
     assert early - late == pytest.approx(0.1 - 0.01)
 
 
 def test_a_domain_without_any_share_is_left_out_of_the_work() -> None:
     law = inverse(2, 3)
-    found = minimise(law, Objective(caps={"d1": 0}))
+    found = minimize(law, Objective(caps={"d1": 0}))
     assert found.shares["d1"] == 0
     assert found.gap is not None
     assert found.gap < 1e-8
@@ -196,13 +194,13 @@ def test_a_domain_without_any_share_is_left_out_of_the_work() -> None:
 
 def test_fixed_shares_are_returned() -> None:
     law = inverse(2, 3)
-    found = minimise(law, Objective(floors={"d0": 0.5, "d1": 0.3, "d2": 0.2}))
+    found = minimize(law, Objective(floors={"d0": 0.5, "d1": 0.3, "d2": 0.2}))
     np.testing.assert_allclose(shares_of(found), [0.5, 0.3, 0.2], rtol=1e-12)
     assert found.gap == pytest.approx(0, abs=1e-12)
 
 
 def test_a_single_domain_has_all() -> None:
-    assert minimise(inverse(2, 1), Objective()).shares == {"d0": 1.0}
+    assert minimize(inverse(2, 1), Objective()).shares == {"d0": 1.0}
 
 
 def wells() -> Wells:
@@ -212,13 +210,13 @@ def wells() -> Wells:
 
 def test_many_starts_find_the_deepest_well() -> None:
     law = wells()
-    found = minimise(law, Objective())
+    found = minimize(law, Objective())
     check_allowed(found, law, Objective())
     assert (found.method, found.gap, found.restarts) == ("restarts", None, 16)
     assert 1 <= found.agreeing <= 16
     grid = np.random.default_rng(0).dirichlet(np.ones(4), 20_000)
     assert found.value <= law.predict(grid).min() + 1e-9
-    assert minimise(law, Objective()) == found
+    assert minimize(law, Objective()) == found
 
 
 def test_starts_keep_the_limits() -> None:
@@ -229,7 +227,7 @@ def test_starts_keep_the_limits() -> None:
         kl=0.01,
         prior={"d0": 0.25} | dict.fromkeys(("d1", "d2", "d3"), 0.25),
     )
-    found = minimise(law, objective, starts=5)
+    found = minimize(law, objective, starts=5)
     check_allowed(found, law, objective)
     assert found.restarts == 5
 
@@ -237,8 +235,8 @@ def test_starts_keep_the_limits() -> None:
 def test_a_law_that_claims_to_be_convex_is_found_out() -> None:
     law = wells()
     law.convex = True
-    honest = minimise(wells(), Objective())
-    found = minimise(law, Objective())
+    honest = minimize(wells(), Objective())
+    found = minimize(law, Objective())
     assert found.gap is None or found.value - found.gap <= honest.value
     assert found.method in ("restarts", "convex")
 
@@ -246,21 +244,21 @@ def test_a_law_that_claims_to_be_convex_is_found_out() -> None:
 def test_predictions_that_are_not_finite_are_refused() -> None:
     law = own(3)
     with pytest.raises(LawError, match=r"not finite at shares that the objective allows; without "):
-        minimise(law, Objective(caps={"d1": 0}))
+        minimize(law, Objective(caps={"d1": 0}))
     law.numbers["a"][0] = np.nan
     with pytest.raises(LawError, match=r"law\.predict\(t0\) = nan"):
-        minimise(law, Objective())
+        minimize(law, Objective())
 
 
 def test_what_no_run_had_is_said() -> None:
     law = exponential(1, 3)
     law.most = 0.6
-    found = minimise(law, Objective())
+    found = minimize(law, Objective())
     corner = max(found.shares, key=lambda name: found.shares[name])
     said = f"shares beyond what any run had: {corner} (1, at most 0.6); cap them, or add runs there"
     assert found.warnings == (said,)
     assert found.document()["warnings"] == [said]
-    assert minimise(law, Objective(caps=dict.fromkeys(law.domains, 0.6))).warnings == ()
+    assert minimize(law, Objective(caps=dict.fromkeys(law.domains, 0.6))).warnings == ()
 
 
 def test_losses_that_cannot_be_are_said() -> None:
@@ -271,7 +269,7 @@ def test_losses_that_cannot_be_are_said() -> None:
         return loss_V - 10, slope_VD
 
     law.losses_at = below  # type: ignore[method-assign] # one law, one test
-    assert minimise(law, Objective()).warnings == ("losses of 0 or less are predicted for t0",)
+    assert minimize(law, Objective()).warnings == ("losses of 0 or less are predicted for t0",)
 
 
 def test_region_is_public() -> None:
