@@ -30,12 +30,12 @@ demo: install  ## Prepare, plan, train and report on a small real corpus (about 
 	@$(BIN)/raymix train pipelines/quickstart.yaml
 
 demo-cluster: install  ## Submit a run to a real two-node cluster on this machine (about 4 minutes)
-	@$(BIN)/python -m tests.demo_cluster
+	@$(BIN)/python -m tests.support.demo_cluster
 
 test: install  ## All tests but gpu and slow
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow" tests/e2e/without_ray
-	@$(BIN)/python -m pytest -q -m "not slow" tests/ray tests/e2e --ignore tests/e2e/without_ray
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not ray" tests/integration tests/e2e
+	@$(BIN)/python -m pytest -q -m "not slow and ray" tests/integration/ray tests/e2e/ray
 	@$(MAKE) --no-print-directory lint
 
 test-unit: install  ## Tests without Ray, under a minute

@@ -1,13 +1,20 @@
-"""Shared fixtures: tiers by folder, one Ray cluster per session, the shared real data."""
+"""Shared fixtures: markers by folder, one Ray cluster per session, a prepared corpus.
+
+Fixtures import what they need themselves: pytest loads this file before the environment is set.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.support.shell import Shell
 
 # Read when Ray, torch and numpy are imported, so they must stand before any test module is.
 os.environ.update(
@@ -32,22 +39,53 @@ settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile("raymix")
 
 TESTS = Path(__file__).parent
-TIERS = ("unit", "ray", "e2e", "gpu")
+MARKERS = {"unit", "integration", "e2e", "gpu", "ray"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the folders it lies in."""
     for item in items:
-        tier = item.path.relative_to(TESTS).parts[0]
-        if tier in TIERS:
-            item.add_marker(tier)
+        for folder in MARKERS.intersection(item.path.relative_to(TESTS).parts):
+            item.add_marker(folder)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    path = TESTS.parent.parent / "shared" / "data"
-    if not path.exists():
-        pytest.skip(f"the shared real data is not at {path}")
+    from tests.support.paths import SHARED_DATA
+
+    if not SHARED_DATA.exists():
+        pytest.skip(f"no larger real corpora at {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory that holds a prepared corpus and the recipe `tiny.yaml`."""
+    from tests.support.shell import Shell, write_recipe
+
+    path = tmp_path_factory.mktemp("workspace")
+    write_recipe(path / "tiny.yaml")
+    Shell(path).ok("prepare", "tiny.yaml")
     return path
+
+
+@pytest.fixture(scope="session")
+def shell(workspace: Path) -> Shell:
+    """Return the command line without a cluster; tests under `ray/` have one with it."""
+    from tests.support.shell import Shell
+
+    return Shell(workspace)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    """Start an S3-compatible server, and return the URL of its bucket."""
+    from tests.support import buckets
+
+    with buckets.bucket() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield f"s3://{buckets.BUCKET}"
 
 
 @pytest.fixture(scope="session")

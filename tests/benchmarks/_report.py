@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 RESULTS = ROOT / "bench-results"
 COLUMNS = ("name", "value", "unit", "ratio", "spread", "baseline")
 _PACKAGES = ("ray", "torch", "numpy", "pyarrow", "tokenizers", "transformers")

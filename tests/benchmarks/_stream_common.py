@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 CACHE = ROOT / "tests" / ".cache" / "stream"
 DOMAINS, ROWS, LENGTH, BATCH = 8, 25_600, 1024, 16
 WEIGHTS = np.array([0.30, 0.20, 0.15, 0.12, 0.09, 0.07, 0.05, 0.02])

@@ -59,7 +59,7 @@ from raymix.streaming.batches.stream import MixtureStream
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.blocks.shared_source import PlaneSource
 from raymix.streaming.controller.client import RemoteController, start_controller
-from tests.corpora import random_documents, write_corpus
+from tests.support.corpora import random_documents, write_corpus
 
 WINDOW = 100
 _MOST, _TOGETHER = 400_000, 200_000

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.benchmarks._report import RESULTS, row, write_results
-from tests.e2e.conftest import Shell, write_recipe
-from tests.faults import FAULTS, STEPS, Ending, Fault, endure
-from tests.scenes import RECIPE, Scene
+from tests.support.faults import FAULTS, STEPS, Ending, Fault, endure
+from tests.support.scenes import RECIPE, Scene
+from tests.support.shell import Shell, write_recipe
 
 
 def workspace(path: Path) -> tuple[Shell, Path]:

@@ -22,8 +22,9 @@ from raymix.laws import MixtureTable, build_law, mean_score, read_table, scores
 from raymix.laws.models.fitted_law import own_domains
 from tests.benchmarks import _law_peers as peers
 from tests.benchmarks._report import row, write_results
+from tests.support.paths import SHARED_DATA
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "mixtures"
+DATA = SHARED_DATA / "mixtures"
 ROWS = (32, 64, 128, 256, 512)
 SUBSETS = 5
 SPLITS = 2

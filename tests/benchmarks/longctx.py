@@ -43,7 +43,7 @@ from raymix.training.model.parallel import World, place_model
 from raymix.training.step.document_layout import assumed_cost
 from raymix.training.step.documents import ContextParallel, document_passes
 from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
-from tests.ranks import on_ranks
+from tests.support.ranks import on_ranks
 
 PLANNERS = ("default", "packed", "refine")
 DOMAINS = ("books", "math", "legal", "chat")

@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.benchmarks._report import print_table, ratio_spread, row, write_results
+from tests.support.paths import SHARED_DATA
 
-SHARED = Path(__file__).parents[3] / "shared" / "data" / "corpus_small" / "train"
+SHARED = SHARED_DATA / "corpus_small" / "train"
 VOCABULARY = 50_257
 BATCH_BYTES = 4 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")

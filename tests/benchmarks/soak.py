@@ -36,10 +36,10 @@ from raymix.streaming.blocks.sources import LocalSource
 from raymix.streaming.controller.actor import MixtureController
 from raymix.streaming.controller.client import LocalController
 from raymix.training.setup import mixer_context
-from tests import faults
 from tests.benchmarks._report import RESULTS, row, write_results
-from tests.e2e.conftest import Shell, write_recipe
-from tests.scenes import BOUND_S, RECIPE, Hung, Scene, descendants, title_of
+from tests.support import faults
+from tests.support.scenes import BOUND_S, RECIPE, Hung, Scene, descendants, title_of
+from tests.support.shell import Shell, write_recipe
 
 FAULTS = {
     "worker": faults.worker_killed,

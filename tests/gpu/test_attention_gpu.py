@@ -8,7 +8,7 @@ import torch
 from raymix.context_parallel import ContextParallelGroups, DocumentPart, LocalShards, attention
 from raymix.context_parallel.kernels import EfficientKernel, FlashKernel, Kernel, kernel_for
 from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
-from tests.attending import Case, dense_attention, random_case
+from tests.support.attention import Case, dense_attention, random_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -9,7 +9,7 @@ import torch
 
 from raymix.merging import known_methods
 from raymix.merging.run.engine import merge
-from tests.merging import read_model, write_family
+from tests.support.merging import read_model, write_family
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

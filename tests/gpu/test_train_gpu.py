@@ -15,7 +15,7 @@ from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.run.rundir import open_run, read_metrics
 from raymix.training.setup import Job
-from tests.training import VOCAB, train_corpus
+from tests.support.loops import VOCAB, train_corpus
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -1,0 +1,187 @@
+"""Every page that raymix writes, in a real browser: phone and desk, light and dark."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raymix.merging.run.engine import merge
+from raymix.report import write_report
+from raymix.report.comparison import comparison_page
+from raymix.report.merging import draw_merge
+from raymix.report.schedule import schedule_page
+from raymix.report.specialists import specialists_page
+from raymix.report.tuning import tuning_page
+from raymix.schedule import Layout, compare_planners
+from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
+from tests.integration.report.test_planned import law_file, scheduled
+from tests.integration.tuning.test_comparison import result, whole
+from tests.integration.tuning.test_specialist_stats import FACTS, SEEDS, merged
+from tests.integration.tuning.test_specialist_stats import runs as trained
+from tests.support import chromium
+from tests.support.chromium import Page
+from tests.support.loops import train_corpus
+from tests.support.merging import write_family
+from tests.support.runs import write_run
+from tests.support.scheduling import PLAIN
+from tests.support.searches import search_document
+
+pytestmark = pytest.mark.skipif(chromium.found() is None, reason="no Chromium is installed")
+
+WIDTHS = (400, 1280)
+
+# Contrast by WCAG 2 of every text with what lies behind it, and what sticks out or is cut.
+LOOK = """(() => {
+  const channels = text => {
+    const found = text.match(/[\\d.]+/g).map(Number);
+    return found.length < 4 ? [...found, 1] : found;
+  };
+  const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
+    .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, at) => sum + c * [0.2126, 0.7152, 0.0722][at], 0);
+  const behind = node => {
+    for (let at = node; at; at = at.parentElement) {
+      const colour = channels(getComputedStyle(at).backgroundColor);
+      if (colour[3] > 0.5) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
+  const faint = [], cut = [];
+  for (const node of document.querySelectorAll('body *')) {
+    const own = [...node.childNodes].filter(n => n.nodeType == 3 && n.data.trim());
+    if (!own.length || node.closest('style,title,defs')) continue;
+    const style = getComputedStyle(node), svg = node.closest('svg');
+    const colour = channels(svg ? style.fill : style.color);
+    const [a, b] = [light(colour), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const text = own.map(n => n.data.trim()).join(' ').slice(0, 60);
+    if (ratio < 3.9) faint.push(`${text}: ${ratio.toFixed(2)}`);
+    if (svg) {
+      const inner = node.getBoundingClientRect(), outer = svg.getBoundingClientRect();
+      if (inner.left < outer.left - 2 || inner.right > outer.right + 2 ||
+          inner.top < outer.top - 2 || inner.bottom > outer.bottom + 2) cut.push(text);
+    }
+  }
+  const white = [...document.querySelectorAll('svg rect, svg path')]
+    .filter(n => getComputedStyle(n).fill == 'rgb(255, 255, 255)').length;
+  const scrolling = [...document.querySelectorAll('.scroll')]
+    .filter(n => n.scrollWidth > n.clientWidth + 1).length;
+  return {scrolling, faint, cut, white,
+          wide: document.documentElement.scrollWidth, inner: innerWidth,
+          back: light(channels(getComputedStyle(document.body).backgroundColor))};
+})()"""
+
+
+def a_run(folder: Path) -> Path:
+    names = ("books", "code", "maths", "a-domain-with-quite-a-long-name")
+    pieces = [(0, [0.4, 0.3, 0.2, 0.1]), (30, [0.1, 0.2, 0.3, 0.4])]
+    run = write_run(folder / "run", domains=names, pieces=pieces)
+    scheduled(run, [5, 9, 2, 7, 40], [3] * 30, list(range(1, 40)))
+    return write_report(run)
+
+
+def a_comparison_of_runs(folder: Path) -> Path:
+    law_file(folder)
+    runs = [write_run(folder / name, seed=at) for at, name in enumerate(("one", "two", "three"))]
+    scheduled(runs[0], [5, 9, 2, 7, 40])
+    return write_report(runs, folder / "both.html")
+
+
+def a_search(folder: Path) -> Path:
+    sizes = {"a": 9000, "b": 6000, "c": 3000}
+    document = search_document(train_corpus(folder / "corpus", sizes))
+    (folder / "tune.html").write_text(tuning_page(document))
+    return folder / "tune.html"
+
+
+def a_simulation(folder: Path) -> Path:
+    lengths = np.array([5, 9, 2, 7, 40, 3, 3, 8, 12, 30] * 8)
+    found = compare_planners(lengths, Layout(2, 4), PLAIN, batch=20, steps=2, seed=0)
+    document = {"source": "lengths.csv", **found.document()}
+    last = {name: tally.last for name, tally in found.tallies.items() if tally.last}
+    page = schedule_page(document, last, twin="schedule.json")
+    (folder / "schedule.html").write_text(page)
+    return folder / "schedule.html"
+
+
+def a_comparison_of_mixers(folder: Path) -> Path:
+    mixers = ("uniform", "pike", "balanced-by-something", "doge", "odm", "ado", "rb", "aioli")
+    runs = [
+        result(mixer, seed, [1 + at / 10 + seed / 7, 3, 2 + at / 5], extra=at / 10)
+        for at, mixer in enumerate(mixers)
+        for seed in range(3)
+    ]
+    runs.append(result("failing", 0, [1, 1, 1], state="failed"))
+    (folder / "compare.html").write_text(comparison_page(whole(runs, targets="c")))
+    return folder / "compare.html"
+
+
+def specialists(folder: Path) -> Path:
+    methods = ("drm-h", "task_arithmetic", "ties", "tsv", "dare_linear", "della")
+    told = {
+        (name, seed): merged(5.0 + seed / 10, 4.2 + at / 20 + seed / 10, 0.5)
+        for at, name in enumerate(methods)
+        for seed in SEEDS
+    }
+    found = specialist_stats(
+        SpecialistLosses(("a", "b"), SEEDS, methods, trained(), told), {"x": "went wrong"}
+    )
+    (folder / "specialists.html").write_text(specialists_page(found | FACTS))
+    return folder / "specialists.html"
+
+
+def a_merge(folder: Path) -> Path:
+    """The picture of a merge, in a page as its model card shows it."""
+    merge({"merge_method": "drm", **write_family(folder, tasks=3)}, folder / "out")
+    svg = draw_merge(folder / "out").read_text().split("?>", 1)[1]
+    head = (
+        '<!doctype html><meta name="color-scheme" content="light dark"><title>merge</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    )
+    (folder / "merge.html").write_text(f'{head}<body style="background:var(--paper)">{svg}')
+    return folder / "merge.html"
+
+
+PAGES: dict[str, Callable[[Path], Path]] = {
+    "run": a_run,
+    "runs": a_comparison_of_runs,
+    "search": a_search,
+    "simulation": a_simulation,
+    "compare": a_comparison_of_mixers,
+    "specialists": specialists,
+    "merge": a_merge,
+}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_a_page_reads_in_a_browser(kind: str, tmp_path: Path) -> None:
+    file = PAGES[kind](tmp_path)
+    shots = Path(os.environ.get("RAYMIX_SCREENSHOTS", tmp_path))
+    seen: dict[str, dict[str, Any]] = {}
+
+    async def look(page: Page) -> list[str]:
+        for width in WIDTHS:
+            for dark in (False, True):
+                name = f"{kind}-{width}-{'dark' if dark else 'light'}"
+                await page.show(file, width=width, dark=dark)
+                seen[name] = await page.value(LOOK)
+                await page.picture(shots / f"{name}.png")
+        return page.complaints
+
+    assert chromium.browse(tmp_path / "profile", look) == []
+    assert len(seen) == 2 * len(WIDTHS)
+    for name, found in seen.items():
+        told = f"{name}: {json.dumps(found)[:2000]}"
+        assert found["wide"] <= found["inner"], told
+        assert found["white"] == 0, told
+        assert found["faint"] == [], told
+        assert found["cut"] == [], told
+        assert found["scrolling"] == 0 or found["inner"] < 600 or kind == "compare", told
+        assert (found["back"] < 0.1) == name.endswith("dark"), told
+        assert (shots / f"{name}.png").stat().st_size > 10_000

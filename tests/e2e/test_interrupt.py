@@ -1,0 +1,43 @@
+"""Ctrl-C: a clean stop with a checkpoint, exit code 130, and the same batches after."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from tests.support.shell import Shell, steps_of, wait_for
+
+FEW = ("train.steps=60", "train.checkpoint_every=1000", "cluster.workers=0")
+
+
+def test_ctrl_c_then_the_same_command_goes_on(shell: Shell) -> None:
+    shell.ok("train", "tiny.yaml", "name=calm", *FEW)
+    process = shell.start("train", "tiny.yaml", "name=stopped", *FEW)
+    run = shell.cwd / "runs" / "stopped"
+    metrics = run / "metrics.jsonl"
+    wait_for(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8,
+        seconds=300,
+        what="the first steps",
+    )
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=180) == 130
+    stopped_at = steps_of(run)[-1]["step"]
+    assert stopped_at < 60, "the run was over before it could be stopped"
+    assert list((run / "checkpoints").glob("step-*")), "no checkpoint although the stop was clean"
+    log = (shell.cwd / "background.log").read_text()
+    assert "Traceback" not in log
+    shell.ok("train", "tiny.yaml", "name=stopped", *FEW)
+    calm, resumed = steps_of(shell.cwd / "runs" / "calm"), steps_of(run)
+    assert [line["batch_hash"] for line in resumed] == [line["batch_hash"] for line in calm]
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in calm]
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_json_failures_are_documents_too(command: str, shell: Shell) -> None:
+    import json
+
+    done = shell.run(command, "nowhere.yaml", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["problems"]

@@ -1,0 +1,180 @@
+"""Gradient statistics on one process and on two ranks over gloo (DDP, FSDP2), without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from raymix.recipe import ConfigModel, TrainConfig
+from raymix.signals import (
+    GradientProbe,
+    GradientSums,
+    adam_preconditioner,
+    gradient_sums,
+    order_by_piece,
+    statistics,
+)
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.loss import IGNORED, PackedLoss
+from raymix.training.model.optim import build_optimizer
+from raymix.training.model.parallel import Replica, World, gathered, place_model
+from tests.support.ranks import found_by_ranks, on_two_ranks
+
+K, LENGTH, VOCAB = 8, 24, 128
+MODEL = ConfigModel(
+    config={
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    }
+)
+CASES = ("ddp", "fsdp2", "fsdp2 checkpointed")
+FIELDS = ("loss_K", "tokens_K", "norm2_K", "noise_K", "gram_KK")
+
+
+def rows_of(rank: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return a rank's rows, unevenly many per piece, and their pieces."""
+    generator = torch.Generator().manual_seed(rank)
+    piece_B = torch.cat([torch.arange(2 * K), torch.arange(rank, 2 * K, 3), torch.tensor([-1])])
+    piece_B = piece_B[order_by_piece(piece_B)]
+    shape = len(piece_B), LENGTH
+    tokens = torch.randint(0, 12, shape, generator=generator)
+    tokens = (tokens + 9 * (piece_B % K)[:, None]) % VOCAB
+    labels = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    return (tokens, torch.arange(LENGTH).repeat(len(tokens), 1), labels), piece_B
+
+
+def one_case(world: World, case: str, rank: int) -> dict[str, Any]:
+    """Return what each way of measuring found on this rank, and gradients of two ways."""
+    parallel, *options = case.split()
+    config = TrainConfig.model_validate({"steps": 1, "parallel": parallel})
+    loss = PackedLoss(
+        build_model(MODEL, CorpusFacts(VOCAB, VOCAB - 1, LENGTH), seed=3), linear_head=True
+    )
+    if options:
+        loss.model.gradient_checkpointing_enable({"use_reentrant": False})
+    replica = place_model(loss, config, world, bf16=False)
+    batch, piece_B = rows_of(rank)
+    scale = replica.gradient_scale / 100
+    plain, _ = gradients(replica, batch, None, piece_B, scale)
+    found: dict[str, Any] = {}
+    probes = {
+        mode: GradientProbe(replica.model, n_groups=K, mode=mode)
+        for mode in ("exact", "backward", "last_layer")
+    }
+    for mode, probe in probes.items():
+        (found[mode],) = probe.measure(*batch, piece_B)
+        if any(parameter.grad is not None for parameter in replica.model.parameters()):
+            raise AssertionError(f"{mode} left gradients behind")
+    found["passes"] = probes["exact"].measure(*batch, piece_B, passes=2)
+    ours, found["recorded"] = gradients(replica, batch, probes["exact"], piece_B, scale)
+    found["gradients"] = {name: (ours[name], plain[name]) for name in plain}
+    for parameter in replica.model.parameters():
+        parameter.grad = torch.ones_like(parameter) * 1e-3
+    optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
+    optimizer.step()
+    optimizer.zero_grad()
+    for mode in ("exact", "backward"):
+        metric = adam_preconditioner(optimizer)
+        probe = GradientProbe(replica.model, n_groups=K, mode=mode, precondition=metric)
+        (found[f"adam {mode}"],) = probe.measure(*batch, piece_B)
+    return found
+
+
+def gradients(
+    replica: Replica,
+    batch: tuple[torch.Tensor, ...],
+    probe: GradientProbe | None,
+    piece_B: torch.Tensor,
+    scale: float,
+) -> tuple[dict[str, torch.Tensor], Any]:
+    with replica.accumulating(last=True):
+        if probe is None:
+            (replica.module(*batch)[0] * scale).backward()
+            pieces = None
+        else:
+            with probe.recording(piece_B, scale=scale) as recording:
+                (replica.module(*batch)[0] * scale).backward()
+            pieces = recording.pieces
+    named = dict(replica.model.named_parameters())
+    whole = gathered({name: p.grad for name, p in named.items() if p.grad is not None}, World())
+    whole = {name: gradient.clone() for name, gradient in whole.items()}
+    replica.model.zero_grad(set_to_none=True)
+    return whole, pieces
+
+
+def added(sums: GradientSums) -> GradientSums:
+    """Return the sums over ranks, through one vector."""
+    vector = torch.from_numpy(sums.vector())
+    torch.distributed.all_reduce(vector)
+    return GradientSums.from_vector(vector.numpy(), K)
+
+
+def on_each_rank(world: World, directory: Path) -> dict[str, Any]:
+    found = {}
+    for case in CASES:
+        found[case] = one_case(world, case, world.rank)
+        found[case]["added"] = {
+            mode: statistics(added(gradient_sums(found[case][mode])))
+            for mode in ("recorded", "backward")
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    two = found_by_ranks("tests.integration.signals.test_ranks", tmp_path_factory.mktemp("ranks"))
+    return {**two, "one": one_case(World(), "ddp", 0)}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    for name in FIELDS:
+        found, expected = getattr(ours, name), getattr(theirs, name)
+        if name == "gram_KK":  # nearly at right angles: as exact as the lengths are
+            length_K = np.sqrt(np.abs(theirs.norm2_K))
+            scale = np.maximum(np.abs(expected), np.outer(length_K, length_K))
+            np.testing.assert_array_less(np.abs(found - expected) / scale, 1e-5)
+        else:
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["one", *CASES])
+def test_exact_equals_backward(case: str, found: dict[str, Any]) -> None:
+    expected = statistics(found[case]["backward"])
+    for way in ("exact", "recorded"):
+        assert_same(statistics(found[case][way]), expected)
+    assert_same(statistics(found[case]["adam exact"]), statistics(found[case]["adam backward"]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_add_up_to_the_same_statistics(case: str, found: dict[str, Any]) -> None:
+    assert_same(found[case]["added"]["recorded"], found[case]["added"]["backward"])
+    alone = statistics(found[case]["backward"])
+    assert (found[case]["added"]["backward"].tokens_K > alone.tokens_K).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", ["backward", "last_layer", "passes"])
+def test_sharding_changes_nothing(case: str, way: str, found: dict[str, Any]) -> None:
+    ours, theirs = (statistics(found[which][way]) for which in (case, "one"))
+    np.testing.assert_allclose(ours.noise_K, theirs.noise_K, rtol=1e-4)
+    np.testing.assert_allclose(ours.loss_K, theirs.loss_K, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["one", *CASES])
+def test_gradients_come_out_as_always(case: str, found: dict[str, Any]) -> None:
+    assert len(found[case]["gradients"]) > 30
+    for ours, plain in found[case]["gradients"].values():
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+if __name__ == "__main__":
+    on_two_ranks(on_each_rank)

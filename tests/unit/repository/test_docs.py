@@ -1,0 +1,124 @@
+"""The documentation says what is: its commands parse, its recipes validate, its names exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from raymix.jobs.submission import COMMANDS as JOB_COMMANDS
+from raymix.merging.registry import known_methods
+from raymix.mixers import known_mixers
+from raymix.recipe import Recipe, load_recipe
+from raymix.schedule.base import known_planners
+from tests.support.commands import make_targets, parse, raymix_lines
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [path for path in sorted(DOCS.rglob("*.md")) if path.name != "recipes.md"
+         and "_build" not in path.parts]  # fmt: skip
+NAMES = [str(path.relative_to(DOCS)) for path in PAGES]
+# Lines that are typed into other programs, by their first word.
+OTHERS = {
+    "docker",
+    "kubectl",
+    "ray",
+    "sbatch",
+    "cluster/local.sh",
+    "export",
+    "make",
+}
+
+
+def blocks(path: Path, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def typed() -> Iterator[tuple[str, str]]:
+    """Yield every line of the pages that is typed into a shell, and its page."""
+    for path, name in zip(PAGES, NAMES, strict=True):
+        for block in blocks(path, "bash"):
+            for line in block.splitlines():
+                if line.strip():
+                    yield name, line
+
+
+@pytest.mark.parametrize(("page", "line"), list(typed()))
+def test_what_is_typed_is_a_command(page: str, line: str) -> None:
+    found = list(raymix_lines(line))
+    if found:
+        parameters = parse(found[0])
+        if found[0].startswith("raymix submit"):
+            assert parameters["name"] in JOB_COMMANDS
+        return
+    assert line.split()[0] in OTHERS, f"{page}: {line}"
+    if line.startswith("make "):
+        assert line.split()[1] in make_targets()
+    for named in re.findall(r"cluster/[\w./-]+\w", line):
+        assert (ROOT / named).exists(), named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_recipes_validate_and_take_the_overrides_shown(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        (tmp_path / "my.yaml").write_text(block)
+        assert load_recipe(tmp_path / "my.yaml").name == "my"
+    if page.name == "quickstart.md":
+        for line in raymix_lines("\n".join(blocks(page, "bash"))):
+            changes = [word for word in line.split() if re.match(r"[\w.]+=", word)]
+            if "my.yaml" in line:
+                load_recipe(tmp_path / "my.yaml", changes)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    for named in re.findall(r"`((?:raymix|cluster|docs|pipelines|tests)/[\w./-]+)`", text):
+        assert (ROOT / named).exists(), named
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for kept in re.findall(r"make (bench-\w+)", text):
+        assert importlib.util.find_spec(f"tests.benchmarks.{kept.removeprefix('bench-')}")
+
+
+def first_column(page: str) -> set[str]:
+    text = (DOCS / "systems" / page).read_text()
+    cells = re.findall(r"^\| (`[^|]+) \|", text, flags=re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def test_planners_methods_and_mixers_that_are_named_exist() -> None:
+    assert first_column("schedule.md") == set(known_planners())
+    assert first_column("mixers.md") < set(known_mixers())
+    documented = first_column("merge.md") | {"drm"}
+    assert documented == set(known_methods()) - {"dare"}
+
+
+def test_the_field_reference_has_every_field() -> None:
+    spec = importlib.util.spec_from_file_location("recipe_reference", DOCS / "recipe_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.reference()
+
+    def models(of: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        yield of
+        for field in of.model_fields.values():
+            for inner in re.findall(r"raymix\.recipe\.[\w.]+", str(field.annotation)):
+                home, _, name = inner.rpartition(".")
+                found = getattr(sys.modules.get(home), name, None)
+                if isinstance(found, type) and issubclass(found, BaseModel):
+                    yield from models(found)
+
+    every = list(dict.fromkeys(models(Recipe)))
+    assert len(every) > 25
+    for model in every:
+        for name, field in model.model_fields.items():
+            assert f"| `{name}` |" in text
+            assert (field.description or "").split("\n")[0].replace("|", "\\|")[:60] in text
