@@ -9,19 +9,28 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Self
 
 # A name and a password in front of a URL's host.
 _USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
 
 
-def problem(path: str, value: object, wrong: str, *advice: str) -> str:
-    """Return one message in the house form; `advice` says what is allowed and what to do.
+def format_problem(
+    path: str, value: object, problem: str, *, allowed: str = "", fix: str = ""
+) -> str:
+    """Return one message in the house form, `path = value: problem. allowed. fix.`
 
-    What a URL says of a user is left out.
+    User names and passwords in URLs are removed.
+
+    Args:
+        path: Dotted path of the field, as the user wrote it.
+        value: The value at that path.
+        problem: What is wrong with it.
+        allowed: What is allowed instead; may be several sentences.
+        fix: What to do; may be several sentences.
     """
-    sentences = [wrong, *advice]
-    text = f"{path} = {value!r}: " + " ".join(_sentence(part) for part in sentences if part)
-    return _USER.sub("", text)
+    sentences = " ".join(_sentence(part) for part in (problem, allowed, fix) if part)
+    return _USER.sub("", f"{path} = {value!r}: {sentences}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -43,6 +52,13 @@ class RaymixError(Exception):
         """Keep the messages in order; an error stands for all faults found in one go."""
         super().__init__(*problems)
         self.problems = problems
+
+    @classmethod
+    def at(
+        cls, path: str, value: object, problem: str, *, allowed: str = "", fix: str = ""
+    ) -> Self:
+        """Return the error of one fault; the arguments are those of `format_problem`."""
+        return cls(format_problem(path, value, problem, allowed=allowed, fix=fix))
 
     def __str__(self) -> str:
         """Return the messages, one a line."""

@@ -45,7 +45,7 @@ class _Rules:
 
     def verdict(self, path: str) -> bool | None:
         """Return whether `path` is ignored, None where no pattern speaks of it."""
-        return self.spec.check_file(self.above + path.removeprefix(self.base)).include
+        return self.spec.check_file(_as_bytes(self.above + path.removeprefix(self.base))).include
 
 
 def find_project(start: Path) -> Path:
@@ -116,8 +116,12 @@ def _specs(folder: Path) -> Iterator[GitIgnoreSpec]:
     for name in _IGNORE_FILES:
         file = folder / name
         if file.is_file():
-            lines = file.read_text("utf-8", errors="surrogateescape").split("\n")
-            yield GitIgnoreSpec.from_lines(lines)
+            yield GitIgnoreSpec.from_lines(file.read_bytes().decode("latin-1").split("\n"))
+
+
+def _as_bytes(path: str) -> str:
+    """Return `path` with one character per byte: git's `?` and `[...]` match bytes, not letters."""
+    return os.fsencode(path).decode("latin-1")
 
 
 def _above(root: Path) -> list[_Rules]:

@@ -8,10 +8,10 @@ n-th; `plan` and `documents` put both together, step by step; `log` is the recor
 
 from raymix.sampling.allocate import NO_LIMIT, Allocator
 from raymix.sampling.documents import DocumentPlanner, DocumentStep
-from raymix.sampling.identity import batch_hash
 from raymix.sampling.mixture_log import MixtureEntry, MixtureLog
 from raymix.sampling.order import CorpusOrder, DomainGeometry, DomainOrder, domain_key
 from raymix.sampling.packed import PackedPlanner, PlanChunk
+from raymix.sampling.planner_state import batch_hash
 from raymix.sampling.shares import (
     SHARE_BITS,
     epochs_implied,

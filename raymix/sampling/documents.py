@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from raymix.errors import CorpusError, problem
 from raymix.sampling.allocate import NO_LIMIT
-from raymix.sampling.identity import dump_state, load_state
 from raymix.sampling.mixture_log import MixtureLog
 from raymix.sampling.order import CorpusOrder, DomainOrder
+from raymix.sampling.planner_state import dump_state, load_state
 from raymix.sampling.shares import SHARE_BITS, Ints, fixed_point, restricted
 
 # Documents looked up at once: per domain, and over all domains.

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from raymix.errors import CorpusError
 from raymix.sampling.allocate import Allocator
-from raymix.sampling.identity import batch_hash, dump_state, load_state
 from raymix.sampling.mixture_log import MixtureLog
 from raymix.sampling.order import step_order
+from raymix.sampling.planner_state import batch_hash, dump_state, load_state
 from raymix.sampling.shares import Ints, fixed_point
 
 

@@ -22,9 +22,9 @@ from raymix.training.launch.cluster import check_own, joined, keep_freed_memory,
 from raymix.training.launch.watch import watch
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
-from raymix.training.run.lock import run_lock
+from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.progress import RunProgress
-from raymix.training.run.remote import LOGS, RECIPES, STOP, WORKERS, RunSync, newest, tidy
+from raymix.training.run.remote_run import LOGS, RECIPES, STOP, WORKERS, RunSync, newest, tidy
 from raymix.training.run.rundir import IfExists, RunDirectory, open_run
 from raymix.training.setup import Job
 from raymix.training.summary import draw, summary

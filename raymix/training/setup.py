@@ -42,7 +42,7 @@ from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.checkpoint import TrainingState, load_optimizer
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.recorder import Recorder
-from raymix.training.run.remote import (
+from raymix.training.run.remote_run import (
     STOP,
     WORKERS,
     clear_checkpoints,

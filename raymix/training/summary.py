@@ -13,7 +13,7 @@ from raymix.errors import RecipeError, problem
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 from raymix.training.plan.domain_sizes import DomainSizes, prepared_sizes
-from raymix.training.run.remote import newest
+from raymix.training.run.remote_run import newest
 from raymix.training.run.rundir import RunDirectory, read_metrics
 
 _MOST_ROWS = 40

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from raymix.sampling import DocumentStep
 from raymix.store import Corpus, LossMask
-from raymix.streaming.blocks.batch import Ints
+from raymix.streaming.blocks.block_batch import Ints
 
 
 class DocumentLabels:

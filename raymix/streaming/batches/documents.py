@@ -26,10 +26,10 @@ from raymix.streaming.batches.builder import RankInfo
 from raymix.streaming.batches.document_labels import DocumentLabels
 from raymix.streaming.batches.packed_rows import ranges
 from raymix.streaming.batches.prefetch import BlockPrefetcher, Floats
-from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.streaming.batches.table import BlockTable
-from raymix.streaming.blocks.batch import Tokens
+from raymix.streaming.batches.upcoming_samples import UpcomingSamples
+from raymix.streaming.blocks.block_batch import Tokens
 from raymix.streaming.blocks.geometry import (
     GROUP_DOCUMENTS,
     BlockNumbers,

@@ -14,8 +14,8 @@ from raymix.store import Corpus
 from raymix.streaming.batches.builder import RankInfo
 from raymix.streaming.batches.packed_rows import PackedChunk, locate_rows, rank_rows
 from raymix.streaming.batches.prefetch import BlockPrefetcher, Floats
-from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.table import BlockTable
+from raymix.streaming.batches.upcoming_samples import UpcomingSamples
 from raymix.streaming.blocks.geometry import BlockNumbers, Ints, epoch_limits, row_geometry
 from raymix.streaming.blocks.sources import BlockSource
 

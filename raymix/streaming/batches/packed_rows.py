@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from raymix.sampling import PackedPlanner, PlanChunk
-from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.step_batch import RowStarts, StepBatch
 from raymix.streaming.batches.table import BlockTable
-from raymix.streaming.blocks.batch import BlockBatch, Ints, Tokens
+from raymix.streaming.batches.upcoming_samples import UpcomingSamples
+from raymix.streaming.blocks.block_batch import BlockBatch, Ints, Tokens
 
 Floats = npt.NDArray[np.float64]
 

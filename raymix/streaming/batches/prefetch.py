@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from raymix.streaming.batches.sample_index import UpcomingSamples
 from raymix.streaming.batches.table import BlockTable
+from raymix.streaming.batches.upcoming_samples import UpcomingSamples
 from raymix.streaming.blocks.sources import BlockSource
 
 Ints = npt.NDArray[np.int64]

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from raymix.streaming.blocks.batch import Ints, Tokens
+from raymix.streaming.blocks.block_batch import Ints, Tokens
 
 RowStarts = tuple[Ints, Ints]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from raymix.streaming.blocks.batch import BlockBatch
+from raymix.streaming.blocks.block_batch import BlockBatch
 from raymix.streaming.blocks.sources import BlockSource
 
 Ints = npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 
 from raymix.errors import RaymixError
 from raymix.store import Block, Corpus, Split
-from raymix.streaming.blocks.batch import make_block_batch, to_table
+from raymix.streaming.blocks.block_batch import make_block_batch, to_table
 from raymix.streaming.blocks.geometry import BlockNumbers
 
 if TYPE_CHECKING:

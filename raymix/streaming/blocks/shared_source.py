@@ -11,7 +11,7 @@ import ray
 import ray.exceptions
 
 from raymix.errors import ClusterError, CorpusError, problem
-from raymix.streaming.blocks.batch import BlockBatch, from_table
+from raymix.streaming.blocks.block_batch import BlockBatch, from_table
 from raymix.streaming.controller.client import get
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from raymix.store import Corpus, Split
-from raymix.streaming.blocks.batch import BlockBatch, make_block_batch
+from raymix.streaming.blocks.block_batch import BlockBatch, make_block_batch
 from raymix.streaming.blocks.geometry import BlockNumbers
 
 _LOCAL_BUDGET = 1 << 30

@@ -14,7 +14,7 @@ from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 from raymix.store.remote.mirror import download
 from raymix.training.run.checkpoint import TrainingState, newest_checkpoint, read_state
-from raymix.training.run.remote import LOGS, RECIPES, fetch_checkpoint, newest
+from raymix.training.run.remote_run import LOGS, RECIPES, fetch_checkpoint, newest
 from raymix.training.run.rundir import RunDirectory
 
 

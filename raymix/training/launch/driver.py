@@ -29,7 +29,7 @@ from raymix.training.launch.cluster import no_room, worker_environment
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.launch.worker import FailFastPolicy, train_worker
-from raymix.training.run.remote import newest
+from raymix.training.run.remote_run import newest
 from raymix.training.setup import Job, mixer_context
 
 _START_TRIES = 2

@@ -8,7 +8,7 @@ import torch
 
 from raymix.training.loop import LoopEnd, TrainerComponents, TrainingLoop
 from raymix.training.model.parallel import World
-from raymix.training.run.remote import keep_checkpoint
+from raymix.training.run.remote_run import keep_checkpoint
 from raymix.training.setup import Job, build_parts, local_source, resume
 
 

@@ -22,7 +22,7 @@ from raymix.streaming.blocks.sources import BlockSource
 from raymix.training.launch.local import looped
 from raymix.training.model.parallel import World
 from raymix.training.run.checkpoint import disk_full
-from raymix.training.run.remote import STOP, WORKERS, RunSync, keep_checkpoint, tidy
+from raymix.training.run.remote_run import STOP, WORKERS, RunSync, keep_checkpoint, tidy
 from raymix.training.run.rundir import RunDirectory, read_metrics
 from raymix.training.setup import Job, build_parts, resume
 

@@ -13,7 +13,7 @@ RUN/report.html, report.json
 ```
 
 A run whose place is a URL is worked on in a directory of this machine; see
-`raymix.training.run.remote`.
+`raymix.training.run.remote_run`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from raymix.store import Block, Corpus
 from raymix.streaming.batches.stream import MixtureStream
-from raymix.streaming.blocks.batch import BlockBatch, from_table, make_block_batch, to_table
+from raymix.streaming.blocks.block_batch import (
+    BlockBatch,
+    from_table,
+    make_block_batch,
+    to_table,
+)
 from raymix.streaming.blocks.cache import BlockCache
 from raymix.streaming.blocks.sources import LocalSource
 from tests.support.corpora import labeled_domain, write_corpus

@@ -24,8 +24,8 @@ from raymix.store.remote import files
 from raymix.training.api import train
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.score import score
-from raymix.training.run.lock import run_lock
-from raymix.training.run.remote import newest
+from raymix.training.run.heartbeat_lock import run_lock
+from raymix.training.run.remote_run import newest
 from raymix.training.run.rundir import RunDirectory
 from tests.support import buckets
 from tests.support.loops import train_corpus
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
 def test_a_run_is_worked_on_by_one_machine_at_a_time(
     kept: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymix.training.run.lock.BEAT_S", 0.3)
+    monkeypatch.setattr("raymix.training.run.heartbeat_lock.BEAT_S", 0.3)
     url = f"{store}/runs/claimed"
     buckets.copy(kept, url)
     said: list[str] = []
