@@ -18,7 +18,7 @@ _USER = re.compile(r"(?<=://)[^/@\s'\"]+@")
 def format_problem(
     path: str, value: object, problem: str, *, allowed: str = "", fix: str = ""
 ) -> str:
-    """Return one message in the house form, `path = value: problem. allowed. fix.`
+    """Return one message of the form `path = value: problem. allowed. fix`.
 
     User names and passwords in URLs are removed.
 
@@ -31,6 +31,11 @@ def format_problem(
     """
     sentences = " ".join(_sentence(part) for part in (problem, allowed, fix) if part)
     return _USER.sub("", f"{path} = {value!r}: {sentences}")
+
+
+def problem(path: str, value: object, wrong: str, *advice: str) -> str:
+    """Return one message; being replaced by `format_problem`."""
+    return format_problem(path, value, wrong, fix=" ".join(_sentence(a) for a in advice if a))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError, format_problem
 
 MAX_BYTES = 16_000_000
 MAX_DEPTH = 40
@@ -74,18 +74,18 @@ def parse_yaml(text: str, *, name: str, value: object) -> Any:
         mark = error.problem_mark or error.context_mark
         where = _at(mark) if mark else ""
         said = "; ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(problem(name, value, f"not valid YAML{where}: {said}")) from None
+        raise RecipeError.at(name, value, f"not valid YAML{where}: {said}") from None
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
-        raise RecipeError(problem(name, value, f"not valid YAML: {said}")) from None
+        raise RecipeError.at(name, value, f"not valid YAML: {said}") from None
     except _TooDeep as error:
-        raise RecipeError(problem(name, value, str(error))) from None
+        raise RecipeError.at(name, value, str(error)) from None
     if node is None:
         return None
     build = _Build()
     data = build.build(node, "")
     if build.faults:
-        raise RecipeError(*(problem(name, value, fault) for fault in build.faults))
+        raise RecipeError(*(format_problem(name, value, fault) for fault in build.faults))
     return data
 
 

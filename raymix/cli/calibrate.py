@@ -69,49 +69,53 @@ def work(asked: Asked) -> dict[str, Any]:
 
 def _path(out: str | None) -> Path:
     """Return where the cost model goes, if it can: before any work is done."""
-    from raymix.errors import ScheduleError, problem
+    from raymix.errors import ScheduleError
 
     if out is None or Path(out).suffix != ".json":
-        advice = "Give a name that ends in .json"
-        raise ScheduleError(problem("out", out, "no file for the cost model", advice))
+        raise ScheduleError.at(
+            "out", out, "no file for the cost model", fix="Give a name that ends in .json"
+        )
     if not Path(out).parent.is_dir():
-        raise ScheduleError(problem("out", out, "its directory does not exist"))
+        raise ScheduleError.at("out", out, "its directory does not exist")
     return Path(out)
 
 
 def _setup(asked: Asked) -> Setup:
-    from raymix.errors import ScheduleError, problem
+    from raymix.errors import ScheduleError
     from raymix.schedule import MODELS
     from raymix.training.calibrate.calibrate import Setup, preset_config, recipe_config
 
     device = _device(asked.device)
     if asked.source in MODELS:
         if asked.changes:
-            wrong = "only a recipe has fields to change"
-            raise ScheduleError(problem("overrides", asked.changes, wrong))
+            raise ScheduleError.at("overrides", asked.changes, "only a recipe has fields to change")
         config = preset_config(asked.source)
     elif asked.source.endswith((".yaml", ".yml")) or ":" in asked.source:
         config = recipe_config(load(asked.source, asked.changes))
     else:
-        wrong = "neither a recipe nor a known model"
-        known = f"Known: {', '.join(MODELS)}"
-        raise ScheduleError(problem("source", asked.source, wrong, known))
+        raise ScheduleError.at(
+            "source",
+            asked.source,
+            "neither a recipe nor a known model",
+            allowed=f"Known: {', '.join(MODELS)}",
+        )
     ranks = asked.ranks or _ranks(device)
     if device.type == "cuda" and ranks > _gpus():
-        wrong = f"there are {_gpus()} GPUs here, and each rank needs one"
-        raise ScheduleError(problem("ranks", ranks, wrong))
+        raise ScheduleError.at(
+            "ranks", ranks, f"there are {_gpus()} GPUs here, and each rank needs one"
+        )
     return Setup(config=config, device=device, ranks=ranks, bf16=device.type == "cuda")
 
 
 def _device(name: str) -> torch.device:
     import torch
 
-    from raymix.errors import ScheduleError, problem
+    from raymix.errors import ScheduleError
 
     if name not in {"auto", "cpu", "cuda"}:
-        raise ScheduleError(problem("device", name, "not a device", "Known: auto, cpu, cuda"))
+        raise ScheduleError.at("device", name, "not a device", allowed="Known: auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ScheduleError(problem("device", name, "torch finds no GPU here", "Take cpu or auto"))
+        raise ScheduleError.at("device", name, "torch finds no GPU here", fix="Take cpu or auto")
     found = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(found if name == "auto" else name)
 

@@ -82,26 +82,30 @@ def command(
 
 
 def _where(given: Sequence[str]) -> dict[str, str]:
-    from raymix.errors import LawError, problem
+    from raymix.errors import LawError
 
     found: dict[str, str] = {}
     for text in given:
         column, equals, value = text.partition("=")
         if not (column and equals):
-            raise LawError(problem("--where", text, "not of the form COLUMN=VALUE"))
+            raise LawError.at("--where", text, "not of the form COLUMN=VALUE")
         found[column] = value
     return found
 
 
 def _judged(fitted: Any, held: Any, name: str) -> dict[str, Any]:
     """Return the scores of a law on another table, in JSON types."""
-    from raymix.errors import LawError, problem
+    from raymix.errors import LawError
     from raymix.laws import mean_score, scores
 
     if set(held.domains) != set(fitted.domains):
         missing = sorted(set(fitted.domains) ^ set(held.domains))
-        wrong = f"other domains than the table: {', '.join(missing[:5])}"
-        raise LawError(problem("--holdout", name, wrong, "Give it the same share columns"))
+        raise LawError.at(
+            "--holdout",
+            name,
+            f"other domains than the table: {', '.join(missing[:5])}",
+            fix="Give it the same share columns",
+        )
     held = held.with_targets(fitted.targets)
     at = [held.domains.index(domain) for domain in fitted.domains]
     found = scores(held, fitted.predict(held.share_RD[:, at], held.step_R))

@@ -35,15 +35,15 @@ def write_recipe(path: str, *, force: bool) -> str:
     Raises:
         RecipeError: If the file exists and `force` is not set, or its name is no file name.
     """
-    from raymix.errors import RecipeError, problem
+    from raymix.errors import RecipeError
     from raymix.recipe import commented_recipe, recipe_schema
     from raymix.recipe.schema import SCHEMA_FILE
     from raymix.store import atomic_write_text
 
     if os.path.isdir(path):
-        raise RecipeError(problem("file", path, "a directory", "Name a file in it"))
+        raise RecipeError.at("file", path, "a directory", fix="Name a file in it")
     if os.path.exists(path) and not force:
-        raise RecipeError(problem("file", path, "exists", "Use --force to overwrite it"))
+        raise RecipeError.at("file", path, "exists", fix="Use --force to overwrite it")
     name = re.sub(r"[^A-Za-z0-9_.-]+|^[^A-Za-z0-9]+", "-", Path(path).stem).strip("-.") or "run"
     schema = str(Path(path).parent / SCHEMA_FILE)
     atomic_write_text(path, commented_recipe(name[:128]))

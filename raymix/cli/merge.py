@@ -128,21 +128,27 @@ def _refuse_options(
     search: str | None, evaluate: str | None, on: str, memory: float | None
 ) -> None:
     """Raise MergeError for options that do not go together."""
-    from raymix.errors import MergeError, problem
+    from raymix.errors import MergeError, format_problem
 
     problems: list[str] = []
     if search is None:
-        advice = "Add e.g. --search scale,drop"
-        problems.append(problem("--search", None, "--eval and --trials are for a search", advice))
+        problems.append(
+            format_problem(
+                "--search",
+                None,
+                "--eval and --trials are for a search",
+                fix="Add e.g. --search scale,drop",
+            )
+        )
     if evaluate is None:
         wrong, advice = "a search needs held-out text to choose by", "Name a recipe"
-        problems.append(problem("--eval", None, wrong, advice))
+        problems.append(format_problem("--eval", None, wrong, fix=advice))
     if on != "local":
         wrong, advice = "a search runs through Ray Tune already", "Leave --on out"
-        problems.append(problem("--on", on, wrong, advice))
+        problems.append(format_problem("--on", on, wrong, fix=advice))
     if memory is not None:
         wrong, advice = "a search shares the memory out by itself", "Use --workers for fewer"
-        problems.append(problem("--memory", memory, wrong, advice))
+        problems.append(format_problem("--memory", memory, wrong, fix=advice))
     if problems:
         raise MergeError(*problems)
 

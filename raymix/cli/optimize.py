@@ -125,18 +125,18 @@ def _numbers(option: str, given: Sequence[str] | None) -> dict[str, float]:
     Raises:
         LawError: If a part is not NAME=NUMBER or a name comes twice.
     """
-    from raymix.errors import LawError, problem
+    from raymix.errors import LawError
 
     found: dict[str, float] = {}
     for part in given or ():
         name, _, text = part.rpartition("=")
         if name in found:
-            raise LawError(problem(option, part, f"{name!r} was given before", "Give it once"))
+            raise LawError.at(option, part, f"{name!r} was given before", fix="Give it once")
         try:
             found[name or part] = float(text if name else "")
         except ValueError:
             wrong, advice = "not NAME=NUMBER", f"Write e.g. {option} web=0.3"
-            raise LawError(problem(option, part, wrong, advice)) from None
+            raise LawError.at(option, part, wrong, fix=advice) from None
     return found
 
 

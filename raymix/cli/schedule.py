@@ -147,13 +147,14 @@ def command(
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    from raymix.errors import ScheduleError, problem
+    from raymix.errors import ScheduleError
 
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
-        wrong = "not whole numbers, separated by commas"
-        raise ScheduleError(problem("layout.widths", text, wrong)) from error
+        raise ScheduleError.at(
+            "layout.widths", text, "not whole numbers, separated by commas"
+        ) from error
 
 
 def _lengths(
@@ -167,7 +168,7 @@ def _lengths(
     """Return the lengths that a source stands for, cut at `longest`."""
     import numpy as np
 
-    from raymix.errors import ScheduleError, problem
+    from raymix.errors import ScheduleError
     from raymix.schedule.length_source import known_source, read_lengths
     from raymix.schedule.lengths import known_distributions
 
@@ -175,8 +176,7 @@ def _lengths(
     if recipe_like and not known_source(source):
         lengths = _corpus_lengths(source, changes)
     elif changes:
-        wrong = "only a recipe has fields to change"
-        raise ScheduleError(problem("overrides", changes, wrong))
+        raise ScheduleError.at("overrides", changes, "only a recipe has fields to change")
     else:
         lengths = read_lengths(source, seed=seed)
     if longest is None and source in known_distributions():
@@ -201,15 +201,14 @@ def _page(out: str) -> Path:
     """Return the path of the page, if one can be drawn there: before any work is done."""
     from pathlib import Path
 
-    from raymix.errors import ScheduleError, problem
+    from raymix.errors import ScheduleError
     from raymix.report.style import require_matplotlib
 
     page = Path(out)
     if page.suffix not in {".html", ".htm"}:
-        advice = "Give a name that ends in .html"
-        raise ScheduleError(problem("out", out, "not an HTML file", advice))
+        raise ScheduleError.at("out", out, "not an HTML file", fix="Give a name that ends in .html")
     if not page.parent.is_dir():
-        raise ScheduleError(problem("out", out, "its directory does not exist"))
+        raise ScheduleError.at("out", out, "its directory does not exist")
     require_matplotlib()
     return page
 

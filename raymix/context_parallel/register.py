@@ -19,7 +19,7 @@ import torch
 
 from raymix.context_parallel.attention import attention
 from raymix.context_parallel.local_shards import LocalShards
-from raymix.errors import TrainingError, problem
+from raymix.errors import TrainingError
 
 NAME = "raymix_cp"
 
@@ -82,15 +82,20 @@ def _forward(
 
 def _refuse(held: LocalShards, options: dict[str, Any]) -> None:
     if options.get("dropout"):
-        advice = "Set the model's attention dropout to 0"
-        raise TrainingError(
-            problem("attention.dropout", options["dropout"], "not supported", advice)
+        raise TrainingError.at(
+            "attention.dropout",
+            options["dropout"],
+            "not supported",
+            fix="Set the model's attention dropout to 0",
         )
     window = options.get("sliding_window")
     if window is not None and held.longest > window:
-        wrong = f"shorter than a document of {held.longest} tokens"
-        advice = "Lower data.sequence_length to the model's window, or take a model without one"
-        raise TrainingError(problem("attention.sliding_window", window, wrong, advice))
+        raise TrainingError.at(
+            "attention.sliding_window",
+            window,
+            f"shorter than a document of {held.longest} tokens",
+            fix="Lower data.sequence_length to the model's window, or take a model without one",
+        )
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
-            raise TrainingError(problem(f"attention.{name}", "given", "not supported"))
+            raise TrainingError.at(f"attention.{name}", "given", "not supported")

@@ -38,7 +38,7 @@ from raymix.corpus.read.parts import Part, digest, plan_parts
 from raymix.corpus.read.readers import check_first_line
 from raymix.corpus.read.sources import DomainSources, find_sources
 from raymix.corpus.runner import Runner, choose_runner, in_order
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, format_problem
 from raymix.recipe import CorpusConfig
 from raymix.store import (
     SPLITS,
@@ -97,7 +97,7 @@ def prepare(
     there = state.manifest_of(config.path)
     if if_exists == "fail" and (there or state.recorded(config.path)):
         wrong = "a corpus is there already"
-        raise CorpusError(problem("corpus.path", config.path, wrong, "allowed: --if-exists new"))
+        raise CorpusError.at("corpus.path", config.path, wrong, fix="allowed: --if-exists new")
     if if_exists == "resume":
         state.refuse_differences(config)
         if there:
@@ -298,7 +298,7 @@ class _Preparation:
                     wrong = f"no document of domain {domain.name!r} is left to use ({counts})"
                     advice = "check the files and the cleaning limits, or leave the domain out"
                     path = f"corpus.domains.{number}.{split}"
-                    problems.append(problem(path, list(globs), wrong, advice))
+                    problems.append(format_problem(path, list(globs), wrong, fix=advice))
         if problems:
             raise CorpusError(*problems)
 

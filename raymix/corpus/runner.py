@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from raymix._utils.private_cluster import start_private
 from raymix.corpus.tokenizers.tokenizer import rust_threads
-from raymix.errors import ClusterError, RaymixError, problem
+from raymix.errors import ClusterError, RaymixError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -85,8 +85,11 @@ class OnRay:
 
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if not cpus:
-            wrong = "the Ray cluster has no CPU to prepare the corpus with"
-            raise ClusterError(problem("cluster", ray.cluster_resources(), wrong))
+            raise ClusterError.at(
+                "cluster",
+                ray.cluster_resources(),
+                "the Ray cluster has no CPU to prepare the corpus with",
+            )
         self._concurrency = parallelism or cpus
         self.description = f"Ray, {min(self._concurrency, cpus)} tasks at a time"
 
@@ -195,9 +198,12 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
-        wrong = "no Ray cluster answers there"
-        advice = "start it, or leave the address out"
-        raise ClusterError(problem("cluster.address", address, wrong, advice)) from error
+        raise ClusterError.at(
+            "cluster.address",
+            address,
+            "no Ray cluster answers there",
+            fix="start it, or leave the address out",
+        ) from error
 
 
 @contextlib.contextmanager

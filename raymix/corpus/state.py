@@ -19,7 +19,7 @@ import pyarrow.fs as pafs
 from raymix._utils.json import parse_json
 from raymix.corpus.read.sources import DomainSources, SourceFile, find_sources
 from raymix.corpus.tokenizers.tokenizer import load_pretrained
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, format_problem
 from raymix.recipe import CorpusConfig, PretrainedTokenizer
 from raymix.store import Manifest, atomic_write_text
 from raymix.store.manifest import MANIFEST, read_manifest
@@ -74,9 +74,12 @@ def recorded(path: str) -> Recorded | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        wrong = f"{STATE} is damaged"
-        advice = "prepare the corpus again with --if-exists new"
-        raise CorpusError(problem("corpus.path", path, wrong, advice)) from error
+        raise CorpusError.at(
+            "corpus.path",
+            path,
+            f"{STATE} is damaged",
+            fix="prepare the corpus again with --if-exists new",
+        ) from error
 
 
 def manifest_of(path: str) -> Manifest | None:
@@ -104,7 +107,7 @@ def differences(config: CorpusConfig) -> list[str]:
     ]
     changed = [path for path in changed if not _same_after_all(path, config, before, manifest)]
     found = [
-        problem(
+        format_problem(
             f"corpus.{path}",
             now.get(path),
             f"the corpus at {config.path} was prepared with {then.get(path)!r}",
@@ -129,7 +132,7 @@ def _names_differ(config: CorpusConfig, manifest: Manifest) -> list[str]:
     wanted, there = [domain.name for domain in config.domains], list(manifest.domains)
     if wanted == there:
         return []
-    return [problem("corpus.domains", wanted, f"the corpus at {config.path} holds {there}")]
+    return [format_problem("corpus.domains", wanted, f"the corpus at {config.path} holds {there}")]
 
 
 def _flat(node: object, path: str = "") -> dict[str, Any]:
@@ -171,8 +174,14 @@ def _tokenizer_changed(config: CorpusConfig, manifest: Manifest | None) -> list[
         return []
     if load_pretrained(chosen).info.fingerprint == manifest.tokenizer.fingerprint:
         return []
-    wrong = f"the corpus at {config.path} was prepared with another tokenizer"
-    return [problem("corpus.tokenizer.path", chosen.path, wrong, "its content has changed")]
+    return [
+        format_problem(
+            "corpus.tokenizer.path",
+            chosen.path,
+            f"the corpus at {config.path} was prepared with another tokenizer",
+            fix="its content has changed",
+        )
+    ]
 
 
 def refuse_differences(config: CorpusConfig) -> None:
@@ -200,9 +209,12 @@ def refuse_missing_shards(path: str, manifest: Manifest) -> None:
             names = {f"{name}/{split}/{file}" for file in there}
             missing += [shard.file for shard in found.shards if shard.file not in names]
     if missing:
-        wrong = f"{len(missing)} of its shards are missing, the first is {missing[0]}"
-        advice = "restore them, or prepare again with --if-exists new"
-        raise CorpusError(problem("corpus.path", path, wrong, advice))
+        raise CorpusError.at(
+            "corpus.path",
+            path,
+            f"{len(missing)} of its shards are missing, the first is {missing[0]}",
+            fix="restore them, or prepare again with --if-exists new",
+        )
 
 
 def changed_sources(config: CorpusConfig) -> list[str]:
@@ -270,6 +282,7 @@ def locked(path: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            wrong = "another process is preparing this corpus"
-            raise CorpusError(problem("corpus.path", path, wrong, "wait for it")) from error
+            raise CorpusError.at(
+                "corpus.path", path, "another process is preparing this corpus", fix="wait for it"
+            ) from error
         yield

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 
 _IGNORE_FILES = (".gitignore", ".rayignore")
 _NEVER = frozenset({".git", ".hg", ".venv", "venv", "__pycache__"})
@@ -68,11 +68,14 @@ def list_files(root: Path) -> Listing:
     """
     root = root.resolve()
     if not root.is_dir():
-        raise RecipeError(problem("project", str(root), "not a directory"))
+        raise RecipeError.at("project", str(root), "not a directory")
     if root in (Path.home().resolve(), Path(root.anchor)):
-        wrong = "this would ship everything in it"
-        advice = "Put the recipe into a directory of its own, or name one by --project"
-        raise RecipeError(problem("project", str(root), wrong, advice))
+        raise RecipeError.at(
+            "project",
+            str(root),
+            "this would ship everything in it",
+            fix="Put the recipe into a directory of its own, or name one by --project",
+        )
     files: list[str] = []
     left_out: list[str] = []
     for path, kept in _walk(root, "", _above(root)):

@@ -6,7 +6,7 @@ import stat
 import zipfile
 from pathlib import Path
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.jobs.files import Listing
 
 # The cluster's control store takes no message above 512 MB; what nears it is data, not a project.
@@ -30,10 +30,13 @@ def pack(listing: Listing, archive: Path) -> int:
     if total > MOST_BYTES:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:_NAMED]
         named = ", ".join(f"{name} ({sizes[name] / 1e6:,.0f} MB)" for name in largest)
-        wrong = f"{total / 1e6:,.0f} MB of files; the largest are {named}"
-        allowed = f"A job may ship {MOST_BYTES / 1e6:,.0f} MB"
-        advice = "Name data in .gitignore or .rayignore and give its URL, or a path of the cluster"
-        raise RecipeError(problem("project", str(listing.root), wrong, allowed, advice))
+        raise RecipeError.at(
+            "project",
+            str(listing.root),
+            f"{total / 1e6:,.0f} MB of files; the largest are {named}",
+            allowed=f"A job may ship {MOST_BYTES / 1e6:,.0f} MB",
+            fix="Name data in .gitignore or .rayignore and give its URL, or a path of the cluster",
+        )
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as writer:
         for name in listing.files:
             source = listing.root / name

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError, format_problem
 from raymix.jobs.files import Listing
 from raymix.recipe import (
     DgaMixer,
@@ -118,10 +118,16 @@ def check_results(recipe: Recipe) -> None:
     Raises:
         RecipeError: With one message per result that would be lost with the job's directory.
     """
-    wrong = "relative: a job's own directory goes with the job"
-    advice = "Name a directory that all nodes see by --storage, or give an absolute path or a URL"
     problems = [
-        problem(reference.field, reference.path, wrong, advice)
+        format_problem(
+            reference.field,
+            reference.path,
+            "relative: a job's own directory goes with the job",
+            fix=(
+                "Name a directory that all nodes see by --storage, or give an absolute "
+                "path or a URL"
+            ),
+        )
         for reference in results(recipe)
         if reference.relative
     ]
@@ -134,20 +140,33 @@ def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str
     pattern = os.path.join(glob.escape(base), os.path.expanduser(reference.path))
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
-        return [problem(reference.field, reference.path, "no file matches")]
+        return [format_problem(reference.field, reference.path, "no file matches")]
     for match in matches:
         inside = Path(os.path.abspath(match))
         if not inside.is_relative_to(listing.root):
             inside = Path(os.path.realpath(match))
         if not inside.is_relative_to(listing.root):
-            wrong = f"{match} lies outside of the project, which is {listing.root}"
-            advice = "Name a directory above both by --project, or give a path that the cluster has"
-            return [problem(reference.field, reference.path, wrong, advice)]
+            return [
+                format_problem(
+                    reference.field,
+                    reference.path,
+                    f"{match} lies outside of the project, which is {listing.root}",
+                    fix=(
+                        "Name a directory above both by --project, "
+                        "or give a path that the cluster has"
+                    ),
+                )
+            ]
         name = inside.relative_to(listing.root).as_posix()
         if not _travels(name, inside, shipped):
-            wrong = f"{name} does not travel: an ignore file names it, or a link leads outwards"
-            advice = "Take it out of .gitignore, or give a URL or a path that the cluster has"
-            return [problem(reference.field, reference.path, wrong, advice)]
+            return [
+                format_problem(
+                    reference.field,
+                    reference.path,
+                    f"{name} does not travel: an ignore file names it, or a link leads outwards",
+                    fix="Take it out of .gitignore, or give a URL or a path that the cluster has",
+                )
+            ]
     return []
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, urlsplit
 
-from raymix.errors import ClusterError, problem
+from raymix.errors import ClusterError
 from raymix.jobs.package import pack
 from raymix.jobs.submission import Submission
 
@@ -139,9 +139,12 @@ class JobServer:
             except (ClusterError, RuntimeError, OSError) as error:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > _RECONNECT_S:
-                    wrong = f"the connection to {self.address} was lost: {_brief(error)}"
-                    advice = f"The job may go on: raymix logs {job} --follow"
-                    raise ClusterError(problem("job", job, wrong, advice)) from error
+                    raise ClusterError.at(
+                        "job",
+                        job,
+                        f"the connection to {self.address} was lost: {_brief(error)}",
+                        fix=f"The job may go on: raymix logs {job} --follow",
+                    ) from error
             time.sleep(_POLL_S)
 
     def stop(self, job: str) -> JobEnd:
@@ -170,21 +173,31 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
     """
     url = _split(address if "://" in address else f"http://{address}")
     if url is None:
-        allowed = "Allowed: http://HOST:PORT or https://HOST:PORT of the cluster's dashboard"
-        raise ClusterError(problem("address", _public(address), "no job server's", allowed))
+        raise ClusterError.at(
+            "address",
+            _public(address),
+            "no job server's",
+            allowed="Allowed: http://HOST:PORT or https://HOST:PORT of the cluster's dashboard",
+        )
     if url.username or url.password:
-        advice = "Use RAY_AUTH_MODE=token and a token file"
-        wrong = "an address is no place for a password"
-        raise ClusterError(problem("address", _public(address), wrong, advice))
+        raise ClusterError.at(
+            "address",
+            _public(address),
+            "an address is no place for a password",
+            fix="Use RAY_AUTH_MODE=token and a token file",
+        )
     host = url.hostname or ""
     token = os.environ.get("RAY_AUTH_MODE", "disabled").lower() != "disabled"
     if token and url.scheme == "http" and not token_in_clear and not _loopback(host):
-        wrong = "the token would cross the network in the clear"
-        advice = (
-            "Use https, or a tunnel (kubectl port-forward, ssh -L) and 127.0.0.1, or say "
-            "--token-in-clear where the network is yours"
+        raise ClusterError.at(
+            "address",
+            address,
+            "the token would cross the network in the clear",
+            fix=(
+                "Use https, or a tunnel (kubectl port-forward, ssh -L) and 127.0.0.1, or say "
+                "--token-in-clear where the network is yours"
+            ),
         )
-        raise ClusterError(problem("address", address, wrong, advice))
     name = f"[{host}]" if ":" in host else host
     port = url.port or (443 if url.scheme == "https" else _PORT)
     return f"{url.scheme}://{name}:{port}{url.path.rstrip('/')}"
@@ -218,16 +231,19 @@ def _check_listening(address: str) -> None:
     try:
         socket.create_connection((url.hostname or "", url.port or _PORT), _CONNECT_S).close()
     except OSError as error:
-        wrong = f"no job server answers there ({error.strerror or error})"
-        advice = "It is part of the dashboard: `ray start --head` where ray[default] is installed"
-        raise ClusterError(problem("address", address, wrong, advice)) from None
+        raise ClusterError.at(
+            "address",
+            address,
+            f"no job server answers there ({error.strerror or error})",
+            fix="It is part of the dashboard: `ray start --head` where ray[default] is installed",
+        ) from None
 
 
 def _connect(address: str) -> JobSubmissionClient:
     # Ray's client needs it to follow logs, and says so too late.
     if importlib.util.find_spec("aiohttp") is None:
         wrong, advice = "installed without what jobs need", "pip install 'raymix[cluster]'"
-        raise ClusterError(problem("ray", "ray[default]", wrong, advice))
+        raise ClusterError.at("ray", "ray[default]", wrong, fix=advice)
     from ray.job_submission import JobSubmissionClient
 
     # Ray's client says on stderr what it uploads and when a stream ends; the commands say it.
@@ -259,20 +275,25 @@ def _refusals(field: str, value: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        wrong = f"the cluster refused the request: {_brief(error)}"
-        advice = (
-            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token "
-            "(by default ~/.ray/auth_token)"
-        )
-        raise ClusterError(problem(field, value, wrong, advice)) from error
+        raise ClusterError.at(
+            field,
+            value,
+            f"the cluster refused the request: {_brief(error)}",
+            fix=(
+                "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the "
+                "cluster's token "
+                "(by default ~/.ray/auth_token)"
+            ),
+        ) from error
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, ClusterError):
             raise
         text = str(error)
         if "404" in text and "does not exist" in text:
-            advice = "`raymix status` lists them"
-            raise ClusterError(problem(field, value, "no such job there", advice)) from error
-        raise ClusterError(problem(field, value, f"the cluster said: {_brief(error)}")) from error
+            raise ClusterError.at(
+                field, value, "no such job there", fix="`raymix status` lists them"
+            ) from error
+        raise ClusterError.at(field, value, f"the cluster said: {_brief(error)}") from error
 
 
 def _brief(error: BaseException) -> str:

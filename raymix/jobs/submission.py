@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean
 from raymix.jobs.files import Listing, find_project, list_files
 from raymix.jobs.references import check_results, check_sources, results, shipped_inputs
 from raymix.recipe import Recipe, read_recipe
@@ -71,8 +71,13 @@ def prepare_submission(
     """
     if command not in COMMANDS:
         near = did_you_mean(command, COMMANDS)
-        allowed = f"Allowed: {', '.join(COMMANDS)}"
-        raise RecipeError(problem("command", command, "not a command of jobs", allowed, near))
+        raise RecipeError.at(
+            "command",
+            command,
+            "not a command of jobs",
+            allowed=f"Allowed: {', '.join(COMMANDS)}",
+            fix=near,
+        )
     overrides = takewhile(lambda word: not word.startswith("-"), arguments)
     model, base = read_recipe(recipe, list(overrides))
     listing = list_files(Path(project) if project is not None else find_project(Path(base)))
@@ -98,11 +103,14 @@ def _below(command: str, recipe: Recipe, storage: str) -> list[str]:
         return []
     advice = "Name a directory that all nodes of the cluster see"
     if not is_remote(storage):
-        wrong = "neither an absolute path nor a URL"
-        raise RecipeError(problem("storage", storage, wrong, advice))
+        raise RecipeError.at("storage", storage, "neither an absolute path nor a URL", fix=advice)
     if command in _MANY_RUNS:
-        wrong = f"`raymix {command}` writes to a directory, not to a URL"
-        raise RecipeError(problem("storage", storage, wrong, advice))
+        raise RecipeError.at(
+            "storage",
+            storage,
+            f"`raymix {command}` writes to a directory, not to a URL",
+            fix=advice,
+        )
     return [
         f"{reference.field}={files.join(storage, posixpath.normpath(reference.path))}"
         for reference in results(recipe)
@@ -122,9 +130,12 @@ def _place(recipe: str, listing: Listing) -> str:
     with suppress(ValueError):
         inside = Path(recipe).resolve().relative_to(listing.root).as_posix()
     if inside not in listing.files:
-        wrong = f"not among the files of the project {listing.root} that travel"
-        advice = "Put it there, take it out of .gitignore, or name another --project"
-        raise RecipeError(problem("recipe", recipe, wrong, advice))
+        raise RecipeError.at(
+            "recipe",
+            recipe,
+            f"not among the files of the project {listing.root} that travel",
+            fix="Put it there, take it out of .gitignore, or name another --project",
+        )
     return f'"$project"/{shlex.quote(inside)}'
 
 

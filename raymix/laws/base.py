@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from raymix.errors import LawError, did_you_mean, problem
+from raymix.errors import LawError, did_you_mean
 from raymix.laws.table import Floats, MixtureTable
 
 if TYPE_CHECKING:
@@ -203,15 +203,20 @@ def build_law(kind: str, **options: Any) -> Law:
     if kind not in _FACTORIES:
         known = known_laws()
         near = did_you_mean(kind, known)
-        raise LawError(problem("law", kind, "not a law", f"Known: {', '.join(known)}", near))
+        raise LawError.at("law", kind, "not a law", allowed=f"Known: {', '.join(known)}", fix=near)
     factory = _FACTORIES[kind]
     taken = inspect.signature(factory).parameters
     if not any(given.kind is given.VAR_KEYWORD for given in taken.values()):
         for name in options.keys() - taken.keys():
             known = f"Options: {', '.join(taken)}" if taken else "It has none"
             near = did_you_mean(name, list(taken))
-            wrong = f"no option of the law {kind!r}"
-            raise LawError(problem(f"law.{name}", options[name], wrong, known, near))
+            raise LawError.at(
+                f"law.{name}",
+                options[name],
+                f"no option of the law {kind!r}",
+                allowed=known,
+                fix=near,
+            )
     return factory(**options)
 
 
@@ -235,13 +240,18 @@ def law_from_dict(document: Mapping[str, Any]) -> Law:
     """
     try:
         if document["format"] != FORMAT:
-            wrong = f"not format {FORMAT}"
-            raise LawError(problem("law.format", document["format"], wrong, "Fit it again"))
+            raise LawError.at(
+                "law.format", document["format"], f"not format {FORMAT}", fix="Fit it again"
+            )
         fitted = build_law(document["law"])
         fitted.load_state_dict(document["state"])
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if isinstance(error, LawError):
             raise
-        wrong = f"no law: {type(error).__name__} {error}"
-        raise LawError(problem("law", document.get("law"), wrong, "Fit it again")) from error
+        raise LawError.at(
+            "law",
+            document.get("law"),
+            f"no law: {type(error).__name__} {error}",
+            fix="Fit it again",
+        ) from error
     return fitted

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, problem
+from raymix.errors import LawError, format_problem
 from raymix.laws.table import Floats
 
 _LEAST_CANDIDATES = 512
@@ -36,19 +36,27 @@ def check_limits(floor_D: Floats, cap_D: Floats, names: tuple[str, ...]) -> None
         LawError: With one message per fault.
     """
     faults = [
-        problem(f"floor of {name}", float(low), f"above its cap of {high:.6g}")
+        format_problem(f"floor of {name}", float(low), f"above its cap of {high:.6g}")
         for name, low, high in zip(names, floor_D, cap_D, strict=True)
         if low > high
     ]
     if len(names) < 2:
-        faults.append(problem("domains", list(names), "a mixture needs two domains or more"))
+        faults.append(format_problem("domains", list(names), "a mixture needs two domains or more"))
     if floor_D.sum() >= 1 - _SAME:
         total = float(floor_D.sum())
-        faults.append(problem("floors", round(total, 6), "they sum to 1 or more", "Lower some"))
+        faults.append(
+            format_problem("floors", round(total, 6), "they sum to 1 or more", fix="Lower some")
+        )
     if cap_D.sum() <= 1 + _SAME:
         total = float(cap_D.sum())
-        wrong = "they sum to no more than 1, which leaves no choice of mixture"
-        faults.append(problem("caps", round(total, 6), wrong, "Raise some"))
+        faults.append(
+            format_problem(
+                "caps",
+                round(total, 6),
+                "they sum to no more than 1, which leaves no choice of mixture",
+                fix="Raise some",
+            )
+        )
     if faults:
         raise LawError(*faults)
 
@@ -226,8 +234,12 @@ def _different(
             break
     if enough is not None and len(found_ND) >= enough:
         return found_ND
-    wrong = f"between the floors and caps only {len(found_ND)} different mixtures were found"
-    raise LawError(problem("runs", enough or count, wrong, "Widen the limits, or take fewer runs"))
+    raise LawError.at(
+        "runs",
+        enough or count,
+        f"between the floors and caps only {len(found_ND)} different mixtures were found",
+        fix="Widen the limits, or take fewer runs",
+    )
 
 
 def _distinct(share_ND: Floats) -> Floats:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from raymix.errors import LawError, did_you_mean, problem
+from raymix.errors import LawError, did_you_mean
 from raymix.laws.table import Floats
 from raymix.store.manifest import DomainInfo
 
@@ -39,14 +39,21 @@ def entropy_shares(
         LawError: If the proxy is unknown, the temperature is not above 0, or a domain is empty.
     """
     if proxy not in get_args(Proxy):
-        known = f"Known: {', '.join(get_args(Proxy))}"
-        raise LawError(
-            problem("proxy", proxy, "no entropy", known, did_you_mean(proxy, get_args(Proxy)))
+        raise LawError.at(
+            "proxy",
+            proxy,
+            "no entropy",
+            allowed=f"Known: {', '.join(get_args(Proxy))}",
+            fix=did_you_mean(proxy, get_args(Proxy)),
         )
     for name, info in domains.items():
         if not info.train.tokens:
-            wrong = "has no tokens to count"
-            raise LawError(problem(f"corpus.domains.{name}.train.tokens", 0, wrong, "Leave it out"))
+            raise LawError.at(
+                f"corpus.domains.{name}.train.tokens",
+                0,
+                "has no tokens to count",
+                fix="Leave it out",
+            )
     unigram_D = np.array([info.train.unigram_entropy for info in domains.values()])
     conditional_D = np.array([info.train.bigram_entropy for info in domains.values()])
     entropy_D = {
@@ -64,10 +71,11 @@ def shares_of_entropy(entropy_D: Floats, temperature: float = 1.0) -> Floats:
         LawError: If the temperature is not above 0, or an entropy is not finite.
     """
     if not 0 < temperature < np.inf:
-        advice = "Allowed: a finite number above 0"
-        raise LawError(problem("temperature", temperature, "not allowed", advice))
+        raise LawError.at(
+            "temperature", temperature, "not allowed", allowed="Allowed: a finite number above 0"
+        )
     if not entropy_D.size or not np.isfinite(entropy_D).all():
-        raise LawError(problem("entropy", entropy_D.tolist(), "not finite numbers in nats"))
+        raise LawError.at("entropy", entropy_D.tolist(), "not finite numbers in nats")
     weight_D = np.exp((entropy_D - entropy_D.max()) / temperature)
     return weight_D / weight_D.sum()
 
@@ -86,10 +94,10 @@ def von_neumann_entropy(embedding_NF: Floats) -> float:
     """
     if embedding_NF.ndim != 2 or not embedding_NF.size or not np.isfinite(embedding_NF).all():
         shape = embedding_NF.shape
-        raise LawError(problem("embedding", shape, "not a matrix of finite numbers"))
+        raise LawError.at("embedding", shape, "not a matrix of finite numbers")
     size = float(np.abs(embedding_NF).max())
     if not size:
-        raise LawError(problem("embedding", 0.0, "all of it is 0: no document has a direction"))
+        raise LawError.at("embedding", 0.0, "all of it is 0: no document has a direction")
     # Singular values squared are the eigenvalues, without squaring their rounding errors.
     power = np.linalg.svd(embedding_NF / size, compute_uv=False) ** 2
     share = power / power.sum()

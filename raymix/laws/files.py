@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix._utils.json import parse_json
-from raymix.errors import LawError, problem
+from raymix.errors import LawError
 from raymix.laws.base import FitReport, Law, build_law, law_from_dict, law_to_dict
 from raymix.laws.table import MixtureTable, read_table
 from raymix.store import atomic_write_text
@@ -54,7 +54,7 @@ def load_law(path: str | os.PathLike[str]) -> Law:
     try:
         document = parse_json(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise LawError(problem("law", os.fspath(path), f"cannot be read: {error}")) from error
+        raise LawError.at("law", os.fspath(path), f"cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise LawError(problem("law", os.fspath(path), "no law", "Make one with `raymix fit`"))
+        raise LawError.at("law", os.fspath(path), "no law", fix="Make one with `raymix fit`")
     return law_from_dict(document)

@@ -80,7 +80,7 @@ class MixtureTable:
             if name not in self.targets:
                 known = f"The table has: {', '.join(self.targets)}"
                 near = did_you_mean(name, self.targets)
-                raise LawError(problem("target", name, "no loss of the table", known, near))
+                raise LawError.at("target", name, "no loss of the table", allowed=known, fix=near)
         at = [self.targets.index(name) for name in names]
         return MixtureTable(
             domains=self.domains,
@@ -132,18 +132,22 @@ def read_table(
     try:
         head, columns = _columns(name)
     except (OSError, ValueError, UnicodeDecodeError, csv.Error) as error:
-        raise LawError(problem("table", name, f"cannot be read: {error}")) from error
+        raise LawError.at("table", name, f"cannot be read: {error}") from error
     table = dict(zip(head, columns, strict=True))
     kept = list(range(len(columns[0]))) if columns else []
     for column, value in (where or {}).items():
         if column not in table:
             near = did_you_mean(column, head)
-            raise LawError(problem("where", column, f"no column of {name}", near))
+            raise LawError.at("where", column, f"no column of {name}", fix=near)
         kept = [row for row in kept if str(table[column][row]) == value]
         if not kept:
             some = ", ".join(dict.fromkeys(map(str, table[column])))[:200]
-            wrong = f"no row of {name} has it in column {column}"
-            raise LawError(problem("where", value, wrong, f"There is: {some}"))
+            raise LawError.at(
+                "where",
+                value,
+                f"no row of {name} has it in column {column}",
+                allowed=f"There is: {some}",
+            )
     chosen = {column: [cells[row] for row in kept] for column, cells in table.items()}
     return make_table(chosen, name=name, lines=[row + 2 for row in kept])
 
@@ -167,10 +171,14 @@ def make_table(
         kind = "share.<domain>" if not domains else "loss.<target>"
         seen = ", ".join(list(columns)[:8]) or "no columns"
         need = "Needed are share.<domain> and loss.<target> columns"
-        raise LawError(problem(name, seen, f"no {kind} column", need))
+        raise LawError.at(name, seen, f"no {kind} column", fix=need)
     if not len(columns[f"share.{domains[0]}"]):
-        advice = "Each run is a row: its shares, its losses"
-        raise LawError(problem("table", name, "holds columns and no row", advice))
+        raise LawError.at(
+            "table",
+            name,
+            "holds columns and no row",
+            fix="Each run is a row: its shares, its losses",
+        )
     faults = _TableFaults(name, lines)
     share_RD = np.stack([_numbers(columns, f"share.{d}", faults) for d in domains], axis=1)
     loss_RV = np.stack(

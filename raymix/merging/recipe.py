@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from raymix._utils.yaml import parse_yaml
-from raymix.errors import MergeError, RecipeError, problem
+from raymix.errors import MergeError, RecipeError
 from raymix.recipe.base import Fault, Faults, RecipeModel, Whole
 from raymix.recipe.overrides import apply_overrides
 from raymix.recipe.translate import translate
@@ -174,13 +174,16 @@ def _read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text("utf-8-sig")
     except OSError as error:
-        wrong = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        raise MergeError(problem("merge", path, wrong)) from None
+        raise MergeError.at(
+            "merge",
+            path,
+            "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror),
+        ) from None
     except UnicodeDecodeError:
-        raise MergeError(problem("merge", path, "not UTF-8 text")) from None
+        raise MergeError.at("merge", path, "not UTF-8 text") from None
     data = parse_yaml(text, name="merge", value=path)
     if not isinstance(data, dict):
-        raise MergeError(problem("merge", path, "not a mapping of keys to values"))
+        raise MergeError.at("merge", path, "not a mapping of keys to values")
     return data
 
 
@@ -189,7 +192,7 @@ def _plain(data: dict[str, Any]) -> dict[str, Any]:
     data = {key: value for key, value in data.items() if value is not None}
     for key, advice in _UNSUPPORTED.items():
         if key in data:
-            raise MergeError(problem(key, _short(data[key]), "not supported here", advice))
+            raise MergeError.at(key, _short(data[key]), "not supported here", fix=advice)
     for entry in data.get("models", []) if isinstance(data.get("models"), list) else []:
         if isinstance(entry, dict) and entry.get("parameters", {}) is None:
             del entry["parameters"]
@@ -212,15 +215,18 @@ def _without_slices(found: MergeFile) -> MergeFile:
     """Return the file with its one slice of all layers written as `models`."""
     if found.slices is None:
         if not found.models:
-            raise MergeError(problem("models", [], "no models to merge"))
+            raise MergeError.at("models", [], "no models to merge")
         return found
     if found.models:
-        raise MergeError(problem("slices", "...", "`models` says it, too", "Keep one of the two"))
+        raise MergeError.at("slices", "...", "`models` says it, too", fix="Keep one of the two")
     ranges = {source.layer_range for part in found.slices for source in part.sources}
     if len(found.slices) != 1 or len(ranges) != 1 or min(ranges)[0] != 0:
-        wrong = "only one slice of the same layers, from 0, of each model is supported"
-        advice = "Models put together from layers of others are not merged weight by weight"
-        raise MergeError(problem("slices", _short(sorted(ranges)), wrong, advice))
+        raise MergeError.at(
+            "slices",
+            _short(sorted(ranges)),
+            "only one slice of the same layers, from 0, of each model is supported",
+            fix="Models put together from layers of others are not merged weight by weight",
+        )
     only = found.slices[0]
     models = tuple(ModelEntry(model=s.model, parameters=s.parameters) for s in only.sources)
     both = {**found.parameters, **only.parameters}

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raymix.errors import MergeError, did_you_mean, problem
+from raymix.errors import MergeError, did_you_mean
 from raymix.recipe.base import Real, RecipeModel
 
 ENTRY_POINTS = "raymix.merge_methods"
@@ -62,8 +62,12 @@ def each(values: Sequence[float], k_tasks: int) -> list[float]:
     if len(values) == 1:
         return [values[0]] * k_tasks
     if len(values) != k_tasks:
-        wrong = f"{len(values)} values for {k_tasks} models"
-        raise MergeError(problem("parameters", list(values), wrong, "Give one per model, or one"))
+        raise MergeError.at(
+            "parameters",
+            list(values),
+            f"{len(values)} values for {k_tasks} models",
+            fix="Give one per model, or one",
+        )
     return list(values)
 
 
@@ -185,10 +189,10 @@ def as_deltas(deltas: Sequence[Tensor]) -> Deltas:
     if isinstance(deltas, Deltas):
         return deltas
     if not deltas:
-        raise MergeError(problem("models", [], "no task to merge"))
+        raise MergeError.at("models", [], "no task to merge")
     shapes = {tuple(delta.shape) for delta in deltas}
     if len(shapes) > 1:
-        raise MergeError(problem("models", sorted(shapes), "the deltas have different shapes"))
+        raise MergeError.at("models", sorted(shapes), "the deltas have different shapes")
     return Deltas(list(deltas), dtype=deltas[0].dtype, device=str(deltas[0].device))
 
 
@@ -298,6 +302,7 @@ def get_method(name: str, path: str = "merge_method") -> MergeMethod:
     if name not in _METHODS:
         known = known_methods()
         near = did_you_mean(name, known)
-        wrong = "not a merge method"
-        raise MergeError(problem(path, name, wrong, f"Known: {', '.join(known)}", near))
+        raise MergeError.at(
+            path, name, "not a merge method", allowed=f"Known: {', '.join(known)}", fix=near
+        )
     return _METHODS[name]

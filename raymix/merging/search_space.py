@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import MergeError, did_you_mean, problem
+from raymix.errors import MergeError, did_you_mean, format_problem
 from raymix.merging.recipe import KEEP_BASE, MergeFile
 from raymix.merging.registry import MergeMethod, get_method
 
@@ -86,8 +86,9 @@ def search_space(file: MergeFile, text: str) -> tuple[Dimension, ...]:
     """
     specs = [part.strip() for part in text.split(",") if part.strip()]
     if not specs:
-        advice = "Name some, e.g. --search scale,drop"
-        raise MergeError(problem(_FLAG, text, "no option is named", advice))
+        raise MergeError.at(
+            _FLAG, text, "no option is named", fix="Name some, e.g. --search scale,drop"
+        )
     method = get_method(file.merge_method)
     found: dict[str, Dimension] = {}
     problems: list[str] = []
@@ -95,14 +96,21 @@ def search_space(file: MergeFile, text: str) -> tuple[Dimension, ...]:
         try:
             dimension = _dimension(file, method, spec)
             if dimension.name in found:
-                wrong = f"{dimension.name} is named twice"
-                raise MergeError(problem(_FLAG, text, wrong, "Name each option once"))
+                raise MergeError.at(
+                    _FLAG, text, f"{dimension.name} is named twice", fix="Name each option once"
+                )
             found[dimension.name] = dimension
         except MergeError as error:
             problems += error.problems
     if len({_option(method, name) for name in found}) < len(found) and not problems:
-        wrong = f"drop is 1 - density of {method.name}: one number under two names"
-        problems.append(problem(_FLAG, text, wrong, "Name one of them"))
+        problems.append(
+            format_problem(
+                _FLAG,
+                text,
+                f"drop is 1 - density of {method.name}: one number under two names",
+                fix="Name one of them",
+            )
+        )
     if problems:
         raise MergeError(*dict.fromkeys(problems))
     return tuple(found.values())
@@ -111,15 +119,23 @@ def search_space(file: MergeFile, text: str) -> tuple[Dimension, ...]:
 def _dimension(file: MergeFile, method: MergeMethod, spec: str) -> Dimension:
     match = _SPEC.fullmatch(spec)
     if match is None:
-        advice = "Write NAME or NAME=LOW:HIGH, e.g. scale=0.5:2"
-        raise MergeError(problem(_FLAG, spec, "not the name of an option", advice))
+        raise MergeError.at(
+            _FLAG,
+            spec,
+            "not the name of an option",
+            fix="Write NAME or NAME=LOW:HIGH, e.g. scale=0.5:2",
+        )
     name = match[1]
     option = _option(method, name)
     if option is None:
         known = searchable(method)
-        wrong = f"{method.name} has no such option that can be searched"
-        allowed = f"It has: {', '.join(known)}" if known else "It has none"
-        raise MergeError(problem(_FLAG, spec, wrong, allowed, did_you_mean(name, known)))
+        raise MergeError.at(
+            _FLAG,
+            spec,
+            f"{method.name} has no such option that can be searched",
+            allowed=f"It has: {', '.join(known)}" if known else "It has none",
+            fix=did_you_mean(name, known),
+        )
     low, high, log = _range(spec, name, match[2], match[3])
     start = 1.0 if name == SCALE else _start(file, method, name, option)
     return Dimension(name, low, high, start, log, open=name == SCALE and match[2] is None)
@@ -152,9 +168,9 @@ def _range(spec: str, name: str, low: str | None, high: str | None) -> tuple[flo
     if not first < last or not math.isfinite(last - first) or (log and first <= 0):
         wrong, allowed = "not a range", "Write NAME=LOW:HIGH with LOW below HIGH"
         above = " and above 0" if log else ""
-        raise MergeError(problem(_FLAG, spec, wrong, allowed + above))
+        raise MergeError.at(_FLAG, spec, wrong, fix=allowed + above)
     if bounded and not 0 <= first < last <= 1:
-        raise MergeError(problem(_FLAG, spec, "a part of a whole", "Allowed: within 0:1"))
+        raise MergeError.at(_FLAG, spec, "a part of a whole", allowed="Allowed: within 0:1")
     return first, last, log
 
 
@@ -162,17 +178,24 @@ def _start(file: MergeFile, method: MergeMethod, name: str, option: str) -> floa
     """Return the file's value of an option, its default where the file has none."""
     for path, scope in _scopes(file)[1:]:
         if option in scope:
-            wrong = "set for some models or tensors alone, where a search does not reach"
-            advice = f"Set parameters.{option} in its place, or do not search {name}"
-            raise MergeError(problem(f"{path}.{option}", scope[option], wrong, advice))
+            raise MergeError.at(
+                f"{path}.{option}",
+                scope[option],
+                "set for some models or tensors alone, where a search does not reach",
+                fix=f"Set parameters.{option} in its place, or do not search {name}",
+            )
     value: Any = file.parameters.get(option)
     if value is None:
         fields = method.options.model_fields.items()
         value = next(f.default for key, f in fields if option in (key, f.alias))
         value = value[0] if isinstance(value, tuple) else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        wrong = "not one number, which a search begins with"
-        raise MergeError(problem(f"parameters.{option}", value, wrong, f"Do not search {name}"))
+        raise MergeError.at(
+            f"parameters.{option}",
+            value,
+            "not one number, which a search begins with",
+            fix=f"Do not search {name}",
+        )
     return 1 - float(value) if name == DROP and option != DROP else float(value)
 
 
@@ -205,8 +228,12 @@ def _scaled(file: MergeFile, factor: float) -> MergeFile:
     others = [r.merge_method for r in file.rules if r.merge_method not in (None, KEEP_BASE)]
     knobs = {get_method(str(name)).scaled_by for name in (file.merge_method, *others)}
     if len(knobs) > 1:
-        wrong = f"{', '.join(dict.fromkeys(map(str, others)))} is not scaled as {file.merge_method}"
-        raise MergeError(problem(_FLAG, SCALE, wrong, "Search other options of this file"))
+        raise MergeError.at(
+            _FLAG,
+            SCALE,
+            f"{', '.join(dict.fromkeys(map(str, others)))} is not scaled as {file.merge_method}",
+            fix="Search other options of this file",
+        )
     knob = str(knobs.pop())
 
     def times(scope: dict[str, Any]) -> dict[str, Any]:

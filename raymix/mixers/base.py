@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean
 from raymix.recipe.plugins import MIXERS
 
 Shares = NDArray[np.float64]
@@ -163,14 +163,12 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
         _load_plugin(kind)
     if kind not in MIXERS.factories:
         known = known_mixers()
-        raise RecipeError(
-            problem(
-                "mixer.kind",
-                kind,
-                "not a mixer",
-                f"Known: {', '.join(known)}",
-                did_you_mean(kind, known),
-            )
+        raise RecipeError.at(
+            "mixer.kind",
+            kind,
+            "not a mixer",
+            allowed=f"Known: {', '.join(known)}",
+            fix=did_you_mean(kind, known),
         )
     return MIXERS.factories[kind](config, _with_targets(config, context))
 
@@ -183,10 +181,14 @@ def _with_targets(config: Any, context: MixerContext) -> MixerContext:
     for name in targets:
         if name not in known:
             near = did_you_mean(name, context.domains)
-            raise RecipeError(problem("mixer.targets", name, "no domain of the corpus", near))
+            raise RecipeError.at("mixer.targets", name, "no domain of the corpus", fix=near)
     if len(targets) == len(known):
-        advice = "Leave at least one domain to train on"
-        raise RecipeError(problem("mixer.targets", targets, "every domain is a target", advice))
+        raise RecipeError.at(
+            "mixer.targets",
+            targets,
+            "every domain is a target",
+            fix="Leave at least one domain to train on",
+        )
     return replace(context, targets=targets)
 
 
@@ -195,8 +197,9 @@ def _load_plugin(kind: str) -> None:
         try:
             MIXERS.factories.setdefault(kind, point.load())
         except (ImportError, AttributeError) as error:
-            wrong = f"its entry point {point.value!r} cannot be loaded ({error})"
-            raise RecipeError(problem("mixer.kind", kind, wrong)) from error
+            raise RecipeError.at(
+                "mixer.kind", kind, f"its entry point {point.value!r} cannot be loaded ({error})"
+            ) from error
 
 
 def describe(built: Mixer) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.mixers.base import MixerContext, Shares
 
 SUM_TOLERANCE = 1e-6
@@ -28,11 +28,11 @@ def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path:
     """
     problems = [*_unknown(weights, context, path), *_negative(weights, path)]
     problems += [
-        problem(
+        format_problem(
             f"{path}.{name}",
             weights[name],
             "a target is measured and never trained on",
-            "Its share must be 0",
+            fix="Its share must be 0",
         )
         for name in context.targets
         if weights.get(name, 0) > 0
@@ -42,14 +42,12 @@ def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path:
     total = math.fsum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE:
         left_out = [name for name in context.domains if name not in weights]
-        raise RecipeError(
-            problem(
-                path,
-                dict(list(weights.items())[: 4 * _MOST_SHOWN]),
-                f"the weights sum to {total:.6g}, not to 1",
-                f"Left out, so 0: {some(left_out)}" if left_out else "",
-                f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
-            )
+        raise RecipeError.at(
+            path,
+            dict(list(weights.items())[: 4 * _MOST_SHOWN]),
+            f"the weights sum to {total:.6g}, not to 1",
+            allowed=f"Left out, so 0: {some(left_out)}" if left_out else "",
+            fix=f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
         )
     return np.array([weights.get(name, 0.0) for name in context.domains]) / total
 
@@ -69,7 +67,9 @@ def values_by_name(
     if absent:
         advice = f"Give every domain one; missing: {some(absent)}"
         shown = dict(list(values.items())[:_MOST_SHOWN])
-        problems.append(problem(path, shown, f"{len(absent)} domains have no value", advice))
+        problems.append(
+            format_problem(path, shown, f"{len(absent)} domains have no value", fix=advice)
+        )
     if problems:
         raise RecipeError(*problems)
     return np.array([values.get(name, math.nan) for name in context.domains])
@@ -86,15 +86,17 @@ def _unknown(values: Mapping[str, float], context: MixerContext, path: str) -> I
     for name in unknown[:_MOST_SHOWN]:
         near = did_you_mean(name, context.domains)
         wrong, advice = "the corpus has no such domain", f"It has {some(context.domains)}"
-        yield problem(f"{path}.{name}", values[name], wrong, advice, near)
+        yield format_problem(f"{path}.{name}", values[name], wrong, allowed=advice, fix=near)
     if len(unknown) > _MOST_SHOWN:
         more = unknown[_MOST_SHOWN:]
-        yield problem(path, some(more, 3), f"{len(more)} more names are of no domain")
+        yield format_problem(path, some(more, 3), f"{len(more)} more names are of no domain")
 
 
 def _negative(values: Mapping[str, float], path: str) -> Iterable[str]:
     wrong = [name for name, value in values.items() if not 0 <= value < math.inf]
     for name in wrong[:_MOST_SHOWN]:
-        yield problem(f"{path}.{name}", values[name], "not a number >= 0")
+        yield format_problem(f"{path}.{name}", values[name], "not a number >= 0")
     if len(wrong) > _MOST_SHOWN:
-        yield problem(path, some(wrong[_MOST_SHOWN:], 3), "these are not numbers >= 0 either")
+        yield format_problem(
+            path, some(wrong[_MOST_SHOWN:], 3), "these are not numbers >= 0 either"
+        )

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from raymix._utils.yaml import MAX_BYTES, dump_yaml, parse_yaml
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
 from raymix.recipe.document import Recipe
 from raymix.recipe.mixer import DgaMixer, MixerConfig, ReplayMixer
@@ -139,19 +139,28 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecipeError(_unreadable(path, error)) from None
     if size > MAX_BYTES:
-        wrong = f"{size:,} bytes is too large for a recipe"
-        raise RecipeError(problem("recipe", path, wrong, "Data belongs in files that it names"))
+        raise RecipeError.at(
+            "recipe",
+            path,
+            f"{size:,} bytes is too large for a recipe",
+            fix="Data belongs in files that it names",
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        wrong = f"not UTF-8 text: byte {raw[error.start]:#04x} at line {line}"
-        raise RecipeError(problem("recipe", path, wrong, "A recipe is a YAML file")) from None
+        raise RecipeError.at(
+            "recipe",
+            path,
+            f"not UTF-8 text: byte {raw[error.start]:#04x} at line {line}",
+            fix="A recipe is a YAML file",
+        ) from None
     data = parse_yaml(text, name="recipe", value=path)
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds a {type(data).__name__}, not a mapping"
-        advice = "Write a new one with `raymix init FILE`"
-        raise RecipeError(problem("recipe", path, f"the file {found}", advice))
+        raise RecipeError.at(
+            "recipe", path, f"the file {found}", fix="Write a new one with `raymix init FILE`"
+        )
     return data
 
 
@@ -161,11 +170,11 @@ def _unreadable(path: str, error: OSError | ValueError) -> str:
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         recipes = [name for name in names if name.endswith((".yaml", ".yml"))]
         near = did_you_mean(os.path.basename(path), recipes)
-        return problem("recipe", path, "no such file", near)
+        return format_problem("recipe", path, "no such file", fix=near)
     if isinstance(error, IsADirectoryError):
-        return problem("recipe", path, "a directory", "Name the YAML file in it")
+        return format_problem("recipe", path, "a directory", fix="Name the YAML file in it")
     reason = error.strerror if isinstance(error, OSError) else error
-    return problem("recipe", path, f"cannot be read: {reason}")
+    return format_problem("recipe", path, f"cannot be read: {reason}")
 
 
 def _call(source: str) -> Recipe:
@@ -175,18 +184,25 @@ def _call(source: str) -> Recipe:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
-            advice = "Give a YAML file, or a module that Python finds from here"
-            raise RecipeError(problem("recipe", source, str(error), advice)) from error
+            raise RecipeError.at(
+                "recipe",
+                source,
+                str(error),
+                fix="Give a YAML file, or a module that Python finds from here",
+            ) from error
         function = getattr(module, function_name, None)
         if not callable(function):
             known = [name for name, item in vars(module).items() if callable(item)]
             wrong = f"module {module_name!r} has no function {function_name!r}"
             near = did_you_mean(function_name, known)
-            raise RecipeError(problem("recipe", source, wrong, near))
+            raise RecipeError.at("recipe", source, wrong, fix=near)
         recipe = function()
     if not isinstance(recipe, Recipe):
-        wrong = f"the function returned a {type(recipe).__name__}, not a raymix.Recipe"
-        raise RecipeError(problem("recipe", source, wrong))
+        raise RecipeError.at(
+            "recipe",
+            source,
+            f"the function returned a {type(recipe).__name__}, not a raymix.Recipe",
+        )
     return recipe
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from raymix._utils.yaml import parse_yaml
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.recipe.describe import Spot, tag_of
 from raymix.recipe.document import Recipe
 from raymix.recipe.plugins import OpenTo, PluginMixer
@@ -40,8 +40,12 @@ def apply_overrides(
 def _split(override: str) -> tuple[str, Any]:
     path, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(path.split(".")):
-        advice = "Write FIELD=VALUE, e.g. train.steps=200"
-        raise RecipeError(problem("override", override, "not a change of a field", advice))
+        raise RecipeError.at(
+            "override",
+            override,
+            "not a change of a field",
+            fix="Write FIELD=VALUE, e.g. train.steps=200",
+        )
     try:
         return path, parse_yaml(text, name=path, value=text)
     except RecipeError:
@@ -88,7 +92,7 @@ def _next_key(node: Any, keys: Sequence[str], at: str) -> tuple[Any, int]:
         wrong = f"{at} is a list of {len(node)}: the index may be 0 to {len(node)}"
     else:
         return int(keys[0]), 1
-    raise RecipeError(problem("override", path, wrong, f"Or set {at} as a whole"))
+    raise RecipeError.at("override", path, wrong, fix=f"Or set {at} as a whole")
 
 
 def _member(spot: Spot, node: Any) -> Spot:

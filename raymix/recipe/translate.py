@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from raymix.errors import did_you_mean, problem
+from raymix.errors import did_you_mean, format_problem, problem
 from raymix.recipe.base import Fault, Faults
 from raymix.recipe.describe import Spot, describe, field_paths, tag_of
 from raymix.recipe.plugins import OpenTo
@@ -175,7 +175,11 @@ def _message(item: _ErrorLocation, root: Spot) -> list[str]:
         kind = "finite_number"
     wrong = _WRONG.get(kind) or _wrong_of_choice(kind, item, error)
     near = _near_choice(item.spot, value)
-    return [problem(name, brief(value), wrong, f"Allowed: {describe(item.spot)}", near)]
+    return [
+        format_problem(
+            name, brief(value), wrong, allowed=f"Allowed: {describe(item.spot)}", fix=near
+        )
+    ]
 
 
 def _wrong_of_choice(kind: str, item: _ErrorLocation, error: ErrorDetails) -> str:
@@ -203,8 +207,12 @@ def _unknown_key(item: _ErrorLocation, name: str, root: Spot) -> str:
     known = list(model.model_fields) if model else []
     section = "".join(f"{part}." for part in item.path[:-1])
     near = did_you_mean(name, [section + field for field in known]) or _elsewhere(key, root)
-    return problem(
-        name, brief(item.error["input"]), "unknown key", near, f"Known: {', '.join(known)}"
+    return format_problem(
+        name,
+        brief(item.error["input"]),
+        "unknown key",
+        allowed=near,
+        fix=f"Known: {', '.join(known)}",
     )
 
 
@@ -222,16 +230,20 @@ def _unknown_kind(item: _ErrorLocation, name: str) -> str:
     known += [kind for m in item.spot.metadata if isinstance(m, OpenTo) for kind in m.others()]
     name = f"{name}.{key}"
     if item.error["type"] == "union_tag_not_found":
-        return problem(name, MISSING, "required", f"Known: {', '.join(known)}")
+        return format_problem(name, MISSING, "required", allowed=f"Known: {', '.join(known)}")
     tag = item.error["input"][key]
     near = did_you_mean(tag, known) if isinstance(tag, str) else ""
-    return problem(name, brief(tag), "not known", near, f"Known: {', '.join(known)}")
+    return format_problem(
+        name, brief(tag), "not known", allowed=near, fix=f"Known: {', '.join(known)}"
+    )
 
 
 def _missing(item: _ErrorLocation, name: str) -> str:
     field = item.parent.model.model_fields[str(item.path[-1])] if item.parent.model else None
     meaning = field.description if field is not None and field.description else ""
-    return problem(name, MISSING, "required", f"Give {describe(item.spot)}", meaning)
+    return format_problem(
+        name, MISSING, "required", allowed=f"Give {describe(item.spot)}", fix=meaning
+    )
 
 
 def known_names(names: Sequence[str], limit: int = 20) -> str:

@@ -63,7 +63,7 @@ from operator import add, ge, sub
 
 import numpy as np
 
-from raymix.errors import CorpusError, RecipeError, problem
+from raymix.errors import CorpusError, RecipeError, format_problem
 from raymix.sampling.closed_form import MOST_DOMAINS, closed_form
 from raymix.sampling.shares import SHARE_BITS, Ints, restricted
 
@@ -114,10 +114,8 @@ class Allocator:
             RecipeError: If `budget` is too large for 64-bit arithmetic.
         """
         if not 1 <= budget <= _MOST - self.count_D.size:
-            raise RecipeError(
-                problem(
-                    "data.rows_per_step", budget, f"not between 1 and {_MOST - self.count_D.size}"
-                )
+            raise RecipeError.at(
+                "data.rows_per_step", budget, f"not between 1 and {_MOST - self.count_D.size}"
             )
         counts_SD = np.zeros((n_steps, self.count_D.size), dtype=np.int64)
         done = 0
@@ -215,12 +213,14 @@ class Allocator:
     def _used_up(self, q_D: Ints, budget: int, step: int) -> str:
         used = np.flatnonzero(q_D)
         names = [self._names[at] if self._names else f"#{at}" for at in used[:8].tolist()]
-        return problem(
+        return format_problem(
             "step",
             step,
-            f"the domains with a share ({', '.join(names)}{', ...' if used.size > 8 else ''}) "
-            f"have reached their limits and cannot fill a batch of {budget} rows",
-            "Raise data.max_epochs, train fewer tokens, or give other domains a share",
+            (
+                f"the domains with a share ({', '.join(names)}{', ...' if used.size > 8 else ''}) "
+                f"have reached their limits and cannot fill a batch of {budget} rows"
+            ),
+            fix="Raise data.max_epochs, train fewer tokens, or give other domains a share",
         )
 
 

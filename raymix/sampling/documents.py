@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, format_problem
 from raymix.sampling.allocate import NO_LIMIT
 from raymix.sampling.mixture_log import MixtureLog
 from raymix.sampling.order import CorpusOrder, DomainOrder
@@ -170,12 +170,14 @@ class DocumentPlanner:
         return self._shares[1]
 
     def _used_up(self) -> str:
-        return problem(
+        return format_problem(
             "step",
             self.step,
-            f"the domains with a share have reached their limits and cannot fill a batch of "
-            f"{self._tokens} tokens",
-            "Raise data.max_epochs, train fewer tokens, or give other domains a share",
+            (
+                f"the domains with a share have reached their limits and cannot fill a batch of "
+                f"{self._tokens} tokens"
+            ),
+            fix="Raise data.max_epochs, train fewer tokens, or give other domains a share",
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raymix._utils.json import parse_json
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, format_problem
 
 _TOLERANCE = 1e-6
 
@@ -171,9 +171,9 @@ def _entry(raw: dict[str, Any], domains: tuple[str, ...]) -> MixtureEntry:
 
 
 def _bad_line(path: str, number: int, text: str, wrong: str) -> str:
-    return problem(
+    return format_problem(
         f"{path}:{number}",
         text[:80],
         f"not an entry of a mixture log ({wrong})",
-        "Restore the file, or start a new run directory",
+        fix="Restore the file, or start a new run directory",
     )

@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError
 from raymix.sampling._bits import LARGEST, U64, Radix, mix64, mix_int, permute
 from raymix.sampling.shares import Ints
 
@@ -40,13 +40,11 @@ class DomainGeometry:
 
     def __post_init__(self) -> None:
         if self.units < 1 or self.group_units < 1:
-            raise CorpusError(
-                problem(
-                    f"corpus.{self.name}",
-                    self.units,
-                    f"no samples (in groups of {self.group_units})",
-                    "Every domain needs at least one row or document of training data",
-                )
+            raise CorpusError.at(
+                f"corpus.{self.name}",
+                self.units,
+                f"no samples (in groups of {self.group_units})",
+                fix="Every domain needs at least one row or document of training data",
             )
 
     @property
@@ -89,8 +87,8 @@ class CorpusOrder:
         size = np.array([g.group_units for g in geometries], dtype=np.int64)
         full = units // size
         if (full > LARGEST).any() or (size > LARGEST).any():
-            raise CorpusError(
-                problem("corpus", int(full.max()), f"more than {LARGEST} blocks or rows in a block")
+            raise CorpusError.at(
+                "corpus", int(full.max()), f"more than {LARGEST} blocks or rows in a block"
             )
         # A window of more groups than there are is one of all groups.
         width = np.minimum(np.minimum(window, full + 1), np.maximum(1, LARGEST // size))

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.errors import ScheduleError, did_you_mean
 from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import Placement
 from raymix.schedule.layout import Ints, Layout
@@ -84,8 +84,9 @@ def get_planner(name: str) -> Planner:
     if name not in _PLANNERS:
         known = known_planners()
         near = did_you_mean(name, known)
-        wrong = "not a planner"
-        raise ScheduleError(problem("planner", name, wrong, f"Known: {', '.join(known)}", near))
+        raise ScheduleError.at(
+            "planner", name, "not a planner", allowed=f"Known: {', '.join(known)}", fix=near
+        )
     return _PLANNERS[name]
 
 

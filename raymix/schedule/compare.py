@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 from raymix.schedule.base import get_planner, known_planners
 from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import lower_bound
@@ -130,7 +130,7 @@ def compare_planners(
     length_K = checked_lengths(lengths, layout, cost)
     for name, value in (("lengths", length_K.size), ("batch", batch), ("steps", steps)):
         if value < 1:
-            raise ScheduleError(problem(name, value, "at least one is needed"))
+            raise ScheduleError.at(name, value, "at least one is needed")
     left_out: dict[str, str] = {}
     wanted = list(planners or known_planners())
     if not planners and batch > MOST_EXACT:

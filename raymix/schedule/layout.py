@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.errors import ScheduleError, did_you_mean
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -43,22 +43,23 @@ class Layout:
         for name in ("groups", "context"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ScheduleError(problem(f"layout.{name}", value, "not a whole number >= 1"))
+                raise ScheduleError.at(f"layout.{name}", value, "not a whole number >= 1")
         if self.barrier not in get_args(Barrier):
             known = get_args(Barrier)
-            raise ScheduleError(
-                problem(
-                    "layout.barrier",
-                    self.barrier,
-                    "not a barrier",
-                    f"Known: {', '.join(known)}",
-                    did_you_mean(str(self.barrier), known),
-                )
+            raise ScheduleError.at(
+                "layout.barrier",
+                self.barrier,
+                "not a barrier",
+                allowed=f"Known: {', '.join(known)}",
+                fix=did_you_mean(str(self.barrier), known),
             )
         for width in self.widths:
             if width < 1 or self.context % width:
-                wrong = f"{width} does not divide the {self.context} ranks of a group"
-                raise ScheduleError(problem("layout.widths", self.widths, wrong))
+                raise ScheduleError.at(
+                    "layout.widths",
+                    self.widths,
+                    f"{width} does not divide the {self.context} ranks of a group",
+                )
         object.__setattr__(self, "widths", tuple(sorted({1, *self.widths, self.context})))
 
     @property

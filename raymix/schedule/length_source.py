@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from raymix._utils.json import parse_json
-from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.errors import ScheduleError, did_you_mean
 from raymix.schedule.layout import Ints
 from raymix.schedule.lengths import known_distributions, sample_lengths
 
@@ -42,15 +42,19 @@ def read_lengths(source: str, *, seed: int = 0) -> Ints:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         known = known_distributions()
-        allowed = f"Allowed: {', '.join(known)}, or a file that ends in {', '.join(SUFFIXES)}"
-        wrong = "neither a distribution nor a file of lengths"
-        raise ScheduleError(problem("lengths", source, wrong, allowed, did_you_mean(source, known)))
+        raise ScheduleError.at(
+            "lengths",
+            source,
+            "neither a distribution nor a file of lengths",
+            allowed=f"Allowed: {', '.join(known)}, or a file that ends in {', '.join(SUFFIXES)}",
+            fix=did_you_mean(source, known),
+        )
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
-        raise ScheduleError(problem("lengths", source, "no such file")) from error
+        raise ScheduleError.at("lengths", source, "no such file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(problem("lengths", source, f"cannot be read: {error}")) from error
+        raise ScheduleError.at("lengths", source, f"cannot be read: {error}") from error
     readers = {".txt": _from_text, ".csv": _from_csv, ".json": _from_json}
     return _whole(readers[suffix](text, source), source)
 
@@ -68,8 +72,12 @@ def _from_csv(text: str, source: str) -> list[Any]:
     if found:
         return [row[found[0]] if found[0] < len(row) else "" for row in rows[1:]]
     if len(names) > 1:
-        wrong = f"no column of lengths among {', '.join(names)}"
-        raise ScheduleError(problem("lengths", source, wrong, f"Name one {' or '.join(_COLUMNS)}"))
+        raise ScheduleError.at(
+            "lengths",
+            source,
+            f"no column of lengths among {', '.join(names)}",
+            fix=f"Name one {' or '.join(_COLUMNS)}",
+        )
     return [row[0] for row in (rows if names[0].isdigit() else rows[1:])]
 
 
@@ -77,22 +85,27 @@ def _from_json(text: str, source: str) -> list[Any]:
     try:
         document = parse_json(text)
     except ValueError as error:
-        raise ScheduleError(problem("lengths", source, f"not JSON: {error}")) from error
+        raise ScheduleError.at("lengths", source, f"not JSON: {error}") from error
     if isinstance(document, dict):
         found = [document[name] for name in _COLUMNS if name in document]
         document = found[0] if found else None
     if not isinstance(document, list):
-        allowed = f"Allowed: a list, or an object with one under {' or '.join(_COLUMNS)}"
-        raise ScheduleError(problem("lengths", source, "no list of lengths", allowed))
+        raise ScheduleError.at(
+            "lengths",
+            source,
+            "no list of lengths",
+            allowed=f"Allowed: a list, or an object with one under {' or '.join(_COLUMNS)}",
+        )
     return document
 
 
 def _whole(values: list[Any], source: str) -> Ints:
     if not values:
-        raise ScheduleError(problem("lengths", source, "the file holds no lengths"))
+        raise ScheduleError.at("lengths", source, "the file holds no lengths")
     for number, value in enumerate(values, start=1):
         text = "" if isinstance(value, bool) else str(value).strip()
         if not text.isdigit() or int(text) < 1:
-            wrong = f"entry {number}, {value!r}, is not a whole number >= 1"
-            raise ScheduleError(problem("lengths", source, wrong))
+            raise ScheduleError.at(
+                "lengths", source, f"entry {number}, {value!r}, is not a whole number >= 1"
+            )
     return np.array([int(value) for value in values], dtype=np.int64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.errors import ScheduleError, did_you_mean
 from raymix.schedule.layout import Ints
 
 # Upper ends of bins in tokens with cumulative shares in per cent.
@@ -63,8 +63,9 @@ def sample_lengths(name: str, count: int, *, seed: int, longest: int | None = No
     if name not in _TABLES:
         known = known_distributions()
         near = did_you_mean(name, known)
-        wrong = "not a distribution"
-        raise ScheduleError(problem("lengths", name, wrong, f"Known: {', '.join(known)}", near))
+        raise ScheduleError.at(
+            "lengths", name, "not a distribution", allowed=f"Known: {', '.join(known)}", fix=near
+        )
     ends, shares = np.array(_TABLES[name]).T
     drawn = np.random.default_rng(seed).random(count) * 100
     lengths = np.exp(np.interp(drawn, shares, np.log(ends))).astype(np.int64)

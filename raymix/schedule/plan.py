@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError, format_problem
 from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import Placement, Timing, timing
 from raymix.schedule.layout import Ints, Layout
@@ -98,8 +98,9 @@ class Schedule:
             ScheduleError: If the layout has no such rank.
         """
         if not 0 <= rank < self.layout.ranks:
-            wrong = f"the layout has ranks 0 to {self.layout.ranks - 1}"
-            raise ScheduleError(problem("rank", rank, wrong))
+            raise ScheduleError.at(
+                "rank", rank, f"the layout has ranks 0 to {self.layout.ranks - 1}"
+            )
         at = self.placed
         mine = np.flatnonzero((at.first_K <= rank) & (rank < at.first_K + at.width_K))
         local: list[list[int]] = [[] for _ in range(self.micro_steps)]
@@ -136,11 +137,13 @@ class Schedule:
         length_K = np.asarray(lengths, dtype=np.int64)
         faults = []
         if not np.array_equal(length_K, self.length_K) or layout != self.layout:
-            faults.append(problem("schedule", self.planner, "made for other lengths or a layout"))
+            faults.append(
+                format_problem("schedule", self.planner, "made for other lengths or a layout")
+            )
             raise ScheduleError(*faults)
         at = self.placed
         if {x.shape for x in (at.micro_K, at.first_K, at.width_K)} != {length_K.shape}:
-            raise ScheduleError(problem("schedule", self.planner, "not one place per sequence"))
+            raise ScheduleError.at("schedule", self.planner, "not one place per sequence")
         wrong_K = (
             (at.micro_K < 0)
             | (at.first_K < 0)
@@ -151,19 +154,28 @@ class Schedule:
         if wrong_K.any():
             k = int(wrong_K.argmax())
             where = (int(at.micro_K[k]), int(at.first_K[k]), int(at.width_K[k]))
-            raise ScheduleError(problem(f"schedule.placed[{k}]", where, "no place of the layout"))
+            raise ScheduleError.at(f"schedule.placed[{k}]", where, "no place of the layout")
         again = timing(length_K, at, layout, cost)
         if over := int((again.tokens_MR > cost.memory_tokens).sum()):
             most = int(again.tokens_MR.max())
-            wrong = (
-                f"{over} micro-batches over the {cost.memory_tokens} tokens that a rank can hold"
+            faults.append(
+                format_problem(
+                    "schedule.tokens",
+                    most,
+                    f"{over} micro-batches over the {cost.memory_tokens} tokens that a rank "
+                    f"can hold",
+                )
             )
-            faults.append(problem("schedule.tokens", most, wrong))
         if not np.array_equal(again.tokens_MR, self.timing.tokens_MR) or not np.isclose(
             again.seconds, self.seconds, rtol=1e-9
         ):
-            wrong = f"the cost model says {again.seconds:.6g}, or other tokens per rank"
-            faults.append(problem("schedule.seconds", self.seconds, wrong))
+            faults.append(
+                format_problem(
+                    "schedule.seconds",
+                    self.seconds,
+                    f"the cost model says {again.seconds:.6g}, or other tokens per rank",
+                )
+            )
         if faults:
             raise ScheduleError(*faults)
 
@@ -191,20 +203,24 @@ def checked_lengths(lengths: ArrayLike, layout: Layout, cost: CostModel) -> Ints
     given = np.asarray(lengths)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         shown = f"{given.dtype} of shape {given.shape}"
-        raise ScheduleError(problem("lengths", shown, "not a flat list of whole numbers"))
+        raise ScheduleError.at("lengths", shown, "not a flat list of whole numbers")
     length_K = given.astype(np.int64)
     if not length_K.size:
         return length_K
     if (short := int(length_K.min())) < 1:
         at = int(length_K.argmin())
-        raise ScheduleError(problem(f"lengths[{at}]", short, "a sequence has at least one token"))
+        raise ScheduleError.at(f"lengths[{at}]", short, "a sequence has at least one token")
     room = layout.context * cost.memory_tokens
     if (longest := int(length_K.max())) > room:
         at = int(length_K.argmax())
-        wrong = (
-            f"longer than the {layout.context} x {cost.memory_tokens} = {room} tokens that a whole "
-            f"group of ranks can hold; {int((length_K > room).sum())} of {length_K.size} are"
+        raise ScheduleError.at(
+            f"lengths[{at}]",
+            longest,
+            (
+                f"longer than the {layout.context} x {cost.memory_tokens} = {room} tokens that "
+                "a whole group of ranks can hold; "
+                f"{int((length_K > room).sum())} of {length_K.size} are"
+            ),
+            fix="Raise layout.context or cost.memory_tokens, or cut the sequence",
         )
-        advice = "Raise layout.context or cost.memory_tokens, or cut the sequence"
-        raise ScheduleError(problem(f"lengths[{at}]", longest, wrong, advice))
     return length_K

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from raymix.errors import TrainingError, problem
+from raymix.errors import TrainingError
 from raymix.signals.functions import Lookup, Product, Scale, Shift, Use
 from raymix.signals.gram import PassGram
 from raymix.signals.layout import Split
@@ -203,8 +203,9 @@ class Capture(TorchFunctionMode):
             TrainingError: Always.
         """
         fault = f"no pieces for the parameter {name!r}: {wrong}"
-        advice = "Measure in mode 'backward' or 'last_layer'"
-        raise TrainingError(problem("signals.mode", "exact", fault, advice))
+        raise TrainingError.at(
+            "signals.mode", "exact", fault, fix="Measure in mode 'backward' or 'last_layer'"
+        )
 
     # What follows serves the handlers below.
 

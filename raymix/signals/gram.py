@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from raymix.errors import TrainingError, problem
+from raymix.errors import TrainingError
 from raymix.signals.layout import PieceLayout, Split
 
 CPU_TILE_BYTES, GPU_TILE_BYTES = 128 * 1024**2, 1024**3
@@ -115,9 +115,12 @@ class PassGram:
             raise RuntimeError("the forward pass used no parameter that was to be measured")
         for shared in self._shared.values():
             if not shared.done:
-                wrong = f"the backward pass reached only some uses of {shared.name!r}"
-                advice = "Measure in mode 'backward' or 'last_layer'"
-                raise TrainingError(problem("signals.mode", "exact", wrong, advice))
+                raise TrainingError.at(
+                    "signals.mode",
+                    "exact",
+                    f"the backward pass reached only some uses of {shared.name!r}",
+                    fix="Measure in mode 'backward' or 'last_layer'",
+                )
         gram_PP = torch.zeros(n_pieces + 1, n_pieces + 1, dtype=torch.float64)
         if self._gram_SS is not None:
             # Rows of no piece are numbered -1: the last row and column, which go.

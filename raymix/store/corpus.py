@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.errors import CorpusError, did_you_mean
 from raymix.store.block import Block
 from raymix.store.columns import read_lengths
 from raymix.store.loss_mask import LOSS_MASK_FILE, LossMask, read_loss_mask
@@ -77,12 +77,15 @@ class Corpus:
         """
         if domain not in self.manifest.domains:
             known = ", ".join(self.domain_names)
-            hint = did_you_mean(domain, self.domain_names)
-            raise CorpusError(
-                problem("domain", domain, "not in the corpus", f"it holds: {known}", hint)
+            raise CorpusError.at(
+                "domain",
+                domain,
+                "not in the corpus",
+                allowed=f"it holds: {known}",
+                fix=did_you_mean(domain, self.domain_names),
             )
         if split not in ("train", "valid"):
-            raise CorpusError(problem("split", split, "not a split", "allowed: train, valid"))
+            raise CorpusError.at("split", split, "not a split", allowed="allowed: train, valid")
         info = self.manifest.domains[domain]
         return info.train if split == "train" else info.valid
 
@@ -94,8 +97,8 @@ class Corpus:
         """
         info = self.split(domain, split)
         if not 0 <= block < info.blocks:
-            raise CorpusError(
-                problem(f"{domain}.{split}.block", block, f"the split has {info.blocks} blocks")
+            raise CorpusError.at(
+                f"{domain}.{split}.block", block, f"the split has {info.blocks} blocks"
             )
         ends = self._ends.get((domain, split))
         if ends is None:
@@ -194,11 +197,9 @@ class Corpus:
 
     def _corrupt(self, file: str, row: int | None, why: str) -> CorpusError:
         where = "" if row is None else f", block {row} of the file"
-        return CorpusError(
-            problem(
-                "corpus.path",
-                self.path,
-                f"{file}{where} is corrupt: {why}",
-                "restore the file or prepare the corpus again",
-            )
+        return CorpusError.at(
+            "corpus.path",
+            self.path,
+            f"{file}{where} is corrupt: {why}",
+            fix="restore the file or prepare the corpus again",
         )

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from raymix._utils.json import parse_json
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError
 from raymix.store.remote import files
 
 FORMAT = 1
@@ -171,13 +171,11 @@ def read_manifest(corpus: str) -> Manifest:
     try:
         document = parse_json(files.read_bytes(files.join(corpus, MANIFEST)))
     except FileNotFoundError as error:
-        raise CorpusError(
-            problem(
-                "corpus.path",
-                corpus,
-                f"no prepared corpus is here ({MANIFEST} is absent)",
-                "run `raymix prepare` on the recipe",
-            )
+        raise CorpusError.at(
+            "corpus.path",
+            corpus,
+            f"no prepared corpus is here ({MANIFEST} is absent)",
+            fix="run `raymix prepare` on the recipe",
         ) from error
     except ValueError as error:
         raise _damaged(corpus, error) from error
@@ -191,13 +189,11 @@ def read_manifest(corpus: str) -> Manifest:
 
 def _check_format(corpus: str, found: int) -> None:
     if found > FORMAT:
-        raise CorpusError(
-            problem(
-                "corpus.path",
-                corpus,
-                f"the corpus has format {found}, this raymix reads up to {FORMAT}",
-                "upgrade raymix or prepare the corpus again",
-            )
+        raise CorpusError.at(
+            "corpus.path",
+            corpus,
+            f"the corpus has format {found}, this raymix reads up to {FORMAT}",
+            fix="upgrade raymix or prepare the corpus again",
         )
 
 
@@ -206,11 +202,6 @@ def _damaged(corpus: str, error: Exception) -> CorpusError:
     if isinstance(error, ValidationError):
         found = error.errors(include_url=False, include_context=False, include_input=False)[0]
         first = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
-    return CorpusError(
-        problem(
-            "corpus.path",
-            corpus,
-            f"{MANIFEST} is damaged ({first})",
-            "prepare the corpus again",
-        )
+    return CorpusError.at(
+        "corpus.path", corpus, f"{MANIFEST} is damaged ({first})", fix="prepare the corpus again"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.store.remote import files
@@ -83,9 +83,12 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
         return False
     state = found[1]
     if state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
-        wrong = f"its content is not that of the checkpoint at step {state.step:,}"
-        advice = "Restore the corpus, set data.accept_changed_corpus, or use --if-exists new"
-        raise CorpusError(problem("corpus.path", recipe.corpus.path, wrong, advice))
+        raise CorpusError.at(
+            "corpus.path",
+            recipe.corpus.path,
+            f"its content is not that of the checkpoint at step {state.step:,}",
+            fix="Restore the corpus, set data.accept_changed_corpus, or use --if-exists new",
+        )
     if state.step < steps:
         _say(f"going on from step {state.step:,} of {steps:,} in {run.where}")
         return False

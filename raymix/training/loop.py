@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raymix.errors import TrainingError, problem
+from raymix.errors import TrainingError
 from raymix.mixers import DomainStats
 from raymix.recipe import Recipe
 from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
@@ -236,8 +236,12 @@ class TrainingLoop:
                 self._parts.recorder.lengths(batch.step + 1, batch.lengths)
 
     def _blown_up(self, wrong: str) -> TrainingError:
-        advice = "Lower train.lr, warm up longer, or clip harder"
-        return TrainingError(problem("train.lr", self._parts.recipe.train.lr, wrong, advice))
+        return TrainingError.at(
+            "train.lr",
+            self._parts.recipe.train.lr,
+            wrong,
+            fix="Lower train.lr, warm up longer, or clip harder",
+        )
 
     def _line(
         self, flying: _Flying, sums: StepSums, loss: float, seconds: float

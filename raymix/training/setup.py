@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.optim import Optimizer
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
 from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
 from raymix.signals import adam_preconditioner
@@ -258,15 +258,14 @@ def _model(
     flops = measure_model(model, facts.sequence_length).flops_per_token
     traits = probe_model(model)
     if not traits.isolates_documents:
-        wrong = f"documents packed into one row would see each other in {model.config.model_type}"
-        raise RecipeError(
-            problem(
-                "model.type",
-                model.config.model_type,
-                wrong,
+        raise RecipeError.at(
+            "model.type",
+            model.config.model_type,
+            f"documents packed into one row would see each other in {model.config.model_type}",
+            fix=(
                 "Take a type with rotary or learned positions and plain attention, such as llama, "
-                "qwen3 or gpt2",
-            )
+                "qwen3 or gpt2"
+            ),
         )
     return model, flops, traits
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raymix.corpus.console import short
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 from raymix.training.plan.domain_sizes import DomainSizes, prepared_sizes
@@ -27,8 +27,9 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     """
     found = newest(run)
     if found is None:
-        wrong = "the run has no whole checkpoint"
-        raise RecipeError(problem("run", run.where, wrong, "Train it first"))
+        raise RecipeError.at(
+            "run", run.where, "the run has no whole checkpoint", fix="Train it first"
+        )
     _, state = found
     recipe = run.recipe()
     corpus = Corpus.open(recipe.corpus.path)

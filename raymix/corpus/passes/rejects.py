@@ -10,7 +10,7 @@ from typing import Any
 
 from raymix.corpus.passes.tokenize import REJECTS_KEPT, PartCounts, read_counts
 from raymix.corpus.read.parts import Part
-from raymix.errors import problem
+from raymix.errors import format_problem
 from raymix.store import atomic_write_text
 from raymix.store.remote import files
 
@@ -81,11 +81,11 @@ def too_many(
     unit = "row" if "row" in first else "line"
     where = f"{first['file']}, {unit} {first[unit]}"
     return [
-        problem(
+        format_problem(
             "corpus.max_rejected",
             limit,
             f"{bad:,} of {records:,} records of domain {domain!r} are bad ({counts})",
-            f"The first is {where}: {first['reason']}: {first['excerpt']!r}",
-            f"more are in {domain}/{FILE}; mend the source or raise the limit",
+            allowed=f"The first is {where}: {first['reason']}: {first['excerpt']!r}",
+            fix=f"more are in {domain}/{FILE}; mend the source or raise the limit",
         )
     ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymix._utils.json import parse_json
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig
 from raymix.store.remote import files
 
@@ -166,8 +166,12 @@ def save_template(config: CorpusConfig) -> str:
         return ""
     source = _template(config.path)
     if source is None:
-        wrong = f"the tokenizer has no chat template, and {chats[0]!r} holds conversations"
-        raise CorpusError(problem("corpus.chat_template", None, wrong, _ADVICE))
+        raise CorpusError.at(
+            "corpus.chat_template",
+            None,
+            f"the tokenizer has no chat template, and {chats[0]!r} holds conversations",
+            fix=_ADVICE,
+        )
     return hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
 
 
@@ -175,8 +179,12 @@ def _read(path: str) -> str:
     try:
         return files.read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:
-        wrong = f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
-        raise CorpusError(problem("corpus.chat_template", path, wrong, _ADVICE)) from error
+        raise CorpusError.at(
+            "corpus.chat_template",
+            path,
+            f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
+            fix=_ADVICE,
+        ) from error
 
 
 def _template(corpus: str) -> str | None:
@@ -209,8 +217,9 @@ def saved_template(corpus: str, name: str) -> ChatTemplate:
     """
     source = _template(corpus)
     if source is None:
-        wrong = f"the chat template {name} is gone"
-        raise CorpusError(problem("corpus.path", corpus, wrong, "Prepare it again"))
+        raise CorpusError.at(
+            "corpus.path", corpus, f"the chat template {name} is gone", fix="Prepare it again"
+        )
     settings, special = _settings(corpus), dict[str, str]()
     for key in _SPECIAL:
         token = settings.get(key)

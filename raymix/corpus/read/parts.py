@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymix.corpus.read.sources import DomainSources, SourceFile
-from raymix.errors import CorpusError, RaymixError, problem
+from raymix.errors import CorpusError, RaymixError
 from raymix.recipe import DomainConfig
 from raymix.store.remote import files
 from raymix.store.remote.errors import storage_errors
@@ -162,13 +162,11 @@ def _guarded(file: SourceFile, read: Callable[[], list[FileSlice]]) -> list[File
 def unreadable(file: SourceFile, error: BaseException) -> RaymixError:
     """Return the error for a file that cannot be read as what its name says."""
     first = (str(error) or type(error).__name__).splitlines()[0]
-    return storage_errors(file.url, error, "file") or CorpusError(
-        problem(
-            "file",
-            file.url,
-            f"cannot be read as {file.format}: {first}",
-            "restore the file, or leave it out",
-        )
+    return storage_errors(file.url, error, "file") or CorpusError.at(
+        "file",
+        file.url,
+        f"cannot be read as {file.format}: {first}",
+        fix="restore the file, or leave it out",
     )
 
 
@@ -225,16 +223,19 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
         fits = _is_text(kind)
         wanted = "text"
     if not fits:
-        advice = f"the columns found are {', '.join(schema.names)}"
-        wrong = f"the column is of type {kind} in {file.url}, not {wanted}"
-        raise CorpusError(problem(field, column, wrong, advice))
+        raise CorpusError.at(
+            field,
+            column,
+            f"the column is of type {kind} in {file.url}, not {wanted}",
+            fix=f"the columns found are {', '.join(schema.names)}",
+        )
 
 
 def no_column(field: str, column: str, file: SourceFile, found: Iterable[str]) -> CorpusError:
     """Return the error for a column that a file lacks."""
     names = ", ".join(found) or "none"
-    return CorpusError(
-        problem(field, column, f"no such column in {file.url}", f"the columns found are: {names}")
+    return CorpusError.at(
+        field, column, f"no such column in {file.url}", fix=f"the columns found are: {names}"
     )
 
 

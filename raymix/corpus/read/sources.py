@@ -11,7 +11,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.errors import CorpusError, did_you_mean, format_problem
 from raymix.recipe import CorpusConfig, DomainConfig
 from raymix.store.remote import files
 from raymix.store.remote.errors import storage_errors
@@ -115,17 +115,19 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
         return domain.format, compression
     kind = _FORMATS.get(endings[-1]) if endings else None
     if kind == "text" and domain.column_field != "text_column":
-        wrong = f"a text file has no column {domain.column!r}"
-        raise CorpusError(problem(path, url, wrong, "columns come in parquet, jsonl or arrow"))
+        raise CorpusError.at(
+            path,
+            url,
+            f"a text file has no column {domain.column!r}",
+            fix="columns come in parquet, jsonl or arrow",
+        )
     if kind is None:
-        raise CorpusError(
-            problem(
-                path,
-                url,
-                "the ending of the file's name tells no format",
-                f"known endings: {', '.join(_FORMATS)}, also with {', '.join(_COMPRESSIONS)}",
-                f"set `format` of domain {domain.name!r} to parquet, jsonl, text or arrow",
-            )
+        raise CorpusError.at(
+            path,
+            url,
+            "the ending of the file's name tells no format",
+            allowed=f"known endings: {', '.join(_FORMATS)}, also with {', '.join(_COMPRESSIONS)}",
+            fix=f"set `format` of domain {domain.name!r} to parquet, jsonl, text or arrow",
         )
     return kind, compression
 
@@ -183,13 +185,13 @@ def expand(
         tails = (listings or Listings()).files(filesystem, base, deep=deep)
     except (OSError, pa.ArrowException) as error:
         known = storage_errors(root, error, path)
-        raise known or CorpusError(problem(path, pattern, f"cannot be listed: {error}")) from error
+        raise known or CorpusError.at(path, pattern, f"cannot be listed: {error}") from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")
     found = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
     if not found:
         files.check_store(root, path)  # nothing is listed of a bucket that does not exist
-        raise CorpusError(problem(path, pattern, "no file matches", _what_is_there(pattern)))
+        raise CorpusError.at(path, pattern, "no file matches", fix=_what_is_there(pattern))
     return found
 
 
@@ -234,9 +236,14 @@ def _plain_file(path: str, url: str, info: pafs.FileInfo) -> pafs.FileInfo:
     if info.type == pafs.FileType.File:
         return info
     if info.type == pafs.FileType.Directory:
-        advice = f"name the files in it, such as {files.join(url, '*.parquet')}"
-        raise CorpusError(problem(path, url, "a directory", _what_is_there(url + "/*"), advice))
-    raise CorpusError(problem(path, url, "no such file", _what_is_there(url)))
+        raise CorpusError.at(
+            path,
+            url,
+            "a directory",
+            allowed=_what_is_there(url + "/*"),
+            fix=f"name the files in it, such as {files.join(url, '*.parquet')}",
+        )
+    raise CorpusError.at(path, url, "no such file", fix=_what_is_there(url))
 
 
 def _what_is_there(pattern: str) -> str:
@@ -260,14 +267,26 @@ def _is_directory(url: str) -> bool:
 
 def _overlaps(path: str, train: Iterable[SourceFile], valid: Iterable[SourceFile]) -> list[str]:
     both = {file.url for file in train} & {file.url for file in valid}
-    wrong = "the file is both trained on and held out"
-    return [problem(f"{path}.valid", url, wrong, "name it in one of them") for url in sorted(both)]
+    return [
+        format_problem(
+            f"{path}.valid",
+            url,
+            "the file is both trained on and held out",
+            fix="name it in one of them",
+        )
+        for url in sorted(both)
+    ]
 
 
 def _inside(path: str, corpus: str, domain: str, sources: Iterable[SourceFile]) -> list[str]:
     output = files.join(corpus, domain) + "/"
-    wrong = f"the file lies where the prepared corpus of the domain goes ({output})"
-    advice = "choose another corpus.path"
     return [
-        problem(path, file.url, wrong, advice) for file in sources if file.url.startswith(output)
+        format_problem(
+            path,
+            file.url,
+            f"the file lies where the prepared corpus of the domain goes ({output})",
+            fix="choose another corpus.path",
+        )
+        for file in sources
+        if file.url.startswith(output)
     ]

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raymix._utils.json import parse_json
 from raymix.corpus.read.chat import Span
-from raymix.errors import CorpusError, did_you_mean, problem
+from raymix.errors import CorpusError, did_you_mean
 from raymix.recipe import PretrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text
 from raymix.store.remote import files
@@ -252,8 +252,9 @@ def load_pretrained(config: PretrainedTokenizer) -> LoadedTokenizer:
     except FileNotFoundError as error:
         raise _no_tokenizer(path, directory) from error
     except Exception as error:  # the library raises plain Exception for any damage
-        wrong = f"not a Hugging Face tokenizer: {error}"
-        raise CorpusError(problem("corpus.tokenizer.path", path, wrong)) from error
+        raise CorpusError.at(
+            "corpus.tokenizer.path", path, f"not a Hugging Face tokenizer: {error}"
+        ) from error
     beside = {
         name: text
         for name in ("tokenizer_config.json", *_COPIED)
@@ -272,9 +273,15 @@ def _text(directory: str, name: str) -> str | None:
 
 def _no_tokenizer(path: str, directory: str) -> CorpusError:
     names = ", ".join(files.list_directory(directory)) if files.exists(directory) else ""
-    there = f"{directory} holds {names}" if names else f"{directory} does not exist or is empty"
-    advice = "a tokenizer.json is needed; save_pretrained of a transformers tokenizer writes one"
-    return CorpusError(problem("corpus.tokenizer.path", path, "no such tokenizer", there, advice))
+    return CorpusError.at(
+        "corpus.tokenizer.path",
+        path,
+        "no such tokenizer",
+        allowed=f"{directory} holds {names}"
+        if names
+        else f"{directory} does not exist or is empty",
+        fix="a tokenizer.json is needed; save_pretrained of a transformers tokenizer writes one",
+    )
 
 
 def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict[str, str]) -> str:
@@ -282,19 +289,20 @@ def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict
     named = config.eos_token or _named_eos(beside)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     if named is None:
-        raise CorpusError(
-            problem(
-                "corpus.tokenizer.eos_token",
-                None,
-                f"{config.path} does not name the token that ends a document",
-                f"its special tokens are: {', '.join(special) or 'none'}",
-                "set corpus.tokenizer.eos_token",
-            )
+        raise CorpusError.at(
+            "corpus.tokenizer.eos_token",
+            None,
+            f"{config.path} does not name the token that ends a document",
+            allowed=f"its special tokens are: {', '.join(special) or 'none'}",
+            fix="set corpus.tokenizer.eos_token",
         )
     if tokenizer.token_to_id(named) is None:
-        hint = did_you_mean(named, special)
-        wrong = "the tokenizer has no such token"
-        raise CorpusError(problem("corpus.tokenizer.eos_token", named, wrong, hint))
+        raise CorpusError.at(
+            "corpus.tokenizer.eos_token",
+            named,
+            "the tokenizer has no such token",
+            fix=did_you_mean(named, special),
+        )
     return named
 
 

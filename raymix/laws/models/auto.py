@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raymix._utils.threads import one_thread
-from raymix.errors import LawError, problem
+from raymix.errors import LawError, format_problem
 from raymix.laws.base import FitReport, Score, build_law, law, mean_score
 from raymix.laws.models.fitted_law import Answers, FittedLaw, make_training_table, questions
 from raymix.laws.table import Floats, MixtureTable
@@ -37,7 +37,7 @@ class AutoLaw:
     def chosen(self) -> FittedLaw:
         """Return the law it became."""
         if self._chosen is None:
-            raise LawError(problem("law", "auto", "not fitted yet", "Call fit first"))
+            raise LawError.at("law", "auto", "not fitted yet", fix="Call fit first")
         return self._chosen
 
     @property
@@ -98,8 +98,9 @@ class AutoLaw:
             fitted[kind], found[kind] = candidate, (mean_score(apart), float(np.mean(errors)))
         sound = {kind: error for kind, (_, error) in found.items() if np.isfinite(error)}
         if not sound:
-            wrong = "no law can be fitted to this table"
-            raise LawError(problem("law", "auto", wrong), *problems)
+            raise LawError(
+                format_problem("law", "auto", "no law can be fitted to this table"), *problems
+            )
         best = min(sound, key=lambda kind: sound[kind])
         self._chosen = fitted[best]
         self._chosen.settle(data)
@@ -133,7 +134,7 @@ class AutoLaw:
         Raises:
             LawError: Always.
         """
-        raise LawError(problem("law", "auto", "no kind of a fitted law", "Name the kind"))
+        raise LawError.at("law", "auto", "no kind of a fitted law", fix="Name the kind")
 
 
 @law("auto")

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from raymix._utils.threads import one_thread
-from raymix.errors import LawError, problem
+from raymix.errors import LawError
 from raymix.laws.base import FitReport, Score, mean_score
 from raymix.laws.cross_validation import early, folds, left_out, scores, verdict
 from raymix.laws.models.curves import BiMixCurve
@@ -123,17 +123,24 @@ def make_training_table(table: MixtureTable, *, least_runs: int = LEAST_RUNS) ->
     """
     if table.run_count < least_runs:
         need = f"Needed are {least_runs} at least, and about two for each domain"
-        raise LawError(problem("table.runs", table.run_count, "too few runs for a law", need))
+        raise LawError.at("table.runs", table.run_count, "too few runs for a law", fix=need)
     if np.ptp(table.share_RD, axis=0).max() < 1e-9:
-        wrong = "all runs have the same shares: there is nothing to learn from"
-        raise LawError(problem("table.share.*", "constant", wrong, "Vary the mixture"))
+        raise LawError.at(
+            "table.share.*",
+            "constant",
+            "all runs have the same shares: there is nothing to learn from",
+            fix="Vary the mixture",
+        )
     log_loss_VR = np.log(table.loss_RV).T
     for target, log_loss_R in zip(table.targets, log_loss_VR, strict=True):
         known = {table.runs[row] for row in np.flatnonzero(np.isfinite(log_loss_R))}
         if len(known) < least_runs:
-            wrong = f"measured in {len(known)} runs, fewer than {least_runs}"
-            advice = "Measure it in more runs, or choose other targets"
-            raise LawError(problem(f"table.loss.{target}", None, wrong, advice))
+            raise LawError.at(
+                f"table.loss.{target}",
+                None,
+                f"measured in {len(known)} runs, fewer than {least_runs}",
+                fix="Measure it in more runs, or choose other targets",
+            )
     unit = 1.0 if table.step_R is None else float(np.exp(np.log(table.step_R).mean()))
     return TrainingTable(table, _inputs(table.share_RD, table.step_R, unit), log_loss_VR, unit)
 
@@ -250,14 +257,18 @@ class FittedLaw:
     def _at(self, share_RD: Floats, step_R: Floats | None) -> Inputs:
         share_RD = np.atleast_2d(np.asarray(share_RD, np.float64))
         if not self.domains:
-            raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
+            raise LawError.at("law", self.kind, "not fitted yet", fix="Call fit first")
         if share_RD.shape[1] != len(self.domains):
-            wrong = f"not {len(self.domains)} shares, one for each domain"
-            raise LawError(problem("share_RD.shape", share_RD.shape, wrong))
+            raise LawError.at(
+                "share_RD.shape",
+                share_RD.shape,
+                f"not {len(self.domains)} shares, one for each domain",
+            )
         if self._last is None:
             if step_R is not None:
-                wrong = "the table had no steps, so the law knows none"
-                raise LawError(problem("steps", np.ravel(step_R)[0], wrong))
+                raise LawError.at(
+                    "steps", np.ravel(step_R)[0], "the table had no steps, so the law knows none"
+                )
             return _inputs(share_RD, None, 1.0)
         step_R = np.full(len(share_RD), self._last) if step_R is None else np.asarray(step_R)
         return _inputs(share_RD, np.broadcast_to(step_R, len(share_RD)), self._unit)

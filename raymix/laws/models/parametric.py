@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from raymix.errors import LawError, problem
+from raymix.errors import LawError
 from raymix.laws.base import law
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
 from raymix.laws.models.fitted_law import FittedLaw, TrainingTable, absent, own_domains
@@ -43,14 +43,14 @@ class CurveSolver:
     def curve(self) -> AnyCurve:
         """Return the formula; there is none before `learn`."""
         if self._curve is None:
-            raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
+            raise LawError.at("law", self.kind, "not fitted yet", fix="Call fit first")
         return self._curve
 
     @property
     def fitted(self) -> Fitted:
         """Return the coefficients."""
         if self._fitted is None:
-            raise LawError(problem("law", self.kind, "not fitted yet", "Call fit first"))
+            raise LawError.at("law", self.kind, "not fitted yet", fix="Call fit first")
         return self._fitted
 
     def learn(self, data: TrainingTable) -> None:
@@ -58,8 +58,9 @@ class CurveSolver:
         curve = self._formula(data.table)
         fitted = fit_curves(curve, data.inputs, data.log_loss_VR, data.seen_VR)
         if not np.isfinite(fitted.theta_BP).all() or not np.isfinite(fitted.cost_B).all():
-            wrong = "no coefficients fit this table"
-            raise LawError(problem("law", self.kind, wrong, "Try law 'regression'"))
+            raise LawError.at(
+                "law", self.kind, "no coefficients fit this table", fix="Try law 'regression'"
+            )
         self._curve, self._fitted = curve, fitted
         self._covariance_VPP = _covariance(curve, data.inputs, fitted)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.errors import LawError, problem
+from raymix.errors import LawError
 from raymix.laws.base import law
 from raymix.laws.models.fitted_law import FittedLaw, TrainingTable
 from raymix.laws.models.least_squares import Inputs
@@ -223,8 +223,12 @@ def _lightgbm() -> Any:
     try:
         return importlib.import_module("lightgbm")
     except ImportError as error:
-        advice = "Install it: pip install 'raymix[trees]'"
-        raise LawError(problem("law", "lightgbm", "lightgbm is not installed", advice)) from error
+        raise LawError.at(
+            "law",
+            "lightgbm",
+            "lightgbm is not installed",
+            fix="Install it: pip install 'raymix[trees]'",
+        ) from error
 
 
 @law("regression")

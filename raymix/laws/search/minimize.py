@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from raymix.errors import LawError, problem
+from raymix.errors import LawError
 from raymix.laws.base import Law
 from raymix.laws.search.descent import Descender, Descent
 from raymix.laws.search.feasible import Problem, Region, feasible
@@ -50,7 +50,7 @@ def minimize(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum
             asked.
     """
     if starts < 1:
-        raise LawError(problem("starts", starts, "no number of descents", "Allowed: 1 or more"))
+        raise LawError.at("starts", starts, "no number of descents", allowed="Allowed: 1 or more")
     task = _DescentTask(law, feasible(objective, law.domains, law.targets))
     exact = _closed_form(law, task.problem)
     if exact is not None:
@@ -135,9 +135,12 @@ def _check_finite(loss_V: Floats, share_D: Floats, asked: Problem) -> None:
         where = f"law.predict({asked.targets[bad[0]]})"
         absent = [asked.domains[at] for at in np.flatnonzero(share_D <= 0)]
         capped = f"; without a share there: {', '.join(absent[:5])}" if absent else ""
-        wrong = f"not finite at shares that the objective allows{capped}"
-        advice = "Give floors, raise caps of 0, or fit another law"
-        raise LawError(problem(where, float(loss_V[bad[0]]), wrong, advice))
+        raise LawError.at(
+            where,
+            float(loss_V[bad[0]]),
+            f"not finite at shares that the objective allows{capped}",
+            fix="Give floors, raise caps of 0, or fit another law",
+        )
 
 
 class _DescentTask:
@@ -174,8 +177,12 @@ class _DescentTask:
             loss_V, slope_VD = self._law.share_gradient(self._full(start_A), horizon)
         _check_finite(loss_V, self._full(start_A), self.problem)
         if not np.isfinite(slope_VD[self.problem.counted_V][:, self._live_D]).all():
-            wrong = "the law has no finite slope at shares above 0"
-            raise LawError(problem("law.share_gradient", "not finite", wrong, "Fit another law"))
+            raise LawError.at(
+                "law.share_gradient",
+                "not finite",
+                "the law has no finite slope at shares above 0",
+                fix="Fit another law",
+            )
         return start_A
 
     def descend(self, start_A: Floats, *, convex: bool) -> Descent:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from raymix.errors import LawError, problem
+from raymix.errors import LawError
 from raymix.laws.search.feasible import Region
 from raymix.laws.table import Floats
 
@@ -113,13 +113,17 @@ class _Terms:
             bad = np.flatnonzero(~((number_D >= 0) & np.isfinite(number_D)))
             if bad.size:
                 where, value = f"law.{name}[{bad[0]}]", float(number_D[bad[0]])
-                raise LawError(
-                    problem(where, value, "not allowed", "Allowed: a finite number of at least 0")
+                raise LawError.at(
+                    where, value, "not allowed", allowed="Allowed: a finite number of at least 0"
                 )
         shut = np.flatnonzero(self.felt_D & (region.high_A + self.offset_D <= 0))
         if shut.size:
-            wrong = "the law predicts an infinite loss without a share"
-            raise LawError(problem(f"objective.caps[{shut[0]}]", 0.0, wrong, "Raise the cap"))
+            raise LawError.at(
+                f"objective.caps[{shut[0]}]",
+                0.0,
+                "the law predicts an infinite loss without a share",
+                fix="Raise the cap",
+            )
 
     def cost(self, share_D: Floats) -> Floats:
         """Return each term, shape (D,)."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.checkpoints.checkpoint import (
     Checkpoint,
     TensorSpec,
@@ -106,26 +106,30 @@ def open_adapter(path: str, field_path: str) -> Adapter:
     config = read_json(os.path.join(path, CONFIG), field_path)
     _check(config, path, field_path)
     if not os.path.exists(os.path.join(path, WEIGHTS)):
-        wrong = f"holds no {WEIGHTS}"
-        raise MergeError(
-            problem(field_path, path, wrong, "Save it again with PEFT, as safetensors")
+        raise MergeError.at(
+            field_path, path, f"holds no {WEIGHTS}", fix="Save it again with PEFT, as safetensors"
         )
     specs = file_specs(os.path.join(path, WEIGHTS), field_path)
     modules = [name.removeprefix(_PREFIX).removesuffix(_B) for name in specs if name.endswith(_B)]
     known = {f"{_PREFIX}{module}{end}" for module in modules for end in (_A, _B)}
     other = sorted(set(specs) ^ known)
     if other or not modules:
-        wrong = (
-            f"holds {other[0]!r}, which is no LoRA factor of a linear layer" if other else "empty"
+        raise MergeError.at(
+            field_path,
+            path,
+            f"holds {other[0]!r}, which is no LoRA factor of a linear layer" if other else "empty",
+            fix="Merge it into its base with PEFT, and merge the models",
         )
-        advice = "Merge it into its base with PEFT, and merge the models"
-        raise MergeError(problem(field_path, path, wrong, advice))
     found = Adapter(Checkpoint(path, config, specs), {}, bool(config.get("fan_in_fan_out")))
     for module in modules:
         rank = found.rank(module)
         if specs[f"{_PREFIX}{module}{_B}"].shape[1:] != (rank,):
-            wrong = f"the factors of {module} do not fit each other"
-            raise MergeError(problem(field_path, path, wrong, "Download it again"))
+            raise MergeError.at(
+                field_path,
+                path,
+                f"the factors of {module} do not fit each other",
+                fix="Download it again",
+            )
         alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
         found.scale[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return found
@@ -134,13 +138,15 @@ def open_adapter(path: str, field_path: str) -> Adapter:
 def _check(config: dict[str, Any], path: str, field_path: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        wrong = f"an adapter of type {kind}, and only LORA is merged"
-        raise MergeError(problem(field_path, path, wrong))
+        raise MergeError.at(field_path, path, f"an adapter of type {kind}, and only LORA is merged")
     for key in _BEYOND:
         if config.get(key) not in (None, False, "none") and config[key]:
-            wrong = f"its {key} is {config[key]!r}: it changes more than low-rank factors say"
-            advice = "Merge it into its base with PEFT, and merge the models"
-            raise MergeError(problem(field_path, path, wrong, advice))
+            raise MergeError.at(
+                field_path,
+                path,
+                f"its {key} is {config[key]!r}: it changes more than low-rank factors say",
+                fix="Merge it into its base with PEFT, and merge the models",
+            )
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, otherwise: float) -> float:

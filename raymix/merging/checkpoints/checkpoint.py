@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raymix._utils.json import parse_json
-from raymix.errors import MergeError, did_you_mean, problem
+from raymix.errors import MergeError, did_you_mean
 
 DTYPES = {
     "F64": torch.float64,
@@ -98,11 +98,15 @@ def open_checkpoint(path: str, field_path: str, *, allow_pickle: bool = False) -
         found = file_specs(os.path.join(path, file), field_path)
         missing = [name for name in names or () if name not in found]
         if missing:
-            wrong = f"the index file puts {missing[0]!r} in {file}, where it is not"
-            raise MergeError(problem(field_path, path, wrong, "Download it again"))
+            raise MergeError.at(
+                field_path,
+                path,
+                f"the index file puts {missing[0]!r} in {file}, where it is not",
+                fix="Download it again",
+            )
         specs |= {name: found[name] for name in (names or found)}
     if not specs:
-        raise MergeError(problem(field_path, path, "its files hold no tensors"))
+        raise MergeError.at(field_path, path, "its files hold no tensors")
     return Checkpoint(path, config, specs)
 
 
@@ -111,12 +115,13 @@ def check_directory(path: str, field_path: str) -> None:
     if os.path.isdir(path):
         return
     if os.path.exists(path):
-        wrong = "not a directory"
-        raise MergeError(problem(field_path, path, wrong, "Name the directory of the model"))
+        raise MergeError.at(
+            field_path, path, "not a directory", fix="Name the directory of the model"
+        )
     folder, name = os.path.split(path)
     near = did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
     advice = "Models of the Hub are downloaded first: `hf download NAME --local-dir DIR`"
-    raise MergeError(problem(field_path, path, "no such directory", near or advice))
+    raise MergeError.at(field_path, path, "no such directory", fix=near or advice)
 
 
 def read_json(path: str, field_path: str) -> dict[str, Any]:
@@ -131,11 +136,11 @@ def read_json(path: str, field_path: str) -> dict[str, Any]:
         name = os.path.basename(path)
         wrong = f"there is no {name}"
         folder = os.path.dirname(path)
-        raise MergeError(problem(field_path, folder, wrong, "Name a model's directory")) from None
+        raise MergeError.at(field_path, folder, wrong, fix="Name a model's directory") from None
     except (OSError, ValueError) as error:
-        raise MergeError(problem(field_path, path, f"cannot be read: {error}")) from None
+        raise MergeError.at(field_path, path, f"cannot be read: {error}") from None
     if not isinstance(data, dict):
-        raise MergeError(problem(field_path, path, "not a JSON object"))
+        raise MergeError.at(field_path, path, "not a JSON object")
     return data
 
 
@@ -149,13 +154,18 @@ def file_specs(path: str, field_path: str) -> dict[str, TensorSpec]:
     try:
         handle = _open_weights(path)
     except FileNotFoundError:
-        raise MergeError(problem(field_path, path, "no such file", "Download it again")) from None
+        raise MergeError.at(field_path, path, "no such file", fix="Download it again") from None
     except (SafetensorError, OSError) as error:
-        wrong = f"not a whole safetensors file: {error}"
-        raise MergeError(problem(field_path, path, wrong, "Download it again")) from None
+        raise MergeError.at(
+            field_path, path, f"not a whole safetensors file: {error}", fix="Download it again"
+        ) from None
     except Exception as error:  # noqa: BLE001 - torch's loader raises what it meets in the file
-        wrong = f"refused by the loader that takes weights only: {str(error).splitlines()[0]}"
-        raise MergeError(problem(field_path, path, wrong, "Convert it to safetensors")) from None
+        raise MergeError.at(
+            field_path,
+            path,
+            f"refused by the loader that takes weights only: {str(error).splitlines()[0]}",
+            fix="Convert it to safetensors",
+        ) from None
     if isinstance(handle, dict):
         tensors = {key: value for key, value in handle.items() if isinstance(value, Tensor)}
         return {k: TensorSpec(name, v.dtype, tuple(v.shape)) for k, v in tensors.items()}
@@ -163,8 +173,12 @@ def file_specs(path: str, field_path: str) -> dict[str, TensorSpec]:
     for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
         part = handle.get_slice(key)
         if part.get_dtype() not in DTYPES:
-            wrong = f"{key!r} is of dtype {part.get_dtype()}, which cannot be merged"
-            raise MergeError(problem(field_path, path, wrong, "Dequantize the model first"))
+            raise MergeError.at(
+                field_path,
+                path,
+                f"{key!r} is of dtype {part.get_dtype()}, which cannot be merged",
+                fix="Dequantize the model first",
+            )
         specs[key] = TensorSpec(name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
     return specs
 
@@ -183,24 +197,35 @@ def _weight_files(path: str, field_path: str, *, allow_pickle: bool) -> dict[str
         if not sharded and not os.path.exists(os.path.join(path, single)):
             continue
         if pickled and not allow_pickle:
-            wrong = "its weights are pickle files, which can run code when they are loaded"
-            advice = "Convert them, or set allow_pickle: true; then torch loads weights only"
-            raise MergeError(problem(field_path, path, wrong, advice))
+            raise MergeError.at(
+                field_path,
+                path,
+                "its weights are pickle files, which can run code when they are loaded",
+                fix="Convert them, or set allow_pickle: true; then torch loads weights only",
+            )
         return _from_index(index, field_path) if sharded else {single: None}
-    wrong = f"holds neither {_SINGLE} nor {_SINGLE}.index.json"
-    raise MergeError(problem(field_path, path, wrong, "Name a model's or an adapter's directory"))
+    raise MergeError.at(
+        field_path,
+        path,
+        f"holds neither {_SINGLE} nor {_SINGLE}.index.json",
+        fix="Name a model's or an adapter's directory",
+    )
 
 
 def _from_index(index: str, field_path: str) -> dict[str, list[str] | None]:
     weight_map = read_json(index, field_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MergeError(problem(field_path, index, "has no weight_map"))
+        raise MergeError.at(field_path, index, "has no weight_map")
     files: dict[str, list[str] | None] = {}
     for tensor, file in weight_map.items():
         inside = isinstance(file, str) and file and not os.path.isabs(file)
         if not inside or ".." in PurePosixPath(file.replace("\\", "/")).parts:
-            wrong = f"{tensor!r} is said to be in {file!r}, outside the model's directory"
-            raise MergeError(problem(field_path, index, wrong, "Do not trust this download"))
+            raise MergeError.at(
+                field_path,
+                index,
+                f"{tensor!r} is said to be in {file!r}, outside the model's directory",
+                fix="Do not trust this download",
+            )
         names = files.setdefault(file, [])
         if names is not None:
             names.append(tensor)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.checkpoints.adapter import Adapter, is_adapter, open_adapter
 from raymix.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from raymix.merging.recipe import MergeFile
@@ -93,13 +93,21 @@ def open_adapters(file: MergeFile) -> list[Adapter]:
     for index, entry in enumerate(file.models):
         path = entry.model.partition("+")[2] or entry.model
         if not is_adapter(path):
-            wrong = "not an adapter, and an adapter is to be written"
-            raise MergeError(problem(f"models.{index}.model", path, wrong, "Set output: model"))
+            raise MergeError.at(
+                f"models.{index}.model",
+                path,
+                "not an adapter, and an adapter is to be written",
+                fix="Set output: model",
+            )
         found.append(open_adapter(path, f"models.{index}.model"))
     bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in found}
     if len(bases) > 1:
-        wrong = "the adapters were trained on different bases"
-        raise MergeError(problem("models", sorted(bases), wrong, "Merge adapters of one base"))
+        raise MergeError.at(
+            "models",
+            sorted(bases),
+            "the adapters were trained on different bases",
+            fix="Merge adapters of one base",
+        )
     return found
 
 
@@ -131,8 +139,12 @@ def open_models(file: MergeFile) -> SourceModels:
         if not is_adapter(reference):
             return SourceModel(reference, field, get(reference, field))
         if file.base_model is None:
-            wrong = "an adapter beside full models, and no base to add it to"
-            raise MergeError(problem(field, reference, wrong, "Set base_model"))
+            raise MergeError.at(
+                field,
+                reference,
+                "an adapter beside full models, and no base to add it to",
+                fix="Set base_model",
+            )
         adapter = open_adapter(reference, field)
         return SourceModel(reference, field, get(file.base_model, "base_model"), adapter)
 
@@ -155,7 +167,9 @@ def _check_adapters(models: Sequence[SourceModel]) -> None:
                 shape = shape[::-1]
             if spec is None or spec.shape != shape:
                 has = "does not have" if spec is None else f"has in shape {spec.shape}"
-                wrong = f"it changes {module} in shape {tuple(shape)}, which the base {has}"
-                raise MergeError(
-                    problem(model.field, model.label, wrong, "Name the base it was trained on")
+                raise MergeError.at(
+                    model.field,
+                    model.label,
+                    f"it changes {module} in shape {tuple(shape)}, which the base {has}",
+                    fix="Name the base it was trained on",
                 )

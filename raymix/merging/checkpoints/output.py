@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from raymix._utils.json import parse_json
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.checkpoints.checkpoint import DTYPE_NAMES
 
 JOURNAL = "progress.jsonl"
@@ -165,8 +165,9 @@ class OutputWorkspace:
         """
         self.out = Path(os.path.abspath(out))
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            wrong = "it exists, and nothing is overwritten"
-            raise MergeError(problem("out", str(out), wrong, "Name a new directory"))
+            raise MergeError.at(
+                "out", str(out), "it exists, and nothing is overwritten", fix="Name a new directory"
+            )
         self.path = self.out.with_name(f".{self.out.name}.merging")
         self.done: dict[str, dict[str, Any]] = {}
 
@@ -186,8 +187,7 @@ class OutputWorkspace:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                wrong = "another process is writing it"
-                raise MergeError(problem("out", str(self.out), wrong)) from None
+                raise MergeError.at("out", str(self.out), "another process is writing it") from None
             try:
                 if not self._resume(layout, identity):
                     self._start(layout, identity)
@@ -244,6 +244,9 @@ class OutputWorkspace:
         try:
             os.posix_fallocate(file, 0, size)
         except OSError as error:
-            wrong = f"no room for {size:,} bytes: {error.strerror}"
-            advice = "Free space there, or choose another directory"
-            raise MergeError(problem("out", str(self.out), wrong, advice)) from None
+            raise MergeError.at(
+                "out",
+                str(self.out),
+                f"no room for {size:,} bytes: {error.strerror}",
+                fix="Free space there, or choose another directory",
+            ) from None

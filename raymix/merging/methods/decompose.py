@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.methods.eigen import eigh
 from raymix.merging.registry import Deltas, FactoredDelta, as_deltas
 
@@ -178,8 +178,12 @@ def _descending(gram_matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _randomized(tasks: Deltas | Transposed, rank: int | None) -> tuple[Tensor, Tensor]:
     if rank is None:
-        advice = "Set rank to at least the rank of all tasks together"
-        raise MergeError(problem("parameters.rank", rank, "randomized needs a rank", advice))
+        raise MergeError.at(
+            "parameters.rank",
+            rank,
+            "randomized needs a rank",
+            fix="Set rank to at least the rank of all tasks together",
+        )
     m, n = tasks.shape
     size = min(m, n * len(tasks), rank + _OVERSAMPLING)
     generator = torch.Generator().manual_seed(0)

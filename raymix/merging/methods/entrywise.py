@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.methods.order_statistics import (
     keep_from,
     keep_up_to,
@@ -138,8 +138,12 @@ def linear(base: Tensor | None, deltas: Sequence[Tensor], options: LinearOptions
     weight_K = each(options.weight, len(deltas))
     total = sum(weight_K)
     if options.normalize and abs(total) < 1e-12:
-        wrong = "the weights sum to 0 and cannot be normalized"
-        raise MergeError(problem("parameters.weight", weight_K, wrong, "Set normalize: false"))
+        raise MergeError.at(
+            "parameters.weight",
+            weight_K,
+            "the weights sum to 0 and cannot be normalized",
+            fix="Set normalize: false",
+        )
     tasks = as_deltas(deltas)
     out = tasks.new_matrix()
     for rows in tasks.chunks():
@@ -323,8 +327,12 @@ def _by_rank(deltas: Deltas, k: int, options: SumOptions) -> _Thinning:
     if density <= 0:
         return _Thinning(lambda: lambda x: x.zero_())
     if not (density - epsilon > 0 and density + epsilon < 1):
-        wrong = f"density {density:g} -/+ epsilon must lie between 0 and 1"
-        raise MergeError(problem("parameters.epsilon", epsilon, wrong, "Lower epsilon"))
+        raise MergeError.at(
+            "parameters.epsilon",
+            epsilon,
+            f"density {density:g} -/+ epsilon must lie between 0 and 1",
+            fix="Lower epsilon",
+        )
 
     def start() -> Thin:
         draw = _Draw(options, k)

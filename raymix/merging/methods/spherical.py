@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.registry import (
     Deltas,
     EachScale,
@@ -98,9 +98,12 @@ def multislerp(base: Tensor | None, deltas: Sequence[Tensor], options: Multisler
     if mean_norm < options.eps:
         if len(tasks) == 2:
             return _combined(tasks, weight_K.tolist())
-        wrong = "the weighted directions of the models cancel, so they have no mean on the sphere"
-        advice = "Give them other weights"
-        raise MergeError(problem("parameters.weight", weight_K.tolist(), wrong, advice))
+        raise MergeError.at(
+            "parameters.weight",
+            weight_K.tolist(),
+            "the weighted directions of the models cancel, so they have no mean on the sphere",
+            fix="Give them other weights",
+        )
     mean_K = mean_K / mean_norm
     dot_K = unit_K * (gram_KK @ mean_K)
     tangent_K = weight_K * unit_K - (weight_K * dot_K).sum() * mean_K

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.methods.eigen import one_thread
 from raymix.merging.recipe import MergeFile, load_merge
@@ -79,8 +79,12 @@ def merge(
     """
     start = time.monotonic()
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        wrong = "not a device of this machine"
-        raise MergeError(problem("device", device, wrong, "Use cpu, or cuda where there is one"))
+        raise MergeError.at(
+            "device",
+            device,
+            "not a device of this machine",
+            fix="Use cpu, or cuda where there is one",
+        )
     workspace = OutputWorkspace(out)
     plan = plan_merge(load_merge(source, overrides), device=device)
     notes = check_tokenizers(plan)

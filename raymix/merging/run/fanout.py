@@ -16,7 +16,7 @@ import ray
 import torch
 
 from raymix._utils.private_cluster import start_private
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.run.engine import Lines, run_job, scipy_limited
 from raymix.merging.run.plan import Plan
 
@@ -27,9 +27,12 @@ _AHEAD = 2
 def _task(plan: Plan, job: str, folder: str) -> dict[str, Any]:
     """Return the journal's line of one job, done by this worker process on one core."""
     if not os.path.isdir(folder):
-        wrong = f"node {ray.util.get_node_ip_address()} does not see it"
-        advice = "Choose a directory on a file system that all nodes share"
-        raise MergeError(problem("out", folder, wrong, advice))
+        raise MergeError.at(
+            "out",
+            folder,
+            f"node {ray.util.get_node_ip_address()} does not see it",
+            fix="Choose a directory on a file system that all nodes share",
+        )
     torch.set_num_threads(1)
     with scipy_limited(plan):
         line = run_job(plan, job, folder)

@@ -12,7 +12,7 @@ from typing import Any
 
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError, format_problem
 from raymix.merging.checkpoints.adapter import CONFIG, merged_config
 from raymix.merging.checkpoints.models import SourceModel
 from raymix.merging.run.plan import Plan
@@ -70,11 +70,17 @@ def check_tokenizers(plan: Plan) -> list[str]:
             notes.append(f"{model.label}: other {', '.join(differing)} than {first.label}, kept")
         found = _vocabulary(model.checkpoint.path) if expected is not None else None
         if found is not None and expected is not None and found != expected:
-            wrong = f"its tokenizer differs from that of {first.label}: {_first(found, expected)}"
-            advice = (
-                "Merge models of one tokenizer, or set check_tokenizer: false to keep the first"
+            problems.append(
+                format_problem(
+                    model.field,
+                    model.label,
+                    f"its tokenizer differs from that of {first.label}: {_first(found, expected)}",
+                    fix=(
+                        "Merge models of one tokenizer, or set check_tokenizer: false to keep "
+                        "the first"
+                    ),
+                )
             )
-            problems.append(problem(model.field, model.label, wrong, advice))
     if problems:
         raise MergeError(*problems)
     _tokenizer_source(plan)
@@ -131,9 +137,12 @@ def _tokenizer_source(plan: Plan) -> str:
         return first
     known = [model.checkpoint.path for model in plan.models.every()] if plan.models else []
     if source not in known:
-        wrong = "neither `base` nor one of the models"
-        advice = "Vocabularies are not united: the models must share one"
-        raise MergeError(problem("tokenizer_source", source, wrong, advice))
+        raise MergeError.at(
+            "tokenizer_source",
+            source,
+            "neither `base` nor one of the models",
+            fix="Vocabularies are not united: the models must share one",
+        )
     return str(source)
 
 
@@ -155,11 +164,11 @@ def _copy(plan: Plan, first: SourceModel, folder: Path) -> None:
 def _config_problems(model: SourceModel, first: SourceModel) -> list[str]:
     ours, theirs = model.checkpoint.config, first.checkpoint.config
     return [
-        problem(
+        format_problem(
             model.field,
             model.label,
             f"its config says {key} {ours.get(key)!r}, that of {first.label} {theirs.get(key)!r}",
-            "Weights of unlike models cannot be merged",
+            fix="Weights of unlike models cannot be merged",
         )
         for key in _STRUCTURE
         if key in ours and key in theirs and ours[key] != theirs[key]
@@ -174,8 +183,9 @@ def _vocabulary(path: str) -> dict[str, Any] | None:
             data = parse_json(file.read_text("utf-8"))
             return _token_ids(data)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            wrong = f"not a tokenizer: {error}"
-            raise MergeError(problem("models", str(file), wrong, "Download it again")) from None
+            raise MergeError.at(
+                "models", str(file), f"not a tokenizer: {error}", fix="Download it again"
+            ) from None
     held = {name: Path(path, name) for name in _VOCABULARY}
     found = {name: file.read_bytes() for name, file in held.items() if file.exists()}
     return found or None

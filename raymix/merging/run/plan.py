@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError, format_problem
 from raymix.merging.checkpoints.adapter import Adapter, adapter_tensors
 from raymix.merging.checkpoints.checkpoint import TensorSpec
 from raymix.merging.checkpoints.models import (
@@ -126,7 +126,7 @@ def plan_merge(file: MergeFile, *, device: str = "cpu") -> Plan:
     labels = [model.label for model in models.listed]
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
-        raise MergeError(problem("models", twice, "the same model is listed twice"))
+        raise MergeError.at("models", twice, "the same model is listed twice")
     own = dict(zip(labels, (entry.parameters for entry in file.models), strict=True))
 
     def scopes(method: MergeMethod) -> list[Mapping[str, Any]]:
@@ -150,13 +150,18 @@ def plan_merge(file: MergeFile, *, device: str = "cpu") -> Plan:
 def _check_count(method: MergeMethod, models: SourceModels) -> None:
     count = len(members(models, method))
     if method.base in ("required", "first") and models.base is None:
-        wrong = f"{method.name} needs the model that the others come from"
-        raise MergeError(problem("base_model", None, wrong, "Name its directory"))
+        raise MergeError.at(
+            "base_model",
+            None,
+            f"{method.name} needs the model that the others come from",
+            fix="Name its directory",
+        )
     if count < method.least or (method.most is not None and count > method.most):
         most = "" if method.most is None else f" and at most {method.most}"
         besides = ", the base not counted" if models.base is not None else ""
-        wrong = f"{method.name} merges at least {method.least}{most} models{besides}"
-        raise MergeError(problem("models", count, wrong))
+        raise MergeError.at(
+            "models", count, f"{method.name} merges at least {method.least}{most} models{besides}"
+        )
 
 
 def _check_tensors(models: SourceModels) -> None:
@@ -171,7 +176,7 @@ def _check_tensors(models: SourceModels) -> None:
         for names, wrong in ((missing, "lacks"), (extra, "has besides")):
             if names:
                 fault = f"it {wrong} {_some(names)}, compared to {first.label}"
-                problems.append(problem(model.field, model.label, fault, _tied(names)))
+                problems.append(format_problem(model.field, model.label, fault, fix=_tied(names)))
         problems += _shape_problems(model, first, expected)
     if problems:
         raise MergeError(*problems)
@@ -194,7 +199,7 @@ def _shape_problems(
             "The vocabularies differ: resize all models to one tokenizer first "
             "(`model.resize_token_embeddings`)"
         )
-    yield problem(model.field, model.label, shapes + more, advice)
+    yield format_problem(model.field, model.label, shapes + more, fix=advice)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -219,10 +224,8 @@ def _plan_adapters(file: MergeFile, device: str) -> Plan:
         if method.factored is None:
             wrong = f"{method.name} works on entries, so its result has no low rank"
             advice = "Use drm, knots, tsv, iso_c, iso_cts, linear or task_arithmetic, or set"
-            raise MergeError(
-                problem(
-                    "merge_method", method.name, wrong, f"{advice} base_model and output: model"
-                )
+            raise MergeError.at(
+                "merge_method", method.name, wrong, fix=f"{advice} base_model and output: model"
             )
     out = _TORCH.get(file.out_dtype or file.dtype or "")
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -230,8 +233,12 @@ def _plan_adapters(file: MergeFile, device: str) -> Plan:
         having = [a for a in adapters if module in a.scale]
         shapes = {a.shape(module) for a in having}
         if len(shapes) > 1:
-            wrong = f"the adapters have {module} in shapes {sorted(shapes)}"
-            raise MergeError(problem("models", module, wrong, "Merge adapters of one base"))
+            raise MergeError.at(
+                "models",
+                module,
+                f"the adapters have {module} in shapes {sorted(shapes)}",
+                fix="Merge adapters of one base",
+            )
         m, n = shapes.pop()
         rank = min(m, n, sum(a.rank(module) for a in having))
         dtype = out or having[0].spec(module).dtype

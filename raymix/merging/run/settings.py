@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raymix.errors import MergeError, did_you_mean, problem
+from raymix.errors import MergeError, did_you_mean, format_problem
 from raymix.merging.recipe import KEEP_BASE, MergeFile, ParameterRule
 from raymix.merging.registry import MergeMethod, Options, get_method
 from raymix.recipe.translate import translate
@@ -140,7 +140,11 @@ class Settings:
                     names = ", ".join(sorted(shared))
                     wrong = f"no option of {', '.join(sorted({m.name for m in methods}))}"
                     near = did_you_mean(key, shared)
-                    problems.append(problem(f"{path}.{key}", value, wrong, f"Known: {names}", near))
+                    problems.append(
+                        format_problem(
+                            f"{path}.{key}", value, wrong, allowed=f"Known: {names}", fix=near
+                        )
+                    )
         if problems:
             raise MergeError(*problems)
 
@@ -156,8 +160,9 @@ def check_options(file: MergeFile) -> None:
     for method in settings.methods:
         count = len(file.models)
         if count < method.least or (method.most is not None and count > method.most):
-            wrong = f"{method.name} does not merge as many models as there are"
-            raise MergeError(problem("models", count, wrong))
+            raise MergeError.at(
+                "models", count, f"{method.name} does not merge as many models as there are"
+            )
 
 
 def _with_default(options: type[Options], option: str, values: list[Any]) -> list[Any] | None:
@@ -179,8 +184,9 @@ def _evaluated(setting: Any, name: str, t: float, option: str) -> Any:
         for item in setting:
             unknown = set(item) - {"filter", "value"}
             if unknown or "value" not in item:
-                wrong = "not of the form {filter: TEXT, value: ...}"
-                raise MergeError(problem(f"parameters.{option}", dict(item), wrong))
+                raise MergeError.at(
+                    f"parameters.{option}", dict(item), "not of the form {filter: TEXT, value: ...}"
+                )
             pattern = item.get("filter")
             if pattern in (None, "*") or pattern in name:
                 return _evaluated(item["value"], name, t, option)
@@ -195,8 +201,9 @@ def _interpolated(values: list[Any], t: float, option: str) -> Any:
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numbers:
         if any(isinstance(value, (list, dict)) for value in values):
-            wrong = "a list over the layers holds plain values"
-            raise MergeError(problem(f"parameters.{option}", values, wrong))
+            raise MergeError.at(
+                f"parameters.{option}", values, "a list over the layers holds plain values"
+            )
         return values[low]
     high = min(len(values) - 1, low + 1)
     share = place - low

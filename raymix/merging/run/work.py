@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raymix.errors import MergeError, problem
+from raymix.errors import MergeError
 from raymix.merging.checkpoints.models import SourceModel, SourceModels
 from raymix.merging.checkpoints.output import write_tensor
 from raymix.merging.registry import Deltas, Factors, Merged, MergeMethod, Options
@@ -65,9 +65,12 @@ def _merge_parameter(
     if not math.isfinite(norm) or (
         place.dtype == torch.float16 and not bool(torch.isfinite(out).all())
     ):
-        wrong = f"values of the merged {name!r} do not fit {_dtype_name(place.dtype)}"
-        advice = "Lower weights or lambda, or set out_dtype: float32"
-        raise MergeError(problem("out_dtype", _dtype_name(place.dtype), wrong, advice))
+        raise MergeError.at(
+            "out_dtype",
+            _dtype_name(place.dtype),
+            f"values of the merged {name!r} do not fit {_dtype_name(place.dtype)}",
+            fix="Lower weights or lambda, or set out_dtype: float32",
+        )
     return out, about
 
 
@@ -151,8 +154,12 @@ def _finished(delta: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _check_equal(models: SourceModels, name: str, stored: Tensor) -> None:
     for model in models.every()[1:]:
         if not torch.equal(model.checkpoint.read(name), stored):
-            wrong = f"{name!r} holds whole numbers that differ from those of {models.first.label}"
-            raise MergeError(problem(model.field, model.label, wrong, "They cannot be merged"))
+            raise MergeError.at(
+                model.field,
+                model.label,
+                f"{name!r} holds whole numbers that differ from those of {models.first.label}",
+                fix="They cannot be merged",
+            )
 
 
 def _refuse_non_finite(models: SourceModels, name: str) -> None:
@@ -161,15 +168,18 @@ def _refuse_non_finite(models: SourceModels, name: str) -> None:
         tensor = model.read(name, torch.float32)
         if not torch.isfinite(tensor).all():
             kind = "NaN" if torch.isnan(tensor).any() else "Inf"
-            wrong = f"tensor {name!r} holds {kind}"
-            advice = "A model with such weights does not work; leave it out"
-            raise MergeError(problem(model.field, model.label, wrong, advice))
+            raise MergeError.at(
+                model.field,
+                model.label,
+                f"tensor {name!r} holds {kind}",
+                fix="A model with such weights does not work; leave it out",
+            )
 
 
 def _merge_adapters(plan: Plan, module: str, choice: MethodChoice, folder: str) -> dict[str, Any]:
     """Merge a module of LoRA adapters into factors, padded with zeros to the rank laid out."""
     if choice.method is None or choice.method.factored is None:
-        raise MergeError(problem("rules", module, "an adapter has no base to keep"))
+        raise MergeError.at("rules", module, "an adapter has no base to keep")
     m, n = next(a.shape(module) for a in plan.adapters if module in a.scale)
     zeros = partial(torch.zeros, dtype=torch.float64, device=plan.device)
     nothing = Factors(zeros(m, 0), zeros(0, n))
@@ -180,8 +190,9 @@ def _merge_adapters(plan: Plan, module: str, choice: MethodChoice, folder: str) 
     for adapter, own in zip(plan.adapters, factors, strict=True):
         if not (torch.isfinite(own.left).all() and torch.isfinite(own.right).all()):
             index = plan.adapters.index(adapter)
-            wrong = f"the factors of {module!r} hold NaN or Inf"
-            raise MergeError(problem(f"models.{index}.model", adapter.path, wrong))
+            raise MergeError.at(
+                f"models.{index}.model", adapter.path, f"the factors of {module!r} hold NaN or Inf"
+            )
     merged = choice.method.factored(factors, choice.options)
     right_name, left_name = plan.tensors(module)
     rank = plan.layout.places[right_name].shape[0]

@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from raymix._utils.json import parse_json
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean
 from raymix.mixers.adaptive.simplex import Floats
 from raymix.mixers.base import MixerContext
 
@@ -48,12 +48,16 @@ def read_bases(
     named = source if isinstance(source, str) else list(source)[:8]
     shape = f"{rows_ND.shape[0]} histograms over {rows_ND.shape[1]} domains"
     if not np.isfinite(rows_ND).all() or (rows_ND < 0).any():
-        raise RecipeError(problem(_PATH, named, "a share is not a number >= 0"))
+        raise RecipeError.at(_PATH, named, "a share is not a number >= 0")
     if not len(rows_ND) or (rows_ND.sum(axis=1) == 0).any():
-        raise RecipeError(problem(_PATH, named, "a histogram is empty", f"Found {shape}"))
+        raise RecipeError.at(_PATH, named, "a histogram is empty", fix=f"Found {shape}")
     if (rows_ND[:, ~context.mixed_D] > 0).any():
-        wrong = "a histogram has a share in a target, which is never trained on"
-        raise RecipeError(problem(_PATH, named, wrong, "Leave targets out of the histograms"))
+        raise RecipeError.at(
+            _PATH,
+            named,
+            "a histogram has a share in a target, which is never trained on",
+            fix="Leave targets out of the histograms",
+        )
     return rows_ND / rows_ND.sum(axis=1, keepdims=True)
 
 
@@ -64,8 +68,9 @@ def _by_name(bases: Mapping[str, Mapping[str, float]], context: MixerContext) ->
         for name, share in shares.items():
             if name not in index:
                 near = did_you_mean(name, index)
-                wrong = "the corpus has no such domain"
-                raise RecipeError(problem(f"{_PATH}.{basis}.{name}", share, wrong, near))
+                raise RecipeError.at(
+                    f"{_PATH}.{basis}.{name}", share, "the corpus has no such domain", fix=near
+                )
             rows_ND[row, index[name]] = share
     return rows_ND
 
@@ -74,14 +79,13 @@ def _read(path: str, context: MixerContext) -> Floats:
     readers = {".json": _read_json, ".csv": _read_csv, ".npz": _read_npz}
     reader = readers.get(Path(path).suffix.lower())
     if reader is None:
-        raise RecipeError(problem(_PATH, path, "not a known kind of file", _FORMS))
+        raise RecipeError.at(_PATH, path, "not a known kind of file", fix=_FORMS)
     try:
         return reader(path, context)
     except RecipeError:
         raise
     except _UNREADABLE as error:
-        wrong = f"cannot be read ({error})"
-        raise RecipeError(problem(_PATH, path, wrong, _FORMS)) from error
+        raise RecipeError.at(_PATH, path, f"cannot be read ({error})", fix=_FORMS) from error
 
 
 def _read_json(path: str, context: MixerContext) -> Floats:

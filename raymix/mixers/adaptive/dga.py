@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.mixers.adaptive.bases import read_bases
 from raymix.mixers.adaptive.guardrails import Adaptive
 from raymix.mixers.adaptive.rule import MixedDomains, Rule, given
@@ -128,7 +128,7 @@ class Dga(Rule):
 def _dga(config: DgaMixer, context: MixerContext) -> Mixer:
     if not context.targets:
         wrong, advice = "dga needs a target", "Name a domain to hold out of the mixture"
-        raise RecipeError(problem("mixer.targets", (), wrong, advice))
+        raise RecipeError.at("mixer.targets", (), wrong, fix=advice)
     groups_ND: Floats | None = None
     if config.bases is not None:
         groups_ND = read_bases(config.bases, context, uniform=config.uniform_basis)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.mixers.adaptive.rule import MixedDomains, Rule
 from raymix.mixers.adaptive.simplex import Floats, log_normalized, log_of, within
 from raymix.mixers.base import STATISTICS, DomainStats, MixerContext, Shares
@@ -270,7 +270,7 @@ def _initial(
     if share_M.sum() < share_D.sum() - _SAME:
         empty = next(i for i in np.flatnonzero(share_D) if i not in arms.mixed_M)
         path = f"mixer.initial.{context.domains[empty]}"
-        raise RecipeError(problem(path, float(share_D[empty]), "the domain has no tokens"))
+        raise RecipeError.at(path, float(share_D[empty]), "the domain has no tokens")
     return share_M
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
 from raymix.mixers.by_name import SUM_TOLERANCE, shares_by_name
 from raymix.recipe.mixer import (
@@ -104,15 +104,15 @@ def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
     shares_D, capped_D = unimax(held_D, context.total_tokens, config.max_epochs)
     if capped_D.all() and shares_D.sum() * (1 + SUM_TOLERANCE) < context.total_tokens:
         held = int(held_D.sum())
-        raise RecipeError(
-            problem(
-                "mixer.max_epochs",
-                config.max_epochs,
+        raise RecipeError.at(
+            "mixer.max_epochs",
+            config.max_epochs,
+            (
                 f"{config.max_epochs:g} epochs of all domains are {config.max_epochs * held:.4g} "
-                f"tokens, fewer than the run's {context.total_tokens:.4g}",
-                f"It takes at least {context.total_tokens / max(held, 1):.3g} epochs",
-                "Raise it, train fewer tokens, or add data",
-            )
+                f"tokens, fewer than the run's {context.total_tokens:.4g}"
+            ),
+            allowed=f"It takes at least {context.total_tokens / max(held, 1):.3g} epochs",
+            fix="Raise it, train fewer tokens, or add data",
         )
     capped = f"{int(capped_D.sum())} of {capped_D.size} domains at the cap"
     return Planned(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from raymix._utils.json import parse_json
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError, format_problem
 from raymix.mixers.base import Mixer, MixerContext, Shares, mixer
 from raymix.mixers.by_name import shares_by_name, some
 from raymix.mixers.fixed.planned import Planned
@@ -59,9 +59,12 @@ def _shares(shares: dict[str, float], context: MixerContext, *, path: str) -> Sh
     shares_by_name(shares, context, path=path)
     absent = [name for name in context.domains if name not in shares]
     if absent:
-        wrong = f"the log knows nothing of {some(absent)}"
-        advice = "Replay on the corpus that the log was made with"
-        raise RecipeError(problem(path, list(shares)[:8], wrong, advice))
+        raise RecipeError.at(
+            path,
+            list(shares)[:8],
+            f"the log knows nothing of {some(absent)}",
+            fix="Replay on the corpus that the log was made with",
+        )
     return np.array([shares[name] for name in context.domains])
 
 
@@ -78,8 +81,9 @@ def _read_log(path: str) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         advice = "Give the mixture_log.jsonl of an earlier run"
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        wrong = f"cannot be read ({reason or error})"
-        raise RecipeError(problem("mixer.log", path, wrong, advice)) from error
+        raise RecipeError.at(
+            "mixer.log", path, f"cannot be read ({reason or error})", fix=advice
+        ) from error
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -93,10 +97,11 @@ def _read_log(path: str) -> list[dict[str, Any]]:
         entries.append(raw)
     starts = [entry["first_step"] for entry in entries]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-        wrong = "no entries that start at step 0 and follow each other"
-        raise RecipeError(problem("mixer.log", path, wrong))
+        raise RecipeError.at(
+            "mixer.log", path, "no entries that start at step 0 and follow each other"
+        )
     return entries
 
 
 def _bad_line(path: str, number: int) -> str:
-    return problem("mixer.log", path, f"line {number} is not an entry of a mixture log")
+    return format_problem("mixer.log", path, f"line {number} is not an entry of a mixture log")

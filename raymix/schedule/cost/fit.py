@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from raymix._utils.json import parse_json
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 from raymix.schedule.cost.model import CostModel, Link
 from raymix.schedule.layout import Floats
 
@@ -48,14 +48,18 @@ class Measurement:
     def __post_init__(self) -> None:
         """Check kind and figures."""
         if self.kind not in get_args(Kind):
-            known = f"Known: {', '.join(get_args(Kind))}"
-            raise ScheduleError(problem("measurement.kind", self.kind, "not a kind", known))
+            raise ScheduleError.at(
+                "measurement.kind",
+                self.kind,
+                "not a kind",
+                allowed=f"Known: {', '.join(get_args(Kind))}",
+            )
         for name in ("tokens", "value", "width"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value > 0):
-                raise ScheduleError(problem(f"measurement.{name}", value, "not a number > 0"))
+                raise ScheduleError.at(f"measurement.{name}", value, "not a number > 0")
         if self.kind == "gather" and self.width == 1:
-            raise ScheduleError(problem("measurement.width", 1, "a team of one gathers nothing"))
+            raise ScheduleError.at("measurement.width", 1, "a team of one gathers nothing")
 
 
 def fit_cost_model(
@@ -117,11 +121,11 @@ def load_cost_model(path: str | os.PathLike[str]) -> CostModel:
     try:
         document = parse_json(Path(path).read_text("utf-8"))
     except FileNotFoundError as error:
-        raise ScheduleError(problem("cost", os.fspath(path), "no such file")) from error
+        raise ScheduleError.at("cost", os.fspath(path), "no such file") from error
     except (OSError, ValueError) as error:
-        raise ScheduleError(problem("cost", os.fspath(path), f"not JSON: {error}")) from error
+        raise ScheduleError.at("cost", os.fspath(path), f"not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise ScheduleError(problem("cost", os.fspath(path), "not a cost model"))
+        raise ScheduleError.at("cost", os.fspath(path), "not a cost model")
     return CostModel.from_document(document)
 
 
@@ -129,8 +133,12 @@ def _of(taken: Sequence[Measurement], kind: Kind, least: int) -> list[Measuremen
     found = [item for item in taken if item.kind == kind]
     sizes = {item.tokens for item in found}
     if len(sizes) < least:
-        wrong = f"{least} different numbers of tokens are needed"
-        raise ScheduleError(problem(f"measurements.{kind}", sorted(sizes), wrong, "Measure more"))
+        raise ScheduleError.at(
+            f"measurements.{kind}",
+            sorted(sizes),
+            f"{least} different numbers of tokens are needed",
+            fix="Measure more",
+        )
     return found
 
 
@@ -199,12 +207,18 @@ def _links(items: list[Measurement], errors: dict[str, float]) -> tuple[Link, ..
 
 def _memory(items: list[Measurement], budget: float | None, errors: dict[str, float]) -> int:
     if budget is None:
-        wrong = "with measurements of memory, the bytes that a rank may use are needed"
-        raise ScheduleError(problem("memory_bytes", budget, wrong))
+        raise ScheduleError.at(
+            "memory_bytes",
+            budget,
+            "with measurements of memory, the bytes that a rank may use are needed",
+        )
     tokens, _, value = _columns(items)
     fixed, each = _least_squares([np.ones_like(tokens), tokens], value)
     errors["memory"] = _error(fixed + each * tokens, value)
     if not each or budget - fixed < each:
-        wrong = f"not one token fits: {fixed:.4g} bytes are used before, {each:.4g} per token"
-        raise ScheduleError(problem("memory_bytes", budget, wrong))
+        raise ScheduleError.at(
+            "memory_bytes",
+            budget,
+            f"not one token fits: {fixed:.4g} bytes are used before, {each:.4g} per token",
+        )
     return int((budget - fixed) // each)

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 from raymix.schedule.layout import Floats, Ints
 
 FORMAT = 1
@@ -82,17 +82,19 @@ class CostModel:
         for name in ("quadratic_s", "edge_s", "piece_s", "linear_s", "base_s", "floor_s"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
-                raise ScheduleError(problem(f"cost.{name}", value, "not a finite number >= 0"))
+                raise ScheduleError.at(f"cost.{name}", value, "not a finite number >= 0")
         if self.memory_tokens < 1:
-            wrong = "a rank must hold at least one token"
-            raise ScheduleError(problem("cost.memory_tokens", self.memory_tokens, wrong))
+            raise ScheduleError.at(
+                "cost.memory_tokens", self.memory_tokens, "a rank must hold at least one token"
+            )
         widths = [link.width for link in self.links]
         if widths != sorted(set(widths)):
-            raise ScheduleError(problem("cost.links", widths, "the sizes of team do not rise"))
+            raise ScheduleError.at("cost.links", widths, "the sizes of team do not rise")
         for link in self.links:
             if not (link.width > 1 and 0 <= link.latency_s < np.inf and 0 <= link.token_s < np.inf):
-                wrong = "a team of one, or a time that is no finite number >= 0"
-                raise ScheduleError(problem("cost.links", link, wrong))
+                raise ScheduleError.at(
+                    "cost.links", link, "a team of one, or a time that is no finite number >= 0"
+                )
 
     def attention(self, length_K: ArrayLike, width: int | Ints = 1) -> Floats:
         """Return seconds of attention on each of `width` ranks, eq. (2), shape (K,)."""
@@ -144,18 +146,23 @@ class CostModel:
         """
         if document.get("format") != FORMAT:
             found = document.get("format")
-            wrong = f"this raymix reads cost models of format {FORMAT}"
-            raise ScheduleError(problem("cost.format", found, wrong, "Measure again"))
+            raise ScheduleError.at(
+                "cost.format",
+                found,
+                f"this raymix reads cost models of format {FORMAT}",
+                fix="Measure again",
+            )
         given = {key: value for key, value in document.items() if key != "format"}
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(given) - known):
-            allowed = f"Known: {', '.join(sorted(known))}"
-            raise ScheduleError(problem("cost", unknown, "unknown keys", allowed))
+            raise ScheduleError.at(
+                "cost", unknown, "unknown keys", allowed=f"Known: {', '.join(sorted(known))}"
+            )
         try:
             links = tuple(Link(**link) for link in given.pop("links", ()))
             return cls(**given, links=links)
         except TypeError as error:
-            raise ScheduleError(problem("cost", sorted(given), f"incomplete: {error}")) from error
+            raise ScheduleError.at("cost", sorted(given), f"incomplete: {error}") from error
 
 
 def shards(length_K: ArrayLike, width: int | Ints) -> Ints:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raymix.errors import ScheduleError, did_you_mean, problem
+from raymix.errors import ScheduleError, did_you_mean
 from raymix.schedule.cost.model import CostModel, Link
 
 
@@ -115,5 +115,6 @@ def assumed_links(network: str, layers: int, key_values: int) -> tuple[Link, ...
 def _check(path: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
         near = did_you_mean(name, known)
-        allowed = f"Known: {', '.join(known)}"
-        raise ScheduleError(problem(f"cost.{path}", name, "not a preset", allowed, near))
+        raise ScheduleError.at(
+            f"cost.{path}", name, "not a preset", allowed=f"Known: {', '.join(known)}", fix=near
+        )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 from raymix.schedule.base import planner
 from raymix.schedule.cost.model import CostModel, shards
 from raymix.schedule.cost.timing import Placement
@@ -64,8 +64,9 @@ def solve_exact(
         if found is not None:
             return Exact(model.placement(found), found.objective, found.bound)
         most += 1
-    wrong = f"no placement found in {nodes} nodes"
-    raise ScheduleError(problem("lengths", length_K.size, wrong, "Use planner='refine'"))
+    raise ScheduleError.at(
+        "lengths", length_K.size, f"no placement found in {nodes} nodes", fix="Use planner='refine'"
+    )
 
 
 class _ScheduleProgram:
@@ -87,9 +88,12 @@ class _ScheduleProgram:
             for slot in self._slots_of(k)
         ]
         if len(places) > MOST_CHOICES:
-            wrong = f"{len(places)} places for an exact plan, at most {MOST_CHOICES} are tried"
-            advice = "Plan fewer sequences, or use planner='refine'"
-            raise ScheduleError(problem("lengths", f"{length_K.size} lengths", wrong, advice))
+            raise ScheduleError.at(
+                "lengths",
+                f"{length_K.size} lengths",
+                f"{len(places)} places for an exact plan, at most {MOST_CHOICES} are tried",
+                fix="Plan fewer sequences, or use planner='refine'",
+            )
         self.place_P = np.array(places, dtype=np.int64).T
         self.chosen_P = self.program.variables(len(places), upper=1, whole=True)
         self._once()

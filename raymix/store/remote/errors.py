@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from raymix.errors import StorageError, UnreachableError, problem
+from raymix.errors import StorageError, UnreachableError
 
 # Words by which errors are told apart: pyarrow raises one type for all that a store answers.
 _NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket '")
@@ -42,16 +42,24 @@ def storage_errors(url: str, error: BaseException, field: str = "path") -> Stora
         return None
     said = " ".join(str(error).split())
     if any(word in said for word in _NO_BUCKET):
-        return StorageError(problem(field, url, "there is no such bucket", "Make it first"))
+        return StorageError.at(field, url, "there is no such bucket", fix="Make it first")
     if isinstance(error, PermissionError) or any(word in said for word in _FORBIDDEN):
-        advice = "See to the rights, and to the credentials in the environment of every node"
-        return StorageError(problem(field, url, "the store does not allow it", advice))
+        return StorageError.at(
+            field,
+            url,
+            "the store does not allow it",
+            fix="See to the rights, and to the credentials in the environment of every node",
+        )
     silent = isinstance(error, ConnectionError | TimeoutError)
     if silent or any(word in said for word in _SILENT):
-        advice = "See to the network, and to AWS_ENDPOINT_URL where the store is not Amazon's"
-        return UnreachableError(problem(field, url, "the store does not answer", advice))
+        return UnreachableError.at(
+            field,
+            url,
+            "the store does not answer",
+            fix="See to the network, and to AWS_ENDPOINT_URL where the store is not Amazon's",
+        )
     if "AWS Error" in said or "google::cloud" in said:
-        return StorageError(problem(field, url, f"the store refuses: {said[:300]}"))
+        return StorageError.at(field, url, f"the store refuses: {said[:300]}")
     return None
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from typing_extensions import Buffer
 
-from raymix.errors import CorpusError, StorageError, problem
+from raymix.errors import CorpusError, StorageError
 from raymix.store.remote.errors import is_remote, storage_errors, translate_storage_errors
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -45,8 +45,12 @@ def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
     if "://" not in url:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
     if _PASSWORD.match(url):
-        wrong = "a password in a URL would end up in logs and in the run's files"
-        raise StorageError(problem(field, url, wrong, "give it by the environment"))
+        raise StorageError.at(
+            field,
+            url,
+            "a password in a URL would end up in logs and in the run's files",
+            fix="give it by the environment",
+        )
     try:
         return pafs.FileSystem.from_uri(url)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -61,7 +65,7 @@ def _fsspec(url: str, field: str) -> tuple[pafs.FileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise CorpusError(problem(field, url, f"cannot be opened: {error}")) from error
+        raise CorpusError.at(field, url, f"cannot be opened: {error}") from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
@@ -156,14 +160,12 @@ def disk_full(url: str, needed: int) -> CorpusError:
     """Return the error for a disk that cannot take `needed` more bytes at `url`."""
     free = free_bytes(url)
     known = "" if free is None else f", {free:,} bytes are free"
-    return CorpusError(
-        problem(
-            "path",
-            url,
-            f"the disk is full: {needed:,} bytes are needed{known}",
-            "what was finished is kept",
-            "make room and run the same command again, or choose another path",
-        )
+    return CorpusError.at(
+        "path",
+        url,
+        f"the disk is full: {needed:,} bytes are needed{known}",
+        allowed="what was finished is kept",
+        fix="make room and run the same command again, or choose another path",
     )
 
 
@@ -173,7 +175,7 @@ def write_error(url: str, error: OSError, needed: int) -> Exception:
         return disk_full(url, needed)
     if error.errno in _REFUSED:
         why = os.strerror(error.errno or 0)
-        return CorpusError(problem("path", url, f"cannot be written: {why}", "choose another path"))
+        return CorpusError.at("path", url, f"cannot be written: {why}", fix="choose another path")
     return storage_errors(url, error) or error
 
 

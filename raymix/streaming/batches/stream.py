@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from raymix.errors import CorpusError, RecipeError, problem
+from raymix.errors import CorpusError, RecipeError
 from raymix.recipe.training import DocumentData, PackedData
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
@@ -214,23 +214,19 @@ class MixtureStream:
 
     def _check(self, state: Mapping[str, Any], *, accept_changed: bool) -> None:
         if state["fingerprint"] != self._about["fingerprint"] and not accept_changed:
-            raise CorpusError(
-                problem(
-                    "corpus.fingerprint",
-                    self._about["fingerprint"],
-                    f"the checkpoint was made with another corpus, {state['fingerprint']}",
-                    "Restore that corpus, or set data.accept_changed_corpus",
-                )
+            raise CorpusError.at(
+                "corpus.fingerprint",
+                self._about["fingerprint"],
+                f"the checkpoint was made with another corpus, {state['fingerprint']}",
+                fix="Restore that corpus, or set data.accept_changed_corpus",
             )
         for field in ("mode", "sequence_length"):
             if state[field] != self._about[field]:
-                raise RecipeError(
-                    problem(
-                        f"data.{field}",
-                        self._about[field],
-                        f"the checkpoint was made with {state[field]!r}",
-                        "What has been read is counted in its units",
-                    )
+                raise RecipeError.at(
+                    f"data.{field}",
+                    self._about[field],
+                    f"the checkpoint was made with {state[field]!r}",
+                    fix="What has been read is counted in its units",
                 )
 
 

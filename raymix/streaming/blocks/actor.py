@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from raymix.errors import ClusterError, problem
+from raymix.errors import ClusterError
 from raymix.store import Corpus, Split
 from raymix.streaming.actor_options import actor_options
 from raymix.streaming.blocks.cache import BlockCache
@@ -178,10 +178,13 @@ class BlockPlane:
 
     def _give_up(self, error: Exception) -> None:
         first = (str(error) or type(error).__name__).splitlines()[0]
-        wrong = f"reading blocks failed {_TRIES} times in a row: {first}"
-        advice = "Can every node read it?"
         self._failures.append(
-            ClusterError(problem("corpus.path", self._corpus.path, wrong, advice))
+            ClusterError.at(
+                "corpus.path",
+                self._corpus.path,
+                f"reading blocks failed {_TRIES} times in a row: {first}",
+                fix="Can every node read it?",
+            )
         )
         self._cache.give_up_waiting()
         self._notify()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.sampling import NO_LIMIT, DomainGeometry
 from raymix.store import Corpus, Split
 
@@ -74,13 +74,11 @@ def row_geometry(
     block_tokens = corpus.manifest.block_tokens
     per_block = block_tokens // sequence_length
     if per_block == 0:
-        raise RecipeError(
-            problem(
-                "data.sequence_length",
-                sequence_length,
-                f"longer than a block of the corpus, {block_tokens} tokens",
-                "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
-            )
+        raise RecipeError.at(
+            "data.sequence_length",
+            sequence_length,
+            f"longer than a block of the corpus, {block_tokens} tokens",
+            fix="Shorten it, or prepare the corpus with a larger corpus.block_tokens",
         )
     geometries = []
     for name in corpus.domain_names:
@@ -118,11 +116,11 @@ def epoch_limits(
         if unknown:
             raise RecipeError(
                 *(
-                    problem(
+                    format_problem(
                         f"data.max_epochs.{name}",
                         max_epochs[name],
                         "the corpus has no such domain",
-                        did_you_mean(name, names),
+                        fix=did_you_mean(name, names),
                     )
                     for name in unknown
                 )

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from raymix.errors import ClusterError, CorpusError, problem
+from raymix.errors import ClusterError, CorpusError
 from raymix.streaming.blocks.block_batch import BlockBatch, from_table
 from raymix.streaming.controller.client import get
 
@@ -123,9 +123,12 @@ class PlaneSource:
             raise CorpusError(*dict.fromkeys(self._errors.pop(number) for number in corrupt))
 
     def _too_late(self, numbers: Sequence[int]) -> ClusterError:
-        wrong = f"they did not come within {self._patience_s:g} s"
-        advice = "Is the object store full, or the storage slow?"
-        return ClusterError(problem("blocks", list(numbers)[:8], wrong, advice))
+        return ClusterError.at(
+            "blocks",
+            list(numbers)[:8],
+            f"they did not come within {self._patience_s:g} s",
+            fix="Is the object store full, or the storage slow?",
+        )
 
     def _get(self, answer: Any, timeout_s: float) -> Any:
         return get(answer, timeout_s=timeout_s, what="the block plane")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import ray
 import ray.exceptions
 
-from raymix.errors import ClusterError, RaymixError, TrainingError, problem
+from raymix.errors import ClusterError, RaymixError, TrainingError
 from raymix.mixers import DomainStats
 from raymix.streaming.actor_options import actor_options
 from raymix.streaming.controller.actor import MixtureController, RemoteMixtureController
@@ -83,8 +83,11 @@ class LocalController:
         )
         if lease is None:
             known = self._state.known_until
-            wrong = f"its weights need the statistics of steps before {known}, never pushed"
-            raise TrainingError(problem("step", ask.step, wrong))
+            raise TrainingError.at(
+                "step",
+                ask.step,
+                f"its weights need the statistics of steps before {known}, never pushed",
+            )
         return lease
 
     def push(self, window: int, stats: DomainStats) -> None:
@@ -101,9 +104,7 @@ class LocalController:
         """Return what a checkpoint needs so that a run can continue at `step`."""
         snapshot = self._state.snapshot(step)
         if snapshot is None:
-            raise TrainingError(
-                problem("step", step, "statistics of windows before it are missing")
-            )
+            raise TrainingError.at("step", step, "statistics of windows before it are missing")
         return snapshot
 
     def status(self) -> dict[str, Any]:
@@ -222,11 +223,12 @@ def get(answer: Any, *, timeout_s: float, what: str) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.GetTimeoutError as error:
-        wrong = f"no answer for {timeout_s:g} s"
-        raise ClusterError(problem("actor", what, wrong, "Look at the other ranks")) from error
+        raise ClusterError.at(
+            "actor", what, f"no answer for {timeout_s:g} s", fix="Look at the other ranks"
+        ) from error
     except ray.exceptions.RayActorError as error:
         first = str(error).splitlines()[0]
-        raise ClusterError(problem("actor", what, f"it is gone ({first})")) from error
+        raise ClusterError.at("actor", what, f"it is gone ({first})") from error
 
 
 def start_controller(*, name: str | None = None, **options: Any) -> Any:

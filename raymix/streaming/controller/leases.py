@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raymix.errors import TrainingError, problem
+from raymix.errors import TrainingError
 from raymix.sampling import MixtureEntry
 
 
@@ -78,6 +78,4 @@ class Leases:
 
 
 def _over(attempt: str) -> TrainingError:
-    return TrainingError(
-        problem("attempt", attempt, "this worker group is not the one being served")
-    )
+    return TrainingError.at("attempt", attempt, "this worker group is not the one being served")

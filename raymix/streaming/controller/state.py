@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raymix.errors import CorpusError, RecipeError, TrainingError, problem
+from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.mixers import (
     DomainStats,
     Mixer,
@@ -128,13 +128,11 @@ class MixtureState:
         self._leases.check(attempt)
         last = self.log.entries[-1].version if self.log.entries else -1
         if version > last:
-            raise TrainingError(
-                problem(
-                    "mixture_log.version",
-                    version,
-                    f"a worker has this entry, the restarted controller knows up to {last}",
-                    "A controller needs a run directory to survive its death",
-                )
+            raise TrainingError.at(
+                "mixture_log.version",
+                version,
+                f"a worker has this entry, the restarted controller knows up to {last}",
+                fix="A controller needs a run directory to survive its death",
             )
         held = self._leases.held
         until = held[rank] = max(held_until, held.get(rank, 0))
@@ -184,16 +182,20 @@ class MixtureState:
         names = self.context.domains
         if not isinstance(weights, Mapping):
             if len(weights) != len(names):
-                wrong = f"not one weight per domain; there are {len(names)}"
-                raise RecipeError(problem("weights", list(weights), wrong))
+                raise RecipeError.at(
+                    "weights", list(weights), f"not one weight per domain; there are {len(names)}"
+                )
             weights = dict(zip(names, map(float, weights), strict=True))
         shares = tuple(shares_by_name(weights, self.context, path="weights").tolist())
         earliest = max(self._leases.horizon, self._decided)
         if (repeated := self._asked_before(shares, first_step, earliest)) is not None:
             return repeated
         if first_step is not None and first_step < earliest:
-            wrong = f"workers may already have read it; the first free step is {earliest}"
-            raise RecipeError(problem("first_step", first_step, wrong))
+            raise RecipeError.at(
+                "first_step",
+                first_step,
+                f"workers may already have read it; the first free step is {earliest}",
+            )
         step = earliest if first_step is None else first_step
         self._asks[step] = shares
         self._save()

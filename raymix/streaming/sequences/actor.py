@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from raymix.errors import RaymixError, TrainingError, problem
+from raymix.errors import RaymixError, TrainingError
 from raymix.recipe.training import DocumentData
 from raymix.sampling import DocumentStep, MixtureEntry, batch_hash
 from raymix.schedule import MicroBatch
@@ -110,8 +110,11 @@ class SequenceScheduler:
         """Take what the asker brings; return the plans, if its step is one of them or can be."""
         plans = self._plans
         if request.attempt in self._over:
-            wrong = f"a later attempt, {self._attempt}, is being planned for"
-            raise TrainingError(problem("attempt", request.attempt, wrong))
+            raise TrainingError.at(
+                "attempt",
+                request.attempt,
+                f"a later attempt, {self._attempt}, is being planned for",
+            )
         fresh = request.attempt != self._attempt
         if plans and not fresh and (request.entries or plans.version >= request.version):
             plans.learn(request.entries, request.until)
@@ -180,16 +183,16 @@ class RemoteSequenceScheduler:
         """
         until = self._reader.until()
         if step >= until:
-            wrong = f"the weights of steps from {until} on are not decided"
-            raise TrainingError(problem("step", step, wrong))
+            raise TrainingError.at(
+                "step", step, f"the weights of steps from {until} on are not decided"
+            )
         asked, self._asked = self._asked, None
         answer = asked[1] if asked is not None and asked[0] == step else self._ask(step)
         found = self._get(answer)
         if found is None:
             found = self._get(self._ask(step, everything=True))
         if found is None:
-            wrong = "the state it was planned from lies behind it"
-            raise TrainingError(problem("step", step, wrong))
+            raise TrainingError.at("step", step, "the state it was planned from lies behind it")
         if step + 1 < until:
             self._asked = step + 1, self._ask(step + 1)
         return found
@@ -231,8 +234,9 @@ def assign_remotely(handle: Any, how: SchedulingConfig, *, attempt: str) -> Assi
         def deal(step: DocumentStep) -> tuple[MicroBatch, ...]:
             found = bucketer.assignment(step.step)
             if found.batch_hash != batch_hash(step.domain_N, step.index_N):
-                wrong = "ranks were planned for other documents than are read"
-                raise TrainingError(problem("step", step.step, wrong))
+                raise TrainingError.at(
+                    "step", step.step, "ranks were planned for other documents than are read"
+                )
             return found.micro_batches
 
         return deal

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 from raymix.recipe.training import DocumentData
 from raymix.sampling import (
     CorpusOrder,
@@ -202,9 +202,12 @@ def _check_room(lengths: Sequence[Any], data: DocumentData, how: SchedulingConfi
     room = how.layout.context * how.cost.memory_tokens
     longest = max((int(part.max(initial=0)) for part in lengths), default=0)
     if (needed := min(longest, data.sequence_length)) > room:
-        wrong = (
-            f"a document of {needed} tokens is longer than the {how.layout.context} x "
-            f"{how.cost.memory_tokens} = {room} tokens that a group of ranks can hold"
+        raise ScheduleError.at(
+            "data.sequence_length",
+            data.sequence_length,
+            (
+                f"a document of {needed} tokens is longer than the {how.layout.context} x "
+                f"{how.cost.memory_tokens} = {room} tokens that a group of ranks can hold"
+            ),
+            fix="Lower it, or take larger groups of ranks",
         )
-        advice = "Lower it, or take larger groups of ranks"
-        raise ScheduleError(problem("data.sequence_length", data.sequence_length, wrong, advice))

@@ -32,7 +32,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 from raymix.schedule import MODELS, CostModel, Link, Measurement, fit_cost_model
 from raymix.store import Corpus
 from raymix.training.calibrate.collective_benchmark import gather_times
@@ -118,7 +118,7 @@ def preset_config(name: str) -> PreTrainedConfig:
     from transformers import Qwen2Config
 
     if name not in MODELS:
-        raise ScheduleError(problem("model", name, "not known", f"Known: {', '.join(MODELS)}"))
+        raise ScheduleError.at("model", name, "not known", allowed=f"Known: {', '.join(MODELS)}")
     shape = MODELS[name]
     # Qwen2.5's heads: 64 wide in the small models, 128 in the large ones.
     width = 64 if shape.hidden < _WIDE else 128
@@ -157,8 +157,9 @@ def calibrate(
         ScheduleError: If the model does not fit into memory, or processes cannot reach each other.
     """
     if effort.longest < (shortest := _FIRST << (_LEAST - 1)):
-        wrong = f"too short to see how time grows; at least {shortest}"
-        raise ScheduleError(problem("longest", effort.longest, wrong))
+        raise ScheduleError.at(
+            "longest", effort.longest, f"too short to see how time grows; at least {shortest}"
+        )
     taken: list[Measurement] = []
     report("attention")
     taken += _attention(setup, effort)
@@ -280,8 +281,11 @@ def _depths(setup: Setup) -> tuple[int, ...]:
     ):
         return (layers,)
     if _STATES / 2 * _parameters(_shallow(setup.config, 3)) > room:
-        wrong = f"not even three layers fit into the {room} bytes there are"
-        raise ScheduleError(problem("model", setup.config.model_type, wrong))
+        raise ScheduleError.at(
+            "model",
+            setup.config.model_type,
+            f"not even three layers fit into the {room} bytes there are",
+        )
     return (1, 2)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from raymix.errors import ScheduleError, problem
+from raymix.errors import ScheduleError
 
 _REPEATS = 5
 
@@ -71,8 +71,9 @@ def gather_times(
             torch.multiprocessing.ProcessExitedException,
         ) as error:
             last = str(error).strip().splitlines()[-1]
-            wrong = f"they could not gather from each other: {last}"
-            raise ScheduleError(problem("ranks", ranks, wrong)) from error
+            raise ScheduleError.at(
+                "ranks", ranks, f"they could not gather from each other: {last}"
+            ) from error
         rows: list[tuple[int, int, float]] = json.loads(out.read_text())
     return {(width, tokens): seconds for width, tokens, seconds in rows}
 

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.recipe import Recipe
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
@@ -40,9 +40,12 @@ class CheckpointRef:
         if given is not None:
             return given
         if self.run is None:
-            wrong = "the checkpoint lies in no run, so its recipe is not known"
-            advice = "Name the recipe with --recipe"
-            raise RecipeError(problem("checkpoint", self.where, wrong, advice))
+            raise RecipeError.at(
+                "checkpoint",
+                self.where,
+                "the checkpoint lies in no run, so its recipe is not known",
+                fix="Name the recipe with --recipe",
+            )
         return self.run.recipe()
 
 
@@ -101,11 +104,13 @@ def _fetched_checkpoint(url: str, names: list[str], here: Path) -> CheckpointRef
 
 
 def _untrained(place: str) -> RecipeError:
-    wrong = "the run has no whole checkpoint yet"
-    return RecipeError(problem("run", place, wrong, "Train it first"))
+    return RecipeError.at("run", place, "the run has no whole checkpoint yet", fix="Train it first")
 
 
 def _neither(place: str, *, there: bool) -> RecipeError:
-    wrong = "neither a run directory nor a checkpoint" if there else "no such directory"
-    advice = "Name a directory that `raymix train` made, or one with a config.json"
-    return RecipeError(problem("run", place, wrong, advice))
+    return RecipeError.at(
+        "run",
+        place,
+        "neither a run directory nor a checkpoint" if there else "no such directory",
+        fix="Name a directory that `raymix train` made, or one with a config.json",
+    )

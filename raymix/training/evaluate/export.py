@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix._utils.yaml import dump_yaml
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.training.evaluate.checkpoint_ref import CheckpointRef, find_checkpoint
 from raymix.training.host.environment import raymix_version
 from raymix.training.run.checkpoint import disk_full
@@ -30,8 +30,9 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
     target = find_checkpoint(path)
     place = Path(os.path.abspath(out))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        wrong = "it exists, and nothing is overwritten"
-        raise RecipeError(problem("out", str(out), wrong, "Name a new directory"))
+        raise RecipeError.at(
+            "out", str(out), "it exists, and nothing is overwritten", fix="Name a new directory"
+        )
     temporary = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

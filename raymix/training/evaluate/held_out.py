@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from raymix.context_parallel import ContextParallelGroups, DocumentPart, LocalShards, attending
-from raymix.errors import CorpusError, problem
+from raymix.errors import CorpusError, format_problem
 from raymix.store import Block, Corpus
 from raymix.training.model.loss import IGNORED
 from raymix.training.model.parallel import PendingSum, Replica, World
@@ -118,12 +118,18 @@ def search_rows(
             shared.append(name)
         if not rows[name]:
             tokens = corpus.split(name, "valid").tokens
-            wrong = (
-                f"its {tokens:,} held-out tokens leave nothing to choose by behind the first "
-                f"{test_rows} rows of {sequence_length:,}"
+            problems.append(
+                format_problem(
+                    "corpus.domains",
+                    name,
+                    (
+                        f"its {tokens:,} held-out tokens leave nothing to choose by behind the "
+                        f"first "
+                        f"{test_rows} rows of {sequence_length:,}"
+                    ),
+                    fix="Lower eval.rows_per_domain, or hold out more text",
+                )
             )
-            advice = "Lower eval.rows_per_domain, or hold out more text"
-            problems.append(problem("corpus.domains", name, wrong, advice))
     if problems:
         raise CorpusError(*problems)
     return _stacked(corpus, sequence_length, rows), tuple(shared)

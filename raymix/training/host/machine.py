@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymix.errors import ClusterError, problem
+from raymix.errors import ClusterError
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
@@ -115,14 +115,21 @@ def check_reachable(address: str, timeout_s: float = 5.0) -> None:
     if address == "auto":
         return
     if not host or not port.isdecimal():
-        wrong = "not an address of a Ray cluster"
-        allowed = "Allowed: HOST:PORT, ray://HOST:PORT, auto, local"
-        raise ClusterError(problem("cluster.address", address, wrong, allowed))
+        raise ClusterError.at(
+            "cluster.address",
+            address,
+            "not an address of a Ray cluster",
+            allowed="Allowed: HOST:PORT, ray://HOST:PORT, auto, local",
+        )
     try:
         socket.create_connection((host, int(port)), timeout_s).close()
     except OSError as error:
-        wrong = f"no Ray cluster answers there ({error.strerror or error})"
-        raise ClusterError(problem("cluster.address", address, wrong, advice)) from None
+        raise ClusterError.at(
+            "cluster.address",
+            address,
+            f"no Ray cluster answers there ({error.strerror or error})",
+            fix=advice,
+        ) from None
 
 
 def _cluster(address: str) -> Resources:
@@ -134,8 +141,9 @@ def _cluster(address: str) -> Resources:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            wrong = f"cannot be joined: {str(error).splitlines()[0]}"
-            raise ClusterError(problem("cluster.address", address, wrong)) from error
+            raise ClusterError.at(
+                "cluster.address", address, f"cannot be joined: {str(error).splitlines()[0]}"
+            ) from error
     try:
         total = ray.cluster_resources()
         return Resources(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from raymix._utils.private_cluster import start_private
-from raymix.errors import ClusterError, TrainingError, problem
+from raymix.errors import ClusterError, TrainingError
 from raymix.recipe import ClusterConfig
 from raymix.training.host.machine import check_reachable, cores, ray_address
 
@@ -144,7 +144,7 @@ def check_own() -> None:
     if dead:
         wrong = f"Ray's {_NEEDED[dead[0]]} was killed, or crashed"
         advice = "A machine that runs out of memory kills. The same command goes on from the last"
-        raise TrainingError(problem("cluster.address", "local", wrong, f"{advice} checkpoint"))
+        raise TrainingError.at("cluster.address", "local", wrong, fix=f"{advice} checkpoint")
 
 
 def _in_ray() -> bool:
@@ -189,9 +189,12 @@ def free_resources() -> str:
 
 def no_room(workers: int, seconds: float) -> ClusterError:
     """Return the error of workers that found no place within `seconds`."""
-    wrong = f"the cluster gave them no place for {seconds:g} s; it has {free_resources()}"
-    advice = "Wait for what else runs there, or take fewer workers"
-    return ClusterError(problem("cluster.workers", workers, wrong, advice))
+    return ClusterError.at(
+        "cluster.workers",
+        workers,
+        f"the cluster gave them no place for {seconds:g} s; it has {free_resources()}",
+        fix="Wait for what else runs there, or take fewer workers",
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-from raymix.errors import RaymixError, TrainingError, problem
+from raymix.errors import RaymixError, TrainingError
 from raymix.recipe import ClusterConfig, DocumentData
 from raymix.store import Corpus
 from raymix.store.remote import files
@@ -130,9 +130,12 @@ def explained(error: BaseException, job: Job) -> BaseException:
     where = _write(job.run.path / "error.log", str(error))
     inner = list(_inside(error))[-1]
     said = (str(inner).strip().splitlines() or [""])[-1]
-    wrong = f"the workers failed: {type(inner).__name__}: {said[:300]}"
-    advice = f"The whole of it is in {where}. The same command goes on from the last checkpoint"
-    return TrainingError(problem("run", job.run.where, wrong, advice))
+    return TrainingError.at(
+        "run",
+        job.run.where,
+        f"the workers failed: {type(inner).__name__}: {said[:300]}",
+        fix=f"The whole of it is in {where}. The same command goes on from the last checkpoint",
+    )
 
 
 def _inside(error: BaseException) -> Iterator[BaseException]:

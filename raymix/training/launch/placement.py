@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raymix.errors import ClusterError, problem
+from raymix.errors import ClusterError
 
 Strategy = Literal["STRICT_PACK", "PACK"]
 NODE_LABEL = "ray.io/node-id"
@@ -64,8 +64,12 @@ def place_workers(
     workers = group_size * groups
     room = [_room(node, per_worker) for node in nodes]
     if sum(room) < workers:
-        wrong = f"the nodes have room for {sum(room)} of them, at {_words(per_worker)} each"
-        raise ClusterError(problem("cluster.workers", workers, wrong, "Take fewer workers"))
+        raise ClusterError.at(
+            "cluster.workers",
+            workers,
+            f"the nodes have room for {sum(room)} of them, at {_words(per_worker)} each",
+            fix="Take fewer workers",
+        )
     bundles = tuple(dict(per_worker) for _ in range(workers))
     if group_size > 1 and max(room) >= workers:
         return WorkerPlaces("STRICT_PACK", bundles, (), split_groups=False)

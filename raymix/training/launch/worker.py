@@ -13,7 +13,7 @@ import torch
 from ray.train import Checkpoint, UserCallback
 from ray.train.v2.api.report_config import CheckpointUploadMode
 
-from raymix.errors import RaymixError, TrainingError, problem
+from raymix.errors import RaymixError, TrainingError
 from raymix.store import Corpus
 from raymix.store.remote import files
 from raymix.streaming.batches.stream import row_tokens
@@ -62,7 +62,7 @@ def _train(job: Job) -> None:
         wrong = f"a worker ran out of GPU memory: {str(error).splitlines()[0]}"
         advice = "Lower it, or set train.activation_checkpointing"
         path, rows = "train.micro_batch_rows", parts.micro_batch_rows
-        raise TrainingError(problem(path, rows, wrong, advice)) from error
+        raise TrainingError.at(path, rows, wrong, fix=advice) from error
 
 
 def _world(job: Job) -> World:
@@ -135,6 +135,7 @@ class FailFastPolicy(UserCallback):
         seen = (last, f"{type(first).__name__}: {first}"[:500])
         if seen == self._last:
             said = "".join(traceback.format_exception_only(first)).strip().splitlines()[-1]
-            wrong = f"the workers failed twice in the same way: {said}"
-            raise TrainingError(problem("step", seen[0], wrong))
+            raise TrainingError.at(
+                "step", seen[0], f"the workers failed twice in the same way: {said}"
+            )
         self._last = seen

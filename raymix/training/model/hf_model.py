@@ -24,7 +24,7 @@ from raymix.context_parallel import (
     attending,
     register,
 )
-from raymix.errors import RecipeError, TrainingError, did_you_mean, problem
+from raymix.errors import RecipeError, TrainingError, did_you_mean, format_problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 
 if TYPE_CHECKING:
@@ -78,21 +78,23 @@ def _new_config(model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if model.type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model.type not in CONFIG_MAPPING:
-        raise RecipeError(
-            problem(
-                "model.type",
-                model.type,
-                "not a causal language model of transformers",
-                did_you_mean(model.type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-                "Common ones are llama, qwen3, gpt2, mistral and gemma2",
-            )
+        raise RecipeError.at(
+            "model.type",
+            model.type,
+            "not a causal language model of transformers",
+            allowed=did_you_mean(model.type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+            fix="Common ones are llama, qwen3, gpt2, mistral and gemma2",
         )
     config_class = CONFIG_MAPPING[model.type]
     known = {field.name for field in dataclasses.fields(config_class)}
     known |= set(config_class.attribute_map) | _LEGACY_FIELDS
     unknown = [
-        problem(f"model.config.{name}", value, f"not a field of {model.type}'s configuration",
-                did_you_mean(name, known))
+        format_problem(
+            f"model.config.{name}",
+            value,
+            f"not a field of {model.type}'s configuration",
+            fix=did_you_mean(name, known),
+        )
         for name, value in model.config.items()
         if name not in known
     ]  # fmt: skip
@@ -124,13 +126,11 @@ def _checkpoint_config(model: PretrainedModel) -> PreTrainedConfig:
 
     directory = Path(model.path)
     if not (directory / "config.json").is_file():
-        raise RecipeError(
-            problem(
-                "model.path",
-                model.path,
-                "not a directory with a config.json",
-                "Give a checkpoint directory in Hugging Face format",
-            )
+        raise RecipeError.at(
+            "model.path",
+            model.path,
+            "not a directory with a config.json",
+            fix="Give a checkpoint directory in Hugging Face format",
         )
     with _refusing("model.path", model.path):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -142,7 +142,7 @@ def _refusing(path: str, value: object) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it divides, looks up and calls what it was given
-        raise RecipeError(problem(path, value, _one_line(error))) from error
+        raise RecipeError.at(path, value, _one_line(error)) from error
 
 
 def _check_fit(config: PreTrainedConfig, facts: CorpusFacts, path: str) -> None:
@@ -150,21 +150,21 @@ def _check_fit(config: PreTrainedConfig, facts: CorpusFacts, path: str) -> None:
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is not None and vocab_size < facts.vocab_size:
         problems.append(
-            problem(
+            format_problem(
                 f"{path}.vocab_size",
                 vocab_size,
                 f"smaller than the tokenizer's vocabulary of {facts.vocab_size}",
-                "Leave it out to take the tokenizer's",
+                fix="Leave it out to take the tokenizer's",
             )
         )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and longest < facts.sequence_length:
         problems.append(
-            problem(
+            format_problem(
                 "data.sequence_length",
                 facts.sequence_length,
                 f"longer than the model's {longest} positions",
-                f"Lower it, or raise {path}.max_position_embeddings",
+                fix=f"Lower it, or raise {path}.max_position_embeddings",
             )
         )
     if problems:
@@ -185,7 +185,7 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
             torch.manual_seed(seed)
             built = skeleton(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise RecipeError(problem("model.config", model.config, _one_line(error))) from error
+        raise RecipeError.at("model.config", model.config, _one_line(error)) from error
     return built.train()
 
 
@@ -219,8 +219,8 @@ def load_model(path: str | Path) -> PreTrainedModel:
             trust_remote_code=False,
         )
     except Exception as error:  # any of a dozen libraries may object to the files
-        raise RecipeError(
-            problem("model.path", str(path), f"cannot be loaded: {_one_line(error)}")
+        raise RecipeError.at(
+            "model.path", str(path), f"cannot be loaded: {_one_line(error)}"
         ) from error
     return loaded.train()
 

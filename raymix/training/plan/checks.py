@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raymix.errors import problem
+from raymix.errors import format_problem
 from raymix.mixers import GRADIENT_STATISTICS, Mixer
 from raymix.recipe import PackedData, Recipe
 from raymix.store import Corpus
@@ -28,21 +28,24 @@ def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
     if cpus > resources.cpus:
         wrong = f"with cpus_per_worker = {cluster.cpus_per_worker:g} that takes {cpus:g} CPUs"
         found.append(
-            problem(
+            format_problem(
                 "cluster.workers",
                 cluster.workers,
                 f"{wrong}, {resources.where} has {resources.cpus:g}",
-                "Take fewer workers, or a larger cluster",
+                fix="Take fewer workers, or a larger cluster",
             )
         )
     if cluster.gpus_per_worker == 1 and max(1, cluster.workers) > resources.gpus:
         found.append(
-            problem(
+            format_problem(
                 "cluster.gpus_per_worker",
                 1,
-                f"with cluster.workers = {cluster.workers} that takes {max(1, cluster.workers)} "
-                f"GPUs, {resources.where} has {resources.gpus:g}",
-                "Take fewer workers, or set it to 0",
+                (
+                    f"with cluster.workers = {cluster.workers} that takes "
+                    f"{max(1, cluster.workers)} "
+                    f"GPUs, {resources.where} has {resources.gpus:g}"
+                ),
+                fix="Take fewer workers, or set it to 0",
             )
         )
     return found
@@ -56,18 +59,23 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
     block_tokens = corpus.manifest.block_tokens
     if isinstance(recipe.data, PackedData) and recipe.data.sequence_length > block_tokens:
         found.append(
-            problem(
+            format_problem(
                 "data.sequence_length",
                 recipe.data.sequence_length,
                 f"longer than a block of the prepared corpus, {block_tokens:,} tokens",
-                "Shorten it, or prepare the corpus with a larger corpus.block_tokens",
+                fix="Shorten it, or prepare the corpus with a larger corpus.block_tokens",
             )
         )
     answers = [name for name, info in corpus.manifest.domains.items() if info.train.loss_mask]
     if isinstance(recipe.data, PackedData) and answers:
-        wrong = f"of {answers[0]!r} only answers are learned, which packed rows do not tell"
-        advice = "allowed here: documents"
-        found.append(problem("data.mode", recipe.data.mode, wrong, advice))
+        found.append(
+            format_problem(
+                "data.mode",
+                recipe.data.mode,
+                f"of {answers[0]!r} only answers are learned, which packed rows do not tell",
+                allowed="allowed here: documents",
+            )
+        )
     return found
 
 
@@ -84,7 +92,7 @@ def empty_domains(supply: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
             advice = "Shorten data.sequence_length, give it more text, or leave it out"
         else:
             continue
-        found.append(problem(path, domain.name, wrong, advice))
+        found.append(format_problem(path, domain.name, wrong, fix=advice))
     return found
 
 
@@ -93,10 +101,13 @@ def probe_problems(recipe: Recipe, supply: Sequence[DomainSizes], mixer: Mixer) 
     if not GRADIENT_STATISTICS & mixer.needs:
         return []
     length = recipe.data.sequence_length
-    wrong = f"has one row of {length:,} tokens; {recipe.mixer.kind} measures gradients on two"
-    advice = "Shorten data.sequence_length, give it more text, or leave it out"
     return [
-        problem(f"corpus.domains.{number}.name", domain.name, wrong, advice)
+        format_problem(
+            f"corpus.domains.{number}.name",
+            domain.name,
+            f"has one row of {length:,} tokens; {recipe.mixer.kind} measures gradients on two",
+            fix="Shorten data.sequence_length, give it more text, or leave it out",
+        )
         for number, domain in enumerate(supply)
         if length <= domain.tokens < 2 * length
     ]
@@ -127,13 +138,17 @@ def cap_problems(
     held = float(np.array([domain.usable for domain in supply])[used].sum())
     total = steps * tokens
     return [
-        problem(
+        format_problem(
             "data.max_epochs",
             recipe.data.max_epochs,
-            f"every domain with a share is used up after {done:,} of {steps:,} steps: the caps "
-            f"allow {found.read_D.sum():,.0f} of {total:,} tokens",
-            f"Raise the caps (all domains read equally often would need {total / held:.3g} "
-            f"epochs), train at most {done:,} steps, add data, or give other domains a share",
+            (
+                f"every domain with a share is used up after {done:,} of {steps:,} steps: the caps "
+                f"allow {found.read_D.sum():,.0f} of {total:,} tokens"
+            ),
+            fix=(
+                f"Raise the caps (all domains read equally often would need {total / held:.3g} "
+                f"epochs), train at most {done:,} steps, add data, or give other domains a share"
+            ),
         )
     ]
 
@@ -147,13 +162,15 @@ def room_problems(
     if on_gpu or states * workers <= resources.memory_bytes:
         return []
     return [
-        problem(
+        format_problem(
             "model",
             recipe.model.model_dump(exclude_defaults=True),
-            f"weights, gradients and optimizer states take {workers} x {states / _GB:.1f} GB, "
-            f"{resources.where} has "
-            f"{resources.memory_bytes / _GB:.1f} GB of memory",
-            "Make the model smaller, or take fewer workers",
+            (
+                f"weights, gradients and optimizer states take {workers} x {states / _GB:.1f} GB, "
+                f"{resources.where} has "
+                f"{resources.memory_bytes / _GB:.1f} GB of memory"
+            ),
+            fix="Make the model smaller, or take fewer workers",
         )
     ]
 
@@ -164,11 +181,13 @@ def disk_problems(recipe: Recipe, checkpoint: int, free: int | None) -> list[str
     if free is None or needed <= free:
         return []
     return [
-        problem(
+        format_problem(
             "run.dir",
             recipe.run_dir,
-            f"{recipe.train.keep_checkpoints + 1} checkpoints take {needed / _GB:.1f} GB, the disk "
-            f"has {free / _GB:.1f} GB free",
-            "Free some, choose another run.dir, or lower train.keep_checkpoints",
+            (
+                f"{recipe.train.keep_checkpoints + 1} checkpoints take {needed / _GB:.1f} GB, "
+                f"the disk has {free / _GB:.1f} GB free"
+            ),
+            fix="Free some, choose another run.dir, or lower train.keep_checkpoints",
         )
     ]

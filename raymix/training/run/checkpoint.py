@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raymix._utils.json import parse_json
-from raymix.errors import RecipeError, TrainingError, problem
+from raymix.errors import RecipeError, TrainingError
 from raymix.store.remote import files
 from raymix.training.model.parallel import Replica, gathered, like_parameter
 
@@ -113,13 +113,11 @@ def disk_full(error: Exception, directory: Path) -> Exception:
         words in str(error) for words in ("No space left", "os error 28", "os error 27")
     ):
         return error
-    return RecipeError(
-        problem(
-            "run.dir",
-            str(directory),
-            "the disk is full",
-            "Free space there and run the same command again: it goes on from the last checkpoint",
-        )
+    return RecipeError.at(
+        "run.dir",
+        str(directory),
+        "the disk is full",
+        fix="Free space there and run the same command again: it goes on from the last checkpoint",
     )
 
 
@@ -150,8 +148,12 @@ def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingS
     try:
         document = parse_json(raw)
         if document["format"] > _FORMAT:
-            wrong = f"format {document['format']}, this raymix reads up to {_FORMAT}"
-            raise TrainingError(problem("checkpoint", place, wrong, "Upgrade raymix"))
+            raise TrainingError.at(
+                "checkpoint",
+                place,
+                f"format {document['format']}, this raymix reads up to {_FORMAT}",
+                fix="Upgrade raymix",
+            )
         sizes: dict[str, int] = document.pop("files")
         for name, wanted in sizes.items():
             if Path(name).name != name:
@@ -165,7 +167,7 @@ def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingS
 
 
 def _damaged(place: str, error: Exception) -> TrainingError:
-    return TrainingError(problem("checkpoint", place, f"damaged: {error}"))
+    return TrainingError.at("checkpoint", place, f"damaged: {error}")
 
 
 def newest_checkpoint(
@@ -190,7 +192,7 @@ def load_optimizer(checkpoint: Path, replica: Replica, optimizer: torch.optim.Op
     tensors = load_file(checkpoint / _OPTIMIZER)
     for name, parameter in replica.model.model.named_parameters():
         if f"{name}.step" not in tensors:
-            raise TrainingError(problem("checkpoint", str(checkpoint), f"no moments of {name}"))
+            raise TrainingError.at("checkpoint", str(checkpoint), f"no moments of {name}")
         step = tensors[f"{name}.step"]
         fused_on_gpu = parameter.is_cuda and optimizer.defaults.get("fused")
         optimizer.state[parameter] = {

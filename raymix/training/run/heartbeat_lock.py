@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from raymix._utils.json import parse_json
-from raymix.errors import RaymixError, RecipeError, problem
+from raymix.errors import RaymixError, RecipeError
 from raymix.store.remote import files
 from raymix.store.remote.errors import with_retries
 from raymix.training.run.rundir import RunDirectory
@@ -129,5 +129,9 @@ def _wait_for_silence(run: RunDirectory, url: str, note: Callable[[str], None]) 
         if not found:
             return
         if found != first:
-            advice = "Wait for it, stop it, or give another run.dir"
-            raise RecipeError(problem("run.dir", run.where, f"in use by {holder}", advice))
+            raise RecipeError.at(
+                "run.dir",
+                run.where,
+                f"in use by {holder}",
+                fix="Wait for it, stop it, or give another run.dir",
+            )

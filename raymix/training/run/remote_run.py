@@ -26,7 +26,7 @@ from typing import Self
 
 import pyarrow.fs as pafs
 
-from raymix.errors import StorageError, TrainingError, problem
+from raymix.errors import StorageError, TrainingError
 from raymix.store.remote import files
 from raymix.store.remote.errors import translate_storage_errors, with_retries
 from raymix.store.remote.mirror import Mirror, download, upload
@@ -147,8 +147,12 @@ def keep_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
     if run.url is None:
         return
     if not run.metrics.exists():
-        wrong = f"its files were removed from {run.path} while it was working on them"
-        raise TrainingError(problem("run.dir", run.url, wrong, "Give the same command again"))
+        raise TrainingError.at(
+            "run.dir",
+            run.url,
+            f"its files were removed from {run.path} while it was working on them",
+            fix="Give the same command again",
+        )
     run.mirror().send(*_WRITTEN)
     above = files.join(run.url, "checkpoints")
     there = files.join(above, checkpoint.name)

@@ -31,7 +31,7 @@ from typing import Any, Literal, Self
 
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml, parse_yaml
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.recipe import Recipe, recipe_to_yaml
 from raymix.store import atomic_write_text
 from raymix.store.remote import files
@@ -138,8 +138,12 @@ class RunDirectory:
         from raymix.recipe import load_recipe
 
         if not self.resolved.is_file():
-            wrong = "not a run directory: it has no resolved.yaml"
-            raise RecipeError(problem("run", self.where, wrong, "Name a directory of a run"))
+            raise RecipeError.at(
+                "run",
+                self.where,
+                "not a run directory: it has no resolved.yaml",
+                fix="Name a directory of a run",
+            )
         return load_recipe(self.resolved)
 
     def write_recipe(self, recipe: Recipe) -> None:
@@ -163,9 +167,12 @@ class RunDirectory:
             except OSError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
-                wrong = f"in use by {holder}"
-                advice = "Wait for it, stop it, or give another run.dir"
-                raise RecipeError(problem("run.dir", self.where, wrong, advice)) from error
+                raise RecipeError.at(
+                    "run.dir",
+                    self.where,
+                    f"in use by {holder}",
+                    fix="Wait for it, stop it, or give another run.dir",
+                ) from error
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
@@ -187,17 +194,24 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
         return RunDirectory.at(_next_free(run.where))
     where = run.where
     if run.resolved.name not in names:
-        wrong = "the directory holds files but no run"
-        raise RecipeError(problem("run.dir", where, wrong, "Give another run.dir"))
+        raise RecipeError.at(
+            "run.dir", where, "the directory holds files but no run", fix="Give another run.dir"
+        )
     if if_exists == "fail":
-        wrong = "a run is here already"
-        advice = "Use --if-exists resume to go on, or --if-exists new for a fresh directory"
-        raise RecipeError(problem("run.dir", where, wrong, advice))
+        raise RecipeError.at(
+            "run.dir",
+            where,
+            "a run is here already",
+            fix="Use --if-exists resume to go on, or --if-exists new for a fresh directory",
+        )
     differing = differences(identity(_stored(run)), identity(recipe.model_dump(mode="json")))
     if differing:
-        wrong = f"a run of another recipe is here; it differs in {'; '.join(differing)}"
-        advice = "Use --if-exists new, give another run.dir, or set the recipe back"
-        raise RecipeError(problem("run.dir", where, wrong, advice))
+        raise RecipeError.at(
+            "run.dir",
+            where,
+            f"a run of another recipe is here; it differs in {'; '.join(differing)}",
+            fix="Use --if-exists new, give another run.dir, or set the recipe back",
+        )
     return run
 
 
@@ -263,8 +277,9 @@ def _place(recipe: Recipe) -> str:
     try:
         filled = template.format(name=recipe.name, seed=recipe.seed)
     except (KeyError, IndexError, ValueError) as error:
-        advice = "Allowed in braces: name, seed"
-        raise RecipeError(problem("run.dir", template, f"{error} is unknown", advice)) from error
+        raise RecipeError.at(
+            "run.dir", template, f"{error} is unknown", allowed="Allowed in braces: name, seed"
+        ) from error
     return filled
 
 
@@ -278,8 +293,12 @@ def _scratch(url: str) -> Path:
     above.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = above.lstat()
     if facts.st_uid != os.getuid() or not above.is_dir() or above.is_symlink():
-        wrong = f"{above}, where it would be worked on, belongs to somebody else"
-        raise RecipeError(problem("run.dir", url, wrong, "Set TMPDIR to a directory of your own"))
+        raise RecipeError.at(
+            "run.dir",
+            url,
+            f"{above}, where it would be worked on, belongs to somebody else",
+            fix="Set TMPDIR to a directory of your own",
+        )
     return above / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
 
@@ -287,7 +306,7 @@ def _visible(run: RunDirectory) -> list[str]:
     """Return the names of what the run's place holds, hidden files left out."""
     files.check_store(run.where, "run.dir")
     if run.url is None and run.path.exists() and not run.path.is_dir():
-        raise RecipeError(problem("run.dir", run.where, "a file, not a directory"))
+        raise RecipeError.at("run.dir", run.where, "a file, not a directory")
     return [name for name in files.list_directory(run.where) if not name.startswith(".")]
 
 
@@ -304,8 +323,11 @@ def _stored(run: RunDirectory) -> dict[str, Any]:
         document = parse_yaml(text, name="run.dir", value=run.where)
         return Recipe.model_validate(document).model_dump(mode="json")
     except (ValueError, RecipeError) as error:
-        wrong = "resolved.yaml cannot be read; it was written by another version or damaged"
-        raise RecipeError(problem("run.dir", run.where, wrong)) from error
+        raise RecipeError.at(
+            "run.dir",
+            run.where,
+            "resolved.yaml cannot be read; it was written by another version or damaged",
+        ) from error
 
 
 def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from raymix.context_parallel import ContextParallelGroups, heads_fit
-from raymix.errors import RecipeError, ScheduleError, problem
+from raymix.errors import RecipeError, ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import CostModel, Layout, Link, load_cost_model
 from raymix.streaming.sequences.step_plans import SchedulingConfig
@@ -86,7 +86,7 @@ def _measured(path: str) -> CostModel:
     try:
         return load_cost_model(path)
     except (ScheduleError, OSError) as error:
-        raise RecipeError(problem("data.assign.cost", path, f"cannot be used: {error}")) from error
+        raise RecipeError.at("data.assign.cost", path, f"cannot be used: {error}") from error
 
 
 def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) -> CostModel:
@@ -132,15 +132,22 @@ def context_parallel_of(
     if layout.context > 1:
         kind, path = config.model_type, "data.assign.context"
         if not known:
-            wrong = f"{kind} models, as this one is configured, cannot share a document"
-            advice = "Set it to 1; or take a model with plain attention, without dropout or windows"
-            raise RecipeError(problem(path, layout.context, wrong, advice))
+            raise RecipeError.at(
+                path,
+                layout.context,
+                f"{kind} models, as this one is configured, cannot share a document",
+                fix="Set it to 1; or take a model with plain attention, without dropout or windows",
+            )
         heads = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or heads
         odd = [w for w in layout.widths if not heads_fit(heads, keys, w)]
         if data.assign.exchange == "ulysses" and odd:
-            wrong = f"{heads} heads and {keys} key heads cannot be dealt out to {odd[0]} workers"
-            raise RecipeError(problem("data.assign.exchange", "ulysses", wrong, "Take gather"))
+            raise RecipeError.at(
+                "data.assign.exchange",
+                "ulysses",
+                f"{heads} heads and {keys} key heads cannot be dealt out to {odd[0]} workers",
+                fix="Take gather",
+            )
     return ContextParallel(
         world.rank, ContextParallelGroups.of(layout), data.assign.exchange, known
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raymix.errors import RecipeError, did_you_mean, problem
+from raymix.errors import RecipeError, did_you_mean
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.training.host.machine import resources
@@ -68,7 +68,7 @@ def _group(
 ) -> Group:
     for option, value in (("--seeds", seeds), ("--parallel", parallel)):
         if value is not None and value < 1:
-            raise RecipeError(problem(option, value, "too small", "Allowed: 1 or more"))
+            raise RecipeError.at(option, value, "too small", allowed="Allowed: 1 or more")
     directory = output_directory(out, f"{recipe.name}-compare")
     variants = make_variants(recipe, mixers, seeds=seeds, out=str(directory))
     has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
@@ -80,8 +80,13 @@ def _baseline(variants: Sequence[Variant], asked: str | None) -> str:
     base = known[0] if asked is None else asked
     if base not in known:
         near = did_you_mean(base, known)
-        allowed = f"Compared are: {', '.join(known)}"
-        raise RecipeError(problem("--baseline", base, "not one of the mixers", allowed, near))
+        raise RecipeError.at(
+            "--baseline",
+            base,
+            "not one of the mixers",
+            allowed=f"Compared are: {', '.join(known)}",
+            fix=near,
+        )
     return base
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from raymix.errors import MergeError, RecipeError, problem
+from raymix.errors import MergeError, RecipeError
 from raymix.merging.recipe import MergeFile
 from raymix.merging.run.engine import merge
 from raymix.merging.run.plan import plan_merge
@@ -184,8 +184,12 @@ class Search:
             shutil.rmtree(out, ignore_errors=True)
         for name, loss in losses.items():
             if not math.isfinite(loss):
-                wrong = f"the loss of {name} is not finite"
-                raise MergeError(problem("--search", dict(point), wrong, "Look at lower scales"))
+                raise MergeError.at(
+                    "--search",
+                    dict(point),
+                    f"the loss of {name} is not finite",
+                    fix="Look at lower scales",
+                )
         return losses
 
     def points(self) -> list[dict[str, Any]]:
@@ -211,13 +215,17 @@ def best_of(points: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     usable = [point for point in points if point["loss"] is not None]
     if not usable:
         said = next((point.get("problem") for point in points if point.get("problem")), None)
-        wrong = f"none of {len(points)} merges has a loss"
-        raise MergeError(problem("--search", len(points), wrong, str(said or "")))
+        raise MergeError.at(
+            "--search", len(points), f"none of {len(points)} merges has a loss", fix=str(said or "")
+        )
     return min(usable, key=lambda point: point["loss"])
 
 
 def refuse_another(folder: Path) -> RecipeError:
     """Return the error of a directory that holds another search."""
-    wrong = "another search is here: of another merge file, other models, options or text"
-    advice = "Give another --out, or remove the directory"
-    return RecipeError(problem("--out", str(folder), wrong, advice))
+    return RecipeError.at(
+        "--out",
+        str(folder),
+        "another search is here: of another merge file, other models, options or text",
+        fix="Give another --out, or remove the directory",
+    )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix._utils.yaml import dump_yaml
-from raymix.errors import MergeError, RecipeError, TrainingError, problem
+from raymix.errors import MergeError, RecipeError, TrainingError, format_problem
 from raymix.merging.checkpoints.models import only_adapters
 from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.recipe import MergeFile, load_merge
@@ -105,11 +105,14 @@ def _opened(
 ) -> Search:
     """Return the search; refuse what cannot work."""
     if only_adapters(file):
-        wrong = "a merge that gives an adapter has no loss of its own"
-        advice = "Name the base_model, and set output: model"
-        raise MergeError(problem("base_model", file.base_model, wrong, advice))
+        raise MergeError.at(
+            "base_model",
+            file.base_model,
+            "a merge that gives an adapter has no loss of its own",
+            fix="Name the base_model, and set output: model",
+        )
     if trials is not None and trials < 1:
-        raise RecipeError(problem("--trials", trials, "too small", "Allowed: 1 or more"))
+        raise RecipeError.at("--trials", trials, "too small", allowed="Allowed: 1 or more")
     space = search_space(file, search)
     applied(file, start_point(space))
     corpus = _corpus(recipe)
@@ -135,9 +138,12 @@ def _scored_domains(recipe: Recipe, corpus: Corpus) -> list[str]:
     names = recipe.specialists.domains or corpus.domain_names
     found = [name for name in names if corpus.split(name, "valid").tokens]
     if not found:
-        wrong = "its corpus has no held-out text, so nothing can be chosen by it"
-        advice = "Give its domains `valid` files, or raise corpus.valid_fraction"
-        raise RecipeError(problem("--eval", corpus.path, wrong, advice))
+        raise RecipeError.at(
+            "--eval",
+            corpus.path,
+            "its corpus has no held-out text, so nothing can be chosen by it",
+            fix="Give its domains `valid` files, or raise corpus.valid_fraction",
+        )
     return found
 
 
@@ -199,7 +205,7 @@ class _Runner:
         )
         if outcome.problems:
             raise TrainingError(
-                *(problem("--search", name, said) for name, said in outcome.problems.items())
+                *(format_problem("--search", name, said) for name, said in outcome.problems.items())
             )
 
 

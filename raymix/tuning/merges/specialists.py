@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raymix.errors import MergeError, RecipeError, TrainingError, problem
+from raymix.errors import MergeError, RecipeError, TrainingError, format_problem
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.registry import get_method
 from raymix.merging.run.settings import check_options
@@ -188,7 +188,7 @@ def _setting(
 ) -> _Setting:
     for option, value in (("--seeds", seeds), ("--parallel", parallel)):
         if value is not None and value < 1:
-            raise RecipeError(problem(option, value, "too small", "Allowed: 1 or more"))
+            raise RecipeError.at(option, value, "too small", allowed="Allowed: 1 or more")
     config = recipe.specialists
     tuned = changed_recipe(recipe, config.finetune, "specialists.finetune")
     if smoke:
@@ -197,9 +197,12 @@ def _setting(
         config = config.model_copy(update={"trials": trials, "search_rows": None})
         recipe = recipe.model_copy(update={"specialists": config})
     if recipe.train.parallel == "fsdp2":
-        wrong = "a specialist is one process here, whose model cannot be sharded"
-        advice = "Set train.parallel: ddp, and a model that fits one process"
-        raise RecipeError(problem("train.parallel", "fsdp2", wrong, advice))
+        raise RecipeError.at(
+            "train.parallel",
+            "fsdp2",
+            "a specialist is one process here, whose model cannot be sharded",
+            fix="Set train.parallel: ddp, and a model that fits one process",
+        )
     methods = config.methods or METHODS
     _check_methods(methods)
     names = [domain.name for domain in recipe.corpus.domains]
@@ -245,7 +248,7 @@ def _prepared(setting: _Setting) -> Corpus:
 
     corpus = open_or_prepare(setting.recipe.corpus, lambda: refuse(None))
     if not setting.domains:  # a recipe without sources has its domains in the corpus
-        raise RecipeError(problem("specialists.domains", [], "no domain is named", "Name two"))
+        raise RecipeError.at("specialists.domains", [], "no domain is named", fix="Name two")
     refuse(corpus)
     return corpus
 
@@ -272,7 +275,7 @@ def _refuse_failed(results: Sequence[RunResult]) -> None:
     failed = [result for result in results if result.state != "done"]
     if failed:
         raise TrainingError(
-            *(problem(r.mixer, f"seed {r.seed}", r.problem or "it failed") for r in failed)
+            *(format_problem(r.mixer, f"seed {r.seed}", r.problem or "it failed") for r in failed)
         )
 
 

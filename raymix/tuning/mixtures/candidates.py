@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, RaymixError, RecipeError, did_you_mean, problem
+from raymix.errors import LawError, RaymixError, RecipeError, did_you_mean, format_problem
 from raymix.laws import Objective
 from raymix.laws.design import (
     check_limits,
@@ -125,8 +125,12 @@ def _target_faults(held: Sequence[str], corpus: Corpus) -> Iterator[str]:
         if name not in known:
             yield _no_domain("mixer.targets", name, name, corpus)
     if set(known) <= set(held):
-        advice = "Leave two domains or more to mix"
-        yield problem("mixer.targets", list(held), "every domain is a target", advice)
+        yield format_problem(
+            "mixer.targets",
+            list(held),
+            "every domain is a target",
+            fix="Leave two domains or more to mix",
+        )
 
 
 def _name_faults(config: TuneConfig, held: Sequence[str], corpus: Corpus) -> Iterator[str]:
@@ -137,24 +141,35 @@ def _name_faults(config: TuneConfig, held: Sequence[str], corpus: Corpus) -> Ite
             if name not in corpus.domain_names:
                 yield _no_domain(path, value, name, corpus)
             elif name in held and value > 0 and field in ("floors", "prior"):
-                wrong = "a target is measured and never trained on"
-                yield problem(path, value, wrong, "Its share must be 0")
+                yield format_problem(
+                    path,
+                    value,
+                    "a target is measured and never trained on",
+                    fix="Its share must be 0",
+                )
 
 
 def _no_domain(path: str, value: object, name: str, corpus: Corpus) -> str:
     known = corpus.domain_names
-    allowed = f"Known: {', '.join(known[:_MOST_NAMED])}"
-    wrong = "no domain of the corpus has this name"
-    return problem(path, value, wrong, did_you_mean(name, known), allowed)
+    return format_problem(
+        path,
+        value,
+        "no domain of the corpus has this name",
+        allowed=did_you_mean(name, known),
+        fix=f"Known: {', '.join(known[:_MOST_NAMED])}",
+    )
 
 
 def refuse_few(config: TuneConfig, space: Space) -> None:
     """Raise RecipeError if a design is too short for any law, before anything runs."""
     extra = len(space.domains) * (config.vertices + config.leave_one_out)
     if config.runs + extra < LEAST_RUNS:
-        wrong = "too few runs for a law"
-        advice = f"Allowed: {LEAST_RUNS} or more, and about two for each domain are of use"
-        raise RecipeError(problem("tune.runs", config.runs, wrong, advice))
+        raise RecipeError.at(
+            "tune.runs",
+            config.runs,
+            "too few runs for a law",
+            allowed=f"Allowed: {LEAST_RUNS} or more, and about two for each domain are of use",
+        )
 
 
 def _epochs(recipe: Recipe, domains: Sequence[str]) -> Floats:
@@ -170,8 +185,9 @@ def _prior(config: TuneConfig, domains: Sequence[str], proportional_D: Floats) -
         given_D = np.array([config.prior.get(name, 0.0) for name in domains])
         if given_D.sum() > 0:
             return given_D / given_D.sum()
-        wrong = "it gives no share to a domain that is mixed"
-        raise RecipeError(problem("tune.prior", config.prior, wrong))
+        raise RecipeError.at(
+            "tune.prior", config.prior, "it gives no share to a domain that is mixed"
+        )
     return (
         proportional_D
         if config.prior == "proportional"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, RecipeError, TrainingError, problem
+from raymix.errors import LawError, RecipeError, TrainingError
 from raymix.laws import (
     FitReport,
     Law,
@@ -76,9 +76,12 @@ def mixture_table(
     ]
     found = {name for name, _ in rows}
     if len(found) < _FEWEST_RUNS:
-        wrong = f"only {len(found)} of {len(results)} small runs came to an evaluation"
-        advice = f"A law needs {_FEWEST_RUNS} or more; see the reasons above"
-        raise TrainingError(problem("tune", len(found), wrong, advice))
+        raise TrainingError.at(
+            "tune",
+            len(found),
+            f"only {len(found)} of {len(results)} small runs came to an evaluation",
+            fix=f"A law needs {_FEWEST_RUNS} or more; see the reasons above",
+        )
     scored = [n for n in (*space.domains, *space.targets) if all(n in p.losses for _, p in rows)]
     columns: dict[str, Sequence[Any]] = {
         "run": [name for name, _ in rows],
@@ -101,9 +104,12 @@ def learn(table: MixtureTable, recipe: Recipe, space: Space) -> LearnedLaw:
     objective = objective_of(recipe, space, horizon=float(recipe.tune.horizon or steps))
     for name in objective.weights or {}:
         if name not in law.targets:
-            wrong = "no loss of this name was measured in every small run"
-            known = f"Measured: {', '.join(law.targets)}"
-            raise LawError(problem("tune.weights", name, wrong, known))
+            raise LawError.at(
+                "tune.weights",
+                name,
+                "no loss of this name was measured in every small run",
+                fix=f"Measured: {', '.join(law.targets)}",
+            )
     if not recipe.tune.extrapolate:
         most = dict(zip(law.domains, map(float, law.most_D), strict=True))
         caps = {name: min(cap, most[name]) for name, cap in objective.caps.items()}

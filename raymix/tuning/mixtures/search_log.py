@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raymix._utils.json import parse_json
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.recipe import Recipe
 from raymix.store import atomic_write_text
 from raymix.training.run.rundir import differences
@@ -46,11 +46,16 @@ def free_directory(path: Path, if_exists: IfExists) -> Path:
             number += 1
         return other
     if if_exists == "fail":
-        advice = "Use --if-exists resume to go on, or --if-exists new for a fresh directory"
-        raise RecipeError(problem("--out", str(path), "a search is here already", advice))
+        raise RecipeError.at(
+            "--out",
+            str(path),
+            "a search is here already",
+            fix="Use --if-exists resume to go on, or --if-exists new for a fresh directory",
+        )
     if not (path / _FILE).is_file():
-        wrong = "the directory holds files but no search"
-        raise RecipeError(problem("--out", str(path), wrong, "Give another --out"))
+        raise RecipeError.at(
+            "--out", str(path), "the directory holds files but no search", fix="Give another --out"
+        )
     return path
 
 
@@ -124,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
         wrong = f"format {stored['format']!r}, not {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         wrong = f"cannot be read: {type(error).__name__} {error}"
-    raise RecipeError(problem("--out", str(path), wrong, "Give another --out"))
+    raise RecipeError.at("--out", str(path), wrong, fix="Give another --out")
 
 
 def _refuse_another(
@@ -140,9 +145,12 @@ def _refuse_another(
     if all(_same(mixture.shares, wanted.get(mixture.name)) for mixture in begun):
         return
     differing = "; ".join(differences(stored, identity))
-    wrong = f"a search of another design is here; it differs in {differing}"
-    advice = "Set that back, give another --out, or use --if-exists new"
-    raise RecipeError(problem("--out", str(out), wrong, advice))
+    raise RecipeError.at(
+        "--out",
+        str(out),
+        f"a search of another design is here; it differs in {differing}",
+        fix="Set that back, give another --out, or use --if-exists new",
+    )
 
 
 def _same(old: Mapping[str, float], new: Mapping[str, float] | None) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ray import tune
 from ray.tune.search import Searcher
 
-from raymix.errors import LawError, RecipeError, problem
+from raymix.errors import LawError, RecipeError
 from raymix.laws import Law, MixtureTable, build_law, make_table
 from raymix.laws.design import dirichlet_design, within_limits
 from raymix.recipe import Recipe
@@ -196,7 +196,7 @@ class LawProposer:
     def _table(self) -> MixtureTable:
         runs, space = self._runs, self._space
         if len(runs) < _FEWEST:
-            raise LawError(problem("tune.initial", len(runs), "too few runs have ended well"))
+            raise LawError.at("tune.initial", len(runs), "too few runs have ended well")
         names = [n for n in runs[0].losses if all(n in run.losses for run in runs)]
         columns: dict[str, Sequence[Any]] = {
             "run": [run.mixture.name for run in runs],
@@ -238,9 +238,12 @@ class OptunaProposer:
 
     def __init__(self, recipe: Recipe, space: Space, steps: int) -> None:
         if importlib.util.find_spec("optuna") is None:
-            wrong = "Optuna is not installed"
-            advice = "Run `pip install raymix[optuna]`"
-            raise RecipeError(problem("tune.mode", recipe.tune.mode, wrong, advice))
+            raise RecipeError.at(
+                "tune.mode",
+                recipe.tune.mode,
+                "Optuna is not installed",
+                fix="Run `pip install raymix[optuna]`",
+            )
         from ray.tune.search.optuna import OptunaSearch
 
         self._space = space

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.laws import MixtureTable
 from raymix.laws.files import save_law
 from raymix.recipe import Recipe, load_recipe
@@ -122,20 +122,26 @@ def _search(
     if_exists: IfExists,
 ) -> _Search:
     if parallel is not None and parallel < 1:
-        raise RecipeError(problem("--parallel", parallel, "too small", "Allowed: 1 or more"))
+        raise RecipeError.at("--parallel", parallel, "too small", allowed="Allowed: 1 or more")
     check_law(recipe.tune.law)
     if smoke:
         recipe = recipe.model_copy(update={"tune": smoke_config(recipe.tune)})
     proxy = proxy_recipe(recipe, smoke=smoke)
     if proxy.train.parallel == "fsdp2":
-        wrong = "a small run is one process, whose model cannot be sharded"
-        advice = "Give it a model that fits one process: tune.proxy, with train.parallel: ddp"
-        raise RecipeError(problem("train.parallel", "fsdp2", wrong, advice))
+        raise RecipeError.at(
+            "train.parallel",
+            "fsdp2",
+            "a small run is one process, whose model cannot be sharded",
+            fix="Give it a model that fits one process: tune.proxy, with train.parallel: ddp",
+        )
     horizon, steps = recipe.tune.horizon, steps_of(proxy)
     if horizon is not None and horizon < steps:
-        wrong = f"shorter than the small runs, which have {steps:,} steps"
-        advice = "Raise it, leave it out, or set tune.proxy: {train.steps: N}"
-        raise RecipeError(problem("tune.horizon", horizon, wrong, advice))
+        raise RecipeError.at(
+            "tune.horizon",
+            horizon,
+            f"shorter than the small runs, which have {steps:,} steps",
+            fix="Raise it, leave it out, or set tune.proxy: {train.steps: N}",
+        )
     directory = output_directory(out, f"{recipe.name}-tune{'-smoke' if smoke else ''}")
     has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     return _Search(recipe, proxy, free_directory(directory, if_exists), has, parallel)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymix.errors import RecipeError, problem
+from raymix.errors import RecipeError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.host.machine import Resources
@@ -56,10 +56,11 @@ def output_directory(out: str | os.PathLike[str] | None, default: str) -> Path:
     """Return the absolute directory of a group of runs; refuse what cannot be one."""
     directory = Path(os.path.abspath(out or Path("runs") / default))
     if directory.exists() and not directory.is_dir():
-        raise RecipeError(problem("--out", str(directory), "a file, not a directory"))
+        raise RecipeError.at("--out", str(directory), "a file, not a directory")
     if (directory / "resolved.yaml").exists():
-        wrong = "the directory of a single run"
-        raise RecipeError(problem("--out", str(directory), wrong, "Give another"))
+        raise RecipeError.at(
+            "--out", str(directory), "the directory of a single run", fix="Give another"
+        )
     return directory
 
 
@@ -70,8 +71,9 @@ def locked(out: Path, what: str) -> Iterator[None]:
     try:
         held.__enter__()
     except RecipeError as error:
-        wrong = f"another {what} is at work in it"
-        raise RecipeError(problem("--out", str(out), wrong, "Wait for it, or stop it")) from error
+        raise RecipeError.at(
+            "--out", str(out), f"another {what} is at work in it", fix="Wait for it, or stop it"
+        ) from error
     try:
         yield
     finally:

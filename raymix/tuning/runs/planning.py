@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from raymix.errors import RaymixError, RecipeError, problem
+from raymix.errors import RaymixError, RecipeError, format_problem
 from raymix.recipe import ClusterConfig, Recipe
 from raymix.store import Corpus
 from raymix.training.host.machine import Resources
@@ -130,9 +130,12 @@ def _share_out_workers(has: Resources, runs: int, cluster: ClusterConfig) -> Tri
     room = int(has.cpus / (workers * each) + 1e-9)
     room = min(room, int(has.gpus // workers)) if gpu else room
     if room < 1:
-        wrong = f"{workers} workers need {workers * each:g} CPUs, {has.where} has {has.cpus:g}"
-        advice = "Take fewer workers, or a larger cluster"
-        raise RecipeError(problem("cluster.workers_per_trial", workers, wrong, advice))
+        raise RecipeError.at(
+            "cluster.workers_per_trial",
+            workers,
+            f"{workers} workers need {workers * each:g} CPUs, {has.where} has {has.cpus:g}",
+            fix="Take fewer workers, or a larger cluster",
+        )
     return TrialResources(max(1, min(runs, room)), workers * each, int(gpu), workers)
 
 
@@ -197,18 +200,24 @@ def _found(variant: Variant, corpus: Corpus, steps: int) -> Found:
         return "new"
     where, advice = str(run.path), "Give another --out, or remove the directory"
     if not run.resolved.is_file():
-        wrong = "the directory holds files but no run"
-        raise RecipeError(problem(variant.name, where, wrong, advice))
+        raise RecipeError.at(
+            variant.name, where, "the directory holds files but no run", fix=advice
+        )
     differing = differences(_identity(run.recipe()), _identity(variant.recipe))
     if differing:
-        wrong = f"a run of another recipe is here; it differs in {'; '.join(differing)}"
-        raise RecipeError(problem(variant.name, where, wrong, advice))
+        raise RecipeError.at(
+            variant.name,
+            where,
+            f"a run of another recipe is here; it differs in {'; '.join(differing)}",
+            fix=advice,
+        )
     newest = newest_checkpoint(run.checkpoints)
     if newest is None:
         return "begun"
     if newest[1].corpus_fingerprint != corpus.fingerprint:
-        wrong = f"its corpus is not what {corpus.path} holds now"
-        raise RecipeError(problem(variant.name, where, wrong, advice))
+        raise RecipeError.at(
+            variant.name, where, f"its corpus is not what {corpus.path} holds now", fix=advice
+        )
     return "done" if newest[1].step >= steps else "begun"
 
 
@@ -222,8 +231,12 @@ def disk_problem(plan: RunPlan, runs: int) -> str | None:
     needed = (runs + 1) * plan.checkpoint_bytes
     if plan.disk_free is None or needed <= plan.disk_free:
         return None
-    wrong = (
-        f"{runs} runs leave about {needed / 1e9:.3g} GB of checkpoints, "
-        f"{plan.disk_free / 1e9:.3g} GB are free"
+    return format_problem(
+        "--out",
+        str(Path(plan.run_dir).parent),
+        (
+            f"{runs} runs leave about {needed / 1e9:.3g} GB of checkpoints, "
+            f"{plan.disk_free / 1e9:.3g} GB are free"
+        ),
+        fix="Free space, or give another",
     )
-    return problem("--out", str(Path(plan.run_dir).parent), wrong, "Free space, or give another")

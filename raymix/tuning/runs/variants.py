@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from raymix._utils.yaml import parse_yaml
-from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
+from raymix.errors import RaymixError, RecipeError, did_you_mean, format_problem
 from raymix.mixers import known_mixers
 from raymix.recipe import PackedData, Recipe, load_recipe
 
@@ -75,14 +75,21 @@ def make_variants(recipe: Recipe, mixers: str, *, seeds: int, out: str) -> list[
             label, section = mixer_section(recipe, spec)
             taken = next((old for old in mixed if run_name(old, 0) == run_name(label, 0)), None)
             if taken is not None:
-                wrong = f"{taken!r} has the same name"
-                raise RecipeError(problem("--mixers", spec, wrong, "Name each mixer once"))
+                raise RecipeError.at(
+                    "--mixers", spec, f"{taken!r} has the same name", fix="Name each mixer once"
+                )
             mixed[label] = _with_mixer(recipe, label, section)
         except RecipeError as error:
             problems += error.problems
     if not mixed and not problems:
-        advice = "Name some, e.g. --mixers uniform,proportional"
-        problems.append(problem("--mixers", mixers, "no mixer is named", advice))
+        problems.append(
+            format_problem(
+                "--mixers",
+                mixers,
+                "no mixer is named",
+                fix="Name some, e.g. --mixers uniform,proportional",
+            )
+        )
     problems += _unlike_targets(mixed)
     if problems:
         raise RecipeError(*dict.fromkeys(problems))
@@ -131,7 +138,7 @@ def _named_section(recipe: Recipe, spec: str) -> dict[str, Any]:
         known = sorted({*kinds, *PRESETS})
         allowed = f"Known: {', '.join(known)}; or a file, NAME.yaml"
         near = did_you_mean(name.partition("(")[0], known)
-        raise RecipeError(problem("--mixers", spec, "not a mixer", allowed, near))
+        raise RecipeError.at("--mixers", spec, "not a mixer", allowed=allowed, fix=near)
     preset = PRESETS.get(name, {"kind": name})
     return {**_own_section(recipe, preset["kind"]), **preset, **_fields(spec, found[2] or "")}
 
@@ -148,8 +155,9 @@ def _fields(spec: str, text: str) -> dict[str, Any]:
     for part in split_specs(text):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not key.isidentifier():
-            wrong = f"{part!r} is not FIELD=VALUE"
-            raise RecipeError(problem("--mixers", spec, wrong, "Write e.g. pike(tau=3)"))
+            raise RecipeError.at(
+                "--mixers", spec, f"{part!r} is not FIELD=VALUE", fix="Write e.g. pike(tau=3)"
+            )
         fields[key] = parse_yaml(value, name="--mixers", value=spec)
     return fields
 
@@ -158,14 +166,19 @@ def _read_section(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        wrong = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise RecipeError(problem("--mixers", path, wrong)) from None
+        raise RecipeError.at(
+            "--mixers", path, f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     section = parse_yaml(text, name="--mixers", value=path)
     if isinstance(section, dict) and isinstance(section.get("mixer"), dict):
         section = section["mixer"]
     if not isinstance(section, dict) or "kind" not in section:
-        advice = "Write it as below `mixer:` in a recipe, e.g. kind: pike"
-        raise RecipeError(problem("--mixers", path, "holds no mixer section", advice))
+        raise RecipeError.at(
+            "--mixers",
+            path,
+            "holds no mixer section",
+            fix="Write it as below `mixer:` in a recipe, e.g. kind: pike",
+        )
     return dict(section)
 
 
@@ -185,9 +198,13 @@ def _unlike_targets(mixed: Mapping[str, Recipe]) -> list[str]:
         if first is None:
             first = label, targets
         elif targets != first[1]:
-            wrong = f"holds out other domains than {first[0]}"
-            advice = "Set mixer.targets of the recipe; all mixers take it from there"
-            return [f"{label}: {problem('mixer.targets', sorted(targets), wrong, advice)}"]
+            message = format_problem(
+                "mixer.targets",
+                sorted(targets),
+                f"holds out other domains than {first[0]}",
+                fix="Set mixer.targets of the recipe; all mixers take it from there",
+            )
+            return [f"{label}: {message}"]
     return []
 
 
