@@ -15,7 +15,7 @@ from pathlib import Path
 from raymix.errors import RecipeError, did_you_mean
 from raymix.jobs.files import Listing, find_project, list_files
 from raymix.jobs.references import check_results, check_sources, results, shipped_inputs
-from raymix.recipe import Recipe, read_recipe
+from raymix.recipe import Recipe, read_recipe, recipe_files
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 
@@ -122,21 +122,31 @@ def _place(recipe: str, listing: Listing) -> str:
     """Return the recipe as a word of the job's shell line.
 
     Raises:
-        RecipeError: If it is a file that does not travel.
+        RecipeError: If it is a file that does not travel, or extends one that does not.
     """
     if not os.path.exists(recipe):
         return shlex.quote(recipe)
+    inside = [_inside(path, listing) for path in recipe_files(recipe)]
+    return f'"$project"/{shlex.quote(inside[0])}'
+
+
+def _inside(path: str, listing: Listing) -> str:
+    """Return where in the project a file of the recipe lies.
+
+    Raises:
+        RecipeError: If it does not travel.
+    """
     inside: str | None = None
     with suppress(ValueError):
-        inside = Path(recipe).resolve().relative_to(listing.root).as_posix()
-    if inside not in listing.files:
+        inside = Path(path).resolve().relative_to(listing.root).as_posix()
+    if inside is None or inside not in listing.files:
         raise RecipeError.at(
             "recipe",
-            recipe,
+            path,
             f"not among the files of the project {listing.root} that travel",
             fix="Put it there, take it out of .gitignore, or name another --project",
         )
-    return f'"$project"/{shlex.quote(inside)}'
+    return inside
 
 
 def _entrypoint(

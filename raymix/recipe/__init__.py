@@ -13,7 +13,13 @@ from raymix.recipe.corpus import (
     TrainedTokenizer,
 )
 from raymix.recipe.document import Recipe
-from raymix.recipe.load import load_recipe, read_recipe, recipe_to_yaml, resolve_paths
+from raymix.recipe.load import (
+    load_recipe,
+    read_recipe,
+    recipe_files,
+    recipe_to_yaml,
+    resolve_paths,
+)
 from raymix.recipe.mixer import (
     AdoMixer,
     AioliMixer,
@@ -93,6 +99,7 @@ __all__ = [
     "commented_recipe",
     "load_recipe",
     "read_recipe",
+    "recipe_files",
     "recipe_schema",
     "recipe_to_yaml",
     "resolve_paths",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from raymix.recipe.base import RecipeModel, Whole, raise_if
+from raymix.recipe.base import Fault, Faults, RecipeModel, Whole, raise_if
 from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
 from raymix.recipe.rules import broken_rules
@@ -27,6 +27,9 @@ from raymix.recipe.tune import TuneConfig
 class Recipe(RecipeModel):
     """Everything a run depends on."""
 
+    extends: str | None = Field(default=None, exclude=True)
+    """A recipe file that this one starts from, from this file's directory on; what is written here
+    is laid over it."""
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """Name of the run."""
     seed: Whole = Field(default=0, ge=0, lt=2**63)
@@ -56,6 +59,14 @@ class Recipe(RecipeModel):
     def run_dir(self) -> str:
         """Return the run directory with the name and the seed filled in."""
         return self.run.dir.format(name=self.name, seed=self.seed)
+
+    @field_validator("extends")
+    @classmethod
+    def _only_in_files(cls, value: str | None) -> None:
+        # The loader takes the key out of a file's data before it validates them.
+        if value is not None:
+            wrong = "only a file can extend another"
+            raise Faults(Fault("", value, wrong, ("Write it into the recipe's file",)))
 
     @model_validator(mode="after")
     def _rules(self) -> Recipe:

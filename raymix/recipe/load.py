@@ -15,15 +15,15 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from raymix._utils.yaml import MAX_BYTES, dump_yaml, parse_yaml
-from raymix.errors import RecipeError, did_you_mean, format_problem
+from raymix._utils.yaml import dump_yaml
+from raymix.errors import RecipeError, did_you_mean
 from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
 from raymix.recipe.document import Recipe
+from raymix.recipe.extends import merge_layers, name_origin, read_layers
 from raymix.recipe.mixer import DgaMixer, MixerConfig, ReplayMixer
 from raymix.recipe.overrides import apply_overrides
 from raymix.recipe.rules import broken_rules
@@ -63,13 +63,30 @@ def read_recipe(
     """
     name = source if isinstance(source, Recipe) else os.fspath(source)
     if isinstance(name, str) and not (_FUNCTION.fullmatch(name) and not os.path.exists(name)):
-        data, base = _read(name), os.path.dirname(os.path.abspath(name))
-    else:
-        recipe = name if isinstance(name, Recipe) else _call(name)
-        if not overrides:
-            return recipe, os.getcwd()
-        data, base = recipe.model_dump(mode="json"), os.getcwd()
-    return _validate(apply_overrides(data, overrides)), base
+        layers = read_layers(name)
+        data = merge_layers(layers)
+        try:
+            return _validate(apply_overrides(data, overrides)), _directory(name)
+        except RecipeError as error:
+            raise RecipeError(*(name_origin(text, layers) for text in error.problems)) from None
+    recipe = name if isinstance(name, Recipe) else _call(name)
+    if not overrides:
+        return recipe, os.getcwd()
+    data = recipe.model_dump(mode="json")
+    return _validate(apply_overrides(data, overrides)), os.getcwd()
+
+
+def recipe_files(source: str | os.PathLike[str]) -> list[str]:
+    """Return the files that a recipe is made of: itself, then those it extends, in order.
+
+    Raises:
+        RecipeError: If one of them cannot be read.
+    """
+    return [path for path, _ in read_layers(os.fspath(source))]
+
+
+def _directory(path: str) -> str:
+    return os.path.dirname(os.path.abspath(path))
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -129,52 +146,6 @@ def _corpus_paths(corpus: CorpusConfig, start: str, here: str) -> CorpusConfig:
     if corpus.chat_template not in (None, "chatml"):
         changes["chat_template"] = absolute(corpus.chat_template, start)
     return corpus.model_copy(update=changes)
-
-
-def _read(path: str) -> dict[str, Any]:
-    """Return the mapping that a YAML file holds."""
-    try:
-        size = os.path.getsize(path)
-        raw = Path(path).read_bytes() if size <= MAX_BYTES else b""
-    except (OSError, ValueError) as error:
-        raise RecipeError(_unreadable(path, error)) from None
-    if size > MAX_BYTES:
-        raise RecipeError.at(
-            "recipe",
-            path,
-            f"{size:,} bytes is too large for a recipe",
-            fix="Data belongs in files that it names",
-        )
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RecipeError.at(
-            "recipe",
-            path,
-            f"not UTF-8 text: byte {raw[error.start]:#04x} at line {line}",
-            fix="A recipe is a YAML file",
-        ) from None
-    data = parse_yaml(text, name="recipe", value=path)
-    if not isinstance(data, dict):
-        found = "is empty" if data is None else f"holds a {type(data).__name__}, not a mapping"
-        raise RecipeError.at(
-            "recipe", path, f"the file {found}", fix="Write a new one with `raymix init FILE`"
-        )
-    return data
-
-
-def _unreadable(path: str, error: OSError | ValueError) -> str:
-    if isinstance(error, FileNotFoundError):
-        folder = os.path.dirname(path) or "."
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        recipes = [name for name in names if name.endswith((".yaml", ".yml"))]
-        near = did_you_mean(os.path.basename(path), recipes)
-        return format_problem("recipe", path, "no such file", fix=near)
-    if isinstance(error, IsADirectoryError):
-        return format_problem("recipe", path, "a directory", fix="Name the YAML file in it")
-    reason = error.strerror if isinstance(error, OSError) else error
-    return format_problem("recipe", path, f"cannot be read: {reason}")
 
 
 def _call(source: str) -> Recipe:

@@ -69,13 +69,13 @@ def _place(node: Any, spot: Spot, keys: Sequence[str], value: Any, *, at: str) -
     if isinstance(node, list):
         node.extend([{}] * (key == len(node)))
     elif not rest and key == spot.discriminator and node.get(key) != value:
-        _drop_fields(node, spot, value)
+        drop_fields(node, spot, value)
     if not rest:
         node[key] = value
         return
     if isinstance(node, dict) and node.get(key) is None:
         node[key] = {}
-    below = _member(spot, node).child(key) or Spot(Any)
+    below = union_member(spot, node).child(key) or Spot(Any)
     _place(node[key], below, rest, value, at=f"{at}.{key}" if at else str(key))
 
 
@@ -95,14 +95,14 @@ def _next_key(node: Any, keys: Sequence[str], at: str) -> tuple[Any, int]:
     raise RecipeError.at("override", path, wrong, fix=f"Or set {at} as a whole")
 
 
-def _member(spot: Spot, node: Any) -> Spot:
+def union_member(spot: Spot, node: Any) -> Spot:
     """Return the alternative of a union that `node` is meant for."""
     members = spot.members()
     tag = node.get(spot.discriminator) if isinstance(node, dict) else None
     return next((m for m in members if tag_of(m, spot) == tag), members[0])
 
 
-def _drop_fields(node: dict[str, Any], union: Spot, tag: object) -> None:
+def drop_fields(node: dict[str, Any], union: Spot, tag: object) -> None:
     """Drop the fields that the old kind has and the new one has not; others may be typos."""
     models = {tag_of(member, union): member.model for member in union.members()}
     old, new = (models.get(str(kind)) for kind in (node.get(union.discriminator or ""), tag))

@@ -23,6 +23,9 @@ def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a recipe, with every field's description."""
     schema = Recipe.model_json_schema(mode="validation")
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "raymix recipe"}
+    # A file that extends another may leave any section to it.
+    required = schema.pop("required")
+    schema["anyOf"] = [{"required": required}, {"required": ["extends"]}]
     return {**head, **{key: item for key, item in schema.items() if key != "title"}}
 
 

@@ -350,7 +350,8 @@ def test_the_commented_recipe_is_valid_and_explains_every_field(tmp_path: Path) 
 
 def test_the_schema_describes_every_field() -> None:
     schema = recipe_schema()
-    assert schema["required"] == ["name", "corpus", "train"]
+    required = [{"required": ["name", "corpus", "train"]}, {"required": ["extends"]}]
+    assert schema["anyOf"] == required
     for name, model in {**schema["$defs"], "Recipe": schema}.items():
         for field, entry in model["properties"].items():
             assert entry.get("description") or "$ref" in entry, f"{name}.{field}"

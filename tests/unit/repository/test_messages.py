@@ -16,7 +16,9 @@ TRAIN_KEYS = (
     "eps, clip_norm, micro_batch_rows, precision, parallel, compile, activation_checkpointing, "
     "checkpoint_every, checkpoint_minutes, keep_checkpoints, probe_interval, probe"
 )
-SECTIONS = "name, seed, corpus, data, mixer, model, train, eval, cluster, run, tune, specialists"
+SECTIONS = (
+    "extends, name, seed, corpus, data, mixer, model, train, eval, cluster, run, tune, specialists"
+)
 NAME = "text of letters, digits, '_', '.' and '-' that begins with a letter or digit"
 
 OVERRIDES = {

@@ -1,0 +1,222 @@
+"""Recipes that start from another recipe: `extends: base.yaml`.
+
+The file is read first, then the one that extends it is laid over it, section by section:
+
+- fields of a section are merged, and the extending file wins;
+- a section of another `kind` drops the fields that only the old kind has, as an override does;
+- lists of mappings with a `name` (`corpus.domains`) are merged by name, and new names are appended;
+  a list of bare names selects those entries of the base, in that order;
+- any other list, and any mapping of shares or numbers by domain, is replaced as a whole.
+
+Relative sources start at the file that names them, so those of a base in another directory are
+rewritten to start at the extending file.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import Discriminator
+
+from raymix.errors import RecipeError, did_you_mean, format_problem
+from raymix.recipe.describe import Spot
+from raymix.recipe.document import Recipe
+from raymix.recipe.files import read_mapping
+from raymix.recipe.overrides import drop_fields, union_member
+
+KEY = "extends"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def read_layers(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the files that make up a recipe as (path, data), the recipe first, then its bases.
+
+    Raises:
+        RecipeError: If a file cannot be read, or a file extends itself through others.
+    """
+    layers: list[tuple[str, dict[str, Any]]] = []
+    chain: list[str] = []
+    while True:
+        data = read_mapping(path) if not layers else _read_base(layers[-1][0], path)
+        chain.append(os.path.realpath(path))
+        base = data.pop(KEY, None)
+        layers.append((path, data))
+        if base is None:
+            return layers
+        if not isinstance(base, str) or not base:
+            raise RecipeError.at(
+                KEY, base, f"not a path, in {path}", fix="Name one YAML file, from this file on"
+            )
+        base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        if os.path.realpath(base_path) in chain:
+            cycle = " -> ".join([*(name for name, _ in layers), base_path])
+            raise RecipeError.at(
+                KEY, base, f"a recipe cannot extend itself: {cycle}", fix="Break the cycle"
+            )
+        path = base_path
+
+
+def merge_layers(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the data of a recipe: its bases, the last first, each laid over by the one before.
+
+    Args:
+        layers: As `read_layers` returns them.
+
+    Raises:
+        RecipeError: If a list of names selects entries that the base lacks.
+    """
+    *extending, (path, data) = layers
+    merged = dict(data)
+    for own_path, own in reversed(extending):
+        merged = _rebase(merged, os.path.dirname(path), os.path.dirname(own_path))
+        merged = _merge(merged, own, Spot(Recipe), "")
+        path = own_path
+    return merged
+
+
+def name_origin(message: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return an error message with the base file that its field comes from, if it is inherited."""
+    keys = message.split(" = ")[0].split(".")
+    for at, (path, data) in enumerate(layers):
+        if _holds(data, keys):
+            return f"{message} Inherited from {path}." if at else message
+    return message
+
+
+def _read_base(from_path: str, path: str) -> dict[str, Any]:
+    try:
+        return read_mapping(path)
+    except RecipeError as error:
+        named = (f"{message} {from_path} extends it." for message in error.problems)
+        raise RecipeError(*named) from None
+
+
+def _holds(node: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(node, Mapping) or key not in node:
+            return False
+        node = node[key]
+    return True
+
+
+def _merge(base: Any, own: Any, spot: Spot, path: str) -> Any:
+    """Return `own` laid over `base`, both of which may stand at `spot`."""
+    if isinstance(base, list) and isinstance(own, list) and _is_named_list(spot):
+        return _merge_named(base, own, spot, path)
+    if not (isinstance(base, dict) and isinstance(own, dict) and _has_fields(spot)):
+        return own
+    if _kind_without_key(base, spot) != _kind_without_key(own, spot):
+        return own
+    merged = dict(base)
+    key = spot.discriminator
+    if key is not None and key in own and own[key] != base.get(key):
+        drop_fields(merged, spot, own[key])
+    below = union_member(spot, {**merged, **own})
+    for name, value in own.items():
+        child = below.child(name) or Spot(Any)
+        here = f"{path}.{name}" if path else str(name)
+        merged[name] = _merge(merged[name], value, child, here) if name in merged else value
+    return merged
+
+
+def _has_fields(spot: Spot) -> bool:
+    """Return whether a mapping at `spot` holds fields, not values by domain that belong together.
+
+    Shares sum to 1, so a share of the base among those of the extending file would be an error.
+    `model.config` (values of any type) holds fields of transformers.
+    """
+    if any(member.model is not None for member in spot.members()) or spot.annotation is Any:
+        return True
+    mappings = [get_args(m.annotation) for m in spot.members() if get_origin(m.annotation) is dict]
+    return any(value is Any for _, value in mappings)
+
+
+def _kind_without_key(value: Mapping[str, Any], spot: Spot) -> str | None:
+    """Return the alternative of a union that is told by its fields (tokenizers), else None."""
+    for item in spot.metadata:
+        if isinstance(item, Discriminator) and callable(item.discriminator):
+            return str(item.discriminator(value))
+    return None
+
+
+def _is_named_list(spot: Spot) -> bool:
+    item = spot.child(0) if get_origin(spot.annotation) is tuple else None
+    return item is not None and item.model is not None and "name" in item.model.model_fields
+
+
+def _merge_named(base: list[Any], own: list[Any], spot: Spot, path: str) -> list[Any]:
+    """Return two lists of mappings merged by `name`, or the entries of the base that are named."""
+    by_name = {item["name"]: item for item in base if isinstance(item, dict) and "name" in item}
+    if own and all(isinstance(item, str) for item in own):
+        unknown = [name for name in own if name not in by_name]
+        if unknown:
+            raise RecipeError(
+                *(
+                    format_problem(
+                        path,
+                        name,
+                        "the extended recipe has no entry of this name",
+                        allowed=f"Known: {', '.join(map(str, by_name))}",
+                        fix=did_you_mean(name, map(str, by_name)),
+                    )
+                    for name in unknown
+                )
+            )
+        return [by_name[name] for name in own]
+    item_spot = spot.child(0) or Spot(Any)
+    merged = dict(by_name)
+    unnamed: list[Any] = []
+    for item in own:
+        name = item.get("name") if isinstance(item, dict) else None
+        if name is None:
+            unnamed.append(item)  # kept, so that validation names the fault
+        else:
+            merged[name] = _merge(merged[name], item, item_spot, path) if name in merged else item
+    return [*merged.values(), *unnamed]
+
+
+def _rebase(data: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """Return a recipe's data with relative sources that started at `old` starting at `new`."""
+    prefix = os.path.relpath(old or ".", new or ".")
+    if prefix == ".":
+        return data
+
+    def moved(path: Any, *, pattern: bool = False) -> Any:
+        if not isinstance(path, str) or _URL.match(path) or path.startswith(("/", "~")):
+            return path
+        # The directories in between are literal names even where the path is a glob.
+        return os.path.normpath(os.path.join(glob.escape(prefix) if pattern else prefix, path))
+
+    def moved_globs(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item, pattern=True) for item in value]
+        return moved(value, pattern=True)
+
+    data = dict(data)
+    if isinstance(data.get("corpus"), dict):
+        corpus = data["corpus"] = dict(data["corpus"])
+        if isinstance(corpus.get("domains"), list):
+            corpus["domains"] = [
+                {
+                    key: moved_globs(value) if key in ("train", "valid") else value
+                    for key, value in domain.items()
+                }
+                if isinstance(domain, dict)
+                else domain
+                for domain in corpus["domains"]
+            ]
+        tokenizer = corpus.get("tokenizer")
+        if isinstance(tokenizer, str) and tokenizer != "byte":
+            corpus["tokenizer"] = moved(tokenizer)
+        elif isinstance(tokenizer, dict) and "path" in tokenizer:
+            corpus["tokenizer"] = {**tokenizer, "path": moved(tokenizer["path"])}
+        if corpus.get("chat_template") not in (None, "chatml"):
+            corpus["chat_template"] = moved(corpus["chat_template"])
+    mixer = data.get("mixer")
+    if isinstance(mixer, dict) and isinstance(mixer.get("bases"), str):
+        data["mixer"] = {**mixer, "bases": moved(mixer["bases"])}
+    return data
