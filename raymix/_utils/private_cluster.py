@@ -8,8 +8,6 @@ private cluster is just that, so it is started as Ray starts one there: on the l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
@@ -25,11 +23,13 @@ def start_private(**options: Any) -> None:
     """
     import ray
 
-    told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    from raymix._utils.compat.ray_core import single_machine_mode
+
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # `local`: RAY_ADDRESS may name a cluster that is not wanted.
-    told |= {"address": "local", "include_dashboard": False, **options}
-    with _one_machine():
-        ray.init(**told)
+    settings |= {"address": "local", "include_dashboard": False, **options}
+    with single_machine_mode():
+        ray.init(**settings)
 
 
 def on_loopback() -> bool:
@@ -41,20 +41,3 @@ def on_loopback() -> bool:
 
     alive = (node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
     return set(alive) == {LOOPBACK}
-
-
-@contextmanager
-def _one_machine() -> Iterator[None]:
-    """Have Ray take this machine for one that cannot be part of a cluster.
-
-    Ray reads RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which says so, at its first import only, and
-    turns any loopback address that it is given into the machine's own.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before

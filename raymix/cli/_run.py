@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json as json_module
-import math
 import os
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
+from raymix._utils.json import jsonable
 from raymix.errors import RaymixError
 
 if TYPE_CHECKING:
@@ -200,28 +200,13 @@ def _stdout_for_document(json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
 
 
 def _write_document(document: Mapping[str, Any], original: TextIO, saved: int) -> None:
-    text = json_module.dumps(plain(document), indent=2, ensure_ascii=False) + "\n"
+    text = json_module.dumps(jsonable(document), indent=2, ensure_ascii=False) + "\n"
     if _owns_process:
         with os.fdopen(saved, "w", encoding="utf-8") as stream:
             stream.write(text)
     else:
         original.write(text)
         original.flush()
-
-
-def plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: numpy scalars and paths plain, non-finite as None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if hasattr(value, "tolist"):  # numpy arrays and scalars, without importing numpy
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
 
 
 def _close_stdout() -> None:

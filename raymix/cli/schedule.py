@@ -217,14 +217,14 @@ def _write(document: Mapping[str, Any], found: Comparison, page: Path) -> list[s
     """Write the page and its data; return their paths."""
     import json as json_module
 
-    from raymix.cli._run import plain
+    from raymix._utils.json import jsonable
     from raymix.report.schedule import schedule_page
     from raymix.store import atomic_write_text
 
     data = page.with_suffix(".json")
     schedules = {name: tally.last for name, tally in found.tallies.items() if tally.last}
     html = schedule_page(document, schedules, twin=data.name)
-    atomic_write_text(str(data), json_module.dumps(plain(document), allow_nan=False) + "\n")
+    atomic_write_text(str(data), json_module.dumps(jsonable(document), allow_nan=False) + "\n")
     atomic_write_text(str(page), html)
     return [str(page), str(data)]
 

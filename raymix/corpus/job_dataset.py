@@ -6,15 +6,18 @@ footer readers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray.data
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from raymix.corpus.runner import run_bundle
+from raymix.corpus.tokenizers.tokenizer import rust_threads
+from raymix.errors import RaymixError
 
 _ROW_BYTES = 10_000
 
@@ -62,3 +65,22 @@ def job_dataset(
         concurrency=min(concurrency, len(bundles)),
         override_num_blocks=len(bundles),
     )
+
+
+def run_bundle(
+    function: Callable[[Any], Any], bundle: Sequence[tuple[int, object]]
+) -> Iterator[pa.Table]:
+    """Yield the outcome of each job as a table of one row: its result or its RaymixError.
+
+    An error that a user can act on is a result, so that Ray neither retries nor wraps it.
+    """
+    for index, job in bundle:
+        try:
+            with rust_threads(False):  # a task has one CPU, and there are as many as CPUs
+                outcome = function(job)
+        except RaymixError as error:
+            outcome = error
+        pickled = pa.array([pickle.dumps(outcome)], pa.binary())
+        yield pa.table({"job": [index], "outcome": pickled})
+        if isinstance(outcome, RaymixError):
+            return

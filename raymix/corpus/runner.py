@@ -12,14 +12,11 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from raymix._utils.private_cluster import start_private
 from raymix.corpus.tokenizers.tokenizer import rust_threads
 from raymix.errors import ClusterError, RaymixError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -127,27 +124,6 @@ def bundled(sizes: Sequence[int], wanted: int) -> list[list[int]]:
         bundles[-1].append(index)
         room -= size + 1
     return bundles
-
-
-def run_bundle(
-    function: Callable[[Any], Any], bundle: Sequence[tuple[int, object]]
-) -> Iterator[pa.Table]:
-    """Yield the outcome of each job as a table of one row: its result or its RaymixError.
-
-    An error that a user can act on is a result, so that Ray neither retries nor wraps it.
-    """
-    import pyarrow as pa
-
-    for index, job in bundle:
-        try:
-            with rust_threads(False):  # a task has one CPU, and there are as many as CPUs
-                outcome = function(job)
-        except RaymixError as error:
-            outcome = error
-        pickled = pa.array([pickle.dumps(outcome)], pa.binary())
-        yield pa.table({"job": [index], "outcome": pickled})
-        if isinstance(outcome, RaymixError):
-            return
 
 
 @contextlib.contextmanager

@@ -31,6 +31,16 @@ class PackedData(RecipeModel):
     cache_bytes: Annotated[Whole, Field(ge=1_000_000)] | Literal["auto"] = "auto"
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens of a step, over all workers."""
+        return self.rows_per_step * self.sequence_length
+
+    @property
+    def step_rows(self) -> int:
+        """Return the rows of a step, over all workers."""
+        return self.rows_per_step
+
 
 PlannerName = Literal["refine", "default", "flexsp", "hdp", "milp", "packed", "skrull", "sorted"]
 
@@ -77,6 +87,19 @@ class DocumentData(RecipeModel):
     cache_bytes: Annotated[Whole, Field(ge=1_000_000)] | Literal["auto"] = "auto"
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens of a step, over all workers."""
+        return self.tokens_per_step
+
+    @property
+    def step_rows(self) -> int:
+        """Return about how many rows of `sequence_length` a step has, over all workers."""
+        return -(-self.tokens_per_step // self.sequence_length)
+
+
+AUTO_CACHE_SHARE = 0.4
+"""Share of a node's object store that `data.cache_bytes: auto` stands for."""
 
 DataConfig = Annotated[
     PackedData | DocumentData, Field(discriminator="mode"), default_tag("mode", "packed")
@@ -189,6 +212,10 @@ class TrainConfig(RecipeModel):
     def _rules(self) -> TrainConfig:
         raise_if(_length_fault(self), _ratio_fault(self))
         return self
+
+    def uses_bf16(self, *, on_gpu: bool) -> bool:
+        """Return whether workers on such a device run under bf16 autocast."""
+        return self.precision == "bf16" or (self.precision == "auto" and on_gpu)
 
 
 def _length_fault(train: TrainConfig) -> Fault | None:

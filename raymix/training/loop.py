@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raymix._utils.json import jsonable, rounded
 from raymix.errors import TrainingError
 from raymix.mixers import DomainStats
 from raymix.recipe import Recipe
@@ -29,7 +30,7 @@ from raymix.training.host.device import seed_everything
 from raymix.training.model.optim import clip_gradients, learning_rate, set_learning_rate
 from raymix.training.model.parallel import HostCopy, Replica, training_precision
 from raymix.training.run.checkpoint import TrainingState, save_checkpoint
-from raymix.training.run.recorder import Recorder, rounded
+from raymix.training.run.recorder import Recorder
 from raymix.training.step.batches import count_micro_batches, micro_batches, token_factors
 from raymix.training.step.documents import ContextParallel, Pass, document_passes
 from raymix.training.step.metrics import PendingStep, StepMetrics, StepSums
@@ -349,7 +350,7 @@ class TrainingLoop:
             window={
                 "nats": self._window.nats_D.tolist(),
                 "labels": self._window.labels_D.tolist(),
-                "valid": [None if np.isnan(v) else v for v in self._window.valid_D.tolist()],
+                "valid": jsonable(self._window.valid_D),
             },
         )
         path = save_checkpoint(

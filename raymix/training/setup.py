@@ -98,18 +98,13 @@ def recipe_hash(recipe: Recipe) -> str:
 
 def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
     """Return what the mixer may know about the run."""
-    data = recipe.data
-    if isinstance(data, PackedData):
-        rows, tokens = data.rows_per_step, data.rows_per_step * data.sequence_length
-    else:
-        rows, tokens = -(-data.tokens_per_step // data.sequence_length), data.tokens_per_step
     held = [corpus.split(name, "train").tokens for name in corpus.domain_names]
     return MixerContext(
         domains=corpus.domain_names,
         tokens_D=np.array(held, dtype=np.int64),
-        total_tokens=steps * tokens,
+        total_tokens=steps * recipe.data.step_tokens,
         total_steps=steps,
-        rows_per_step=rows,
+        rows_per_step=recipe.data.step_rows,
         targets=recipe.mixer.targets,
         nearest_D=target_domain_counts(recipe, corpus),
     )
@@ -164,7 +159,7 @@ def build_parts(
     use_threads(job.threads, world)
     recipe, state = job.recipe, start.state
     corpus = Corpus.open(recipe.corpus.path)
-    bf16 = _bf16(recipe, world)
+    bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
     model, flops, traits = _model(recipe, corpus, start)
     how, assign, scheduled = _assigned(job, world, start, model)
     loss = PackedLoss(model, linear_head=traits.linear_head)
@@ -228,11 +223,6 @@ def _assigned(
     from raymix.streaming.sequences.actor import assign_remotely
 
     return how, assign_remotely(job.bucketer, plan, attempt=start.attempt), plan
-
-
-def _bf16(recipe: Recipe, world: World) -> bool:
-    precision = recipe.train.precision
-    return precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
 
 
 def _evaluator(
@@ -312,7 +302,9 @@ def _prober(
         targets=targets,
         group_ND=getattr(mixer, "probe_groups", None),
         rows_at_once=whole_rows(recipe, start.micro_batch_rows),
-        precision=partial(training_precision, device, bf16=_bf16(recipe, replica.world)),
+        precision=partial(
+            training_precision, device, bf16=recipe.train.uses_bf16(on_gpu=device == "cuda")
+        ),
         metric=adam_preconditioner(optimizer) if config.precondition == "adam" else None,
     )
 

@@ -10,13 +10,14 @@ Shapes: n rows, b reflections at a time.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from raymix._utils.compat.native import lapack_function
 
 LARGE = 1024
 """Rows from which this takes less time than `torch.linalg.eigh`: at 2048 a quarter less."""
@@ -35,7 +36,7 @@ def one_thread() -> Iterator[None]:
     """
     from threadpoolctl import threadpool_limits
 
-    _function("dsytrd")  # what is not loaded cannot be limited
+    lapack_function("dsytrd")  # what is not loaded cannot be limited
     with threadpool_limits(1, user_api="blas"):
         yield
 
@@ -125,7 +126,7 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 def _called(name: str, *arguments: bytes | int | ctypes.c_void_p) -> None:
     """Call a function of LAPACK, to which everything is passed by its address."""
     status = ctypes.c_int()
-    _function(name)(*map(_passed, arguments), ctypes.byref(status))
+    lapack_function(name)(*map(_passed, arguments), ctypes.byref(status))
     if status.value:
         raise torch.linalg.LinAlgError(f"eigh: {name} did not converge ({status.value})")
 
@@ -134,19 +135,3 @@ def _passed(argument: bytes | int | ctypes.c_void_p) -> Any:
     if isinstance(argument, bytes):
         return ctypes.byref(ctypes.c_char(argument))
     return ctypes.byref(ctypes.c_int(argument)) if isinstance(argument, int) else argument
-
-
-@cache
-def _function(name: str) -> Callable[..., None]:
-    """Return a function of LAPACK; ctypes lets go of Python's lock while it runs."""
-    from scipy.linalg import cython_lapack  # a third of a second that most merges can do without
-
-    capsule = cython_lapack.__pyx_capi__[name]
-    name_of, address_of = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
-    name_of.restype, name_of.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    address_of.restype = ctypes.c_void_p
-    address_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    signature = name_of(capsule)
-    count = signature.count(b",") + 1
-    made = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * count)
-    return made(address_of(capsule, signature))

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from raymix._utils.compat import native
 from raymix.errors import MergeError
 from raymix.merging.checkpoints.output import OutputWorkspace
-from raymix.merging.methods.eigen import one_thread
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.run.finish import check_tokenizers, finish_files
+from raymix.merging.run.jobs import HASH, Lines, job_bytes, run_job, scipy_limited
 from raymix.merging.run.plan import Plan, plan_merge
-from raymix.merging.run.work import hash_file, merge_job
 
 On = Literal["local", "ray"]
 Progress = Callable[[int, int, str], None]
 """Called with the jobs done, all jobs, and the name of the one just done."""
-
-Lines = Generator[tuple[str, dict[str, Any]], None, None]
-"""Finished jobs and what the journal keeps of them."""
-
-HASH = "sha256:"
-"""Prefix of the jobs that hash an input file."""
-_HASH_BYTES = 1 << 20
-_MMAP_THRESHOLD = -3  # the name of mallopt's parameter in malloc.h
 
 
 def merge(
@@ -115,13 +105,6 @@ def merge(
     }
 
 
-def run_job(plan: Plan, job: str, folder: str) -> dict[str, Any]:
-    """Return the journal's line of one job, done in this thread on one core."""
-    if job.startswith(HASH):
-        return {"sha256": hash_file(job.removeprefix(HASH))}
-    return merge_job(plan, job, folder)
-
-
 def run_local(
     plan: Plan, jobs: Sequence[str], folder: str, workers: int | None, memory_bytes: int | None
 ) -> Lines:
@@ -148,7 +131,7 @@ def run_local(
                 if job is None and not waiting:
                     break
                 job = waiting.popleft() if job is None else job
-                running[pool.submit(run_job, plan, job, folder)] = (job, _bytes(plan, job))
+                running[pool.submit(run_job, plan, job, folder)] = (job, job_bytes(plan, job))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job, _ = running.pop(future)
                 yield job, future.result()
@@ -158,24 +141,13 @@ def run_local(
         torch.set_num_threads(before)
 
 
-def scipy_limited(plan: Plan) -> contextlib.AbstractContextManager[None]:
-    """Return what keeps scipy's BLAS to one thread, if there is a matrix to decompose with it."""
-    methods = (choice.method for choice in plan.choices.values())
-    decomposes = plan.device == "cpu" and any(method and method.matrix for method in methods)
-    return one_thread() if decomposes else contextlib.nullcontext()
-
-
 def _next(waiting: deque[str], plan: Plan, budget: int) -> str | None:
     """Take the first (largest) waiting job that fits the budget; None if none does."""
     for index, job in enumerate(waiting):
-        if _bytes(plan, job) <= budget:
+        if job_bytes(plan, job) <= budget:
             del waiting[index]
             return job
     return None
-
-
-def _bytes(plan: Plan, job: str) -> int:
-    return _HASH_BYTES if job.startswith(HASH) else plan.job_bytes(job)
 
 
 def _on_ray(
@@ -202,9 +174,8 @@ def return_freed_memory() -> None:
     matrices that are done. For a process that only merges; it cannot be undone. What the user set
     stays, and elsewhere than in glibc nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None and not {"MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD"} & set(os.environ):
-        mallopt(_MMAP_THRESHOLD, 1 << 20)
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        native.mallopt(native.M_MMAP_THRESHOLD, 1 << 20)
 
 
 def anonymous_bytes() -> int:

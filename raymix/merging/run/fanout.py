@@ -17,7 +17,7 @@ import torch
 
 from raymix._utils.private_cluster import start_private
 from raymix.errors import MergeError
-from raymix.merging.run.engine import Lines, run_job, scipy_limited
+from raymix.merging.run.jobs import Lines, run_job, scipy_limited
 from raymix.merging.run.plan import Plan
 
 # Tasks in flight per core: enough to hide the way to the driver and back.

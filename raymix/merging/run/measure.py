@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raymix._utils.json import rounded
 from raymix.merging.registry import Deltas, Factors
 
 
@@ -41,10 +42,10 @@ class Measures:
             if norms[i] and norms[j]
         ]
         return {
-            "task_norms": [_number(norm) for norm in norms],
-            "sign_agreement": _number(self.sign_agreement),
-            "cosines": [_number(cosine) for cosine in cosines],
-            "alignment": _number(sum(cosines) / len(cosines)) if cosines else None,
+            "task_norms": [rounded(norm) for norm in norms],
+            "sign_agreement": rounded(self.sign_agreement),
+            "cosines": [rounded(cosine) for cosine in cosines],
+            "alignment": rounded(sum(cosines) / len(cosines)) if cosines else None,
         }
 
 
@@ -71,8 +72,3 @@ def measure_factors(factors_K: Sequence[Factors]) -> Measures:
         for a in factors_K
     ]
     return Measures(torch.tensor(products, dtype=torch.float64), None)
-
-
-def _number(value: float | None) -> float | None:
-    """Return a figure with the digits that mean something, None for what JSON cannot hold."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from raymix._utils.json import jsonable
 from raymix.mixers.adaptive.guardrails import Adaptive
 from raymix.mixers.adaptive.powerlaw import PowerLaws, fit_power_laws
 from raymix.mixers.adaptive.rule import MixedDomains, Rule
@@ -81,8 +82,8 @@ class Ado(Rule):
         laws = self._laws
         arrays = () if laws is None else (laws.floor_M, laws.scale_M, laws.power_M)
         return {
-            "points": [[n, _without_nan(losses)] for n, losses in self._points],
-            "laws": [_without_nan(array.tolist()) for array in arrays],
+            "points": [[n, jsonable(losses)] for n, losses in self._points],
+            "laws": [jsonable(array.tolist()) for array in arrays],
             "mean": self._mean_M.tolist(),
             "recent": self._recent_M.tolist(),
             "stride": self._stride,
@@ -139,10 +140,6 @@ def _ado(config: AdoMixer, context: MixerContext) -> Mixer:
     else:
         prior_M = tempered(context.tokens_D[arms.mixed_M], 1.0)
     return Adaptive(Ado(config, arms, prior_M), config, context)
-
-
-def _without_nan(values: list[float]) -> list[float | None]:
-    return [None if np.isnan(value) else value for value in values]
 
 
 def _with_nan(values: list[float | None]) -> list[float]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import ray
 
 from raymix.errors import ClusterError
+from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus, Split
 from raymix.streaming.actor_options import actor_options
 from raymix.streaming.blocks.cache import BlockCache
@@ -25,7 +26,6 @@ from raymix.streaming.blocks.geometry import BlockNumbers
 
 Ints = npt.NDArray[np.int64]
 
-_AUTO_SHARE = 0.4
 _TRIES = 3
 # Bytes of a bundle, and bundles per execution of Ray Data.
 _SOON, _LARGE, _AT_ONCE = 8 << 20, 32 << 20, 4
@@ -204,7 +204,7 @@ def auto_cache_bytes() -> int:
         for node in ray.nodes()
         if node["Alive"] and "object_store_memory" in node["Resources"]
     ]
-    return int(_AUTO_SHARE * min(stores))
+    return int(AUTO_CACHE_SHARE * min(stores))
 
 
 def start_plane(

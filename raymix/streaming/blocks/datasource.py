@@ -18,6 +18,7 @@ import ray.data
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from raymix._utils.compat.ray_data import block_references
 from raymix.errors import RaymixError
 from raymix.store import Block, Corpus, Split
 from raymix.streaming.blocks.block_batch import make_block_batch, to_table
@@ -98,8 +99,7 @@ def read_bundles(
         concurrency=min(concurrency, len(bundles)),
         override_num_blocks=len(bundles),
     )
-    refs = (entry.ref for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks)
-    yield from zip(bundles, refs, strict=True)
+    yield from zip(bundles, block_references(dataset), strict=True)
 
 
 @lru_cache(maxsize=4)

@@ -82,10 +82,15 @@ def row_geometry(
         )
     geometries = []
     for name in corpus.domain_names:
-        full, rest = divmod(corpus.split(name, split).tokens, block_tokens)
-        rows = full * per_block + rest // sequence_length
+        rows = epoch_rows(corpus.split(name, split).tokens, block_tokens, sequence_length)
         geometries.append(DomainGeometry(name, rows, per_block))
     return geometries
+
+
+def epoch_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:
+    """Return the rows of one epoch: each block is cut into rows, what is left of it is not read."""
+    full, tail = divmod(tokens, block_tokens)
+    return full * (block_tokens // sequence_length) + tail // sequence_length
 
 
 def document_geometry(corpus: Corpus, split: Split = "train") -> list[DomainGeometry]:

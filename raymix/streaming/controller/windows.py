@@ -6,13 +6,13 @@ rank ever waits for the slowest unless that one is a whole window behind. Letter
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raymix._utils.json import jsonable
 from raymix.mixers import STATISTICS, DomainStats, Mixer, Shares
 
 LOSS_WEIGHTS = "loss_weights"
@@ -135,8 +135,7 @@ def _shown(stats: DomainStats) -> dict[str, Any]:
     for name in ("loss_D", "grad_norm2_D", "grad_noise_D", "alignment_D"):
         values = getattr(stats, name)
         if values is not None:
-            plain = [value if math.isfinite(value) else None for value in values.tolist()]
-            shown[name.removesuffix("_D")] = plain
+            shown[name.removesuffix("_D")] = jsonable(values)
     return shown
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from raymix._utils.compat import native
 from raymix._utils.private_cluster import start_private
 from raymix.errors import ClusterError, TrainingError
 from raymix.recipe import ClusterConfig
@@ -63,11 +63,11 @@ def thread_environment() -> dict[str, str]:
 # the next step: a tenth and more of a step on a CPU. Only its main arena can do otherwise, and the
 # loop runs in a thread that is not the main one, so there must be no other arena. With the names of
 # the same settings in malloc.h, for a process that runs already.
-_MOST = (1 << 31) - 1
+_MAX_INT = (1 << 31) - 1
 _HEAP = {
-    "MALLOC_ARENA_MAX": (-8, 1),
-    "MALLOC_MMAP_THRESHOLD_": (-3, _MOST),
-    "MALLOC_TRIM_THRESHOLD_": (-1, _MOST),
+    "MALLOC_ARENA_MAX": (native.M_ARENA_MAX, 1),
+    "MALLOC_MMAP_THRESHOLD_": (native.M_MMAP_THRESHOLD, _MAX_INT),
+    "MALLOC_TRIM_THRESHOLD_": (native.M_TRIM_THRESHOLD, _MAX_INT),
 }
 
 
@@ -85,12 +85,9 @@ def keep_freed_memory() -> None:
     Only threads that start later are served. What the user set stays; elsewhere than in glibc
     nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or "LD_PRELOAD" in os.environ:  # another allocator takes its place
-        return
     for name, (parameter, value) in _HEAP.items():
         if name not in os.environ:
-            mallopt(parameter, value)
+            native.mallopt(parameter, value)
 
 
 @contextmanager
@@ -135,12 +132,9 @@ def check_own() -> None:
     Raises:
         TrainingError: That names what died.
     """
-    from ray._private import worker
+    from raymix._utils.compat.ray_core import dead_processes
 
-    node = worker._global_node
-    if node is None:
-        return
-    dead = [kind for kind, _ in node.dead_processes() if kind in _NEEDED]
+    dead = [kind for kind in dead_processes() if kind in _NEEDED]
     if dead:
         wrong = f"Ray's {_NEEDED[dead[0]]} was killed, or crashed"
         advice = "A machine that runs out of memory kills. The same command goes on from the last"

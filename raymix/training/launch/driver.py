@@ -14,9 +14,9 @@ from typing import Any
 
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+from raymix._utils.compat.ray_train import WorkerGroupStartupTimeoutError
 from raymix.errors import RaymixError, TrainingError
 from raymix.recipe import ClusterConfig, DocumentData
 from raymix.store import Corpus

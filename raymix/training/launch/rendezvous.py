@@ -1,9 +1,8 @@
-"""Where the workers of a private cluster find each other: on the loopback address only.
+"""Rendezvous of a private cluster's workers, on the loopback address only.
 
-PyTorch's store listens on all addresses of the first worker's machine, and gloo on the one that
-the machine's name stands for. In a cluster that is out of reach of other machines (see
-`raymix.loopback`) they need not: the store is given a socket that listens on 127.0.0.1, as
-torchrun gives its workers a store that is there already.
+PyTorch's TCPStore listens on all addresses of the first worker's machine, and gloo binds the
+address of the host name. Workers that are all on this machine need neither, so the store gets a
+socket that listens on 127.0.0.1, the way torchrun hands its workers a store that exists already.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ from typing import Any
 import ray
 import torch.distributed as dist
 from ray.train.torch import TorchConfig
-from ray.train.torch import config as of_ray
 
+from raymix._utils.compat.ray_train import (
+    TorchBackend,
+    set_torch_environment,
+    set_up_process_group,
+)
 from raymix._utils.private_cluster import LOOPBACK, on_loopback
 
 _INTERFACE = "lo"
@@ -34,16 +37,16 @@ class LoopbackTorch(TorchConfig):
         return _LoopbackBackend
 
 
-class _LoopbackBackend(of_ray._TorchBackend):
+class _LoopbackBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         port = worker_group.execute_single(0, _serve, backend_config.timeout_s)
         worker_group.execute(_find, port)
-        worker_group.execute(of_ray._set_torch_distributed_env_vars)
+        worker_group.execute(set_torch_environment)
         size = len(worker_group)
         started = [
             worker_group.execute_single_async(
                 rank,
-                of_ray._setup_torch_process_group,
+                set_up_process_group,
                 backend=backend_config.backend,
                 world_rank=rank,
                 world_size=size,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from raymix._utils.compat.torch import fake_tensors
 from raymix.context_parallel import (
     ContextParallelGroups,
     DocumentPart,
@@ -162,7 +162,7 @@ _counted: dict[tuple[str, Batch], tuple[int, int]] = {}
 
 def _count(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
     """Return the parameters and the bytes kept for backward, all activations among them."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         fake = skeleton(config).train()
         parameters = sum(parameter.numel() for parameter in fake.parameters())
         try:

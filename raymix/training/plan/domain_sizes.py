@@ -16,6 +16,7 @@ from raymix.recipe import (
     TrainedTokenizer,
 )
 from raymix.store import Corpus
+from raymix.streaming.blocks.geometry import epoch_rows
 
 # A token id in a file of ready ids: between uint16 and int64, mostly int32.
 _ID_BYTES = 4
@@ -51,7 +52,7 @@ def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
     for name in corpus.domain_names:
         train, valid = corpus.split(name, "train"), corpus.split(name, "valid")
         if isinstance(data, PackedData):
-            rows = packed_rows(train.tokens, corpus.manifest.block_tokens, data.sequence_length)
+            rows = epoch_rows(train.tokens, corpus.manifest.block_tokens, data.sequence_length)
             usable = rows * data.sequence_length
         else:
             lengths = corpus.document_lengths(name, "train")
@@ -68,12 +69,6 @@ def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
             )
         )
     return found
-
-
-def packed_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:
-    """Return the rows of one epoch: each block is cut into rows, what is left of it is not read."""
-    full, tail = divmod(tokens, block_tokens)
-    return full * (block_tokens // sequence_length) + tail // sequence_length
 
 
 def estimated_sizes(config: CorpusConfig, data: DataConfig) -> list[DomainSizes]:

@@ -24,6 +24,7 @@ from raymix.recipe import (
     ScheduleMixer,
     TrainedTokenizer,
 )
+from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus
 from raymix.store.manifest import MANIFEST
 from raymix.store.remote import files
@@ -177,25 +178,24 @@ class _BatchShape:
     @classmethod
     def of(cls, recipe: Recipe, has: Resources) -> _BatchShape:
         data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
-        row_tokens, sharing = data.sequence_length, 1
-        if isinstance(data, PackedData):
-            rows, tokens = data.rows_per_step, data.rows_per_step * data.sequence_length
-        else:
+        row_tokens, sharing, shared_rows = data.sequence_length, 1, data.step_rows
+        if isinstance(data, DocumentData):
             row_tokens = held_tokens(data, recipe.cluster.workers)
             sharing = context_of(data, recipe.cluster.workers)
-            rows, tokens = -(-data.tokens_per_step // row_tokens), data.tokens_per_step
+            # A worker holds a part of each document that several share, so it holds more of them.
+            shared_rows = -(-data.step_tokens // row_tokens)
         on_gpu = recipe.cluster.gpus_per_worker == 1 or (
             recipe.cluster.gpus_per_worker == "auto" and has.gpus >= workers
         )
         return cls(
-            steps=train.steps or -(-(train.tokens or 0) // tokens),
-            tokens=tokens,
-            rows=rows,
-            rows_per_worker=(rows // workers, -(-rows // workers)),
+            steps=train.steps or -(-(train.tokens or 0) // data.step_tokens),
+            tokens=data.step_tokens,
+            rows=data.step_rows,
+            rows_per_worker=(shared_rows // workers, -(-shared_rows // workers)),
             row_tokens=row_tokens,
             sharing=sharing,
             on_gpu=on_gpu,
-            bf16=train.precision == "bf16" or (train.precision == "auto" and on_gpu),
+            bf16=train.uses_bf16(on_gpu=on_gpu),
         )
 
 
@@ -320,7 +320,7 @@ def _cache_bytes(recipe: Recipe, has: Resources) -> int:
     if recipe.cluster.workers == 0:
         return 0
     asked = recipe.data.cache_bytes
-    return int(0.4 * has.object_store_bytes) if asked == "auto" else asked
+    return int(AUTO_CACHE_SHARE * has.object_store_bytes) if asked == "auto" else asked
 
 
 def _notes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from raymix._utils.json import rounded
 from raymix.training.run.checkpoint import disk_full
 from raymix.training.run.gauges import Gauges
 from raymix.training.run.rundir import RunDirectory
@@ -133,11 +133,6 @@ class Recorder:
             yield
         except OSError as error:
             raise disk_full(error, self._run.path) from error
-
-
-def rounded(value: float, digits: int = 6) -> float | None:
-    """Return `value` to `digits` significant digits, None if it is not finite."""
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def _finite(value: object) -> object:

@@ -36,7 +36,7 @@ from raymix.tuning.runs.group import Group, locked, make_runs, output_directory,
 from raymix.tuning.runs.planning import ComparisonPlan, TrialResources
 from raymix.tuning.runs.results import RunResult
 from raymix.tuning.runs.trials import Outcome, run_trials
-from raymix.tuning.runs.variants import Variant, as_trial, changed_recipe, step_tokens, steps_of
+from raymix.tuning.runs.variants import Variant, as_trial, changed_recipe, steps_of
 
 BASE, JOINT = "base", "joint"
 METHODS: dict[str, dict[str, Any]] = {
@@ -348,7 +348,7 @@ def _document(
         "domains": list(setting.domains),
         "base": given,
         "base_steps": base_steps,
-        "base_tokens": None if base_steps is None else base_steps * step_tokens(setting.recipe),
+        "base_tokens": None if base_steps is None else base_steps * setting.recipe.data.step_tokens,
         "steps": one.steps,
         "tokens": one.tokens,
         "joint_tokens": plan.plans[JOINT].tokens,

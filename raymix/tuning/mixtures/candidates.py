@@ -29,7 +29,7 @@ from raymix.laws.models.fitted_law import LEAST_RUNS
 from raymix.recipe import Recipe, StaticMixer, TuneConfig, load_recipe
 from raymix.store import Corpus
 from raymix.training.plan.domain_sizes import prepared_sizes
-from raymix.tuning.runs.variants import Variant, as_trial, changed_recipe, step_tokens, steps_of
+from raymix.tuning.runs.variants import Variant, as_trial, changed_recipe, steps_of
 
 Floats = NDArray[np.float64]
 
@@ -100,7 +100,7 @@ def space_of(recipe: Recipe, corpus: Corpus) -> Space:
     even = config.floor / len(domains)
     cap_D = np.minimum(
         np.array([config.caps.get(name, 1.0) for name in domains]),
-        _epochs(recipe, domains) * usable_D / (steps_of(recipe) * step_tokens(recipe)),
+        _epochs(recipe, domains) * usable_D / (steps_of(recipe) * recipe.data.step_tokens),
     )
     floor_D = np.array(
         [config.floors.get(name, min(even, cap)) for name, cap in zip(domains, cap_D, strict=True)]

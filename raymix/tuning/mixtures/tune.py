@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raymix._utils.json import jsonable
 from raymix.errors import RecipeError
 from raymix.laws import MixtureTable
 from raymix.laws.files import save_law
@@ -239,14 +239,5 @@ def _write(document: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    text = json.dumps(_finite(document), ensure_ascii=False, indent=1, allow_nan=False)
+    text = json.dumps(jsonable(document), ensure_ascii=False, indent=1, allow_nan=False)
     atomic_write_text(str(path), text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with None for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

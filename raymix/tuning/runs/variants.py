@@ -23,7 +23,7 @@ from typing import Any
 from raymix._utils.yaml import parse_yaml
 from raymix.errors import RaymixError, RecipeError, did_you_mean, format_problem
 from raymix.mixers import known_mixers
-from raymix.recipe import PackedData, Recipe, load_recipe
+from raymix.recipe import Recipe, load_recipe
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pike-balanced": {"kind": "pike", "tau": 3.0},
@@ -264,14 +264,7 @@ def _flat(given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 def steps_of(recipe: Recipe) -> int:
     """Return the steps of a run."""
-    return recipe.train.steps or -(-(recipe.train.tokens or 0) // step_tokens(recipe))
-
-
-def step_tokens(recipe: Recipe) -> int:
-    """Return the tokens of a step."""
-    data = recipe.data
-    packed = isinstance(data, PackedData)
-    return data.rows_per_step * data.sequence_length if packed else data.tokens_per_step
+    return recipe.train.steps or -(-(recipe.train.tokens or 0) // recipe.data.step_tokens)
 
 
 def labels(variants: Sequence[Variant]) -> tuple[str, ...]:

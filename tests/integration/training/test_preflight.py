@@ -17,13 +17,12 @@ from raymix.cli import plan as plan_command
 from raymix.errors import ClusterError, CorpusError, RecipeError
 from raymix.recipe import ConfigModel, Recipe, TrainConfig, load_recipe
 from raymix.store import Corpus
-from raymix.streaming.blocks.geometry import row_geometry
+from raymix.streaming.blocks.geometry import epoch_rows, row_geometry
 from raymix.training.host import machine
 from raymix.training.host.machine import Resources
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.memory import Batch, auto_micro_batch_rows, worker_memory
 from raymix.training.plan import preflight
-from raymix.training.plan.domain_sizes import packed_rows
 from raymix.training.plan.runplan import RunPlan
 from tests.support.corpora import labeled_domain, write_corpus
 from tests.support.paths import QUICKSTART
@@ -135,7 +134,7 @@ def test_little_memory_means_small_micro_batches(recipe: Recipe, corpus: Corpus)
 @given(tokens=st.integers(1, 10**6), block=st.integers(16, 5000), length=st.integers(8, 3000))
 def test_rows_are_counted_as_the_stream_cuts_them(tokens: int, block: int, length: int) -> None:
     full, tail = divmod(tokens, block)
-    assert packed_rows(tokens, block, length) == full * (block // length) + tail // length
+    assert epoch_rows(tokens, block, length) == full * (block // length) + tail // length
 
 
 def test_rows_agree_with_the_stream(corpus: Corpus, recipe: Recipe) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import typer
 
+from raymix._utils.json import jsonable
 from raymix.cli import doctor
-from raymix.cli._run import explain, plain, run_command
+from raymix.cli._run import explain, run_command
 from raymix.cli.main import COMMANDS, app
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe import load_recipe
@@ -230,8 +231,8 @@ def test_documents_become_plain_json() -> None:
     import numpy as np
 
     given = {"a": np.float64("nan"), "b": np.arange(2), "c": Path("x"), 3: (1.5, float("inf"))}
-    assert plain(given) == {"a": None, "b": [0, 1], "c": "x", "3": [1.5, None]}
-    assert plain({"t": True, "n": None, "i": np.int64(3)}) == {"t": True, "n": None, "i": 3}
+    assert jsonable(given) == {"a": None, "b": [0, 1], "c": "x", "3": [1.5, None]}
+    assert jsonable({"t": True, "n": None, "i": np.int64(3)}) == {"t": True, "n": None, "i": 3}
 
 
 NOISY = """

@@ -1,0 +1,34 @@
+"""Private API of Ray's core, read in Ray 2.60."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray._private import ray_constants, worker
+
+
+@contextmanager
+def single_machine_mode() -> Iterator[None]:
+    """Have Ray take this machine for one that cannot be part of a cluster.
+
+    Only then does Ray keep a loopback address that it is given; otherwise it replaces it by the
+    machine's own and listens on all addresses. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 says the same,
+    but is read once, when Ray is imported, which may have happened long ago.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def dead_processes() -> list[str]:
+    """Return the names of processes that this process started for its cluster and that have died.
+
+    Ray itself ends the driver some seconds after the raylet is gone, without a message. Empty for
+    a cluster that was joined, not started.
+    """
+    node = worker._global_node
+    return [] if node is None else [kind for kind, _ in node.dead_processes()]

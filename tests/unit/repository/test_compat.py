@@ -1,0 +1,108 @@
+"""The private API that `raymix._utils.compat` uses is where it was: each test names one use."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from tests.support.paths import ROOT
+
+PRIVATE = re.compile(
+    r"\b(ray\._private|ray\.[\w.]*\._internal|torch\._(?!_)\w+|iter_internal_ref_bundles"
+    r"|__pyx_capi__|ctypes\.CDLL|_global_node|_TorchBackend)"
+)
+
+
+def test_private_api_is_used_in_compat_only() -> None:
+    for path in (ROOT / "raymix").rglob("*.py"):
+        if "compat" not in path.parts:
+            code = "\n".join(
+                line for line in path.read_text("utf-8").splitlines() if "`" not in line
+            )
+            assert not PRIVATE.search(code), path
+
+
+def test_ray_decides_by_a_constant_whether_it_may_be_a_cluster() -> None:
+    from ray._private import ray_constants
+
+    from raymix._utils.compat.ray_core import single_machine_mode
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    with single_machine_mode():
+        assert ray_constants.ENABLE_RAY_CLUSTER is False
+    assert before is ray_constants.ENABLE_RAY_CLUSTER
+    from ray._private import services
+
+    assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services)
+
+
+def test_rays_node_of_this_process_tells_dead_processes() -> None:
+    from ray._private import worker
+    from ray._private.node import Node
+
+    from raymix._utils.compat.ray_core import dead_processes
+
+    assert hasattr(worker, "_global_node")
+    assert callable(Node.dead_processes)
+    assert dead_processes() == []
+
+
+def test_ray_trains_torch_backend_sets_up_the_process_group() -> None:
+    from raymix._utils.compat import ray_train
+
+    assert list(inspect.signature(ray_train.TorchBackend.on_start).parameters)[1:] == [
+        "worker_group",
+        "backend_config",
+    ]
+    assert list(inspect.signature(ray_train.set_up_process_group).parameters) == [
+        "backend",
+        "world_rank",
+        "world_size",
+        "init_method",
+        "timeout_s",
+    ]
+    assert not inspect.signature(ray_train.set_torch_environment).parameters
+
+
+def test_ray_train_raises_a_startup_timeout() -> None:
+    from raymix._utils.compat.ray_train import WorkerGroupStartupTimeoutError
+
+    assert issubclass(WorkerGroupStartupTimeoutError, Exception)
+
+
+def test_ray_data_yields_references_of_blocks() -> None:
+    from ray.data import Dataset
+    from ray.data._internal.execution.interfaces import RefBundle
+    from ray.data._internal.execution.interfaces.ref_bundle import BlockEntry
+
+    assert callable(Dataset.iter_internal_ref_bundles)
+    assert "blocks" in inspect.signature(RefBundle).parameters
+    assert "ref" in inspect.signature(BlockEntry).parameters
+
+
+def test_torch_has_fake_tensors_among_real_ones() -> None:
+    import torch
+
+    from raymix._utils.compat.torch import fake_tensors
+
+    real = torch.ones(3)
+    with fake_tensors():
+        assert (torch.empty(1 << 40, 3) + real).shape == (1 << 40, 3)
+
+
+def test_glibc_has_mallopt(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raymix._utils.compat.native import M_MMAP_THRESHOLD, mallopt
+
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert mallopt(M_MMAP_THRESHOLD, 128 << 10)  # glibc's default
+    monkeypatch.setenv("LD_PRELOAD", "libother.so")
+    assert not mallopt(M_MMAP_THRESHOLD, 128 << 10)
+
+
+@pytest.mark.parametrize("name", ["dsytrd", "dstevd"])
+def test_scipy_publishes_the_address_of(name: str) -> None:
+    from raymix._utils.compat.native import lapack_function
+
+    assert callable(lapack_function(name))
