@@ -77,18 +77,18 @@ def prepared(tree: Tree) -> Iterator[tuple[str, Any]]:
 
 
 def trained(tree: Tree) -> Iterator[tuple[str, Any]]:
-    """Yield runs by the command line: packed, documents, PiKE; two workers and one process."""
-    for kind, sections in inputs.RUNS.items():
-        for workers in (0, 2):
+    """Yield packed, document-mode and PiKE runs, each in one process and by two workers."""
+    recipes = {}
+    for workers in (0, 2):
+        for kind, sections in inputs.RUNS.items():
             name = f"{kind}-{workers}"
             document = inputs.recipe(name, workers=workers, **sections)
-            path = inputs.write_recipe(tree.folder / f"{name}.yaml", document)
-            try:
-                yield f"runs/{name}/summary", without(tree.json("train", path))
-                yield from run_results(tree, name)
-                yield f"runs/{name}/report", without(_read(tree, f"runs/{name}/report.json"))
-            except (RuntimeError, OSError, ValueError) as error:
-                yield f"runs/{name}/failure", failure(error)
+            recipes[name] = inputs.write_recipe(tree.folder / f"{name}.yaml", document)
+    # By the command line, which starts a private cluster; the others share one.
+    for name in ("packed-0", "packed-2"):
+        yield f"runs/{name}/summary", without(tree.json("train", recipes.pop(name)))
+        yield from run_results(tree, name)
+    yield from _library_runs(tree, recipes, cluster=True, report=True)
     both = ["runs/packed-0", "runs/pike-0", "runs/documents-2"]
     tree.json("report", *both, "--out", "several.html")
     yield "report/several", without(_read(tree, "several.json"))
@@ -103,7 +103,14 @@ def mixed(tree: Tree) -> Iterator[tuple[str, Any]]:
     for name, mixer in inputs.MIXERS.items():
         document = inputs.recipe(name, data=inputs.PACKED, mixer=mixer, train=inputs.MANY_WINDOWS)
         recipes[name] = inputs.write_recipe(tree.folder / f"{name}.yaml", document)
-    for name, value in tree.probe("runs", recipes):
+    yield from _library_runs(tree, recipes, cluster=False, report=False)
+
+
+def _library_runs(
+    tree: Tree, recipes: dict[str, str], **options: bool
+) -> Iterator[tuple[str, Any]]:
+    """Yield runs by `raymix.train`, one after the other in one process."""
+    for name, value in tree.probe("runs", {"recipes": recipes, **options}):
         yield name, without(value)
     for name in recipes:
         try:
@@ -121,6 +128,8 @@ def run_results(tree: Tree, name: str) -> Iterator[tuple[str, Any]]:
     yield f"runs/{name}/losses", [[line["step"], line["loss"]] for line in steps]
     yield f"runs/{name}/metrics", without(lines)
     yield f"runs/{name}/mixture_log", _lines(folder / "mixture_log.jsonl")
+    if (folder / "report.json").exists():
+        yield f"runs/{name}/report", without(_read(tree, f"runs/{name}/report.json"))
 
 
 def planned(tree: Tree) -> Iterator[tuple[str, Any]]:

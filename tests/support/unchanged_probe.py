@@ -92,14 +92,21 @@ def _merged(name: str, document: dict[str, Any]) -> dict[str, Any]:
     return raymix.merge(document, f"merged/{name}")
 
 
-def runs(recipes: dict[str, str]) -> Results:
+def runs(given: dict[str, Any]) -> Results:
     """Yield the summaries of runs; the caller reads their directories."""
     import raymix
 
-    for name, path in recipes.items():
+    if given["cluster"]:
+        import ray
+
+        # One cluster for all runs: its workers have imported torch when the second run starts.
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        ray.init("local", num_cpus=4, object_store_memory=200_000_000, **options)
+    for name, path in given["recipes"].items():
         yield (
             f"runs/{name}/summary",
-            lambda path=path: raymix.train(raymix.load_recipe(path), report=False),
+            # Drawing a report takes longer than such a run.
+            lambda path=path: raymix.train(raymix.load_recipe(path), report=given["report"]),
         )
 
 
