@@ -1,4 +1,8 @@
-"""`train`: from a recipe to a run directory with checkpoints, metrics and a report."""
+"""`raymix.train`: from a recipe to a run directory with checkpoints, metrics and a report.
+
+In order: load the recipe, open the run directory, prepare the corpus if needed, run the preflight
+checks, train (in this process or on Ray), summarize, draw the report.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +19,32 @@ from raymix.errors import CorpusError
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.store.remote import files
-from raymix.training.host.device import asked_threads
+from raymix.training.host.device import requested_threads
 from raymix.training.host.environment import environment
 from raymix.training.host.machine import resources
-from raymix.training.launch.cluster import check_own, joined, keep_freed_memory, ray_notices_to
+from raymix.training.launch.cluster import (
+    check_private_cluster,
+    keep_freed_memory,
+    ray_cluster,
+    redirect_ray_output,
+)
 from raymix.training.launch.watch import watch
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
 from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.progress import RunProgress
-from raymix.training.run.remote_run import LOGS, RECIPES, STOP, WORKERS, RunSync, newest, tidy
+from raymix.training.run.remote_run import (
+    LOGS,
+    RECIPES,
+    STOP,
+    WORKERS,
+    RunSync,
+    newest_checkpoint_of,
+    remove_working_copy,
+)
 from raymix.training.run.rundir import IfExists, RunDirectory, open_run
 from raymix.training.setup import Job
-from raymix.training.summary import draw, summary
+from raymix.training.summary import print_summary, summary
 
 
 def train(
@@ -36,20 +53,20 @@ def train(
     if_exists: IfExists = "resume",
     report: bool = True,
 ) -> dict[str, Any]:
-    """Return what a run came to, having trained it; prints progress on stdout.
+    """Train a recipe and return the run's summary; prints progress on stdout.
 
-    Prepares the corpus where that has not been done, goes on from the newest checkpoint where
-    there is one, and leaves a finished run alone.
+    Prepares the corpus if that has not been done, resumes from the newest checkpoint if there is
+    one, and leaves a finished run alone.
 
     Args:
         recipe: The recipe, or the path of one.
-        if_exists: What to do about a run directory that is there: `resume` goes on with a run of
-            the same recipe, `fail` refuses, `new` takes a fresh directory beside it.
-        report: Draw `report.html` at the end, where matplotlib is installed.
+        if_exists: For an existing run directory: `resume` continues a run of the same recipe,
+            `fail` refuses, `new` takes a fresh directory beside it.
+        report: Draw `report.html` at the end, if matplotlib is installed.
 
     Raises:
         RaymixError: If the run cannot work, or the work failed.
-        KeyboardInterrupt: After Ctrl-C; the run directory can be resumed.
+        KeyboardInterrupt: After Ctrl-C; the run can be resumed.
     """
     from raymix.corpus.open_or_prepare import open_or_prepare
 
@@ -57,9 +74,11 @@ def train(
     run = open_run(loaded, if_exists)
     cluster = loaded.cluster
     # Without workers no cluster is used, wherever RAY_ADDRESS points.
-    has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
-    corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, has))
-    plan = preflight(loaded, corpus, has)
+    available = resources(
+        cluster.address if cluster.workers else "local", cluster.object_store_bytes
+    )
+    corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, available))
+    plan = preflight(loaded, corpus, available)
     with run_lock(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPES, *LOGS)
@@ -68,20 +87,20 @@ def train(
             _train(loaded, run, plan)
     document = summary(run)
     _show(run, document, report=report)
-    tidy(run)
+    remove_working_copy(run)
     return document
 
 
 def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> bool:
-    """Return whether the run has a checkpoint of its last step; refuse a changed corpus.
+    """Return whether the run has a checkpoint of its last step; raise for a changed corpus.
 
     Raises:
         CorpusError: If the run's checkpoint was made with another corpus.
     """
-    found = newest(run, note=_say)
-    if found is None:
+    newest = newest_checkpoint_of(run, note=_say)
+    if newest is None:
         return False
-    state = found[1]
+    state = newest[1]
     if state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
         raise CorpusError.at(
             "corpus.path",
@@ -113,52 +132,53 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
         steps=plan.steps,
         micro_batch_rows=plan.micro_batch_rows,
         on_gpu=plan.on_gpu,
-        threads=asked_threads(),
+        threads=requested_threads(),
         session=uuid.uuid4().hex[:12],
     )
     with (
-        ray_notices_to(run.path / "ray.log"),
+        redirect_ray_output(run.path / "ray.log"),
         RunProgress(run.metrics, steps=plan.steps) as progress,
-        _kept(run, on_ray=recipe.cluster.workers > 0),
+        _run_sync(run, on_ray=recipe.cluster.workers > 0),
     ):
         if recipe.cluster.workers:
             progress.waiting("starting or joining Ray")
-            with joined(recipe.cluster):
+            with ray_cluster(recipe.cluster):
                 from raymix.training.launch.driver import run_on_ray
 
                 starting = f"{recipe.cluster.workers} workers"
                 watched = partial(watch, run=run, progress=progress, starting=starting)
-                run_on_ray(job, partial(watched, check=check_own))
+                run_on_ray(job, partial(watched, check=check_private_cluster))
         else:
-            from raymix.training.launch.local import run_here
+            from raymix.training.launch.local import run_in_process
 
             if not job.on_gpu:
                 keep_freed_memory()
-            work = partial(run_here, job, stop_asked=run.stop_request.exists)
+            work = partial(run_in_process, job, stop_requested=run.stop_request.exists)
             watch(work, run, progress, starting="the model")
-    found = newest(run)
-    done = found[1].step if found else 0
+    newest = newest_checkpoint_of(run)
+    done = newest[1].step if newest else 0
     if done < plan.steps:
         _say(f"stopped at step {done:,} of {plan.steps:,}; the same command goes on from there")
         raise KeyboardInterrupt
 
 
-def _kept(run: RunDirectory, *, on_ray: bool) -> RunSync:
-    """Return what keeps the files that this process writes, and fetches those it only reads."""
+def _run_sync(run: RunDirectory, *, on_ray: bool) -> RunSync:
+    """Return the sync of a run at a URL: sends what this process writes, fetches the rest."""
     written = [*LOGS, "tensorboard", "error.log"]
     if not on_ray:
         return RunSync(run, send=written)
-    mine = [name for name in written if name not in WORKERS]
-    return RunSync(run, send=[*mine, STOP], fetch=WORKERS)
+    # On Ray the first worker writes the metrics, maybe on another machine.
+    by_driver = [name for name in written if name not in WORKERS]
+    return RunSync(run, send=[*by_driver, STOP], fetch=WORKERS)
 
 
 def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:
-    """Print the table of domains, and draw the report where that is possible."""
+    """Print the table of domains, and draw the report if matplotlib is installed."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
     _say("")
-    draw(document, console)
+    print_summary(document, console)
     if not report:
         return
     if importlib.util.find_spec("matplotlib") is None:

@@ -1,4 +1,8 @@
-"""From a job to the parts of a rank's loop: model, optimizer, stream, evaluation, recorder."""
+"""Builds the components of a rank's training loop: model, optimizer, stream, evaluator, recorder.
+
+`Job` is what the driver sends to the workers. `resume` chooses the checkpoint to start from, the
+same on every rank; `build_components` builds the rest from it.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +29,9 @@ from raymix.streaming.blocks.sources import BlockSource, LocalSource
 from raymix.streaming.controller.actor import MixtureController
 from raymix.streaming.controller.client import LocalController, RemoteController
 from raymix.streaming.sequences.step_plans import SchedulingConfig
+from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
 from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
-from raymix.training.loop import TrainerComponents
 from raymix.training.model.hf_model import (
     CorpusFacts,
     ModelTraits,
@@ -47,11 +51,15 @@ from raymix.training.run.remote_run import (
     WORKERS,
     clear_checkpoints,
     fetch_checkpoint,
-    newest,
+    newest_checkpoint_of,
 )
 from raymix.training.run.rundir import RunDirectory, cut_metrics, identity
-from raymix.training.step.batches import most_rows_of_a_rank
-from raymix.training.step.document_layout import bucket_plan, context_parallel_of, whole_rows
+from raymix.training.step.batches import max_rows_per_rank
+from raymix.training.step.document_layout import (
+    full_length_rows,
+    scheduling_config,
+    set_up_context_parallel,
+)
 from raymix.training.step.documents import ContextParallel
 from raymix.training.step.probing import Prober, ProbeReader
 
@@ -61,7 +69,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a run is told to do; it travels to the workers."""
+    """Picklable job sent to the workers."""
 
     recipe: Recipe
     run: RunDirectory
@@ -71,18 +79,18 @@ class Job:
     threads: int | None
     """Threads per worker where the user set them; None to share the cores."""
     session: str
-    """Names this start of the run."""
+    """Unique to this start of the run; part of the names of its actors."""
     controller: Any = None
     """The controller's actor; None without Ray."""
     plane: Any = None
     """The block plane's actor; None without Ray."""
-    bucketer: Any = None
-    """The actor that plans ranks; None without Ray, and where rows are packed."""
+    sequence_scheduler: Any = None
+    """The sequence scheduler's actor; None without Ray, and for packed rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """What rank 0 decides before an attempt, for all."""
+    """Where an attempt starts; chosen by rank 0 for all ranks."""
 
     attempt: str
     checkpoint: Path | None
@@ -91,17 +99,17 @@ class ResumePoint:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Return what stands for the fields that make a run what it is."""
+    """Return a hash of the identifying recipe fields."""
     text = json.dumps(identity(recipe.model_dump(mode="json")), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
-    """Return what the mixer may know about the run."""
-    held = [corpus.split(name, "train").tokens for name in corpus.domain_names]
+    """Return what a mixer may know about the run."""
+    tokens = [corpus.split(name, "train").tokens for name in corpus.domain_names]
     return MixerContext(
         domains=corpus.domain_names,
-        tokens_D=np.array(held, dtype=np.int64),
+        tokens_D=np.array(tokens, dtype=np.int64),
         total_tokens=steps * recipe.data.step_tokens,
         total_steps=steps,
         rows_per_step=recipe.data.step_rows,
@@ -111,14 +119,15 @@ def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext
 
 
 def resume(job: Job, world: World) -> ResumePoint:
-    """Return where to go on, the same on every rank; rank 0 looks for the newest checkpoint."""
+    """Return where to resume, the same on every rank; rank 0 looks for the newest checkpoint."""
     start: ResumePoint | None = None
     if world.is_writer:
-        found = newest(job.run)
-        path, state = found if found else (None, None)
+        newest = newest_checkpoint_of(job.run)
+        path, state = newest if newest else (None, None)
         rows = job.micro_batch_rows
         if state is not None and state.world_size == world.size:
-            # The same passes as before, so that sums round the same.
+            # The same micro-batches as before: another split would sum gradients in another order
+            # and round differently, and a resumed run is promised to be bit-equal.
             auto = job.recipe.train.micro_batch_rows == "auto"
             rows = state.micro_batch_rows if auto else rows
         start = ResumePoint(uuid.uuid4().hex[:12], path, state, rows)
@@ -126,6 +135,7 @@ def resume(job: Job, world: World) -> ResumePoint:
             job.run.path.mkdir(parents=True, exist_ok=True)
             job.run.mirror().fetch(*WORKERS, STOP)
             clear_checkpoints(job.run, but=path)
+        # Steps after the checkpoint are done again, so their lines would stand twice.
         cut_metrics(job.run.metrics, state.step if state else -1)
     agreed = world.agree(start)
     if agreed.checkpoint is None:
@@ -133,24 +143,24 @@ def resume(job: Job, world: World) -> ResumePoint:
     return replace(agreed, checkpoint=fetch_checkpoint(job.run, agreed.checkpoint))
 
 
-def build_parts(
+def build_components(
     job: Job,
     world: World,
     start: ResumePoint,
     *,
     source: Callable[[Corpus], BlockSource],
     on_checkpoint: Callable[[Path, int], None],
-    stop_asked: Callable[[], bool],
+    stop_requested: Callable[[], bool],
 ) -> TrainerComponents:
-    """Return the parts of this rank's loop.
+    """Return the components of this rank's training loop.
 
     Args:
-        job: What to do.
+        job: The job.
         world: This rank.
-        start: Where to begin.
+        start: Where to resume.
         source: Makes the source of blocks.
         on_checkpoint: Called on every rank after each checkpoint.
-        stop_asked: Whether a clean stop is asked for; read on rank 0.
+        stop_requested: Whether a clean stop has been requested; read on rank 0.
 
     Raises:
         RaymixError: If model, corpus or checkpoint cannot be used.
@@ -161,8 +171,10 @@ def build_parts(
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
     model, flops, traits = _model(recipe, corpus, start)
-    how, assign, scheduled = _assigned(job, world, start, model)
+    context_parallel, assignments, scheduling = _sequence_scheduling(job, world, start, model)
     loss = PackedLoss(model, linear_head=traits.linear_head)
+    # After resuming the weights and before the optimizer: FSDP2 shards parameters in place, and the
+    # optimizer must hold the sharded ones.
     replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
     if start.checkpoint is not None:
@@ -183,62 +195,66 @@ def build_parts(
             world_size=world.size,
             controller=control,
             source=source(corpus),
-            assignments=assign,
+            assignments=assignments,
             state=state.sampler if state else None,
             limit=job.steps,
         ),
-        evaluator=_evaluator(recipe, corpus, world, start, how),
-        recorder=_recorder(job, world, start, corpus, scheduled),
+        evaluator=_evaluator(recipe, corpus, world, start, context_parallel),
+        recorder=_recorder(job, world, start, corpus, scheduling),
         checkpoints=job.run.checkpoints,
         tokenizer_path=corpus.tokenizer_path,
         corpus_fingerprint=corpus.fingerprint,
         recipe_hash=recipe_hash(recipe),
         micro_batch_rows=start.micro_batch_rows,
-        most_rows=_most_rows(recipe, world),
+        max_rank_rows=_max_rank_rows(recipe, world),
         resumed=state,
         bf16=bf16,
         flops_per_token=flops,
         peak_flops=peak_flops(world.device),
         snapshot=control.snapshot,
         on_checkpoint=on_checkpoint,
-        stop_asked=stop_asked,
+        stop_requested=stop_requested,
         push=control.push if mixer.needs else None,
         prober=_prober(recipe, corpus, mixer, replica, optimizer, start),
-        context_parallel=how,
+        context_parallel=context_parallel,
     )
 
 
-def _assigned(
+def _sequence_scheduling(
     job: Job, world: World, start: ResumePoint, model: PreTrainedModel
 ) -> tuple[ContextParallel, Assignments | None, SchedulingConfig | None]:
-    """Return how ranks share documents, who assigns them, and by what; for rows, nothing."""
+    """Return context parallelism, assignments and their configuration; nothing for packed rows."""
     recipe, data = job.recipe, job.recipe.data
     if not isinstance(data, DocumentData):
         return ContextParallel(), None, None
-    how = context_parallel_of(recipe, data, model, world)
+    context_parallel = set_up_context_parallel(recipe, data, model, world)
     rows = start.micro_batch_rows
-    plan = bucket_plan(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
-    if job.bucketer is None:
-        return how, assign_locally(plan.layout, plan.cost, plan.planner), plan
+    config = scheduling_config(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
+    if job.sequence_scheduler is None:
+        return context_parallel, assign_locally(config.layout, config.cost, config.planner), config
     from raymix.streaming.sequences.actor import assign_remotely
 
-    return how, assign_remotely(job.bucketer, plan, attempt=start.attempt), plan
+    assignments = assign_remotely(job.sequence_scheduler, config, attempt=start.attempt)
+    return context_parallel, assignments, config
 
 
 def _evaluator(
-    recipe: Recipe, corpus: Corpus, world: World, start: ResumePoint, how: ContextParallel
+    recipe: Recipe, corpus: Corpus, world: World, start: ResumePoint, context: ContextParallel
 ) -> Evaluator:
-    length, wanted = recipe.data.sequence_length, recipe.eval.rows_per_domain
-    rows = held_out_rows(corpus, sequence_length=length, rows_per_domain=wanted)
-    at_once = whole_rows(recipe, start.micro_batch_rows)
-    by_document = isinstance(recipe.data, DocumentData) and how.known
-    return Evaluator(corpus, rows, world=world, rows_at_once=at_once, by_document=by_document)
+    rows = held_out_rows(
+        corpus,
+        sequence_length=recipe.data.sequence_length,
+        rows_per_domain=recipe.eval.rows_per_domain,
+    )
+    batch_rows = full_length_rows(recipe, start.micro_batch_rows)
+    by_document = isinstance(recipe.data, DocumentData) and context.own_attention
+    return Evaluator(corpus, rows, world=world, rows_at_once=batch_rows, by_document=by_document)
 
 
 def _model(
     recipe: Recipe, corpus: Corpus, start: ResumePoint
 ) -> tuple[PreTrainedModel, float, ModelTraits]:
-    """Return the model, its operations per token, and what it can do."""
+    """Return the model, its floating-point operations per token, and its traits."""
     info = corpus.manifest.tokenizer
     facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
     config = recipe.model
@@ -247,6 +263,8 @@ def _model(
     model = build_model(config, facts, seed=recipe.seed)
     flops = measure_model(model, facts.sequence_length).flops_per_token
     traits = probe_model(model)
+    # Packed rows of documents that attend to each other train on a wrong objective without any
+    # sign of it in the loss.
     if not traits.isolates_documents:
         raise RecipeError.at(
             "model.type",
@@ -286,7 +304,7 @@ def _prober(
     optimizer: Optimizer,
     start: ResumePoint,
 ) -> Prober | None:
-    """Return what measures the gradients that the mixer needs; None where it needs none."""
+    """Return the gradient probe that the mixer needs; None where it needs none."""
     if not GRADIENT_STATISTICS & mixer.needs:
         return None
     length = recipe.data.sequence_length
@@ -301,7 +319,7 @@ def _prober(
         n_domains=len(corpus.domain_names),
         targets=targets,
         group_ND=getattr(mixer, "probe_groups", None),
-        rows_at_once=whole_rows(recipe, start.micro_batch_rows),
+        rows_at_once=full_length_rows(recipe, start.micro_batch_rows),
         precision=partial(
             training_precision, device, bf16=recipe.train.uses_bf16(on_gpu=device == "cuda")
         ),
@@ -309,29 +327,29 @@ def _prober(
     )
 
 
-def _most_rows(recipe: Recipe, world: World) -> int | None:
-    """Return the rows of the rank with most; None where every rank has as many as this one."""
+def _max_rank_rows(recipe: Recipe, world: World) -> int | None:
+    """Return the rows of the rank with the most; None where every rank has as many."""
     if isinstance(recipe.data, PackedData):
-        return most_rows_of_a_rank(recipe.data.rows_per_step, world.size)
+        return max_rows_per_rank(recipe.data.rows_per_step, world.size)
     return None
 
 
 def _recorder(
-    job: Job, world: World, start: ResumePoint, corpus: Corpus, scheduled: SchedulingConfig | None
+    job: Job, world: World, start: ResumePoint, corpus: Corpus, scheduling: SchedulingConfig | None
 ) -> Recorder | None:
     if not world.is_writer:
         return None
-    held = {name: corpus.split(name, "train").tokens for name in corpus.domain_names}
+    tokens = {name: corpus.split(name, "train").tokens for name in corpus.domain_names}
     read = start.state.tokens if start.state else {}
     return Recorder(
         job.run,
         start_step=start.state.step if start.state else 0,
         tensorboard=job.recipe.run.tensorboard,
-        gauges=cluster_gauges(job.run.path.name, held, read=read),
-        scheduled=scheduled.document() if scheduled is not None else None,
+        gauges=cluster_gauges(job.run.path.name, tokens, read=read),
+        scheduled=scheduling.document() if scheduling is not None else None,
     )
 
 
 def local_source(recipe: Recipe) -> Callable[[Corpus], BlockSource]:
-    """Return what makes a source that reads blocks in this process."""
+    """Return a factory of sources that read blocks in this process."""
     return lambda corpus: LocalSource(corpus, row_tokens=row_tokens(recipe.data))

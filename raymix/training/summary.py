@@ -1,4 +1,4 @@
-"""What a run came to: the document of `raymix train --json` and the table at its end."""
+"""The summary of a run: the document of `raymix train --json`, and the table printed at the end."""
 
 from __future__ import annotations
 
@@ -13,49 +13,50 @@ from raymix.errors import RecipeError
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 from raymix.training.plan.domain_sizes import DomainSizes, prepared_sizes
-from raymix.training.run.remote_run import newest
+from raymix.training.run.remote_run import newest_checkpoint_of
 from raymix.training.run.rundir import RunDirectory, read_metrics
 
-_MOST_ROWS = 40
+_MAX_TABLE_ROWS = 40
 
 
 def summary(run: RunDirectory) -> dict[str, Any]:
-    """Return what a run has come to, from its files alone; the keys are stable.
+    """Return the summary of a run from its files alone; the keys are stable.
 
     Raises:
         RecipeError: If the run has no checkpoint yet.
     """
-    found = newest(run)
-    if found is None:
+    newest = newest_checkpoint_of(run)
+    if newest is None:
         raise RecipeError.at(
             "run", run.where, "the run has no whole checkpoint", fix="Train it first"
         )
-    _, state = found
+    _, state = newest
     recipe = run.recipe()
     corpus = Corpus.open(recipe.corpus.path)
     loss, seconds = None, 0.0
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
     for line in read_metrics(run.metrics):
+        # Steps after the checkpoint are done again when the run resumes.
         if line["step"] > state.step:
             continue
         if "loss" in line:
             loss, seconds = line["loss"], seconds + (line.get("seconds") or 0.0)
         if "eval" in line:
             first, last = first or line["eval"], line["eval"]
-    asked = asked_shares(run, state.step)
+    requested = requested_shares(run, state.step)
     total = sum(state.tokens.values())
     domains = {
-        supply.name: _domain(
-            supply,
-            entropy=corpus.split(supply.name, "valid").unigram_entropy,
-            asked=asked.get(supply.name, 0.0),
-            tokens=state.tokens.get(supply.name, 0),
+        sizes.name: _domain(
+            sizes,
+            entropy=corpus.split(sizes.name, "valid").unigram_entropy,
+            requested=requested.get(sizes.name, 0.0),
+            tokens=state.tokens.get(sizes.name, 0),
             total=total,
             first=first,
             last=last,
         )
-        for supply in prepared_sizes(corpus, recipe.data)
+        for sizes in prepared_sizes(corpus, recipe.data)
     }
     return {
         "run": run.where,
@@ -68,8 +69,8 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def asked_shares(run: RunDirectory, steps: int) -> dict[str, float]:
-    """Return the mean share asked of each domain over the first `steps` steps."""
+def requested_shares(run: RunDirectory, steps: int) -> dict[str, float]:
+    """Return the mean share requested of each domain over the first `steps` steps."""
     if not run.mixture_log.exists() or not steps:
         return {}
     text = run.mixture_log.read_text("utf-8", errors="replace")
@@ -86,30 +87,30 @@ def asked_shares(run: RunDirectory, steps: int) -> dict[str, float]:
 
 
 def _domain(
-    supply: DomainSizes,
+    sizes: DomainSizes,
     *,
     entropy: float,
-    asked: float,
+    requested: float,
     tokens: int,
     total: int,
     first: Mapping[str, Any],
     last: Mapping[str, Any],
 ) -> dict[str, Any]:
-    begun, ended = first.get(supply.name, {}), last.get(supply.name, {})
+    before, after = first.get(sizes.name, {}), last.get(sizes.name, {})
     return {
         "tokens": tokens,
-        "share_asked": asked,
+        "share_asked": requested,
         "share_realised": tokens / total if total else 0.0,
-        "epochs": tokens / supply.usable if supply.usable else 0.0,
-        "loss_first": begun.get("loss"),
-        "loss_last": ended.get("loss"),
-        "bits_per_byte": ended.get("bits_per_byte"),
+        "epochs": tokens / sizes.usable if sizes.usable else 0.0,
+        "loss_first": before.get("loss"),
+        "loss_last": after.get("loss"),
+        "bits_per_byte": after.get("bits_per_byte"),
         # Of the held-out text, like the losses beside it; 0 where there is none.
         "unigram_entropy": entropy or None,
     }
 
 
-def draw(document: Mapping[str, Any], console: Console) -> None:
+def print_summary(document: Mapping[str, Any], console: Console) -> None:
     """Print the table of a run's domains, largest share first."""
     fancy = console.is_terminal
     table = Table(box=None, pad_edge=False, header_style="bold" if fancy else "")
@@ -118,7 +119,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     ranked = sorted(document["domains"].items(), key=lambda item: -item[1]["tokens"])
-    for name, row in ranked[:_MOST_ROWS]:
+    for name, row in ranked[:_MAX_TABLE_ROWS]:
         table.add_row(
             name,
             f"{row['tokens']:,}",
@@ -129,11 +130,11 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
             _number(row["bits_per_byte"]),
         )
     console.print(table)
-    if len(ranked) > _MOST_ROWS:
-        console.print(f"... and {len(ranked) - _MOST_ROWS} more domains; --json lists all.")
+    if len(ranked) > _MAX_TABLE_ROWS:
+        console.print(f"... and {len(ranked) - _MAX_TABLE_ROWS} more domains; --json lists all.")
     pace = document["tokens_per_s"]
-    said = f", {short(pace)} tokens/s" if pace else ""
-    console.print(f"{document['steps']:,} steps, {document['tokens']:,} tokens{said}")
+    throughput = f", {short(pace)} tokens/s" if pace else ""
+    console.print(f"{document['steps']:,} steps, {document['tokens']:,} tokens{throughput}")
 
 
 def _number(value: float | None) -> str:

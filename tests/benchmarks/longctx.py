@@ -41,7 +41,7 @@ from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import World, place_model
 from raymix.training.step.document_layout import assumed_cost
-from raymix.training.step.documents import ContextParallel, document_passes
+from raymix.training.step.documents import ContextParallel, document_micro_steps
 from tests.benchmarks._report import ROOT, print_table, ratio_spread, row, write_results
 from tests.support.ranks import on_ranks
 
@@ -155,7 +155,7 @@ class Trainer:
             clock, cpu = time.perf_counter(), time.process_time()
             nats = torch.zeros((), dtype=torch.float64)
             count = len(mine.micro_batches)
-            for index, one in enumerate(document_passes(mine, self.how, self.world.device)):
+            for index, one in enumerate(document_micro_steps(mine, self.how, self.world.device)):
                 micro = one.micro
                 with replica.accumulating(last=index == count - 1), one.attending():
                     tensors = micro.tokens_BL, micro.positions_BL, micro.labels_BL

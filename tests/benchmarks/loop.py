@@ -208,20 +208,20 @@ def turns_main(path: Path) -> None:
     from raymix.training.loop import TrainingLoop
     from raymix.training.model.parallel import World
     from raymix.training.run.rundir import RunDirectory
-    from raymix.training.setup import Job, build_parts, local_source, resume
+    from raymix.training.setup import Job, build_components, local_source, resume
 
     recipe, world = load_recipe(path), World()
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as directory:
         run, steps = RunDirectory(Path(directory)), recipe.train.steps
         job = Job(recipe, run, steps, recipe.data.rows_per_step, False, None, "bench")
-        parts = build_parts(
+        parts = build_components(
             job,
             world,
             resume(job, world),
             source=local_source(recipe),
             on_checkpoint=lambda path, step: None,
-            stop_asked=lambda: False,
+            stop_requested=lambda: False,
         )
         turns = TakingTurns(parts.stream, Bare(recipe))
         TrainingLoop(dataclasses.replace(parts, stream=turns)).run()  # type: ignore[arg-type] # acts as one
@@ -325,7 +325,7 @@ def _part(name: str, work: Callable[[], object], times: int = 200) -> dict[str, 
 
 
 def _checkpoint(recipe: Any, corpus: Any, directory: Path) -> dict[str, Any]:
-    from raymix.training.launch.local import run_here
+    from raymix.training.launch.local import run_in_process
     from raymix.training.run.rundir import RunDirectory
     from raymix.training.setup import Job
 
@@ -338,17 +338,17 @@ def _checkpoint(recipe: Any, corpus: Any, directory: Path) -> dict[str, Any]:
     run = RunDirectory(directory / "run")
     run.path.mkdir()
     job = Job(short, run, 3, recipe.data.rows_per_step, torch.cuda.is_available(), None, "bench")
-    spent = run_here(job, stop_asked=lambda: False).seconds["checkpoint"]
+    spent = run_in_process(job, stop_requested=lambda: False).seconds["checkpoint"]
     return row("part: one checkpoint", 1e3 * spent / 3, "ms")
 
 
 def _rpc(recipe: Any, corpus: Any) -> dict[str, Any]:
     from raymix.recipe import ClusterConfig
     from raymix.streaming.controller.client import RemoteController, start_controller
-    from raymix.training.launch.cluster import joined
+    from raymix.training.launch.cluster import ray_cluster
     from raymix.training.setup import mixer_context
 
-    with joined(ClusterConfig()):
+    with ray_cluster(ClusterConfig()):
         context = mixer_context(recipe, corpus, steps=10**6)
         handle = start_controller(recipe_mixer=recipe.mixer, context=context)
         control = RemoteController(handle, attempt="bench", rank=0, world_size=1)

@@ -10,7 +10,7 @@ import torch
 
 from raymix.recipe import Recipe
 from raymix.store import Corpus
-from raymix.training.launch.local import run_here
+from raymix.training.launch.local import run_in_process
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.run.rundir import open_run, read_metrics
@@ -64,7 +64,7 @@ def metrics(used: Recipe, *, on_gpu: bool) -> list[dict[str, Any]]:
         threads=None,
         session="test",
     )
-    run_here(job, stop_asked=lambda: False)
+    run_in_process(job, stop_requested=lambda: False)
     return list(read_metrics(run.metrics))
 
 

@@ -14,7 +14,7 @@ from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 from raymix.store.remote.mirror import download
 from raymix.training.run.checkpoint import TrainingState, newest_checkpoint, read_state
-from raymix.training.run.remote_run import LOGS, RECIPES, fetch_checkpoint, newest
+from raymix.training.run.remote_run import LOGS, RECIPES, fetch_checkpoint, newest_checkpoint_of
 from raymix.training.run.rundir import RunDirectory
 
 
@@ -84,7 +84,7 @@ def _fetched(url: str) -> CheckpointRef:
     run.mirror().fetch(*RECIPES, *LOGS)
     if not run.resolved.is_file():
         raise _neither(url, there=bool(names))
-    found = newest(run)
+    found = newest_checkpoint_of(run)
     if found is None:
         raise _untrained(url)
     path = fetch_checkpoint(run, found[0])

@@ -27,7 +27,7 @@ from raymix.training.step.batches import (
     row_loss_mask,
 )
 
-Table = dict[str, dict[str, float | int | None]]
+LossTable = dict[str, dict[str, float | int | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class Evaluator:
         self._by_document = by_document
 
     @torch.no_grad()
-    def evaluate(self, replica: Replica, precision: AbstractContextManager[object]) -> Table:
+    def evaluate(self, replica: Replica, precision: AbstractContextManager[object]) -> LossTable:
         """Return loss (nats per token), bits per byte and scored tokens by domain; a collective.
 
         A domain without held-out rows is left out; bits per byte are None where the corpus does
@@ -254,7 +254,7 @@ class Evaluator:
         finally:
             replica.module.train()
         nats_D, tokens_D = PendingSum(sums, self._world).result().tolist()
-        table: Table = {}
+        table: LossTable = {}
         for index, name in enumerate(self._names):
             if tokens_D[index]:
                 table[name] = self._scores(nats_D[index], int(tokens_D[index]), index)

@@ -11,7 +11,7 @@ import torch
 from raymix.recipe import PretrainedModel, Recipe
 from raymix.store import Corpus
 from raymix.training.evaluate.checkpoint_ref import find_checkpoint
-from raymix.training.evaluate.held_out import Evaluator, HeldOutRows, Table, held_out_rows
+from raymix.training.evaluate.held_out import Evaluator, HeldOutRows, LossTable, held_out_rows
 from raymix.training.host.device import quiet_libraries, use_threads
 from raymix.training.model.hf_model import CorpusFacts, build_model, probe_model
 from raymix.training.model.loss import PackedLoss
@@ -53,7 +53,7 @@ def score(
 
 def score_on(
     rows: HeldOutRows, checkpoint: str | Path, corpus: Corpus, *, threads: int | None = None
-) -> Table:
+) -> LossTable:
     """Return the losses of a model in Hugging Face format on rows of a corpus.
 
     Args:

@@ -54,7 +54,7 @@ def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> No
         torch.cuda.manual_seed(mixed)
 
 
-def asked_threads() -> int | None:
+def requested_threads() -> int | None:
     """Return the threads per process that the user set by OMP_NUM_THREADS, if so."""
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() and int(value) > 0 else None

@@ -91,7 +91,7 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def joined(config: ClusterConfig) -> Iterator[None]:
+def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     """Be joined to the recipe's Ray cluster, or to a private one that ends with the context.
 
     A Ray that this process is joined to already is used as it is and left running.
@@ -119,11 +119,11 @@ def joined(config: ClusterConfig) -> Iterator[None]:
         try:
             yield
         finally:
-            with _WithoutRay.at_end():
+            with _RayFilteredStream.at_end():
                 ray.shutdown()
 
 
-def check_own() -> None:
+def check_private_cluster() -> None:
     """Raise where a private cluster of this process has lost what it cannot go on without.
 
     Ray itself would end this process some seconds later, without a word. Of a cluster that was
@@ -181,7 +181,7 @@ def free_resources() -> str:
     return "; ".join(parts) or "no CPUs"
 
 
-def no_room(workers: int, seconds: float) -> ClusterError:
+def no_capacity(workers: int, seconds: float) -> ClusterError:
     """Return the error of workers that found no place within `seconds`."""
     return ClusterError.at(
         "cluster.workers",
@@ -192,18 +192,20 @@ def no_room(workers: int, seconds: float) -> ClusterError:
 
 
 @contextmanager
-def ray_notices_to(path: Path) -> Iterator[None]:
+def redirect_ray_output(path: Path) -> Iterator[None]:
     """Send what Ray's own threads print to a file: notices that no option turns off."""
     before = sys.stdout, sys.stderr
     with path.open("a", encoding="utf-8", buffering=1) as file:
-        sys.stdout, sys.stderr = (cast(TextIO, _WithoutRay(stream, file)) for stream in before)
+        sys.stdout, sys.stderr = (
+            cast(TextIO, _RayFilteredStream(stream, file)) for stream in before
+        )
         try:
             yield
         finally:
             sys.stdout, sys.stderr = before
 
 
-class _WithoutRay:
+class _RayFilteredStream:
     """A stream that passes on everything but what Ray's threads write."""
 
     _ending = False

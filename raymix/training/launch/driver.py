@@ -25,11 +25,11 @@ from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.controller.client import start_controller
 from raymix.streaming.sequences.actor import start_sequence_scheduler
-from raymix.training.launch.cluster import no_room, worker_environment
+from raymix.training.launch.cluster import no_capacity, worker_environment
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.launch.worker import FailFastPolicy, train_worker
-from raymix.training.run.remote_run import newest
+from raymix.training.run.remote_run import newest_checkpoint_of
 from raymix.training.setup import Job, mixer_context
 
 _START_TRIES = 2
@@ -50,7 +50,7 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
     """
     recipe = job.recipe
     corpus = Corpus.open(recipe.corpus.path)
-    found = newest(job.run)
+    found = newest_checkpoint_of(job.run)
     controller = start_controller(
         name=f"raymix-controller-{job.session}",
         recipe_mixer=recipe.mixer,
@@ -65,16 +65,18 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
         cache_bytes=recipe.data.cache_bytes,
         name=f"raymix-plane-{job.session}",
     )
-    bucketer = None
+    scheduler = None
     if isinstance(recipe.data, DocumentData):
-        bucketer = start_sequence_scheduler(
-            corpus, recipe.data, name=f"raymix-bucketer-{job.session}"
+        scheduler = start_sequence_scheduler(
+            corpus, recipe.data, name=f"raymix-sequences-{job.session}"
         )
-    trainer = _trainer(replace(job, controller=controller, plane=plane, bucketer=bucketer))
+    trainer = _trainer(
+        replace(job, controller=controller, plane=plane, sequence_scheduler=scheduler)
+    )
     try:
         watched(trainer.fit)
     except TrainingFailedError as error:
-        raise explained(error, job) from error
+        raise user_error(error, job) from error
 
 
 def _trainer(job: Job) -> Any:
@@ -119,14 +121,14 @@ def _workers(cluster: ClusterConfig) -> int | tuple[int, int]:
     return most if fewest is None or fewest == most else (fewest, most)
 
 
-def explained(error: BaseException, job: Job) -> BaseException:
+def user_error(error: BaseException, job: Job) -> BaseException:
     """Return the error of a fit as one for the user: a worker's own, or what it comes down to."""
     for inner in _inside(error):
         if isinstance(inner, RaymixError) and "problems" in vars(inner):
             return inner
         if isinstance(inner, WorkerGroupStartupTimeoutError):
             seconds = float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
-            return no_room(job.recipe.cluster.workers, seconds * (_START_TRIES + 1))
+            return no_capacity(job.recipe.cluster.workers, seconds * (_START_TRIES + 1))
     where = _write(job.run.path / "error.log", str(error))
     inner = list(_inside(error))[-1]
     said = (str(inner).strip().splitlines() or [""])[-1]

@@ -1,4 +1,4 @@
-"""The loop in this process, without Ray: `cluster.workers: 0`."""
+"""Training in this process, without Ray: `cluster.workers: 0`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 import torch
 
-from raymix.training.loop import LoopEnd, TrainerComponents, TrainingLoop
+from raymix.training.components import TrainerComponents
+from raymix.training.loop import LoopEnd, TrainingLoop
 from raymix.training.model.parallel import World
-from raymix.training.run.remote_run import keep_checkpoint
-from raymix.training.setup import Job, build_parts, local_source, resume
+from raymix.training.run.remote_run import upload_checkpoint
+from raymix.training.setup import Job, build_components, local_source, resume
 
 
-def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
-    """Return how the job's loop ended in this process.
+def run_in_process(job: Job, *, stop_requested: Callable[[], bool]) -> LoopEnd:
+    """Train in this process, and return how the loop ended.
 
     Args:
-        job: What to do; it names no actors.
-        stop_asked: Whether somebody wants a clean stop.
+        job: The job; it names no actors.
+        stop_requested: Whether a clean stop has been requested.
 
     Raises:
         RaymixError: If the job cannot be done.
@@ -25,25 +26,25 @@ def run_here(job: Job, *, stop_asked: Callable[[], bool]) -> LoopEnd:
     keep = job.recipe.train.keep_checkpoints
     world = World(device=torch.device("cuda" if job.on_gpu else "cpu"))
     start = resume(job, world)
-    parts = build_parts(
+    components = build_components(
         job,
         world,
         start,
         source=local_source(job.recipe),
-        on_checkpoint=lambda path, step: keep_checkpoint(job.run, path, keep=keep),
-        stop_asked=stop_asked,
+        on_checkpoint=lambda path, step: upload_checkpoint(job.run, path, keep=keep),
+        stop_requested=stop_requested,
     )
-    return looped(parts)
+    return run_loop(components)
 
 
-def looped(parts: TrainerComponents) -> LoopEnd:
-    """Return how the loop of a rank ended; its files are closed then.
+def run_loop(components: TrainerComponents) -> LoopEnd:
+    """Run the loop of a rank, close its files, and return how it ended.
 
     Raises:
         RaymixError: If the job cannot be done.
     """
     try:
-        return TrainingLoop(parts).run()
+        return TrainingLoop(components).run()
     finally:
-        if parts.recorder is not None:
-            parts.recorder.close()
+        if components.recorder is not None:
+            components.recorder.close()

@@ -1,7 +1,7 @@
-"""Watching a run from the main thread: progress, Ctrl-C, an orderly end.
+"""Supervision of a run from the main thread: progress, Ctrl-C, an orderly end.
 
-The work runs in a thread of its own, so that this one can show progress and hear Ctrl-C. The
-first Ctrl-C asks for a checkpoint and a clean end, the second does not wait.
+The work runs in a background thread, because only the main thread receives signals. The first
+Ctrl-C requests a checkpoint and a clean end, the second does not wait.
 """
 
 from __future__ import annotations
@@ -27,53 +27,54 @@ def watch(
     starting: str,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Do `work`, which trains in `run`, showing `progress`; returns when it has ended.
+    """Run `work` in a background thread and show `progress` until it has ended.
 
     Args:
-        work: What to do.
-        run: Its run directory, where a request to stop is left for it.
-        progress: Shows it.
-        starting: What is being waited for before the first step.
+        work: Trains in `run`.
+        run: Its run directory, where a stop request is left.
+        progress: Shows the run's metrics.
+        starting: Named to the user until the first step.
         check: Called a few times a second; raises where the work cannot go on.
 
     Raises:
         BaseException: Whatever `work` raised, or `check`.
         KeyboardInterrupt: At the second Ctrl-C, or one before the first step.
     """
-    with ctrl_c() as pressed:
-        thread = Work(work)
+    with count_interrupts() as pressed:
+        thread = BackgroundWork(work)
         began = time.monotonic()
-        asked = False
+        stop_requested = False
         while not thread.wait(_POLL_S):
             progress.poll()
             check()
             progress.waiting(f"starting {starting} ({time.monotonic() - began:.0f} s)")
+            # Before the first step there is nothing worth a checkpoint.
             if pressed() > 1 or (pressed() and progress.last_step is None):
                 raise KeyboardInterrupt
-            if pressed() and not asked:
-                asked = True
+            if pressed() and not stop_requested:
+                stop_requested = True
                 run.stop_request.touch()
                 progress.say("Stopping with a checkpoint; Ctrl-C again stops at once.")
     thread.end()
 
 
-class Work:
-    """A call in a thread of its own."""
+class BackgroundWork:
+    """A call in a background thread."""
 
     def __init__(self, call: Callable[[], object]) -> None:
-        """Begin it."""
+        """Start the thread."""
         self._error: BaseException | None = None
         self._call = call
         self._thread = threading.Thread(target=self._run, name="raymix-work", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float) -> bool:
-        """Return whether the call has ended, waiting for it that long."""
+        """Wait up to `seconds`, and return whether the call has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def end(self) -> None:
-        """Wait until it has ended, and raise what it raised."""
+        """Wait until the call has ended, and raise what it raised."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -86,10 +87,10 @@ class Work:
 
 
 @contextmanager
-def ctrl_c() -> Iterator[Callable[[], int]]:
+def count_interrupts() -> Iterator[Callable[[], int]]:
     """Yield a count of the interrupts (Ctrl-C or SIGTERM) so far; none is raised meanwhile.
 
-    In another thread than the main one, interrupts are somebody else's and the count stays 0.
+    The count stays 0 outside the main thread, where Python refuses to install signal handlers.
     """
     count = 0
 

@@ -19,12 +19,18 @@ from raymix.store.remote import files
 from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.shared_source import PlaneSource
 from raymix.streaming.blocks.sources import BlockSource
-from raymix.training.launch.local import looped
+from raymix.training.launch.local import run_loop
 from raymix.training.model.parallel import World
 from raymix.training.run.checkpoint import disk_full
-from raymix.training.run.remote_run import STOP, WORKERS, RunSync, keep_checkpoint, tidy
+from raymix.training.run.remote_run import (
+    STOP,
+    WORKERS,
+    RunSync,
+    remove_working_copy,
+    upload_checkpoint,
+)
 from raymix.training.run.rundir import RunDirectory, read_metrics
-from raymix.training.setup import Job, build_parts, resume
+from raymix.training.setup import Job, build_components, resume
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -44,20 +50,20 @@ def train_worker(config: dict[str, Any]) -> None:
 def _train(job: Job) -> None:
     world = _world(job)
     start = resume(job, world)
-    parts = build_parts(
+    parts = build_components(
         job,
         world,
         start,
         source=_plane_source(job, world),
         on_checkpoint=_reporter(job, world),
-        stop_asked=job.run.stop_request.exists,
+        stop_requested=job.run.stop_request.exists,
     )
     kept = (*WORKERS, "tensorboard") if world.is_writer else ()
     try:
         with RunSync(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
-            end = looped(parts)
+            end = run_loop(parts)
         if world.is_writer and not end.stopped:
-            tidy(job.run)
+            remove_working_copy(job.run)
     except torch.OutOfMemoryError as error:
         wrong = f"a worker ran out of GPU memory: {str(error).splitlines()[0]}"
         advice = "Lower it, or set train.activation_checkpointing"
@@ -93,7 +99,7 @@ def _reporter(job: Job, world: World) -> Callable[[Path, int], None]:
     def report(path: Path, step: int) -> None:
         checkpoint = None
         if world.is_writer:
-            keep_checkpoint(job.run, path, keep=keep)
+            upload_checkpoint(job.run, path, keep=keep)
             place = files.join(job.run.where, job.run.checkpoints.name, path.name)
             filesystem, inside = files.locate(place)
             checkpoint = Checkpoint(inside, filesystem)

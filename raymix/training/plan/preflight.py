@@ -52,7 +52,7 @@ from raymix.training.plan.forecast import Forecast, Segment, forecast, segments
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
-from raymix.training.step.document_layout import context_of, held_tokens
+from raymix.training.step.document_layout import context_parallel_size, tokens_per_rank
 
 # Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
 _MANY_EPOCHS = 4.0
@@ -180,8 +180,8 @@ class _BatchShape:
         data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
         row_tokens, sharing, shared_rows = data.sequence_length, 1, data.step_rows
         if isinstance(data, DocumentData):
-            row_tokens = held_tokens(data, recipe.cluster.workers)
-            sharing = context_of(data, recipe.cluster.workers)
+            row_tokens = tokens_per_rank(data, recipe.cluster.workers)
+            sharing = context_parallel_size(data, recipe.cluster.workers)
             # A worker holds a part of each document that several share, so it holds more of them.
             shared_rows = -(-data.step_tokens // row_tokens)
         on_gpu = recipe.cluster.gpus_per_worker == 1 or (

@@ -48,7 +48,7 @@ _WRITTEN = (*LOGS, "tensorboard")
 _AT_ONCE = 4
 
 
-def newest(
+def newest_checkpoint_of(
     run: RunDirectory, *, note: Callable[[str], None] | None = None
 ) -> tuple[Path, TrainingState] | None:
     """Return the newest whole checkpoint of a run and its state; `note` is told of damaged ones.
@@ -134,7 +134,7 @@ def clear_checkpoints(run: RunDirectory, but: Path | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def keep_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
+def upload_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
     """Send a checkpoint to the run's URL, and delete all there but the newest `keep`.
 
     Metrics and logs go first. A run without a URL is left as it is.
@@ -168,7 +168,7 @@ def keep_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
         files.remove(files.join(above, name))
 
 
-def tidy(run: RunDirectory) -> None:
+def remove_working_copy(run: RunDirectory) -> None:
     """Delete the files on this machine of a run that is finished and kept elsewhere."""
     if run.url is not None:
         shutil.rmtree(run.path, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""From a step's rows to the tensors of its micro-batches.
+"""Tensors of the micro-batches of packed rows: tokens, positions, labels.
 
-Letters: B rows, L tokens per row, S document starts in all rows.
+Axes: B rows, L tokens per row, S document starts in all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raymix.training.model.loss import IGNORED
 
 
 class RowBatch(Protocol):
-    """What a step gives one rank: whole rows and where documents begin in them."""
+    """The rows of one rank in a step, and where documents begin in them."""
 
     @property
     def tokens(self) -> npt.NDArray[np.unsignedinteger]:
@@ -39,16 +39,16 @@ class MicroBatchTensors:
     positions_BL: torch.Tensor
     labels_BL: torch.Tensor
     rows: slice
-    """Which of the rank's rows these are; empty for a stand-in that only keeps ranks in step."""
+    """Which of the rank's rows these are; empty where the pass only keeps ranks in step."""
 
 
-def count_micro_batches(most_rows: int, micro_batch_rows: int) -> int:
-    """Return the micro-batches of a step, for the rank that has most rows; all ranks use it."""
-    return max(1, -(-most_rows // micro_batch_rows))
+def count_micro_batches(max_rows: int, micro_batch_rows: int) -> int:
+    """Return the micro-batches of a step, from the rank with the most rows; all ranks use it."""
+    return max(1, -(-max_rows // micro_batch_rows))
 
 
-def most_rows_of_a_rank(rows_per_step: int, world_size: int) -> int:
-    """Return the rows of the rank that gets most when rows are dealt out evenly."""
+def max_rows_per_rank(rows_per_step: int, world_size: int) -> int:
+    """Return the rows of the rank with the most, where rows are divided evenly."""
     return -(-rows_per_step // world_size)
 
 
@@ -61,6 +61,7 @@ def positions_and_labels(
     next token of the row, or `IGNORED` where that begins a document or there is none.
     """
     offset_L = np.arange(tokens_BL.shape[1])
+    # The newest document start at or before each position.
     begun_BL = np.maximum.accumulate(np.where(starts_BL, offset_L, 0), axis=1)
     labels_BL = np.full_like(tokens_BL, IGNORED)
     labels_BL[:, :-1] = np.where(starts_BL[:, 1:], IGNORED, tokens_BL[:, 1:])
@@ -89,12 +90,12 @@ def row_loss_mask(
     }
     if not any(loss_mask_of.values()):
         return None
-    found = np.ones((len(domain_B), length), dtype=np.bool_)
+    mask_BL = np.ones((len(domain_B), length), dtype=np.bool_)
     for row, (domain, place) in enumerate(zip(domain_B.tolist(), place_B.tolist(), strict=True)):
         loss_mask = loss_mask_of[domain]
         if loss_mask is not None:
-            found[row] = loss_mask.mask(place, place + length)
-    return found
+            mask_BL[row] = loss_mask.mask(place, place + length)
+    return mask_BL
 
 
 def starts_mask(
@@ -115,8 +116,8 @@ def micro_batches(
 ) -> Iterator[MicroBatchTensors]:
     """Yield exactly `count` micro-batches of nearly equal size.
 
-    A rank with fewer rows than `count` yields stand-ins of one row without labels: their loss
-    and gradient are zero, but all ranks make the same number of passes. Where `loss_mask_BL`,
+    A rank with fewer rows than `count` yields rows without labels for the rest: their loss and
+    gradient are zero, but all ranks make the same number of passes. Where `loss_mask_BL`,
     shape (B, L), is given, only its tokens are predicted; else every token but a document's first.
     """
     tokens_BL = batch.tokens.astype(np.int64)
@@ -124,11 +125,12 @@ def micro_batches(
     mask_BL = starts_mask((rows, length), *batch.row_starts)
     positions_BL, labels_BL = positions_and_labels(tokens_BL, mask_BL)
     if loss_mask_BL is not None:
+        # Labels are the next token, so the mask is shifted with them.
         labels_BL[:, :-1][~loss_mask_BL[:, 1:]] = IGNORED
     for index in range(count):
         part = slice(rows * index // count, rows * (index + 1) // count)
         if part.start == part.stop:
-            yield _stand_in(length, part, device)
+            yield _unlabeled_row(length, part, device)
         else:
             yield MicroBatchTensors(
                 _tensor(tokens_BL[part], device),
@@ -139,29 +141,30 @@ def micro_batches(
 
 
 def _tensor(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    # Slices of a batch are views; a copy to a device wants contiguous memory.
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.to(device, non_blocking=True) if device.type != "cpu" else tensor
 
 
-def _stand_in(length: int, part: slice, device: torch.device) -> MicroBatchTensors:
+def _unlabeled_row(length: int, part: slice, device: torch.device) -> MicroBatchTensors:
     tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
     positions = torch.arange(length, device=device)[None]
     return MicroBatchTensors(tokens, positions, torch.full_like(tokens, IGNORED), part)
 
 
-def token_factors(
-    micro: MicroBatchTensors, domains: npt.NDArray[np.integer], factor_D: Sequence[float]
+def token_loss_weights(
+    micro: MicroBatchTensors, domains: npt.NDArray[np.integer], weight_D: Sequence[float]
 ) -> torch.Tensor:
-    """Return the factor of each token's loss, float32 of shape (B, L).
+    """Return the weight of each token's loss, float32 of shape (B, L).
 
     Args:
         micro: The micro-batch; its `rows` pick from `domains`.
         domains: Domain of each of the rank's rows, or of each token; -1 where there is none.
-        factor_D: Factor of each domain, shape (D,).
+        weight_D: Loss weight of each domain, shape (D,).
     """
     own = domains[micro.rows]
-    if not len(own):  # a stand-in
+    if not len(own):  # a row that only keeps ranks in step
         return torch.ones(micro.labels_BL.shape, device=micro.labels_BL.device)
-    factors = np.asarray(factor_D, dtype=np.float32)[np.maximum(own, 0)]
-    whole = factors[:, None] if factors.ndim == 1 else factors
-    return torch.from_numpy(whole).to(micro.labels_BL.device).expand(micro.labels_BL.shape)
+    weights = np.asarray(weight_D, dtype=np.float32)[np.maximum(own, 0)]
+    by_token = weights[:, None] if weights.ndim == 1 else weights
+    return torch.from_numpy(by_token).to(micro.labels_BL.device).expand(micro.labels_BL.shape)

@@ -31,34 +31,34 @@ _GPU_SMALL = {"attention": 128, "linear": 256, "layer_s": 240e-6, "piece_s": 0.0
 _CPU_SMALL = {"attention": 16, "linear": 32, "layer_s": 500e-6, "piece_s": 150e-6}
 
 
-def held_tokens(data: DocumentData, workers: int) -> int:
+def tokens_per_rank(data: DocumentData, workers: int) -> int:
     """Return the tokens that a rank must hold of the longest document."""
-    return -(-data.sequence_length // context_of(data, workers))
+    return -(-data.sequence_length // context_parallel_size(data, workers))
 
 
-def context_of(data: DocumentData, workers: int) -> int:
+def context_parallel_size(data: DocumentData, workers: int) -> int:
     """Return how many of the workers may share a document; in one process none do."""
     return data.assign.context if workers else 1
 
 
-def whole_rows(recipe: Recipe, rows: int) -> int:
+def full_length_rows(recipe: Recipe, rows: int) -> int:
     """Return how many rows of a whole sequence length take the room of `rows`; at least one."""
     if not isinstance(recipe.data, DocumentData):
         return rows
-    return max(1, rows // context_of(recipe.data, recipe.cluster.workers))
+    return max(1, rows // context_parallel_size(recipe.data, recipe.cluster.workers))
 
 
 def layout_of(recipe: Recipe, data: DocumentData) -> Layout:
     """Return the ranks of a run in groups that may share documents."""
     workers = recipe.cluster.workers
-    context = context_of(data, workers)
+    context = context_parallel_size(data, workers)
     # Gradients travel after the last micro-batch; parameters that are spread are gathered in each.
     barrier = "all" if recipe.train.parallel == "fsdp2" else "none"
     widths = data.assign.widths if context > 1 else ()
     return Layout(max(1, workers) // context, context, barrier=barrier, widths=widths)
 
 
-def bucket_plan(
+def scheduling_config(
     recipe: Recipe, data: DocumentData, model: PreTrainedModel, *, rows: int, on_gpu: bool
 ) -> SchedulingConfig:
     """Return how the documents of a step are dealt out.
@@ -67,13 +67,13 @@ def bucket_plan(
         recipe: The run's.
         data: Its `data`.
         model: Its shape sets the costs, where no file has measured ones.
-        rows: `train.micro_batch_rows`, of `held_tokens` each.
+        rows: `train.micro_batch_rows`, of `tokens_per_rank` each.
         on_gpu: What it runs on.
 
     Raises:
         RecipeError: If the file of a measured cost model cannot be used.
     """
-    memory = rows * held_tokens(data, recipe.cluster.workers)
+    memory = rows * tokens_per_rank(data, recipe.cluster.workers)
     if data.assign.cost is None:
         cost = assumed_cost(model, on_gpu=on_gpu, memory_tokens=memory)
     else:
@@ -116,7 +116,7 @@ def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) ->
     )
 
 
-def context_parallel_of(
+def set_up_context_parallel(
     recipe: Recipe, data: DocumentData, model: PreTrainedModel, world: World
 ) -> ContextParallel:
     """Return how this rank attends to documents; a collective where documents can be shared.

@@ -1,8 +1,8 @@
-"""From what a schedule gives a rank to the tensors of its micro-batches.
+"""Tensors of the micro-batches that a schedule assigns to a rank (document mode).
 
-A micro-batch is one row: whole documents, then this rank's shards of those it shares. Labels are
-shifted in whole documents, before they are cut; what is padding has none. Letters: T tokens in
-the row.
+A micro-batch is one row: whole documents, then this rank's shards of shared ones. Labels are
+shifted in the whole document, before it is cut into shards: a shard does not hold the token after
+its last one. Padding has no label. Axes: T tokens in the row.
 """
 
 from __future__ import annotations
@@ -33,60 +33,66 @@ _NO_DOMAIN = -1
 
 @dataclass(frozen=True, slots=True)
 class ContextParallel:
-    """How a rank attends to the documents of a schedule."""
+    """Context parallelism of one rank."""
 
     rank: int = 0
-    teams: ContextParallelGroups = field(default_factory=ContextParallelGroups)
-    """Process groups of the teams that share documents."""
+    groups: ContextParallelGroups = field(default_factory=ContextParallelGroups)
+    """Process groups that share documents."""
     exchange: ExchangeName = "gather"
-    """How they share them."""
-    known: bool = True
-    """The model runs the attention of `raymix.context_parallel`; else its own, over position ids
-    that begin again with each document, and nothing can be shared."""
+    """How keys and values, or heads, are exchanged."""
+    own_attention: bool = True
+    """The model runs the attention of `raymix.context_parallel`; otherwise its own, over position
+    ids that restart with each document, and documents cannot be shared."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """One forward and backward pass."""
+class MicroStep:
+    """One forward and backward pass of a step."""
 
     micro: MicroBatchTensors
     domains: npt.NDArray[np.integer]
-    """Domain of each of the rows that `micro.rows` picks from, or of each of their tokens."""
-    held: LocalShards | None = None
-    """What the row holds, for the attention of `raymix.context_parallel`."""
+    """Domain of each of the rank's rows, from which `micro.rows` selects, or of each token."""
+    shards: LocalShards | None = None
+    """Layout of the row for the attention of `raymix.context_parallel`."""
 
     def attending(self) -> AbstractContextManager[None]:
-        """Return the context of its forward and backward pass."""
-        return nullcontext() if self.held is None else attending(self.held)
+        """Return the context of the forward and backward pass."""
+        return nullcontext() if self.shards is None else attending(self.shards)
 
 
-def document_passes(
-    batch: DocumentBatch, how: ContextParallel, device: torch.device
-) -> Iterator[Pass]:
-    """Yield a pass per micro-batch of this rank; one that is empty has a token without label."""
+def document_micro_steps(
+    batch: DocumentBatch, context: ContextParallel, device: torch.device
+) -> Iterator[MicroStep]:
+    """Yield one pass per micro-batch of this rank; an empty one has a token without a label."""
     for documents in batch.micro_batches:
-        yield _pass(documents, how, device)
+        yield _micro_step(documents, context, device)
 
 
-def _pass(documents: Sequence[LocalDocument], how: ContextParallel, device: torch.device) -> Pass:
+def _micro_step(
+    documents: Sequence[LocalDocument], context: ContextParallel, device: torch.device
+) -> MicroStep:
     parts = [DocumentPart(len(document.tokens), document.team) for document in documents]
-    held = LocalShards(parts, how.rank, how.teams, exchange=how.exchange)
-    pieces = [_piece(documents[at], local_positions(parts[at], how.rank)) for at in held.order]
-    # A token that nobody learns from keeps a rank without documents in step with the others.
-    columns = list(zip(*pieces or [_STAND_IN], strict=True))
+    shards = LocalShards(parts, context.rank, context.groups, exchange=context.exchange)
+    pieces = [
+        _local_tokens(documents[at], local_positions(parts[at], context.rank))
+        for at in shards.order
+    ]
+    # A rank without documents still runs the pass: backward all-reduces, and a rank that skipped
+    # it would leave the others waiting. One token without a label has zero loss and gradient.
+    columns = list(zip(*pieces or [_UNLABELED_TOKEN], strict=True))
     tokens, positions, labels, domains = (np.concatenate(column)[None] for column in columns)
     on_device = [torch.from_numpy(part).to(device) for part in (tokens, positions, labels)]
     micro = MicroBatchTensors(on_device[0], on_device[1], on_device[2], slice(0, 1))
-    return Pass(micro, domains, held if how.known else None)
+    return MicroStep(micro, domains, shards if context.own_attention else None)
 
 
-_STAND_IN = tuple(np.array([value]) for value in (0, 0, IGNORED, _NO_DOMAIN))
+_UNLABELED_TOKEN = tuple(np.array([value]) for value in (0, 0, IGNORED, _NO_DOMAIN))
 
 
-def _piece(document: LocalDocument, position_T: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Return tokens, positions, labels and domains of the positions that a rank holds, (T,) each.
+def _local_tokens(document: LocalDocument, position_T: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return tokens, positions, labels and domains of a rank's part of a document, (T,) each.
 
-    Padding repeats the last position, which a table of learned positions has.
+    Padding repeats the last position: a table of learned positions has no entry beyond it.
     """
     last = len(document.tokens) - 1
     inside_T = np.minimum(position_T, last)

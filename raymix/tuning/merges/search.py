@@ -27,7 +27,7 @@ from raymix.merging.search_space import applied, search_space, start_point
 from raymix.recipe import ClusterConfig, PretrainedModel, Recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.training.host.machine import Resources, resources
-from raymix.training.launch.cluster import joined
+from raymix.training.launch.cluster import ray_cluster
 from raymix.training.model.hf_model import CorpusFacts, resolve_config
 from raymix.tuning.merges.scoring import HeldOut, Search, best_of, mean_loss, refuse_another
 from raymix.tuning.merges.trials import PointTrial, ScoreTrial, round_of
@@ -88,7 +88,7 @@ def search_merge(
         has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
         seats = _seats(plan, has, workers, one.trials, on_gpu=device == "cuda")
         runner = _Runner(one, recipe.cluster, seats)
-        with joined(recipe.cluster):
+        with ray_cluster(recipe.cluster):
             runner.run_rounds()
             points = one.points()
             best = best_of(points)["options"]

@@ -49,9 +49,9 @@ class PointTrial:
         """Return 1."""
         return 1
 
-    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
         """Return how it ended, having tried the point."""
-        if stop_asked():
+        if stop_requested():
             return {"state": "stopped"}
         with trial_outcome(self.search.folder) as end:
             self.search.record(self.number, self.point, threads=self.threads)
@@ -84,15 +84,15 @@ class SearchTrial:
             return None
         return json.loads(path.read_text("utf-8"))
 
-    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
         """Return how it ended, having tried the points that were not tried."""
-        if stop_asked():
+        if stop_requested():
             return {"state": "stopped"}
         with trial_outcome(self.search.folder) as end:
-            end["state"] = "done" if self._work(stop_asked) else "stopped"
+            end["state"] = "done" if self._work(stop_requested) else "stopped"
         return end
 
-    def _work(self, stop_asked: Callable[[], bool]) -> bool:
+    def _work(self, stop_requested: Callable[[], bool]) -> bool:
         """Return whether it came to its end."""
         search = self.search
         if not search.open():
@@ -100,7 +100,7 @@ class SearchTrial:
         points = search.points()
         while round_ := _round(search, points):
             for number, point in round_:
-                if stop_asked():
+                if stop_requested():
                     return False
                 points.append(search.record(number, point, threads=self.threads))
                 self._say(points)
@@ -173,9 +173,9 @@ class ScoreTrial:
         """Return its losses by domain, None where it was not scored yet."""
         return json.loads(self.path.read_text("utf-8")) if self.path.is_file() else None
 
-    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
         """Return how it ended, having scored the model."""
-        if stop_asked():
+        if stop_requested():
             return {"state": "stopped"}
         with trial_outcome(self.search.folder) as end:
             losses: dict[str, float] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raymix.training.run.rundir import RunDirectory, read_metrics
-from raymix.training.summary import asked_shares
+from raymix.training.summary import requested_shares
 from raymix.tuning.runs.variants import Variant
 
 State = Literal["done", "failed", "stopped"]
@@ -79,7 +79,7 @@ def read_result(
         problem=problem,
         seconds=clock.at(last)[1],
         extra_seconds=clock.at(last)[2],
-        shares=asked_shares(run, last),
+        shares=requested_shares(run, last),
         points=tuple(
             _point(step, evaluations[step], clock, flops_per_token) for step in sorted(evaluations)
         ),

@@ -15,9 +15,9 @@ from typing import Protocol
 from raymix.errors import RaymixError
 from raymix.store import atomic_write_text
 from raymix.training.host.environment import environment
-from raymix.training.launch.cluster import joined
-from raymix.training.launch.local import run_here
-from raymix.training.launch.watch import Work
+from raymix.training.launch.cluster import ray_cluster
+from raymix.training.launch.local import run_in_process
+from raymix.training.launch.watch import BackgroundWork
 from raymix.training.run.checkpoint import newest_checkpoint
 from raymix.training.setup import Job
 from raymix.tuning.runs.planning import ERROR_LOG
@@ -43,7 +43,7 @@ class TrialTask(Protocol):
         """Return how many steps it has, as its metrics count them."""
         ...
 
-    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
         """Return how it ended: its `state` and its `problem`; whatever goes wrong is told."""
         ...
 
@@ -67,12 +67,12 @@ class RunTrial:
         """Return the steps of the run."""
         return self.job.steps
 
-    def attempt(self, *, stop_asked: Callable[[], bool]) -> dict[str, str]:
+    def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
         """Return how the run ended, having trained it."""
-        if stop_asked():
+        if stop_requested():
             return {"state": "stopped"}
         with trial_outcome(self.job.run.path) as end, self.job.run.locked():
-            stopped = _train(self, _now_and_then(stop_asked))
+            stopped = _train(self, _now_and_then(stop_requested))
             end["state"] = "stopped" if stopped else "done"
         return end
 
@@ -98,46 +98,46 @@ def trial_outcome(folder: Path) -> Iterator[dict[str, str]]:
         end |= {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
 
 
-def _train(trial: RunTrial, stop_asked: Callable[[], bool]) -> bool:
+def _train(trial: RunTrial, stop_requested: Callable[[], bool]) -> bool:
     """Return whether the run was stopped before its end."""
     job, workers = trial.job, trial.job.recipe.cluster.workers
     job.run.write_recipe(job.recipe)
     about = environment(steps=job.steps, parameters=trial.parameters, workers=workers)
     atomic_write_text(str(job.run.path / "environment.json"), json.dumps(about, indent=1))
     if not workers:
-        return run_here(job, stop_asked=stop_asked).stopped
+        return run_in_process(job, stop_requested=stop_requested).stopped
     from raymix.training.launch.driver import run_on_ray
 
     # Names of actors hold the session, and other runs of the group go on beside this one.
     job = replace(job, session=uuid.uuid4().hex[:12])
     job.run.stop_request.unlink(missing_ok=True)
-    with joined(job.recipe.cluster):
-        run_on_ray(job, lambda work: _stoppable(work, job, stop_asked))
+    with ray_cluster(job.recipe.cluster):
+        run_on_ray(job, lambda work: _stoppable(work, job, stop_requested))
     found = newest_checkpoint(job.run.checkpoints)
     return found is None or found[1].step < job.steps
 
 
-def _stoppable(work: Callable[[], object], job: Job, stop_asked: Callable[[], bool]) -> None:
+def _stoppable(work: Callable[[], object], job: Job, stop_requested: Callable[[], bool]) -> None:
     """Do `work` in a thread; when a stop is asked for, have the workers end with a checkpoint."""
-    training = Work(work)
+    training = BackgroundWork(work)
     try:
-        while not training.wait(_POLL_S) and not stop_asked():
+        while not training.wait(_POLL_S) and not stop_requested():
             pass
     finally:
-        # Tune ends a run that its scheduler cut inside `stop_asked`, by an exception.
+        # Tune ends a run that its scheduler cut inside `stop_requested`, by an exception.
         if not training.wait(0):
             job.run.stop_request.touch()
         training.end()
 
 
-def _now_and_then(stop_asked: Callable[[], bool]) -> Callable[[], bool]:
-    """Return `stop_asked`, looked at a few times a second: the file may be on a shared disk."""
+def _now_and_then(stop_requested: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `stop_requested`, looked at a few times a second: the file may be on a shared disk."""
     due, last = 0.0, False
 
     def asked() -> bool:
         nonlocal due, last
         if time.monotonic() >= due:
-            due, last = time.monotonic() + _POLL_S, stop_asked()
+            due, last = time.monotonic() + _POLL_S, stop_requested()
         return last
 
     return asked

@@ -20,8 +20,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raymix.recipe import ClusterConfig
-from raymix.training.launch.cluster import check_own, joined, ray_notices_to
-from raymix.training.launch.watch import Work, ctrl_c
+from raymix.training.launch.cluster import check_private_cluster, ray_cluster, redirect_ray_output
+from raymix.training.launch.watch import BackgroundWork, count_interrupts
 from raymix.training.run.progress import MetricsTail
 from raymix.tuning.runs.planning import TrialResources
 from raymix.tuning.runs.progress import TrialsProgress
@@ -109,9 +109,9 @@ def run_trial_plan(
     board = _TrialBoard(list(course.watched))
     try:
         with (
-            ray_notices_to(out / "ray.log"),
+            redirect_ray_output(out / "ray.log"),
             TrialsProgress(course.watched, done=done) as progress,
-            joined(cluster),
+            ray_cluster(cluster),
         ):
             tuner = _tuner(course, out, seats, cluster, board, (stop, end))
             _watch(tuner.fit, board, progress, (stop, end))
@@ -195,12 +195,12 @@ def _watch(
         requests: The files that ask runs to stop, and then Tune to end.
     """
     stop, end = requests
-    with ctrl_c() as pressed:
-        work = Work(fit)
+    with count_interrupts() as pressed:
+        work = BackgroundWork(fit)
         waited_for: set[str] | None = None
         while not work.wait(_POLL_S):
             progress.update(board.outcome.states.copy(), board.outcome.problems)
-            check_own()
+            check_private_cluster()
             if pressed() and waited_for is None:
                 waited_for = board.running()
                 stop.touch()
@@ -263,15 +263,15 @@ def _trial(
     """Make one run; the last thing reported says how it ended."""
     trial, stop_file = make(config), Path(stop)
     if objective is None:
-        tune.report(trial.attempt(stop_asked=stop_file.exists))
+        tune.report(trial.attempt(stop_requested=stop_file.exists))
         return
     losses = _TrialReports(trial.metrics, objective)
 
-    def stop_asked() -> bool:
+    def stop_requested() -> bool:
         losses.report()
         return stop_file.exists()
 
-    end = trial.attempt(stop_asked=stop_asked)
+    end = trial.attempt(stop_requested=stop_requested)
     losses.report(**end)
 
 

@@ -25,7 +25,7 @@ from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.parallel import Replica, World, gathered, place_model
-from raymix.training.step.documents import ContextParallel, document_passes
+from raymix.training.step.documents import ContextParallel, document_micro_steps
 from raymix.training.step.metrics import StepMetrics
 from tests.support.attention import Case, dense_attention, random_case
 from tests.support.ranks import found_by_ranks, on_ranks
@@ -167,7 +167,7 @@ def step_error(
     how = ContextParallel(world.rank, teams, exchange)
     account, count = StepMetrics(3, world), len(mine)
     labels = sum(map(labels_of, every))
-    for index, one in enumerate(document_passes(batch, how, world.device)):
+    for index, one in enumerate(document_micro_steps(batch, how, world.device)):
         with replica.accumulating(last=index == count - 1), one.attending():
             micro = one.micro
             nats, each = replica.module(micro.tokens_BL, micro.positions_BL, micro.labels_BL)

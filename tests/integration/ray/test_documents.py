@@ -20,7 +20,7 @@ from raymix.store import Corpus
 from raymix.training.api import train
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.run.rundir import RunDirectory, read_metrics
-from raymix.training.step.document_layout import bucket_plan
+from raymix.training.step.document_layout import scheduling_config
 from tests.support.shell import wait_for
 
 STEPS = 20
@@ -138,7 +138,7 @@ def test_some_of_these_documents_are_shared_and_some_are_not(
     assert isinstance(used.data, DocumentData)
     corpus = Corpus.open(str(directory / "corpus"))
     model = build_model(used.model, CorpusFacts(257, 256, LONGEST), seed=1)
-    how = bucket_plan(used, used.data, model, rows=1, on_gpu=False)
+    how = scheduling_config(used, used.data, model, rows=1, on_gpu=False)
     lengths = np.concatenate(
         [corpus.document_lengths(name, "train") for name in ("books", "email")]
     )

@@ -157,7 +157,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_log_replays_it(
     whole = recipe(corpus, tmp_path, name="whole", **options)
     train(whole)
     stopped = recipe(corpus, tmp_path, name="stopped", **options)
-    assert train(stopped, stop_asked=after(at(tmp_path, stopped), 7)).stopped
+    assert train(stopped, stop_requested=after(at(tmp_path, stopped), 7)).stopped
     train(stopped)
     run = at(tmp_path, whole)
     assert steps(at(tmp_path, stopped)) == steps(run)

@@ -25,7 +25,7 @@ from raymix.training.api import train
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.score import score
 from raymix.training.run.heartbeat_lock import run_lock
-from raymix.training.run.remote_run import newest
+from raymix.training.run.remote_run import newest_checkpoint_of
 from raymix.training.run.rundir import RunDirectory
 from tests.support import buckets
 from tests.support.loops import train_corpus
@@ -169,7 +169,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
     url = f"{store}/runs/cut"
     buckets.copy(kept, url)
     files.atomic_write_bytes(f"{url}/checkpoints/step-00000024/model.safetensors", b"short")
-    found = newest(RunDirectory.at(url))
+    found = newest_checkpoint_of(RunDirectory.at(url))
     assert found is not None
     assert found[1].step == 20
     files.remove(f"{url}/checkpoints/step-00000024/state.json")

@@ -19,12 +19,12 @@ from raymix.store import Corpus
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.held_out import Evaluator
 from raymix.training.evaluate.score import score
-from raymix.training.launch.local import run_here
+from raymix.training.launch.local import run_in_process
 from raymix.training.loop import LoopEnd
 from raymix.training.run.checkpoint import newest_checkpoint, read_state
 from raymix.training.run.rundir import RunDirectory, cut_metrics, open_run, read_metrics
 from raymix.training.setup import Job
-from raymix.training.step.metrics import PendingStep, StepSums
+from raymix.training.step.metrics import PendingMetrics, StepSums
 from raymix.training.summary import summary
 from tests.support.loops import train_corpus
 from tests.support.streams import TokensMixer
@@ -84,11 +84,11 @@ def job(used: Recipe, *, micro_batch_rows: int = 4) -> Job:
     )
 
 
-def train(used: Recipe, *, stop_asked: Callable[[], bool] = lambda: False) -> LoopEnd:
+def train(used: Recipe, *, stop_requested: Callable[[], bool] = lambda: False) -> LoopEnd:
     torch.manual_seed(
         np.random.default_rng().integers(2**31).item()
     )  # what was before is no matter
-    return run_here(job(used), stop_asked=stop_asked)
+    return run_in_process(job(used), stop_requested=stop_requested)
 
 
 def numbers(run: RunDirectory) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     stop_after: int, whole: tuple[RunDirectory, Recipe], corpus: Corpus, tmp_path: Path
 ) -> None:
     used = recipe(corpus, tmp_path)
-    end = train(used, stop_asked=after(at(tmp_path, used), stop_after))
+    end = train(used, stop_requested=after(at(tmp_path, used), stop_after))
     assert end.stopped
     assert stop_after <= end.step < STEPS
     again = train(used)
@@ -189,7 +189,7 @@ def test_an_adaptive_mixer_goes_on_bit_for_bit(
     for name in ("whole", "stopped"):
         used = recipe(corpus, tmp_path, name=name, train__probe_interval=4, train__steps=16)
         asked = after(at(tmp_path, used), stop_after) if name == "stopped" else lambda: False
-        assert train(used, stop_asked=asked).stopped == (name == "stopped")
+        assert train(used, stop_requested=asked).stopped == (name == "stopped")
         assert train(used).step == 16
         runs.append(at(tmp_path, used))
     assert numbers(runs[1]) == numbers(runs[0])
@@ -242,7 +242,7 @@ def test_rounding_does_not_depend_on_micro_batches(
     losses = []
     for number, rows in enumerate((6, 1)):
         used = recipe(corpus, tmp_path, name=f"r{number}", **plain)
-        run_here(job(used, micro_batch_rows=rows), stop_asked=lambda: False)
+        run_in_process(job(used, micro_batch_rows=rows), stop_requested=lambda: False)
         losses.append([line["loss"] for line in numbers(at(tmp_path, used)) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -388,13 +388,13 @@ def test_a_loss_that_is_no_number_ends_the_run(corpus: Corpus, tmp_path: Path) -
 def test_a_loss_that_is_no_number_names_its_domain(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = PendingStep.result
+    result = PendingMetrics.result
 
-    def broken(self: PendingStep) -> StepSums:
+    def broken(self: PendingMetrics) -> StepSums:
         sums = result(self)
         return replace(sums, loss=float("nan"), nats_D=sums.nats_D * [1.0, float("nan"), 1.0])
 
-    monkeypatch.setattr(PendingStep, "result", broken)
+    monkeypatch.setattr(PendingMetrics, "result", broken)
     with pytest.raises(TrainingError, match="the loss of b is nan at step 1"):
         train(recipe(corpus, tmp_path))
 

@@ -16,7 +16,7 @@ from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer, clip_gradients
 from raymix.training.model.parallel import World, gathered, place_model
 from raymix.training.run.checkpoint import TrainingState, load_optimizer, save_checkpoint
-from raymix.training.step.batches import count_micro_batches, micro_batches, most_rows_of_a_rank
+from raymix.training.step.batches import count_micro_batches, max_rows_per_rank, micro_batches
 from raymix.training.step.metrics import StepMetrics
 from tests.support.ranks import found_by_ranks, on_two_ranks
 
@@ -56,7 +56,7 @@ def one_step(world: World, parallel: str, micro_batch_rows: int, directory: Path
     optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
     account = StepMetrics(2, world)
     rows, labels = rows_of_rank(world.rank, world.size)
-    count = count_micro_batches(most_rows_of_a_rank(ROWS, world.size), micro_batch_rows)
+    count = count_micro_batches(max_rows_per_rank(ROWS, world.size), micro_batch_rows)
     for index, micro in enumerate(micro_batches(rows, count, world.device)):
         with replica.accumulating(last=index == count - 1):
             nats, each = replica.module(micro.tokens_BL, micro.positions_BL, micro.labels_BL)

@@ -121,17 +121,17 @@ def test_a_run_stops_goes_on_and_is_found_done(corpus: Corpus, tmp_path: Path) -
     plans = plan_comparison(runs, corpus, machine(), parallel=None).plans
     one, other = runs
     metrics = RunDirectory(Path(one.recipe.run_dir)).metrics
-    assert trial(one).attempt(stop_asked=lambda: True) == {"state": "stopped"}
+    assert trial(one).attempt(stop_requested=lambda: True) == {"state": "stopped"}
     assert find_runs(runs, corpus, plans) == {one.name: "new", other.name: "new"}
 
-    stopped = trial(one).attempt(stop_asked=metrics.exists)
+    stopped = trial(one).attempt(stop_requested=metrics.exists)
     assert stopped == {"state": "stopped"}
     assert 0 < list(read_metrics(metrics))[-1]["step"] < STEPS
     assert find_runs(runs, corpus, plans)[one.name] == "begun"
     shown = io.StringIO()
     with TrialsProgress({one.name: (metrics, STEPS)}, done=1, stream=shown) as progress:
         progress.update({one.name: "running"}, {})
-        assert trial(one).attempt(stop_asked=lambda: False) == {"state": "done"}
+        assert trial(one).attempt(stop_requested=lambda: False) == {"state": "done"}
         progress.update({one.name: "done"}, {})
     assert find_runs(runs, corpus, plans)[one.name] == "done"
     assert "uniform-seed0: held-out loss after 6 steps: mean" in shown.getvalue()
@@ -141,12 +141,12 @@ def test_a_run_stops_goes_on_and_is_found_done(corpus: Corpus, tmp_path: Path) -
 
 def test_what_goes_wrong_is_told(corpus: Corpus, tmp_path: Path) -> None:
     one, other = variants(corpus, tmp_path, lr=1e30, warmup_ratio=0.0)
-    told = trial(one).attempt(stop_asked=lambda: False)
+    told = trial(one).attempt(stop_requested=lambda: False)
     assert told["state"] == "failed"
     assert "the loss is" in told["problem"]
 
     (Path(other.recipe.run_dir) / ".lock").mkdir(parents=True)
-    told = trial(other).attempt(stop_asked=lambda: False)
+    told = trial(other).attempt(stop_requested=lambda: False)
     assert "IsADirectoryError" in told["problem"]
     assert "Traceback" in (Path(other.recipe.run_dir) / "error.log").read_text()
     plans = plan_comparison([other], corpus, machine(), parallel=None).plans
@@ -156,7 +156,7 @@ def test_what_goes_wrong_is_told(corpus: Corpus, tmp_path: Path) -> None:
 def test_a_run_in_use_is_left_alone(corpus: Corpus, tmp_path: Path) -> None:
     one, _ = variants(corpus, tmp_path)
     with RunDirectory(Path(one.recipe.run_dir)).locked():
-        told = trial(one).attempt(stop_asked=lambda: False)
+        told = trial(one).attempt(stop_requested=lambda: False)
     assert told["state"] == "failed"
     assert "in use by" in told["problem"]
 

@@ -164,7 +164,9 @@ def train(here: Path, corpus: Corpus) -> list[Mixture]:
         run = variant(proxy, mixture, out=str(out))
         directory = RunDirectory(Path(run.recipe.run_dir))
         job = Job(run.recipe, directory, STEPS, 6, on_gpu=False, threads=1, session="test")
-        assert RunTrial(run.name, job, 1000).attempt(stop_asked=lambda: False) == {"state": "done"}
+        assert RunTrial(run.name, job, 1000).attempt(stop_requested=lambda: False) == {
+            "state": "done"
+        }
     return mixtures
 
 

@@ -24,7 +24,7 @@ from raymix.errors import TrainingError
 from raymix.streaming.batches.step_batch import LocalDocument
 from raymix.training.model.hf_model import switch_attention
 from raymix.training.model.loss import IGNORED
-from raymix.training.step.documents import ContextParallel, document_passes
+from raymix.training.step.documents import ContextParallel, document_micro_steps
 from tests.support.attention import Case, dense_attention, random_case
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
@@ -167,7 +167,7 @@ def test_labels_are_shifted_in_whole_documents_before_they_are_cut() -> None:
 
 def test_an_empty_micro_batch_is_one_token_without_label() -> None:
     batch: Any = type("Batch", (), {"micro_batches": ((),)})
-    (one,) = document_passes(batch, ContextParallel(), torch.device("cpu"))
+    (one,) = document_micro_steps(batch, ContextParallel(), torch.device("cpu"))
     assert one.micro.tokens_BL.shape == (1, 1)
     assert one.micro.labels_BL.tolist() == [[IGNORED]]
     assert one.held is not None

@@ -11,7 +11,12 @@ from raymix.errors import ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.recipe.training import PackedData
 from raymix.schedule import CostModel, Layout, get_planner, plan_batch, training_planner
-from raymix.training.step.document_layout import context_of, held_tokens, layout_of, whole_rows
+from raymix.training.step.document_layout import (
+    context_parallel_size,
+    full_length_rows,
+    layout_of,
+    tokens_per_rank,
+)
 
 
 def recipe(workers: int, **assign: Any) -> Recipe:
@@ -36,22 +41,22 @@ def test_workers_make_up_groups() -> None:
     layout = layout_of(used, documents(used))
     assert (layout.groups, layout.context, layout.widths) == (2, 4, (1, 2, 4))
     assert layout.barrier == "none"
-    assert held_tokens(documents(used), 8) == 25
-    assert whole_rows(used, 9) == 2
-    assert whole_rows(used, 1) == 1
+    assert tokens_per_rank(documents(used), 8) == 25
+    assert full_length_rows(used, 9) == 2
+    assert full_length_rows(used, 1) == 1
 
 
 def test_one_process_shares_nothing() -> None:
     used = recipe(0, context=4, widths=[2])
     layout = layout_of(used, documents(used))
     assert (layout.groups, layout.context, layout.widths) == (1, 1, (1,))
-    assert context_of(documents(used), 0) == 1
-    assert held_tokens(documents(used), 0) == 100
+    assert context_parallel_size(documents(used), 0) == 1
+    assert tokens_per_rank(documents(used), 0) == 100
 
 
 def test_rows_of_a_packed_run_are_rows() -> None:
     used = recipe(2).model_copy(update={"data": PackedData()})
-    assert whole_rows(used, 7) == 7
+    assert full_length_rows(used, 7) == 7
 
 
 @pytest.mark.parametrize(

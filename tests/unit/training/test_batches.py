@@ -15,8 +15,8 @@ from raymix.training.model.parallel import World
 from raymix.training.step.batches import (
     MicroBatchTensors,
     count_micro_batches,
+    max_rows_per_rank,
     micro_batches,
-    most_rows_of_a_rank,
     positions_and_labels,
     starts_mask,
 )
@@ -66,7 +66,7 @@ def test_micro_batches_cover_all_rows_once_in_order(rows: int, count: int) -> No
 
 @given(rows=st.integers(1, 50), world=st.integers(1, 8), size=st.integers(1, 9))
 def test_no_micro_batch_is_larger_than_allowed(rows: int, world: int, size: int) -> None:
-    count = count_micro_batches(most_rows_of_a_rank(rows, world), size)
+    count = count_micro_batches(max_rows_per_rank(rows, world), size)
     for rank in range(world):
         own = rows * (rank + 1) // world - rows * rank // world
         assert -(-own // count) <= size
