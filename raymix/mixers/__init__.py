@@ -37,6 +37,7 @@ Published comparisons find most of these close to an even mixture: run `uniform`
 from raymix.mixers.adaptive import ado, aioli, dga, doge, doremi, odm, pike, rb
 from raymix.mixers.adaptive.guardrails import Adaptive
 from raymix.mixers.adaptive.powerlaw import PowerLaws, fit_power_laws
+from raymix.mixers.adaptive.rule import MixedDomains, Rule
 from raymix.mixers.adaptive.simplex import water_fill
 from raymix.mixers.base import (
     GRADIENT_STATISTICS,
@@ -55,18 +56,24 @@ from raymix.mixers.by_name import shares_by_name
 from raymix.mixers.fixed import replay
 from raymix.mixers.fixed.planned import Planned, tempered, unimax
 from raymix.mixers.fixed.replay import Replay
+from raymix.recipe.adaptive import AdaptiveModel
+from raymix.recipe.shares import MixerModel
 
 __all__ = [
     "GRADIENT_STATISTICS",
     "STATISTICS",
     "Adaptive",
+    "AdaptiveModel",
     "DomainStats",
+    "MixedDomains",
     "Mixer",
     "MixerContext",
+    "MixerModel",
     "Planned",
     "PlannedMixer",
     "PowerLaws",
     "Replay",
+    "Rule",
     "Shares",
     "ado",
     "aioli",

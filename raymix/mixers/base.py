@@ -12,9 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from raymix.errors import RecipeError, did_you_mean
-from raymix.recipe.plugins import MIXERS
+from raymix.recipe.plugins import MIXERS, PluginMixer
+from raymix.recipe.shares import MixerModel
+from raymix.recipe.translate import translate
 
 Shares = NDArray[np.float64]
 """Shares of tokens, shape (D,), >= 0 and summing to 1."""
@@ -133,15 +136,24 @@ class PlannedMixer(Mixer, Protocol):
 Factory = Callable[[Any, MixerContext], Mixer]
 
 
-def mixer(kind: str) -> Callable[[Factory], Factory]:
+def mixer(kind: str, *, config: type[MixerModel] | None = None) -> Callable[[Factory], Factory]:
     """Return a decorator that registers a factory `(config, context) -> Mixer` under `kind`.
 
-    Packages outside raymix name the factory in the entry-point group `raymix.mixers`. Either way
-    a recipe can name the kind; the further keys of its `mixer` section are attributes of `config`.
+    Packages outside raymix name the factory in the entry-point group `raymix.mixers`, and then any
+    recipe can name the kind.
+
+    Args:
+        kind: The recipe's `mixer.kind`.
+        config: Model of the recipe's `mixer` section, a subclass of `MixerModel` (of
+            `AdaptiveModel` for a rule between guardrails); its fields are checked like those of
+            raymix's own mixers. Left out, all further keys are attributes of the factory's
+            `config`, unchecked.
     """
 
     def register(factory: Factory) -> Factory:
         MIXERS.factories[kind] = factory
+        if config is not None:
+            MIXERS.models[kind] = config
         return factory
 
     return register
@@ -170,7 +182,20 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
             allowed=f"Known: {', '.join(known)}",
             fix=did_you_mean(kind, known),
         )
+    config = _checked(config)
     return MIXERS.factories[kind](config, _with_targets(config, context))
+
+
+def _checked(config: Any) -> Any:
+    """Return a plugin's section as the model that it declared; any other config as it is."""
+    model = MIXERS.models.get(config.kind)
+    if model is None or not isinstance(config, PluginMixer):
+        return config
+    try:
+        return model.model_validate(config.model_dump())
+    except ValidationError as error:
+        problems = translate(error.errors(include_url=False), model)
+        raise RecipeError(*(f"mixer.{problem}" for problem in problems)) from None
 
 
 def _with_targets(config: Any, context: MixerContext) -> MixerContext:

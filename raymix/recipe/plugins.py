@@ -25,7 +25,9 @@ class Registry:
     group: str
     """The entry-point group."""
     factories: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    """What has been imported so far."""
+    """Factories imported so far."""
+    models: dict[str, type[RecipeModel]] = field(default_factory=dict)
+    """Models of the recipe's section, of kinds that declare one."""
 
     def entry_points(self, kind: str | None = None) -> EntryPoints:
         """Return the installed packages' entry points, of one kind or of all."""
