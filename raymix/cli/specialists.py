@@ -100,8 +100,8 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
 
 
 def _models(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text, with_spread
-    from raymix.report.specialists import percent_spread, scale_text
+    from raymix.report.pages.comparison import difference_text, with_spread
+    from raymix.report.pages.specialists import percent_spread, scale_text
 
     at_one, there = ("loss at scale 1", "recovered"), ("best scale", "loss there", "recovered")
     table = plain_table("model", *at_one, *there, "to joint", fancy=fancy)
@@ -119,7 +119,7 @@ def _models(document: Mapping[str, Any], *, fancy: bool) -> Table:
 
 
 def _differences(document: Mapping[str, Any], first: str, *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text
+    from raymix.report.pages.comparison import difference_text
 
     table = plain_table("method", "at scale 1", "at the best scale", fancy=fancy)
     for name in document["merges"]:

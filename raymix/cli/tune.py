@@ -112,7 +112,7 @@ def _minimised(document: Mapping[str, Any]) -> str:
 
 
 def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.tuning import number, percent
+    from raymix.report.pages.tuning import number, percent
 
     table = plain_table(
         "",
@@ -138,15 +138,15 @@ def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
 
 
 def _cells(every: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
-    from raymix.report.tuning import number, percent
+    from raymix.report.pages.tuning import number, percent
 
     first = [number(every["r2"]), number(every["spearman"]), percent(every["mre"])]
     return [*first, number(last["r2"]), number(last["spearman"])]
 
 
 def _verified(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text, with_spread
-    from raymix.report.tuning import interval, percent
+    from raymix.report.pages.comparison import difference_text, with_spread
+    from raymix.report.pages.tuning import interval, percent
 
     names = ("mixture", "predicted", "measured", "error", "to uniform", "to proportional")
     table = plain_table(*names, fancy=fancy)

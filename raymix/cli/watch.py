@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from raymix.report.live import LiveRun
+    from raymix.report.data.live import LiveRun
 
 _MOST_DOMAINS = 40
 _BAR = 16
@@ -39,7 +39,7 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from raymix.report.live import LiveRun
+        from raymix.report.data.live import LiveRun
 
         watched, console = LiveRun(run), Console(highlight=False)
         watched.look()

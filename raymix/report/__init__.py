@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 from raymix.errors import RaymixError, RecipeError, problem
 from raymix.jsontext import parse_json
-from raymix.report.read import METRICS, read_run
-from raymix.report.steps import Document
-from raymix.report.summary import summarise
+from raymix.report.data.read import METRICS, read_run
+from raymix.report.data.steps import Document
+from raymix.report.data.summary import summarise
 from raymix.store import atomic_write_text
 from raymix.store.trouble import is_remote
 
 if TYPE_CHECKING:
-    from raymix.report.figures import Picture
+    from raymix.report.figures.progress import Picture
 
 __all__ = ["write_report"]
 
@@ -43,7 +43,7 @@ def write_report(run_dirs: AnyPath | Sequence[AnyPath], out: AnyPath | None = No
     Raises:
         RecipeError: If a directory is no run or holds no step yet, or matplotlib is absent.
     """
-    from raymix.report import style
+    from raymix.report.figures import style
 
     paths = [run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else list(run_dirs)
     if not paths:
@@ -76,7 +76,10 @@ def _page_path(paths: Sequence[AnyPath], out: AnyPath | None) -> Path:
 
 
 def _draw(runs: Sequence[Document], twin: str) -> str:
-    from raymix.report import figures, page, schedule, signals
+    from raymix.report.figures import progress as figures
+    from raymix.report.figures import signals
+    from raymix.report.pages import run as page
+    from raymix.report.pages import schedule
 
     axis = figures.x_axis(runs)
     pictures = [figures.training_loss(runs, axis), figures.throughput(runs, axis)]
@@ -104,8 +107,8 @@ def _search_page(folder: Path, page: Path) -> Path | None:
     Raises:
         RecipeError: If its document is damaged.
     """
-    from raymix.report.comparison import comparison_page
-    from raymix.report.tuning import tuning_page
+    from raymix.report.pages.comparison import comparison_page
+    from raymix.report.pages.tuning import tuning_page
 
     for name, draw in (("tune.json", tuning_page), ("compare.json", comparison_page)):
         file = folder / name

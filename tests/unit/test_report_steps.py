@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.report.steps import steps_and_evaluations
+from raymix.report.data.steps import steps_and_evaluations
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:

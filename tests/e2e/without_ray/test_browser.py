@@ -13,11 +13,11 @@ import pytest
 
 from raymix.merge.engine import merge
 from raymix.report import write_report
-from raymix.report.comparison import comparison_page
-from raymix.report.merging import draw_merge
-from raymix.report.schedule import schedule_page
-from raymix.report.specialists import specialists_page
-from raymix.report.tuning import tuning_page
+from raymix.report.figures.merging import draw_merge
+from raymix.report.pages.comparison import comparison_page
+from raymix.report.pages.schedule import schedule_page
+from raymix.report.pages.specialists import specialists_page
+from raymix.report.pages.tuning import tuning_page
 from raymix.schedule import Layout, compare_planners
 from raymix.tune.folding import Measured, fold
 from tests import chromium

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raymix.report.specialists import specialists_page
+from raymix.report.pages.specialists import specialists_page
 from raymix.tune.folding import Measured, fold
 from raymix.tune.results import Point, RunResult
 

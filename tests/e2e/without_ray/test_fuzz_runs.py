@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from raymix.recipe import Recipe
-from raymix.report.live import LiveRun
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.live import LiveRun
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarise
 from raymix.train.api import train
 from raymix.train.export import export
 from raymix.train.score import score

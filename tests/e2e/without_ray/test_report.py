@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from raymix.cli.main import app
 from raymix.errors import RecipeError
 from raymix.report import write_report
-from raymix.report.figures import x_axis
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarise
+from raymix.report.figures.progress import x_axis
 from tests.runs import ENTROPY, LENGTH, ROWS, write_run
 
 

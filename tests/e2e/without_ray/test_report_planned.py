@@ -14,7 +14,7 @@ from raymix.errors import RecipeError
 from raymix.laws import MixtureTable, fit_law, save_law
 from raymix.recipe import Recipe
 from raymix.report import write_report
-from raymix.report.planned import schedule_of
+from raymix.report.data.predictions import schedule_of
 from raymix.schedule import Layout, training_planner
 from raymix.train.api import train
 from raymix.train.rundir import read_metrics

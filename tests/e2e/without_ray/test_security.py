@@ -23,9 +23,9 @@ from raymix.errors import CorpusError, RaymixError
 from raymix.laws import load_law, read_table
 from raymix.merge.engine import merge
 from raymix.recipe import Recipe, load_recipe
-from raymix.report.live import LiveRun
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.live import LiveRun
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarise
 from raymix.schedule import load_cost_model
 from raymix.store import Corpus
 from raymix.train.api import train

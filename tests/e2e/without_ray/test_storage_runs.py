@@ -17,8 +17,8 @@ import yaml
 
 from raymix.errors import RecipeError, StorageError
 from raymix.recipe import Recipe
-from raymix.report.live import LiveRun
-from raymix.report.read import read_run
+from raymix.report.data.live import LiveRun
+from raymix.report.data.read import read_run
 from raymix.store import Corpus, files
 from raymix.train.api import train
 from raymix.train.claim import claimed

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from raymix.cli.compare import draw
 from raymix.recipe import Recipe
-from raymix.report.comparison import comparison_page
+from raymix.report.pages.comparison import comparison_page
 from raymix.tune.comparison import compare_runs, paired, spread, to_csv
 from raymix.tune.results import Point, RunResult, State, read_result
 from raymix.tune.variants import Variant

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raymix.report.schedule import schedule_page
-from raymix.report.tuning import MOST_PANELS, tuning_page
-from raymix.report.tuning_figures import main_figures, slice_panels
+from raymix.report.figures.tuning import main_figures, slice_panels
+from raymix.report.pages.schedule import schedule_page
+from raymix.report.pages.tuning import MOST_PANELS, tuning_page
 from raymix.schedule import Layout, compare_planners
 from tests.searches import Change, changed, search_document, unverified
 from tests.training import train_corpus

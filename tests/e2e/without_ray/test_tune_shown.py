@@ -17,8 +17,8 @@ from raymix.cli.tune import draw
 from raymix.errors import RecipeError
 from raymix.laws import Objective
 from raymix.recipe import TuneConfig
-from raymix.report.merging import draw_merge
-from raymix.report.tuning import interval, number
+from raymix.report.figures.merging import draw_merge
+from raymix.report.pages.tuning import interval, number
 from raymix.store import Corpus
 from raymix.tune.learning import (
     Learned,

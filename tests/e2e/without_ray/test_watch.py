@@ -18,9 +18,9 @@ from raymix.cli.main import app
 from raymix.cli.watch import dashboard, headline, sparkline
 from raymix.errors import RecipeError
 from raymix.report import write_report
-from raymix.report.live import LiveRun
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.live import LiveRun
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarise
 from tests.runs import LENGTH, ROWS, write_run
 
 

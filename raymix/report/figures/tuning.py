@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymix.report.figures import floats
-from raymix.report.style import (
+from raymix.report.figures.progress import floats
+from raymix.report.figures.style import (
     BAND_COLOURS,
     COLOURS,
     INK,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from raymix.report import planned
-from raymix.report.exactness import Account, account, bound, usable_tokens
-from raymix.report.read import RunRecord
-from raymix.report.steps import Document, Floats, number
+from raymix.report.data import predictions
+from raymix.report.data.exactness import Account, account, bound, usable_tokens
+from raymix.report.data.read import RunRecord
+from raymix.report.data.steps import Document, Floats, number
 from raymix.store import Manifest
 
 _SIGNALS = ("grad_norm2", "grad_noise", "alignment")
@@ -30,7 +30,7 @@ def summarise(run: RunRecord) -> Document:
     counted = account(run, _asked(run, shares_VD))
     domains = _domains(run, counted)
     notes = list(run.notes)
-    scheduled = planned.schedules(run, notes)
+    scheduled = predictions.schedules(run, notes)
     document = {
         "name": run.name,
         "path": run.where,
@@ -42,7 +42,7 @@ def summarise(run: RunRecord) -> Document:
         "heldout": _heldout(run, domains),
         "signals": _signals(run),
         "exactness": _exactness(run, counted, shares_VD),
-        "law": planned.law_of(run, notes),
+        "law": predictions.law_of(run, notes),
         "notes": notes,
     }
     # Costs keep all their digits: schedules are made again from them.

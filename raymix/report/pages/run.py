@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from html import escape
 from importlib.metadata import version
 
-from raymix.report.figures import Picture
-from raymix.report.steps import Document
-from raymix.report.style import COLOURS, css_colour, css_variables
-from raymix.report.summary import MOST_ROWS
+from raymix.report.data.steps import Document
+from raymix.report.data.summary import MOST_ROWS
+from raymix.report.figures.progress import Picture
+from raymix.report.figures.style import COLOURS, css_colour, css_variables
 
 _CSS = """
 :root{color-scheme:light dark;--ink:#1b1b1f;--muted:#6b6b76;--grid:#e4e4ea;--paper:#fff;

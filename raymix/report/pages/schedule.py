@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymix.report.figures import Picture
-from raymix.report.page import whole_page
-from raymix.report.planned import schedule_of
-from raymix.report.style import (
+from raymix.report.data.predictions import schedule_of
+from raymix.report.figures.progress import Picture
+from raymix.report.figures.style import (
     BAND_COLOURS,
     COLOURS,
     GRID,
@@ -23,6 +22,7 @@ from raymix.report.style import (
     require_matplotlib,
     to_svg,
 )
+from raymix.report.pages.run import whole_page
 from raymix.schedule.plan import Schedule
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 from raymix.errors import RecipeError, problem
 from raymix.jsontext import parse_json
-from raymix.report.style import COLOURS, css_variables, figure, require_matplotlib, to_svg
+from raymix.report.figures.style import COLOURS, css_variables, figure, require_matplotlib, to_svg
 from raymix.store import atomic_write_text
 
 NAME = "merge_report.svg"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymix.report.steps import Document, Floats
-from raymix.report.style import (
+from raymix.report.data.steps import Document, Floats
+from raymix.report.data.summary import MOST_PANELS
+from raymix.report.figures.style import (
     BAND_COLOURS,
     COLOURS,
     INK,
@@ -19,7 +20,6 @@ from raymix.report.style import (
     panel,
     to_svg,
 )
-from raymix.report.summary import MOST_PANELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,15 +7,15 @@ from html import escape
 from importlib.metadata import version
 from typing import Any
 
-from raymix.report.comparison import (
+from raymix.report.figures.style import COLOURS, figure, require_matplotlib, to_svg
+from raymix.report.pages.comparison import (
     cell,
     difference_text,
     figure_card,
     table_card,
     with_spread,
 )
-from raymix.report.page import whole_page
-from raymix.report.style import COLOURS, figure, require_matplotlib, to_svg
+from raymix.report.pages.run import whole_page
 
 Document = Mapping[str, Any]
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymix.errors import CorpusError
-from raymix.report.read import RunRecord
-from raymix.report.steps import Counts, Floats
+from raymix.report.data.read import RunRecord
+from raymix.report.data.steps import Counts, Floats
 from raymix.sampling import realised_error_bound
 
 

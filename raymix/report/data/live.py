@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from raymix.jsontext import parse_json
-from raymix.report.exactness import usable_tokens
-from raymix.report.read import LOG, METRICS, fetch_run, outline
-from raymix.report.steps import Document, is_step, number
+from raymix.report.data.exactness import usable_tokens
+from raymix.report.data.read import LOG, METRICS, fetch_run, outline
+from raymix.report.data.steps import Document, is_step, number
 from raymix.store.mirror import SHORTEST_S, Mirror
 from raymix.store.tail import LineTail
 from raymix.store.trouble import is_remote

@@ -16,8 +16,8 @@ import numpy as np
 from raymix.errors import RaymixError
 from raymix.jsontext import parse_json
 from raymix.laws import law_from_dict
-from raymix.report.read import RunRecord
-from raymix.report.steps import Document, Floats, is_step, number
+from raymix.report.data.read import RunRecord
+from raymix.report.data.steps import Document, Floats, is_step, number
 from raymix.schedule import CostModel, Layout, Schedule, training_planner
 
 SCHEDULE = "schedule.jsonl"

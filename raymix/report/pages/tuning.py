@@ -7,7 +7,8 @@ from html import escape
 from importlib.metadata import version
 from typing import Any
 
-from raymix.report.comparison import (
+from raymix.report.figures.style import require_matplotlib
+from raymix.report.pages.comparison import (
     cell,
     difference_text,
     figure_card,
@@ -15,8 +16,7 @@ from raymix.report.comparison import (
     table_card,
     with_spread,
 )
-from raymix.report.page import whole_page
-from raymix.report.style import require_matplotlib
+from raymix.report.pages.run import whole_page
 
 Document = Mapping[str, Any]
 
@@ -33,7 +33,7 @@ def tuning_page(document: Document) -> str:
         RecipeError: If matplotlib is not installed.
     """
     require_matplotlib()
-    from raymix.report import tuning_figures as figures
+    from raymix.report.figures import tuning as figures
 
     title = f"{document['name']}: shares found by {len(document['runs'])} small runs"
     parts = [

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from raymix.report.figures import Picture, band_colours, few_ticks, floats
-from raymix.report.steps import Document, Floats
-from raymix.report.style import MUTED, figure, to_svg
+from raymix.report.data.steps import Document, Floats
+from raymix.report.figures.progress import Picture, band_colours, few_ticks, floats
+from raymix.report.figures.style import MUTED, figure, to_svg
 
 # What the statistics may hold per domain: its name here, and whether its scale is one of powers.
 _DRAWN = {

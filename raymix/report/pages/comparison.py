@@ -7,9 +7,16 @@ from html import escape
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from raymix.report.figures import floats
-from raymix.report.page import whole_page
-from raymix.report.style import COLOURS, css_colour, figure, panel, require_matplotlib, to_svg
+from raymix.report.figures.progress import floats
+from raymix.report.figures.style import (
+    COLOURS,
+    css_colour,
+    figure,
+    panel,
+    require_matplotlib,
+    to_svg,
+)
+from raymix.report.pages.run import whole_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

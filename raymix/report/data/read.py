@@ -1,6 +1,6 @@
 """What the files of a run directory say, read with care for runs that go on or were cut off.
 
-The steps themselves are read by `raymix.report.steps`.
+The steps themselves are read by `raymix.report.data.steps`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
 from raymix.jsontext import parse_json
-from raymix.report.steps import Document, Evaluation, Steps, steps_and_evaluations
+from raymix.report.data.steps import Document, Evaluation, Steps, steps_and_evaluations
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus, files
 from raymix.store.mirror import Mirror

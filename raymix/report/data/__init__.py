@@ -1,0 +1,1 @@
+"""Run directories read and summarized; neither HTML nor matplotlib."""
