@@ -202,7 +202,7 @@ def _page(out: str) -> Path:
     from pathlib import Path
 
     from raymix.errors import ScheduleError, problem
-    from raymix.report.figures.style import require_matplotlib
+    from raymix.report.figures.theme import require_matplotlib
 
     page = Path(out)
     if page.suffix not in {".html", ".htm"}:

@@ -1,1 +1,1 @@
-"""Run directories read and summarized; neither HTML nor matplotlib."""
+"""Data of reports: run directories parsed and summarized; neither HTML nor matplotlib."""

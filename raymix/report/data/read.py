@@ -1,6 +1,6 @@
-"""What the files of a run directory say, read with care for runs that go on or were cut off.
+"""Run directories, tolerant of runs still being written, cut off or damaged.
 
-The steps themselves are read by `raymix.report.data.steps`.
+The lines of `metrics.jsonl` are parsed by `raymix.report.data.steps`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METRICS = "metrics.jsonl"
 RECIPE = "resolved.yaml"
 LOG = "mixture_log.jsonl"
 FILES = (RECIPE, "environment.json", LOG, METRICS)
-"""What is read of a run; the last tells how far it is."""
+"""The files of a run that a report needs; the last, its metrics, tells how far it is."""
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class _Section(BaseModel):
     max_epochs: float | dict[str, float | None] | None = None
 
 
-class _Shown(BaseModel):
-    """What reports look at in a recipe; it may be of another version, and say much besides."""
+class _RecipeSubset(BaseModel):
+    """The recipe fields that reports use; recipes of other versions may have any others."""
 
     corpus: _Section | None = None
     data: _Section | None = None
@@ -59,11 +59,11 @@ class _Shown(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run directory."""
+    """The parsed files of one run directory."""
 
     path: Path
     where: str
-    """Its path as it was given, or its URL."""
+    """The path as given by the user, or the URL."""
     recipe: Document
     environment: Document
     domains: tuple[str, ...]
@@ -72,7 +72,7 @@ class RunRecord:
     log: MixtureLog | None
     corpus: Corpus | None
     notes: tuple[str, ...]
-    """What is missing or damaged, in words."""
+    """Missing or damaged files, one sentence each."""
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class RunRecord:
 
 
 def outline(path: str | Path) -> RunRecord:
-    """Return what the run directory at `path` says beside its steps: recipe, machine, corpus.
+    """Return a run without its steps: recipe, environment, corpus, mixture log.
 
     Raises:
         RecipeError: If it is no run directory.
@@ -94,7 +94,7 @@ def outline(path: str | Path) -> RunRecord:
 
 @contextmanager
 def on_this_machine(place: str | Path) -> Iterator[Path]:
-    """Yield the directory of a run; what a report reads of a run at a URL is fetched before.
+    """Yield a local directory of the run; the files of a run at a URL are fetched into one.
 
     Raises:
         RecipeError: If there is no run at the URL.
@@ -111,20 +111,20 @@ def on_this_machine(place: str | Path) -> Iterator[Path]:
 
 
 def fetch_run(url: str, mirror: Mirror) -> None:
-    """Bring the copies of what a report reads of the run at `url` up to date.
+    """Update the local copies of the files that a report needs of the run at `url`.
 
     Raises:
         RecipeError: If there is no run.
         StorageError: If the store cannot be used.
     """
-    if not (mirror.fetch(*FILES)):
+    if not mirror.fetch(*FILES):
         files.check_store(url, "run")
         wrong = f"not a run directory: no {METRICS} in it"
         raise RecipeError(problem("run", url, wrong, "`raymix train` makes one"))
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Return what the run at `path` holds; what is missing is noted, not fatal.
+    """Return the run at `path`; missing and damaged files become notes, not errors.
 
     Args:
         path: A run directory, or the URL of one.
@@ -194,7 +194,7 @@ def _no_run(directory: Path) -> str:
 
 
 def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list[str]) -> T | None:
-    """Return what `read` makes of a file of the run; None and a note if that fails."""
+    """Return `read` of a file of the run, or None and a note if that fails."""
     try:
         return read(directory / name)
     except FileNotFoundError:
@@ -211,7 +211,7 @@ def _read_json(path: Path) -> Document:
 
 def _read_recipe(path: Path) -> Document:
     document = _mapping(parse_yaml(path.read_text(encoding="utf-8"), name=RECIPE, value=str(path)))
-    _Shown.model_validate(document)
+    _RecipeSubset.model_validate(document)
     return document
 
 

@@ -1,1 +1,1 @@
-"""Figures of a report as SVG, drawn by matplotlib."""
+"""Charts of reports: matplotlib figures as inline SVG whose series a page can toggle."""

@@ -1,77 +1,65 @@
-"""The pictures of a report, each drawn from the data that `summary` made and nothing else."""
+"""Charts of a run's progress: losses, learning rate, throughput, gradient norm.
+
+Each is drawn from the summary and the training curves of `raymix.report.data` and nothing else.
+Runs are series of the whole page; domains are series of one chart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raymix.report.data.steps import Document, Floats
-from raymix.report.data.summary import MOST_PANELS
-from raymix.report.figures.style import (
-    BAND_COLOURS,
-    COLOURS,
-    INK,
-    MUTED,
-    PAPER,
-    figure,
-    panel,
-    to_svg,
-)
+from raymix.report.figures.chart import Chart, Series, floats, mark, named_series, to_svg
+from raymix.report.figures.mixture import line_series
+from raymix.report.figures.theme import INK, few_ticks, figure, panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """One drawn figure."""
-
-    title: str
-    caption: str
-    svg: str
+DOTTED = (0, (1, 1.6))
 
 
 @dataclass(frozen=True, slots=True)
-class XAxis:
-    """What all pictures of progress have along the bottom."""
+class ProgressAxis:
+    """The x axis of all charts of progress."""
 
     label: str
     of: Callable[[Document], Floats]
-    """Maps a series with `step` and `tokens` to positions."""
+    """Maps a document with `step` and `tokens` to positions."""
 
 
-def x_axis(runs: Sequence[Document]) -> XAxis:
+def progress_axis(runs: Sequence[Document]) -> ProgressAxis:
     """Return steps where all runs have equal steps, else tokens."""
     sizes = {_step_tokens(run) for run in runs}
     if len(runs) > 1 and (len(sizes) > 1 or None in sizes):
-        return XAxis("tokens, millions", lambda series: floats(series["tokens"]) / 1e6)
+        return ProgressAxis("tokens, millions", lambda series: floats(series["tokens"]) / 1e6)
     size = sizes.pop()
     label = f"step ({size:,} tokens each)" if size else "step"
-    return XAxis(label, lambda series: floats(series["step"]))
+    return ProgressAxis(label, lambda series: floats(series["step"]))
 
 
-def floats(values: Sequence[Any]) -> Floats:
-    """Return JSON numbers as an array, NaN for null."""
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+def run_series(runs: Sequence[Document]) -> list[Series]:
+    """Return a series per run, in their order."""
+    return named_series("run", [run["name"] for run in runs])
 
 
-def training_loss(runs: Sequence[Document], axis: XAxis) -> Picture | None:
-    """Return the training loss, raw and smoothed, above the learning rate."""
+def training_loss(runs: Sequence[Document], axis: ProgressAxis) -> Chart | None:
+    """Return the training loss of every step and smoothed, above the learning rate."""
     with figure(280, ratios=(3, 1)) as (drawn, (top, bottom)):
-        for run, colour in zip(runs, _colours(runs), strict=True):
-            series = run["training"]
-            x = axis.of(series)
+        for run, series in zip(runs, run_series(runs), strict=True):
+            training = run["training"]
+            x = axis.of(training)
             if not x.size:
                 continue
-            top.plot(x, floats(series["loss"]), color=colour, alpha=0.3, linewidth=0.8)
-            top.plot(x, floats(series["loss_smooth"]), color=colour)
-            bottom.plot(x, floats(series["lr"]), color=colour)
+            _raw_and_smooth(top, x, training, "loss", series)
+            mark(bottom.plot(x, floats(training["lr"]), color=series.color), series)
         if not top.lines:
             return None
-        _focus(top, runs)
+        _limit_to_smoothed(top, runs)
         top.set_ylabel("loss, nats per token")
         bottom.set_ylabel("learning rate")
         bottom.set_ylim(bottom=0)
@@ -79,198 +67,138 @@ def training_loss(runs: Sequence[Document], axis: XAxis) -> Picture | None:
         bottom.yaxis.set_major_formatter("{x:g}")
         bottom.set_xlabel(axis.label)
         drawn.align_ylabels()
+        title = "Training loss and learning rate"
         window = runs[0]["training"]["smoothing_steps"]
-        caption = f"Thin: every step. Bold: mean of {window:,} steps."
-        return Picture(
-            title="Training loss and learning rate", caption=caption, svg=to_svg(drawn, "loss")
-        )
+        caption = f"Thin: training loss of every step. Bold: mean of {window:,} steps around it."
+        return Chart(title=title, caption=caption, svg=to_svg(drawn, "loss", title=title))
 
 
-def throughput(runs: Sequence[Document], axis: XAxis) -> Picture | None:
+def throughput(runs: Sequence[Document], axis: ProgressAxis) -> Chart | None:
     """Return tokens per second above the share of time spent waiting for data."""
     with figure(280, ratios=(3, 2)) as (drawn, (top, bottom)):
-        for run, colour in zip(runs, _colours(runs), strict=True):
-            series = run["training"]
-            x = axis.of(series)
+        for run, series in zip(runs, run_series(runs), strict=True):
+            training = run["training"]
+            x = axis.of(training)
             for axes, key, scale in ((top, "tokens_per_s", 1e-3), (bottom, "data_wait", 100)):
-                if not np.isfinite(floats(series[key])).any():
-                    continue
-                axes.plot(x, scale * floats(series[key]), color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(x, scale * floats(series[f"{key}_smooth"]), color=colour)
+                if np.isfinite(floats(training[key])).any():
+                    _raw_and_smooth(axes, x, training, key, series, scale=scale)
         if not top.lines:
             return None
         top.set_ylabel("thousand tokens per s")
         bottom.set_ylabel("waiting, % of time")
         top.set_ylim(bottom=0)
-        waits = np.concatenate([100 * floats(run["training"]["data_wait"]) for run in runs])
-        highest = np.nanmax(waits, initial=0.0)
-        usual = max(1.0, 1.3 * np.nanquantile(np.append(waits, 0.0), 0.98))
-        bottom.set_ylim(0, min(usual, max(1.0, 1.1 * highest)))
+        waits = [100 * floats(run["training"]["data_wait"]) for run in runs]
+        beyond = _limit_to_usual(bottom, waits, least=1.0, form="waits up to {:.0f} %")
         bottom.set_xlabel(axis.label)
         drawn.align_ylabels()
-        beyond = f" Off the scale: waits up to {highest:.0f} %." if highest > usual else ""
+        title = "Throughput and waiting for data"
         caption = f"All workers together. Thin: every step. Bold: smoothed.{beyond}"
-        svg = to_svg(drawn, "throughput")
-        return Picture(title="Throughput and waiting for data", caption=caption, svg=svg)
+        return Chart(title=title, caption=caption, svg=to_svg(drawn, "throughput", title=title))
 
 
-def weights(run: Document) -> Picture | None:
-    """Return the shares asked over time, one band per domain with its name at its end."""
-    series = run["weights"]
-    if not series["step"]:
+def gradient_norm(runs: Sequence[Document], axis: ProgressAxis) -> Chart | None:
+    """Return the norm of the gradient before clipping, None where no run recorded it."""
+    with figure(260) as (drawn, (axes,)):
+        norms: list[Floats] = []
+        for run, series in zip(runs, run_series(runs), strict=True):
+            curve = run["curves"]["grad_norm"]
+            if curve is not None:
+                _raw_and_smooth(axes, axis.of(curve), curve, "grad_norm", series)
+                norms.append(floats(curve["grad_norm"]))
+        if not norms:
+            return None
+        beyond = _limit_to_usual(axes, norms, least=0.0, form="norms up to {:.3g}")
+        axes.set_ylabel("gradient norm")
+        axes.set_xlabel(axis.label)
+        limits = {run["curves"]["clip_norm"] for run in runs} - {None}
+        clip = ""
+        if len(limits) == 1 and (limit := float(limits.pop())) <= axes.get_ylim()[1]:
+            axes.axhline(limit, color=INK, linestyle=DOTTED, linewidth=1.4)
+            clip = f" Dotted: clipped to {limit:g}."
+        title = "Gradient norm"
+        caption = f"L2 norm before clipping. Thin: every step. Bold: smoothed.{clip}{beyond}"
+        return Chart(title=title, caption=caption, svg=to_svg(drawn, "grad-norm", title=title))
+
+
+def domain_training_loss(run: Document, axis: ProgressAxis) -> Chart | None:
+    """Return the smoothed training loss of each domain, None where it was not recorded."""
+    curves = run["curves"]["domain_loss"]
+    if curves is None:
         return None
-    names = list(series["shares"])
-    end = max(series["until"], series["step"][-1] + 1)
-    x = np.append(floats(series["step"]), end)
-    share_DV = np.array([floats(series["shares"][name]) for name in names])
-    share_DV = 100 * np.concatenate([share_DV, share_DV[:, -1:]], axis=1)
-    with figure(280) as (drawn, (axes,)):
-        stack = axes.stackplot(
-            x,
-            share_DV,
-            colors=band_colours(run, names),
-            edgecolor=PAPER,
-            linewidth=0.6,
-            step="post",
-        )
-        for band in stack:
-            band.set_zorder(2)
-        axes.set(xlim=(0, end), ylim=(0, 100), ylabel="share of tokens asked, %")
-        axes.set_xlabel("step")
-        edges = np.concatenate([[0.0], np.cumsum(share_DV[:, -1])])
-        middles = (edges[:-1] + edges[1:]) / 2
-        labels = [_label(name, share) for name, share in zip(names, share_DV[:, -1], strict=True)]
-        _label_right(axes, middles, labels)
-        changes = len(series["step"]) - 1
-        mixer = run["header"].get("mixer")
-        caption = f"{f'Mixer: {mixer}. ' if mixer else ''}" + (
-            f"The shares changed {changes:,} time{'s' * (changes != 1)}; right: at the end."
-            if changes
-            else "The shares never changed."
-        )
-        name = f"weights-{run['name']}"
-        return Picture(title="Mixture over time", caption=caption, svg=to_svg(drawn, name))
-
-
-def exactness(run: Document) -> Picture | None:
-    """Return how far reading ran ahead of or behind what was asked, between the proved bounds."""
-    series = run["exactness"]
-    if series is None:
-        return None
-    unit = series["unit"]
-    with figure(220) as (drawn, (axes,)):
-        x = floats(series["step"])
-        ahead, behind = floats(series["ahead"]), floats(series["behind"])
-        axes.fill_between(x, behind, ahead, color=COLOURS[0], alpha=0.35, linewidth=0)
-        axes.plot(x, ahead, color=COLOURS[0], linewidth=0.9)
-        axes.plot(x, behind, color=COLOURS[0], linewidth=0.9)
-        axes.axhline(0, color=MUTED, linewidth=0.8)
-        for value in (series["bound_ahead"], series["bound_behind"]):
-            axes.axhline(value, color=INK, linestyle=(0, (1, 1.6)), linewidth=1.4)
-            above = value > 0
-            axes.annotate(
-                f"proved bound: {_signed(value)}",
-                (1, value),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3 if above else -3),
-                textcoords="offset points",
-                ha="right",
-                va="bottom" if above else "top",
-                fontsize=9,
+    legend = line_series(run, list(curves["loss"]))
+    x = axis.of(curves)
+    with figure(260) as (drawn, (axes,)):
+        smooth = [floats(loss) for loss in curves["loss"].values()]
+        for loss, series in zip(smooth, legend, strict=True):
+            # A domain with few tokens is missing in most steps: markers show its lone points.
+            mark(
+                axes.plot(x, loss, color=series.color, linewidth=1.4, marker=_lone_marker(loss)),
+                series,
             )
-        axes.margins(x=0, y=0.22)
-        axes.set_ylabel(f"read minus asked, {unit}")
-        axes.set_xlabel("step")
+        axes.set_ylabel("loss, nats per token")
+        axes.set_xlabel(axis.label)
+        title = "Training loss per domain"
+        rest = f" {curves['left_out']:,} other domains are not drawn." * (curves["left_out"] > 0)
         caption = (
-            f"The domain furthest ahead and the one furthest behind after each step: at most "
-            f"{_signed(series['most_ahead'])} and {_signed(series['most_behind'])} {unit} in the "
-            f"whole run. The bound is that of {series['because']}."
+            "Training loss on the tokens of each domain, mean of "
+            f"{curves['smoothing_steps']:,} steps around each.{rest}"
         )
-        name = f"exactness-{run['name']}"
-        return Picture(title="Read against asked", caption=caption, svg=to_svg(drawn, name))
+        svg = to_svg(drawn, f"domain-loss-{run['name']}", title=title)
+        return Chart(title=title, caption=caption, svg=svg, legend=tuple(legend))
 
 
-def amounts(run: Document) -> Picture | None:
-    """Return the tokens read per domain as bars, with the passes over its data at their ends."""
-    rows = [(name, row) for name, row in run["domains"].items() if row["tokens"] is not None]
-    if not rows:
-        return None
-    rows.sort(key=lambda item: -item[1]["tokens"])
-    shown, rest = rows[:MOST_PANELS], rows[MOST_PANELS:]
-    bars = [(name, row["tokens"], row["epochs"]) for name, row in shown]
-    if rest:
-        bars.append((f"{len(rest):,} others", sum(row["tokens"] for _, row in rest), None))
-    bars.reverse()
-    scale, unit = _scale(max(tokens for _, tokens, _ in bars))
-    with figure(46 + 17.0 * len(bars)) as (drawn, (axes,)):
-        lengths = [tokens / scale for _, tokens, _ in bars]
-        drawn_bars = axes.barh([name for name, _, _ in bars], lengths, color=COLOURS[0], height=0.7)
-        ends = [_passes(tokens, epochs) for _, tokens, epochs in bars]
-        axes.bar_label(drawn_bars, ends, padding=3, fontsize=9)
-        axes.set_xlabel(f"{unit}tokens read".strip())
-        axes.margins(x=0.24, y=0.01)
-        axes.grid(visible=False, axis="y")
-        axes.tick_params(axis="y", length=0)
-        longest = max(len(name) for name, _, _ in bars)
-        if longest > 24:
-            axes.tick_params(axis="y", labelsize=7)
-        caption = "At each bar's end: passes over the domain's training text."
-        name = f"amounts-{run['name']}"
-        title = "Tokens and epochs per domain"
-        return Picture(title=title, caption=caption, svg=to_svg(drawn, name))
-
-
-def heldout(runs: Sequence[Document], axis: XAxis) -> list[Picture]:
-    """Return one small panel per domain: held-out loss, and the unigram entropy dotted."""
+def heldout_panels(runs: Sequence[Document], axis: ProgressAxis) -> list[Chart]:
+    """Return one small chart per domain: held-out loss, and the unigram entropy dotted."""
     names = list(dict.fromkeys(name for run in runs for name in run["heldout"]["loss"]))
     return [_heldout_panel(name, runs, axis) for name in names]
 
 
-def _heldout_panel(name: str, runs: Sequence[Document], axis: XAxis) -> Picture:
+def _heldout_panel(name: str, runs: Sequence[Document], axis: ProgressAxis) -> Chart:
     last: list[float] = []
     with panel() as (drawn, axes):
-        for run, colour in zip(runs, _colours(runs), strict=True):
+        for run, series in zip(runs, run_series(runs), strict=True):
             loss = floats(run["heldout"]["loss"].get(name, []))
             if not np.isfinite(loss).any():
                 continue
             x = axis.of(run["heldout"])
-            axes.plot(x, loss, color=colour, marker="o", markersize=2.2, linewidth=1.3)
+            lines = axes.plot(
+                x, loss, color=series.color, marker="o", markersize=2.2, linewidth=1.3
+            )
             last.append(loss[np.isfinite(loss)][-1])
             law = run["law"] or {"loss": {}}
             if name in law["loss"]:
-                foretold = floats(law["loss"][name])
-                axes.plot(axis.of(law), foretold, color=colour, dashes=(4, 2), linewidth=1.1)
+                predicted = floats(law["loss"][name])
+                lines += axes.plot(
+                    axis.of(law), predicted, color=series.color, dashes=(4, 2), linewidth=1.1
+                )
+            mark(lines, series)
         entropies = {(run["domains"].get(name) or {}).get("unigram_entropy") for run in runs}
         for entropy in sorted(value for value in entropies if value is not None):
-            axes.axhline(entropy, color=INK, linestyle=(0, (1, 1.6)), linewidth=1.4)
+            axes.axhline(entropy, color=INK, linestyle=DOTTED, linewidth=1.4)
         axes.xaxis.set_major_locator(few_ticks(4))
         axes.yaxis.set_major_locator(few_ticks(4))
         axes.set_xlabel(axis.label.split(" (")[0], fontsize=9)
         axes.set_ylabel("nats per token", fontsize=9)
-        svg = to_svg(drawn, f"heldout-{name}")
-    return Picture(title=name, caption=", ".join(f"{value:.2f}" for value in last), svg=svg)
+        svg = to_svg(drawn, f"heldout-{name}", title=f"Held-out loss of {name}")
+    return Chart(title=name, value=", ".join(f"{value:.2f}" for value in last), svg=svg)
 
 
-def few_ticks(most: int) -> Any:
-    """Return a locator of at most `most` ticks at round values."""
-    from matplotlib.ticker import MaxNLocator
+def _raw_and_smooth(
+    axes: Axes, x: Floats, curves: Document, key: str, series: Series, *, scale: float = 1.0
+) -> None:
+    """Draw a value of every step thin, and its moving mean bold."""
+    raw, smooth = scale * floats(curves[key]), scale * floats(curves[f"{key}_smooth"])
+    lines = axes.plot(x, raw, color=series.color, alpha=0.3, linewidth=0.8)
+    lines += axes.plot(x, smooth, color=series.color)
+    mark(lines, series)
 
-    return MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10])
 
-
-def _colours(runs: Sequence[Document]) -> list[str]:
-    return [COLOURS[at % len(COLOURS)] for at in range(len(runs))]
-
-
-def band_colours(run: Document, names: Sequence[str]) -> list[str]:
-    """Return a colour per band: by domain where there are few, so that runs can be compared."""
-    known = list(run["domains"])
-    if len(known) > len(BAND_COLOURS):
-        return [*BAND_COLOURS[: len(names) - 1], BAND_COLOURS[-1]]
-    return [BAND_COLOURS[known.index(name)] for name in names]
+def _lone_marker(values: Floats) -> str | None:
+    return "." if np.count_nonzero(np.isfinite(values)) < 3 else None
 
 
 def _step_tokens(run: Document) -> int | None:
+    """Return the tokens of a step, None where steps differ."""
     tokens = floats(run["training"]["tokens"])
     step = floats(run["training"]["step"])
     if not tokens.size or not step[0] or not np.isfinite(tokens).all():
@@ -279,8 +207,8 @@ def _step_tokens(run: Document) -> int | None:
     return int(size[0]) if np.ptp(size) == 0 else None
 
 
-def _focus(axes: Axes, runs: Sequence[Document]) -> None:
-    """Let the y axis end at the smoothed losses, so that a few spikes do not flatten the rest."""
+def _limit_to_smoothed(axes: Axes, runs: Sequence[Document]) -> None:
+    """End the y axis at the smoothed losses, so that a few spikes do not flatten the rest."""
     smooth = np.concatenate([floats(run["training"]["loss_smooth"]) for run in runs])
     raw = np.concatenate([floats(run["training"]["loss"]) for run in runs])
     if not np.isfinite(smooth).any():
@@ -290,63 +218,20 @@ def _focus(axes: Axes, runs: Sequence[Document]) -> None:
     axes.set_ylim(low - room, high + room)
 
 
-def _label_right(axes: Axes, heights: Floats, labels: Sequence[str]) -> None:
-    """Write labels beside the right edge at `heights` (in %), moved apart where they touch."""
-    gap = 5.2
-    places = spread(heights, gap)
-    for height, place, label in zip(heights, places, labels, strict=True):
-        axes.annotate(
-            label,
-            (1, height),
-            xycoords=("axes fraction", "data"),
-            xytext=(1.045, place),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.7, "shrinkA": 0,
-                        "shrinkB": 0, "relpos": (0, 0.5)},
-        )  # fmt: skip
+def _limit_to_usual(axes: Axes, values: Sequence[Floats], *, least: float, form: str) -> str:
+    """End the y axis above the usual values; return a sentence on those beyond it.
 
-
-def spread(heights: Floats, gap: float, low: float = 0.0, high: float = 100.0) -> Floats:
-    """Return `heights` (ascending) moved as little as needed to lie `gap` apart in [low, high]."""
-    places = np.array(heights, dtype=np.float64)
-    gap = min(gap, (high - low) / max(len(places), 1))
-    for _ in range(100):
-        moved = False
-        for at in range(len(places) - 1):
-            short = gap - (places[at + 1] - places[at])
-            if short > 1e-9:
-                places[at] -= short / 2
-                places[at + 1] += short / 2
-                moved = True
-        places = np.clip(places, low, high)
-        if not moved:
-            break
-    return places
-
-
-def _label(name: str, share: float) -> str:
-    name = name if len(name) <= 12 else f"{name[:11]}…"
-    return f"{name} {share:.1f} %" if share < 99.95 else f"{name} 100 %"
-
-
-def _signed(value: float) -> str:
-    form = "+,.0f" if abs(value) >= 100 else "+.3g"
-    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
-
-
-def _passes(tokens: float, epochs: float | None) -> str:
-    if not tokens:
-        return "not read"
-    if epochs is None:
-        return ""
-    return f"{epochs:.2f} epochs" if epochs < 10 else f"{epochs:,.0f} epochs"
-
-
-def _scale(largest: float) -> tuple[float, str]:
-    for scale, unit in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
-        if largest >= scale:
-            return scale, unit
-    return 1.0, ""
+    Args:
+        axes: The axes.
+        values: Everything drawn on them.
+        least: Smallest end of the axis.
+        form: Names the largest value.
+    """
+    # numpy warns of a maximum of nothing but NaN.
+    every = np.append(np.concatenate(values), 0.0)
+    highest = float(np.nanmax(every))
+    usual = max(least, 1.3 * float(np.nanquantile(every, 0.98)))
+    top = min(usual, max(least, 1.1 * highest))
+    if top > 0:
+        axes.set_ylim(0, top)
+    return f" Off the scale: {form.format(highest)}." if highest > usual else ""

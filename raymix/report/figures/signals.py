@@ -1,65 +1,68 @@
-"""Gradient signals over time: what an adaptive mixer measured, drawn."""
+"""Chart of the gradient signals that an adaptive mixer measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from raymix.report.data.steps import Document, Floats
-from raymix.report.figures.progress import Picture, band_colours, few_ticks, floats
-from raymix.report.figures.style import MUTED, figure, to_svg
+from raymix.report.figures.chart import Chart, Series, floats, mark, to_svg
+from raymix.report.figures.mixture import line_series
+from raymix.report.figures.theme import MUTED, few_ticks, figure
 
-# What the statistics may hold per domain: its name here, and whether its scale is one of powers.
-_DRAWN = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Per kind of signal: the axis label, and whether the axis is logarithmic.
+_KINDS = {
     "grad_norm2": ("squared norm", True),
     "grad_noise": ("noise", True),
     "alignment": ("alignment", False),
 }
 
 
-def picture(run: Document) -> Picture | None:
-    """Return the signals drawn, a row per kind and a line per domain."""
-    series = run["signals"]
-    if series is None:
+def gradient_signals(run: Document) -> Chart | None:
+    """Return the signals, a row per kind and a line per domain, None where none were measured."""
+    signals = run["signals"]
+    if signals is None:
         return None
-    kinds = list(series["values"])
-    names = list(series["values"][kinds[0]])
-    x = floats(series["step"])
-    with figure(110 + 110.0 * len(kinds), ratios=[1] * len(kinds)) as (drawn, rows):
-        colours = band_colours(run, names)
-        values = series["values"]
-        lines, *_ = [
-            _draw(axes, x, values[k], colours, k) for axes, k in zip(rows, kinds, strict=True)
-        ]
+    kinds = list(signals["values"])
+    legend = line_series(run, list(signals["values"][kinds[0]]))
+    x = floats(signals["step"])
+    with figure(80 + 110.0 * len(kinds), ratios=[1] * len(kinds)) as (drawn, rows):
+        for axes, kind in zip(rows, kinds, strict=True):
+            _draw_kind(axes, x, signals["values"][kind], legend, kind)
         rows[-1].set_xlabel("step")
         drawn.align_ylabels()
-        shown = [name if len(name) <= 12 else f"{name[:11]}…" for name in names]
-        drawn.legend(lines, shown, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-        more = f" {series['left_out']:,} other domains are not drawn." if series["left_out"] else ""
+        left_out = signals["left_out"]
+        more = f" {left_out:,} other domains are not drawn." if left_out else ""
         caption = (
-            "Each point: one window, by the step from which its shares held. The estimates are "
-            f"unbiased and may be negative; a scale of powers leaves those out.{more}"
+            "Each point: one window, at the step from which its shares applied. The estimates are "
+            f"unbiased and may be negative; a logarithmic axis leaves those out.{more}"
         )
-        svg = to_svg(drawn, f"signals-{run['name']}")
-        return Picture(title="Gradient signals", caption=caption, svg=svg)
+        title = "Gradient signals"
+        svg = to_svg(drawn, f"signals-{run['name']}", title=title)
+        return Chart(title=title, caption=caption, svg=svg, legend=tuple(legend))
 
 
-def _draw(
-    axes: Any, x: Floats, values: dict[str, Any], colours: Sequence[str], kind: str
-) -> list[Any]:
-    label, powers = _DRAWN[kind]
-    lines: list[Any] = []
-    for colour, found in zip(colours, values.values(), strict=True):
-        y = floats(found)
-        if powers:
+def _draw_kind(
+    axes: Axes, x: Floats, values: dict[str, Any], legend: Sequence[Series], kind: str
+) -> None:
+    label, logarithmic = _KINDS[kind]
+    any_drawn = False
+    for series, measured in zip(legend, values.values(), strict=True):
+        y = floats(measured)
+        if logarithmic:
             y = np.where(y > 0, y, np.nan)
-        lines += axes.plot(x, y, color=colour, marker="o", markersize=2, linewidth=1.2)
-    if powers and any(np.isfinite(line.get_ydata()).any() for line in lines):
+        any_drawn = any_drawn or bool(np.isfinite(y).any())
+        lines = axes.plot(x, y, color=series.color, marker="o", markersize=2, linewidth=1.2)
+        mark(lines, series)
+    # matplotlib warns of a logarithmic axis without a positive value.
+    if logarithmic and any_drawn:
         axes.set_yscale("log")
     else:
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.yaxis.set_major_locator(few_ticks(4))
     axes.set_ylabel(label)
-    return lines

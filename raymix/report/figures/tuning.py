@@ -1,150 +1,147 @@
-"""The pictures of a search for the best shares.
+"""Charts of a search for the best shares.
 
 Shapes: D domains, H horizons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymix.report.figures.progress import floats
-from raymix.report.figures.style import (
-    BAND_COLOURS,
-    COLOURS,
+from raymix.report.figures.chart import Chart, Series, floats, mark, named_series, to_svg
+from raymix.report.figures.theme import (
+    BAND_COLORS,
     INK,
     MUTED,
     PAPER,
+    SERIES_COLORS,
     figure,
     panel,
-    to_svg,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Document = Mapping[str, Any]
-Drawn = tuple[str, str, str]
-"""Title, picture, caption."""
 
-_MOST_DOMAINS = 30
-_ABOVE: dict[str, Any] = {
-    "frameon": False,
-    "fontsize": 8,
-    "ncols": 3,
-    "loc": "lower center",
-    "bbox_to_anchor": (0.45, 1),
-}
+_MAX_DOMAINS = 30
 _MARKERS = "osD^v"
+_SMALL_RUNS = Series(key="small-runs", label="small runs (fitted)", color=MUTED, marker="o")
 
 
-def main_figures(document: Document) -> list[Drawn]:
-    """Return the large pictures: predictions against measurements, shares, the path."""
-    path = [_path(document)] if len(document["path"]) > 1 else []
-    return [_agreement(document), _shares(document), *path]
+def main_charts(document: Document) -> list[Chart]:
+    """Return the large charts: predictions against measurements, shares, shares by horizon."""
+    by_horizon = [_shares_by_horizon(document)] if len(document["path"]) > 1 else []
+    return [_agreement(document), _shares(document), *by_horizon]
 
 
-def _agreement(document: Document) -> Drawn:
-    with figure(300) as (sheet, (axes,)):
-        known = [run for run in document["runs"] if run["value"] is not None]
-        # A run that was stopped early is of another number of steps.
-        known = [run for run in known if run["step"] == document["steps"]]
-        x = [run["predicted"] for run in known]
-        y = [run["value"] for run in known]
-        axes.plot(x, y, "o", color=MUTED, markersize=3.5, label="small runs (fitted)")
-        for at, (role, row) in enumerate(document["verified"].items()):
+def _role_series(document: Document) -> list[Series]:
+    """Return a series per verified mixture: the same color and marker in every chart."""
+    return [
+        replace(series, marker=_MARKERS[at % len(_MARKERS)])
+        for at, series in enumerate(named_series("role", document["verified"]))
+    ]
+
+
+def _agreement(document: Document) -> Chart:
+    roles = _role_series(document)
+    with figure(270) as (sheet, (axes,)):
+        runs = [run for run in document["runs"] if run["value"] is not None]
+        # The prediction is for the full number of steps; runs stopped early are not comparable.
+        runs = [run for run in runs if run["step"] == document["steps"]]
+        x = [run["predicted"] for run in runs]
+        y = [run["value"] for run in runs]
+        mark(axes.plot(x, y, "o", color=MUTED, markersize=3.5), _SMALL_RUNS)
+        for series, row in zip(roles, document["verified"].values(), strict=True):
             if row["measured"]["mean"] is not None:
-                _verified_point(axes, role, row, at)
+                _verified_point(axes, series, row)
                 x, y = [*x, row["predicted"]["value"]], [*y, row["measured"]["mean"]]
         low, high = min([*x, *y]), max([*x, *y])
         axes.plot([low, high], [low, high], color=MUTED, linewidth=0.8, zorder=1)
         axes.set_xlabel("predicted, nats per token")
         axes.set_ylabel("measured, nats per token")
-        axes.legend(
-            frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1)
-        )
-        svg = to_svg(sheet, "tune-agreement")
+        title = "Predicted against measured"
+        svg = to_svg(sheet, "tune-agreement", title=title)
     caption = (
         "On the line, prediction and measurement agree. Bars: 95 % interval of the prediction, "
         "least and most over seeds of the measurement."
     )
-    return "Predicted against measured", svg, caption
+    return Chart(title=title, svg=svg, caption=caption, legend=(_SMALL_RUNS, *roles))
 
 
-def _verified_point(axes: Axes, role: str, row: Document, at: int) -> None:
-    told, measured = row["predicted"], row["measured"]
+def _verified_point(axes: Axes, series: Series, row: Document) -> None:
+    predicted, measured = row["predicted"], row["measured"]
     values = floats(list(measured["by_seed"].values()))
     mean = measured["mean"]
-    value, low, high = told["value"], told["low"], told["high"]
-    wide = None if low is None else [[value - low], [high - value]]
-    axes.errorbar(
+    value, low, high = predicted["value"], predicted["low"], predicted["high"]
+    drawn = axes.errorbar(
         [value],
         [mean],
-        xerr=wide,
+        xerr=None if low is None else [[value - low], [high - value]],
         yerr=[[mean - values.min()], [values.max() - mean]],
-        marker=_MARKERS[at % len(_MARKERS)],
+        marker=series.marker,
         markersize=5,
-        color=COLOURS[at % len(COLOURS)],
+        color=series.color,
         linewidth=1,
         linestyle="none",
-        label=role,
         zorder=3,
     )
+    mark(drawn.get_children(), series)
 
 
-def _shares(document: Document) -> Drawn:
+def _shares(document: Document) -> Chart:
     """Return the shares of the verified mixtures, a row per domain."""
-    roles = document["verified"]
-    optimum = roles["optimum"]["shares"]
-    names = sorted(document["domains"], key=lambda name: -optimum[name])[:_MOST_DOMAINS]
+    verified, roles = document["verified"], _role_series(document)
+    optimum = verified["optimum"]["shares"]
+    names = sorted(document["domains"], key=lambda name: -optimum[name])[:_MAX_DOMAINS]
     with figure(60 + 18 * len(names)) as (sheet, (axes,)):
         rows = np.arange(len(names))
-        for at, (role, row) in enumerate(roles.items()):
-            axes.plot(
+        for at, (series, row) in enumerate(zip(roles, verified.values(), strict=True)):
+            lines = axes.plot(
                 [100 * row["shares"][name] for name in names],
                 rows,
-                _MARKERS[at % len(_MARKERS)],
-                color=COLOURS[at % len(COLOURS)],
+                series.marker,
+                color=series.color,
                 markersize=6 if at == 0 else 4,
                 alpha=1.0 if at == 0 else 0.75,
-                label=role,
             )
+            mark(lines, series)
         axes.set_yticks(rows, names)
-        axes.invert_yaxis()
+        # Room for whole markers in the first and last row.
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(left=0)
         axes.set_xlabel("share of tokens, %")
-        axes.legend(
-            frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1)
-        )
-        svg = to_svg(sheet, "tune-shares")
+        svg = to_svg(sheet, "tune-shares", title="Shares")
     left = len(document["domains"]) - len(names)
     rest = f"; {left} further domains are in tune.json" if left else ""
-    return "Shares", svg, f"Domains in order of the optimum's shares{rest}."
+    caption = f"Domains in order of the optimum's shares{rest}."
+    return Chart(title="Shares", svg=svg, caption=caption, legend=tuple(roles))
 
 
-def _path(document: Document) -> Drawn:
+def _shares_by_horizon(document: Document) -> Chart:
     """Return the optimum as the horizon grows, one band per domain."""
     path, last = document["path"], document["path"][-1]["shares"]
     names = sorted(last, key=lambda name: -last[name])
-    most = len(BAND_COLOURS) if len(names) <= len(BAND_COLOURS) else len(BAND_COLOURS) - 1
+    most = len(BAND_COLORS) if len(names) <= len(BAND_COLORS) else len(BAND_COLORS) - 1
     shown, others = names[:most], names[most:]
     share_DH = np.array([[100 * spot["shares"][name] for spot in path] for name in shown])
     if others:
         rest = [100 * sum(spot["shares"][name] for name in others) for spot in path]
         share_DH, shown = np.vstack([share_DH, [rest]]), [*shown, f"{len(others)} others"]
+    bands = [
+        Series(key=f"band-{at}", label=name, color=BAND_COLORS[at], area=True)
+        for at, name in enumerate(shown)
+    ]
     steps = floats([spot["step"] for spot in path])
     measured = [spot["step"] for spot in path if spot["measured"]]
-    with figure(280) as (sheet, (axes,)):
-        axes.stackplot(
-            steps,
-            share_DH,
-            colors=BAND_COLOURS[: len(shown)],
-            edgecolor=PAPER,
-            linewidth=0.6,
-            labels=shown,
-        )
+    with figure(270) as (sheet, (axes,)):
+        colors = [series.color for series in bands]
+        stack = axes.stackplot(steps, share_DH, colors=colors, edgecolor=PAPER, linewidth=0.6)
+        for band, series in zip(stack, bands, strict=True):
+            mark([band], series)
         if measured:
             axes.axvline(max(measured), color=INK, linewidth=1, linestyle=(0, (3, 2)))
         axes.set_xscale("log")
@@ -152,10 +149,11 @@ def _path(document: Document) -> Drawn:
         axes.set(xlim=(steps[0], steps[-1]), ylim=(0, 100))
         axes.set_xlabel("steps of the run that the shares are for")
         axes.set_ylabel("share of tokens, %")
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        svg = to_svg(sheet, "tune-path")
+        title = "The optimum as the run grows longer"
+        svg = to_svg(sheet, "tune-path", title=title)
     caption = "Right of the dashed line nothing was measured: there the law extrapolates."
-    return "The optimum as the run grows longer", svg, caption
+    # Bands are stacked from the bottom: a legend from the top reads in their order.
+    return Chart(title=title, svg=svg, caption=caption, legend=tuple(reversed(bands)))
 
 
 def _plain_ticks(axes: Axes) -> None:
@@ -167,37 +165,41 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
-def slice_panels(document: Document) -> list[tuple[str, str]]:
-    """Return by domain the value predicted as its share changes: name and picture."""
+def slice_panels(document: Document) -> list[Chart]:
+    """Return per domain the predicted value as its share changes."""
     optimum = document["optimum"]["shares"]
-    drawn: list[tuple[str, str]] = []
+    drawn: list[Chart] = []
     for name, curve in document["slices"].items():
         with panel() as (sheet, axes):
             x, y = 100 * floats(curve["share"]), floats(curve["value"])
-            axes.plot(x, y, color=COLOURS[0], linewidth=1.3)
+            axes.plot(x, y, color=SERIES_COLORS[0], linewidth=1.3)
             at = 100 * optimum[name]
-            axes.plot([at], [np.interp(at, x, y)], "o", color=COLOURS[1], markersize=4)
+            axes.plot([at], [np.interp(at, x, y)], "o", color=SERIES_COLORS[1], markersize=4)
             axes.set_xlabel("share, %", fontsize=9)
             axes.set_ylabel("nats per token", fontsize=9)
             axes.locator_params(nbins=4)
-            drawn.append((name, to_svg(sheet, f"tune-slice-{name}")))
+            title = f"Predicted value by the share of {name}"
+            svg = to_svg(sheet, f"tune-slice-{name}", title=title)
+        drawn.append(Chart(title=name, svg=svg))
     return drawn
 
 
-def coefficient_panels(document: Document) -> list[tuple[str, str]]:
-    """Return by loss the law's coefficients with their intervals: name and picture."""
-    drawn: list[tuple[str, str]] = []
-    for target, found in document["report"]["coefficients"].items():
-        if not found:
+def coefficient_panels(document: Document) -> list[Chart]:
+    """Return per loss the law's coefficients with their intervals."""
+    drawn: list[Chart] = []
+    for target, coefficients in document["report"]["coefficients"].items():
+        if not coefficients:
             continue
-        names = list(found)
-        value, low, high = (floats([found[name][i] for name in names]) for i in range(3))
+        names: Sequence[str] = list(coefficients)
+        value, low, high = (floats([coefficients[name][i] for name in names]) for i in range(3))
         with panel() as (sheet, axes):
             rows = np.arange(len(names))
             axes.hlines(rows, low, high, color=MUTED, linewidth=2)
-            axes.plot(value, rows, "o", color=COLOURS[0], markersize=3.5)
+            axes.plot(value, rows, "o", color=SERIES_COLORS[0], markersize=3.5)
             axes.axvline(0, color=MUTED, linewidth=0.8)
             axes.set_yticks(rows, names, fontsize=7)
             axes.set_ylim(len(names) - 0.5, -0.5)
-            drawn.append((target, to_svg(sheet, f"tune-coefficients-{target}")))
+            title = f"Coefficients of the law of {target}"
+            svg = to_svg(sheet, f"tune-coefficients-{target}", title=title)
+        drawn.append(Chart(title=target, svg=svg))
     return drawn

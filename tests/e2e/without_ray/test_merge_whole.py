@@ -129,7 +129,7 @@ def test_the_plot_is_drawn_and_says_what_it_shows(tmp_path: Path) -> None:
     text = picture.read_text()
     for words in ("alignment of tasks", "sign agreement", "kept", "attention", "mlp"):
         assert words in text
-    assert "#0a00" not in text  # every stand-in has become a colour of the theme
+    assert "#0a00" not in text  # every stand-in has become a color of the theme
 
 
 # In a process that only merges, as the command does: what others freed is not counted then.

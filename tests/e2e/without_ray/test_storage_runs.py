@@ -148,7 +148,7 @@ def test_commands_read_a_bucket(kept: str, calm: str, tmp_path: Path) -> None:
     assert read_run(kept).where == kept
     assert read_run(kept).name == "kept"
     watched = LiveRun(kept)
-    watched.look()
+    watched.poll()
     assert watched.document()["state"] == "finished"
     assert watched.document()["run"] == kept
     there, here = score(kept), score(calm)
