@@ -52,6 +52,7 @@ def difference(paired: Statistic | None, digits: int = 4) -> str:
     """Return a paired difference: the mean, and its interval in brackets."""
     if paired is None:
         return ABSENT
+    # A single seed has a difference but no interval.
     mean = f"{paired['mean']:+.{digits}f}"
     if paired["low"] is None:
         return mean
@@ -76,6 +77,7 @@ def scale_range(scale: Statistic | None) -> str:
     """Return the mean scale over seeds, and its range where seeds differ."""
     if scale is None:
         return ABSENT
+    # A range, as two or three seeds have no deviation worth printing of a scale.
     low, high = min(scale["by_seed"].values()), max(scale["by_seed"].values())
     between = "" if low == high else f" ({low:.2g} to {high:.2g})"
     return f"{scale['mean']:.2g}{between}"

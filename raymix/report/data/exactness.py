@@ -70,6 +70,7 @@ def realized_mixture(run: RunRecord, asked_SD: Iterator[Floats]) -> RealizedMixt
     ):
         asked_D += share_D * (tokens - before)
         step_D = _tokens_of(counts, index)
+        # The error is cumulative: once a step's counts are missing, it is unknown for good.
         complete = complete and step_D is not None
         if step_D is not None:
             due_D += _due(share_D, tokens - before, step_D, capped_D=read_D + step_D >= limit_D)
@@ -99,6 +100,7 @@ def _due(share_D: Floats, tokens: float, step_D: Floats, *, capped_D: NDArray[np
 def _limits(run: RunRecord) -> Floats:
     """Return the token cap of each domain over the run, shape (D,); infinite without a cap."""
     caps = (run.recipe.get("data") or {}).get("max_epochs")
+    # Whole rows only: an epoch's last, incomplete row is never read.
     length = row_tokens(run) or 1
     limit_D = np.full(len(run.domains), np.inf)
     if caps is None:
@@ -121,10 +123,12 @@ def usable_tokens(run: RunRecord, domain: str) -> int | None:
         return None
     tokens, length = run.corpus.split(domain, "train").tokens, row_tokens(run)
     if length is not None:
+        # Rows do not straddle blocks: the end of each block that is no whole row is lost.
         full, rest = divmod(tokens, run.corpus.manifest.block_tokens)
         return (full * (run.corpus.manifest.block_tokens // length) + rest // length) * length
     try:
         lengths = run.corpus.document_lengths(domain, "train")
+    # The manifest may be at hand where the index of documents, a larger file, is not.
     except CorpusError:
         return None
     longest = (run.recipe.get("data") or {}).get("sequence_length", np.inf)
@@ -155,6 +159,7 @@ def bound(run: RunRecord, shares_VD: NDArray[np.float64], *, capped: bool) -> Er
         capped: Whether a domain reached its cap.
     """
     data = run.recipe.get("data") or {}
+    # Without the mixture or the unit nothing is proved.
     if not shares_VD.size or "sequence_length" not in data:
         return None
     n_domains = int((shares_VD > 0).any(axis=0).sum())
@@ -170,6 +175,7 @@ def bound(run: RunRecord, shares_VD: NDArray[np.float64], *, capped: bool) -> Er
     if unit == "rows":
         ahead, behind = 1 - 1 / n_domains, -realised_error_bound(n_domains)
     else:
+        # A document is read whole, so a domain may exceed its due amount by the longest one.
         ahead = longest
         behind = -longest * (realised_error_bound(n_domains - 1) + 1)
     return ErrorBound(ahead=ahead, behind=behind, unit=unit, because=because)

@@ -41,6 +41,7 @@ class LiveRun:
         self._source = str(path).rstrip("/") if is_remote(str(path)) else str(path)
         self._path, self._mirror = Path(path), None
         if is_remote(self._source):
+            # Stored, as the directory is removed together with this object.
             self._copy = tempfile.TemporaryDirectory(prefix="raymix-")
             self._path = Path(self._copy.name) / self._source.rsplit("/", 1)[-1]
             self._mirror = Mirror(self._source, self._path)
@@ -69,11 +70,13 @@ class LiveRun:
 
     def poll(self) -> bool:
         """Read the lines added since the last poll; return whether there were any."""
+        # Every request to a store costs time and money, however often one polls.
         if self._mirror is not None and time.monotonic() - self._fetched >= SHORTEST_S:
             fetch_run(self._source, self._mirror)
             self._fetched = time.monotonic()
         lines, replaced = self._tail.read()
         if replaced:
+            # A run that was deleted and started again may have another recipe, too.
             self._reset()
             self._open()
         new = False
@@ -81,6 +84,7 @@ class LiveRun:
             self._add(line)
             new = True
         for entry in _objects(self._log.read()[0]):
+            # Entries of a schedule or of the user carry no statistics: the last measured ones stay.
             stats = entry.get("stats")
             self._stats = stats if isinstance(stats, dict) else self._stats
         return new
@@ -148,6 +152,7 @@ class LiveRun:
         if "loss" not in line:
             return
         self._step, self._newest = line["step"], line
+        # Only the last lines are stored: a run may have millions.
         self._recent.append(line)
         self._losses.add(self._step, number(line["loss"]))
         self._add_to_curve()
@@ -188,6 +193,7 @@ class LiveRun:
         return "running" if self._tail.age() < max(_SILENT_AFTER_S, 20 * pace) else "silent"
 
     def _data_wait(self, seconds: float) -> float:
+        # Weighted by duration: a long step that waited counts as the time it took.
         waits = [
             number(line.get("data_wait")) * number(line.get("seconds")) for line in self._recent
         ]
@@ -229,6 +235,7 @@ class LiveRun:
 def _objects(lines: Iterable[bytes]) -> Iterator[Document]:
     """Yield the objects of JSON lines; damaged ones are left out."""
     for raw in lines:
+        # A damaged line must not end the view of a run that goes on.
         with suppress(ValueError):
             line = parse_json(raw)
             if isinstance(line, dict):
@@ -250,4 +257,5 @@ def _score(table: dict[str, Any], name: str) -> float:
 
 
 def _plain(value: float) -> float | None:
+    # JSON has no NaN and no infinity; six digits are what metrics are recorded with.
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -24,6 +24,7 @@ SCHEDULE = "schedule.jsonl"
 LAW = "law.json"
 # The first step, whose mixture is the initial one, and the last three.
 _SCHEDULES_SHOWN = 4
+# A damaged line must not start a plan that takes minutes.
 _MAX_DOCUMENTS = 100_000
 
 
@@ -42,6 +43,7 @@ def schedules(run: RunRecord, notes: list[str]) -> list[Document]:
     for line in filter(None, text.split("\n")):
         try:
             planned = _planned(parse_json(line))
+        # Damaged numbers that still parse fail wherever the planner first trips over them.
         except (RaymixError, ValueError, TypeError, LookupError, ArithmeticError):
             notes.append(f"{SCHEDULE}: a damaged line is left out.")
             continue
@@ -93,6 +95,7 @@ def law_of(run: RunRecord, notes: list[str]) -> Document | None:
         run: The run.
         notes: A damaged law is reported here, in one sentence.
     """
+    # `tune` keeps the law beside the directories of its runs.
     places = [folder / LAW for folder in (run.path, run.path.resolve().parent)]
     place = next((path for path in places if path.is_file()), None)
     if place is None or run.log is None or len(run.log.entries) != 1:
@@ -110,8 +113,10 @@ def _predicted(place: Path, run: RunRecord) -> Document | None:
     law = law_from_dict(document)
     assert run.log is not None
     shares = dict(zip(run.log.domains, run.log.entries[0].weights, strict=True))
+    # A law of other domains says nothing of this run; that is no fault of either.
     if set(law.domains) != set(shares):
         return None
+    # Laws are fitted to trained models: step 0 is outside their domain.
     step_E = np.array([e.step for e in run.evaluations if e.step], dtype=np.float64)
     share_ED = np.tile([shares[name] for name in law.domains], (step_E.size, 1))
     loss_EV = law.predict(share_ED, step_E) if step_E.size else np.zeros((0, len(law.targets)))
@@ -130,6 +135,7 @@ def _predicted(place: Path, run: RunRecord) -> Document | None:
 
 
 def _tokens(run: RunRecord, step_E: Floats) -> Floats:
+    # A cut-off metrics file may lack the very step of an evaluation: the one before it stands in.
     after = np.searchsorted(run.steps.step_S, step_E, side="right")
     return np.array([run.steps.tokens_S[at - 1] if at else 0.0 for at in after.tolist()])
 

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 
 class _Section(BaseModel):
+    # A report must open runs of later versions, whose recipes have fields that this one lacks.
     model_config = ConfigDict(extra="allow")
 
     kind: str | None = None
@@ -105,6 +106,7 @@ def on_this_machine(place: str | Path) -> Iterator[Path]:
         yield Path(place)
         return
     with tempfile.TemporaryDirectory(prefix="raymix-") as above:
+        # The directory gives the run its name.
         directory = Path(above) / url.rsplit("/", 1)[-1]
         fetch_run(url, Mirror(url, directory))
         yield directory
@@ -118,6 +120,7 @@ def fetch_run(url: str, mirror: Mirror) -> None:
         StorageError: If the store cannot be used.
     """
     if not mirror.fetch(*FILES):
+        # A store that cannot be used raises its own, better error.
         files.check_store(url, "run")
         wrong = f"not a run directory: no {METRICS} in it"
         raise RecipeError(problem("run", url, wrong, "`raymix train` makes one"))
@@ -134,6 +137,7 @@ def read_run(path: str | Path) -> RunRecord:
         StorageError: If it is a URL and the store cannot be used.
     """
     with on_this_machine(path) as directory:
+        # The copy's path means nothing to the user, and is gone when the page is read.
         return replace(_read_run(directory, str(path)), where=str(path))
 
 
@@ -168,6 +172,8 @@ def _record(
 
 def _read_metrics(directory: Path, notes: list[str]) -> tuple[Steps, tuple[Evaluation, ...]]:
     try:
+        # A lone carriage return in a damaged line is no end of line, and a character cut in two
+        # must not cost the lines before it.
         file = (directory / METRICS).open(encoding="utf-8", errors="replace", newline="\n")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(_no_run(directory)) from None
@@ -175,6 +181,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[Steps, tuple[Evalu
         steps, evaluations, bad, cut_off = steps_and_evaluations(file)
     if cut_off:
         notes.append(f"{METRICS}: the last line was cut off and is left out.")
+        # A run that is still being written ends in half a line: that is no damage.
         bad.pop()
     if bad:
         which = f"line{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}"
@@ -197,6 +204,7 @@ def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list
     """Return `read` of a file of the run, or None and a note if that fails."""
     try:
         return read(directory / name)
+    # Before OSError, which it is: an absent file is no damaged one.
     except FileNotFoundError:
         notes.append(f"{name} is missing.")
     except (OSError, ValueError, RaymixError) as error:
@@ -211,6 +219,7 @@ def _read_json(path: Path) -> Document:
 
 def _read_recipe(path: Path) -> Document:
     document = _mapping(parse_yaml(path.read_text(encoding="utf-8"), name=RECIPE, value=str(path)))
+    # Validated, not converted: readers then take the types of these fields for granted.
     _RecipeSubset.model_validate(document)
     return document
 
@@ -222,6 +231,7 @@ def _mapping(value: Any) -> Document:
 
 
 def _read_log(path: Path) -> MixtureLog:
+    # `splitlines` would also split at U+2028, which JSON strings may hold.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return MixtureLog.from_lines(lines, path=LOG)
 
@@ -243,6 +253,7 @@ def _domains(
     steps: Steps,
     evaluations: Sequence[Evaluation],
 ) -> tuple[str, ...]:
+    # The log comes first: the order of its domains is that of the statistics in it.
     if log is not None and log.domains:
         return log.domains
     if corpus is not None:

@@ -56,6 +56,7 @@ def _shares(run: RunRecord) -> Floats:
     """Return the shares of each mixture, shape (V, D): the log's, else those of the metrics."""
     if run.log is not None and run.log.entries:
         return np.array([entry.weights for entry in run.log.entries], dtype=np.float64)
+    # A run without its log still has the shares in its metrics, if not when they were asked.
     recorded = [shares for shares in run.steps.shares if shares]
     changes = [new for old, new in zip([None, *recorded], recorded, strict=False) if new != old]
     return np.array(
@@ -90,6 +91,7 @@ def _asked_by_metrics(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
 
 
 def _state(run: RunRecord) -> str:
+    # The recipe may give the length of a run in tokens; the environment has it in steps.
     planned = run.environment.get("steps") or (run.recipe.get("train") or {}).get("steps")
     done = int(run.steps.step_S[-1]) if run.steps.step_S.size else 0
     if not isinstance(planned, int):
@@ -104,6 +106,7 @@ def _header(run: RunRecord) -> Document:
     environment, steps = run.environment, run.steps
     packages = environment.get("packages") or {}
     manifest = run.corpus.manifest if run.corpus else None
+    # The median, as the first step waits for the first blocks and warms up.
     finite = steps.tokens_per_s_S[np.isfinite(steps.tokens_per_s_S)]
     head: Document = {
         "model": _model(run),
@@ -170,6 +173,7 @@ def _domains(run: RunRecord, realized: RealizedMixture) -> dict[str, Document]:
             "unigram_entropy": (info.valid.unigram_entropy if info else 0) or math.nan,
             "bits_per_byte": number(scored[-1].get("bits_per_byte")) if scored else math.nan,
         }
+    # Few domains stay in the recipe's order, in which the user knows them.
     if len(rows) > MAX_ROWS:
         rows = dict(sorted(rows.items(), key=lambda item: -_finite(item[1]["tokens"])))
     return rows
@@ -199,14 +203,17 @@ def _weights(run: RunRecord, shares_VD: Floats) -> Document:
     if not len(shares_VD):
         return {"step": [], "shares": {}}
     if run.log is not None and run.log.entries:
+        # Entries are logged before they apply; those after the last step were never used.
         starts = np.array([entry.first_step for entry in run.log.entries])
         used = np.flatnonzero(starts < max(last, 1))
         starts, shares_VD = starts[used], shares_VD[used]
     else:
+        # The metrics do not say at which step a change was asked: spread evenly.
         starts = np.linspace(0, last, len(shares_VD), endpoint=False).astype(np.int64)
     points = thinned(len(starts))
     starts, shares_VD = starts[points], shares_VD[points]
     order = np.argsort(-shares_VD.mean(axis=0), kind="stable")
+    # Domains that never had a share would take a color and a label for nothing.
     order = order[shares_VD[:, order].any(axis=0)]
     top = np.sort(order if len(order) <= MAX_SERIES else order[: MAX_SERIES - 1])
     shares = {run.domains[at]: shares_VD[:, at] for at in top.tolist()}
@@ -233,6 +240,7 @@ def _heldout(run: RunRecord, domains: dict[str, Document]) -> Document:
 
 def _tokens_at(run: RunRecord, steps: Sequence[int]) -> list[float]:
     done_S, tokens_S = run.steps.step_S, run.steps.tokens_S
+    # An evaluation is after a step, or after the last one that the metrics still have.
     after = np.searchsorted(done_S, steps, side="right")
     return [float(tokens_S[at - 1]) if at else 0.0 for at in after.tolist()]
 
@@ -305,6 +313,7 @@ def thinned(length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 def smoothed(values_S: Floats, window: int) -> Floats:
     """Return the centered moving mean over `window` steps, NaN ignored, shape (S,)."""
     known = np.isfinite(values_S)
+    # Prefix sums: a window of a long run's fortieth makes the direct way quadratic.
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values_S, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(values_S))
@@ -333,6 +342,7 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    # Seven digits, those of single precision: more would only make the file larger.
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

@@ -38,6 +38,7 @@ def _grad_norm(run: RunRecord) -> Document | None:
     norm_S = run.steps.grad_norm_S
     if not np.isfinite(norm_S).any():
         return None
+    # Smoothed before it is thinned: thinning alone would alias the noise of single steps.
     points = thinned(len(run.steps))
     return {
         "step": run.steps.step_S[points],
@@ -50,6 +51,7 @@ def _grad_norm(run: RunRecord) -> Document | None:
 def _domain_loss(run: RunRecord, summary: Document) -> Document | None:
     """Return smoothed training losses of the domains with the most tokens, None without any."""
     rows = summary["domains"]
+    # The order of the rows is that of the colors, so it stays; only the choice is by tokens.
     largest = sorted(rows, key=lambda name: -(rows[name]["tokens"] or 0.0))[:MAX_SERIES]
     names = [name for name in rows if name in set(largest)]
     loss_DS = domain_loss_matrix(run, names)
@@ -72,6 +74,7 @@ def _domain_loss(run: RunRecord, summary: Document) -> Document | None:
 
 def domain_loss_matrix(run: RunRecord, names: list[str]) -> Floats:
     """Return training losses, nats per token, shape (D, S), NaN where a domain was not read."""
+    # Only the drawn domains get rows: a matrix of all would take gigabytes for long runs.
     loss_DS = np.full((len(names), len(run.steps)), np.nan)
     row_of = {name: row for row, name in enumerate(names)}
     for at, losses in enumerate(run.steps.domain_loss):

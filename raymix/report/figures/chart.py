@@ -29,6 +29,7 @@ Dash = Literal["solid", "dashed", "dotted"]
 LINE_STYLES: dict[Dash, Any] = {"solid": "-", "dashed": (0, (5, 1.5)), "dotted": (0, (1, 1.2))}
 """matplotlib's line style of each dash."""
 
+# A legend in HTML has no markers of matplotlib's: these characters look like them.
 _GLYPHS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted")
 _GROUP = re.compile(r'<g id="(series|toggle)\|([\w-]+)\|([^"]*)">')
@@ -149,6 +150,7 @@ def to_svg(drawn: Figure, name: str, *, title: str = "") -> Markup:
 def _series_group(match: re.Match[str]) -> str:
     kind, key, label = match.groups()
     name = escape(unescape(label))
+    # A label needs no tooltip: it is the name, and its accessible name is the script's to set.
     if kind == "toggle":
         return f'<g data-toggle="{key}" data-label="{name}">'
     return f'<g data-series="{key}"><title>{name}</title>'
@@ -156,6 +158,7 @@ def _series_group(match: re.Match[str]) -> str:
 
 def _root(view: re.Match[str] | None, title: str) -> str:
     assert view is not None  # matplotlib always writes it
+    # Without width and height the element fills its card, at any size of screen.
     label = f' aria-label="{escape(title)}"' if title else ""
     return (
         f'<svg viewBox="{view[1]}" role="img"{label} xmlns="http://www.w3.org/2000/svg" '

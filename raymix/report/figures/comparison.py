@@ -69,6 +69,7 @@ def domain_panels(document: Document) -> list[Chart]:
 def _operations_unit(document: Document) -> tuple[float, str]:
     """Return the size and the name of a unit that suits the operations of a run."""
     last = [max(row["curve"]["flops"], default=0.0) for row in document["mixers"].values()]
+    # One unit for all mixers, or their axes could not be compared.
     for scale, name in ((1e18, "exaflop"), (1e15, "petaflop"), (1e12, "teraflop")):
         if max(last, default=0.0) >= scale:
             return scale, name

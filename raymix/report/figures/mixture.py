@@ -56,6 +56,7 @@ def mixture_over_time(run: Document) -> Chart | None:
             x, share_DV, colors=colors, edgecolor=PAPER, linewidth=0.6, step="post"
         )
         for band, series in zip(stack, bands, strict=True):
+            # Above the grid, which would show through where bands touch.
             band.set_zorder(2)
             mark([band], series)
         axes.set(xlim=(0, end), ylim=(0, 100), ylabel="share of tokens asked, %")
@@ -100,6 +101,7 @@ def read_against_asked(run: Document) -> Chart | None:
                 va="bottom" if above else "top",
                 fontsize=9,
             )
+        # Room for the bounds' labels beyond the outermost lines.
         axes.margins(x=0, y=0.22)
         axes.set_ylabel(f"read minus asked, {unit}")
         axes.set_xlabel("step")
@@ -133,6 +135,7 @@ def domain_tokens(run: Document) -> Chart | None:
         ends = [_epochs(tokens, epochs) for _, tokens, epochs in bars]
         axes.bar_label(drawn_bars, ends, padding=3, fontsize=9)
         axes.set_xlabel(f"{unit}tokens read".strip())
+        # Room for the text at the bars' ends, which matplotlib leaves out of its limits.
         axes.margins(x=0.24, y=0.01)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)

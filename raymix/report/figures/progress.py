@@ -34,6 +34,7 @@ class ProgressAxis:
 
 def progress_axis(runs: Sequence[Document]) -> ProgressAxis:
     """Return steps where all runs have equal steps, else tokens."""
+    # Losses of runs compare at equal tokens; steps say the same only where they are equal.
     sizes = {_step_tokens(run) for run in runs}
     if len(runs) > 1 and (len(sizes) > 1 or None in sizes):
         return ProgressAxis("tokens, millions", lambda series: floats(series["tokens"]) / 1e6)
@@ -56,6 +57,7 @@ def training_loss(runs: Sequence[Document], axis: ProgressAxis) -> Chart | None:
             if not x.size:
                 continue
             _raw_and_smooth(top, x, training, "loss", series)
+            # The learning rate has no noise to smooth.
             mark(bottom.plot(x, floats(training["lr"]), color=series.color), series)
         if not top.lines:
             return None
@@ -110,6 +112,7 @@ def gradient_norm(runs: Sequence[Document], axis: ProgressAxis) -> Chart | None:
         beyond = _limit_to_usual(axes, norms, least=0.0, form="norms up to {:.3g}")
         axes.set_ylabel("gradient norm")
         axes.set_xlabel(axis.label)
+        # Several limits would need several lines, which nobody could tell apart.
         limits = {run["curves"]["clip_norm"] for run in runs} - {None}
         clip = ""
         if len(limits) == 1 and (limit := float(limits.pop())) <= axes.get_ylim()[1]:
@@ -175,6 +178,7 @@ def _heldout_panel(name: str, runs: Sequence[Document], axis: ProgressAxis) -> C
         entropies = {(run["domains"].get(name) or {}).get("unigram_entropy") for run in runs}
         for entropy in sorted(value for value in entropies if value is not None):
             axes.axhline(entropy, color=INK, linestyle=DOTTED, linewidth=1.4)
+        # matplotlib's own choice of ticks overlaps at this size.
         axes.xaxis.set_major_locator(few_ticks(4))
         axes.yaxis.set_major_locator(few_ticks(4))
         axes.set_xlabel(axis.label.split(" (")[0], fontsize=9)

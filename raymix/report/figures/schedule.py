@@ -114,6 +114,7 @@ def gantt(schedule: Schedule, end: float, name: str, *, title: str) -> Markup:
                 axes.vlines(start, rows - 0.5, rows + 0.5, color=INK, lw=0.4)
         _group_lines(axes, schedule, ranks)
         axes.set(xlim=(0, 1e3 * end), ylim=(ranks - 0.5, -0.5), ylabel="rank")
+        # Ranks are whole numbers, which matplotlib does not know.
         axes.set_yticks(range(0, ranks, max(1, ranks // 4)))
         axes.set_xlabel(f"ms; done after {1e3 * schedule.seconds:.4g}")
         return to_svg(drawn, name, title=title)
@@ -135,6 +136,7 @@ def _local_and_waiting(schedule: Schedule) -> tuple[Floats, Floats]:
     is_local_K = placed.width_K == 1
     cells = (placed.micro_K[is_local_K], placed.first_K[is_local_K])
     tokens_MR = np.zeros(timing.busy_MR.shape)
+    # `+=` with repeated indices adds once; several sequences share a rank and micro-step.
     np.add.at(tokens_MR, cells, schedule.length_K[is_local_K])
     wait_MR = np.maximum(timing.gather_MR - timing.local_MR, 0.0)
     share_MR = tokens_MR / np.maximum(timing.tokens_MR, 1)

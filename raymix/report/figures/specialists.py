@@ -55,6 +55,7 @@ def _losses(document: Document) -> Chart | None:
             mark([line], series)
         axes.set_yticks(range(len(merges)), list(merges))
         axes.invert_yaxis()
+        # A merge that diverged would squeeze all others into a corner.
         axes.set_xlim(right=_largest_loss(document))
         axes.set_xlabel("nats per token")
         title = "Mean loss of every merge"
@@ -82,6 +83,7 @@ def _loss_by_scale(document: Document) -> Chart | None:
     legend = named_series("method", curves)
     with figure(300) as (sheet, (axes,)):
         for series, points in zip(legend, curves.values(), strict=True):
+            # A merge whose loss was not finite has none.
             usable = [point for point in points if point["loss"] is not None]
             lines = axes.plot(
                 [point["scale"] for point in usable],
@@ -94,6 +96,7 @@ def _loss_by_scale(document: Document) -> Chart | None:
             )
             mark(lines, series)
         lowest = min(p["loss"] for points in curves.values() for p in points if p["loss"])
+        # Scales far from the best lose by orders of magnitude, and are not of interest.
         axes.set_ylim(lowest - 0.05, lowest + 1.5 * (_largest_loss(document) - lowest))
         axes.set_xscale("log")
         axes.set_xlabel("scale")

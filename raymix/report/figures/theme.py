@@ -58,11 +58,13 @@ def css_color(stand_in: str) -> str:
 
 def themed(svg: str) -> str:
     """Return `svg` with every stand-in color replaced by its CSS variable."""
+    # In the text, as matplotlib accepts no CSS variables for colors.
     return re.sub("|".join(_VARIABLES), lambda match: css_color(match[0]), svg)
 
 
 def require_matplotlib() -> None:
     """Raise RecipeError that names the extra if matplotlib is not installed."""
+    # Looked up, not imported: commands check this before hours of work.
     if find_spec("matplotlib") is None:
         wrong = "drawing needs this package and it is not installed"
         raise RecipeError(problem("report", "matplotlib", wrong, "Run `pip install raymix[plots]`"))

@@ -29,6 +29,7 @@ Document = Mapping[str, Any]
 
 _MAX_DOMAINS = 30
 _MARKERS = "osD^v"
+# Gray: the law has seen them, so they are no evidence for it.
 _SMALL_RUNS = Series(key="small-runs", label="small runs (fitted)", color=MUTED, marker="o")
 
 
@@ -125,6 +126,7 @@ def _shares_by_horizon(document: Document) -> Chart:
     """Return the optimum as the horizon grows, one band per domain."""
     path, last = document["path"], document["path"][-1]["shares"]
     names = sorted(last, key=lambda name: -last[name])
+    # The last color is left for the sum of the rest.
     most = len(BAND_COLORS) if len(names) <= len(BAND_COLORS) else len(BAND_COLORS) - 1
     shown, others = names[:most], names[most:]
     share_DH = np.array([[100 * spot["shares"][name] for spot in path] for name in shown])
@@ -143,6 +145,7 @@ def _shares_by_horizon(document: Document) -> Chart:
         for band, series in zip(stack, bands, strict=True):
             mark([band], series)
         if measured:
+            # Extrapolated shares look as certain as fitted ones: the line parts them.
             axes.axvline(max(measured), color=INK, linewidth=1, linestyle=(0, (3, 2)))
         axes.set_xscale("log")
         _plain_ticks(axes)

@@ -73,6 +73,7 @@ def _facts(document: Document) -> str:
 def _summary(document: Document) -> DataTable:
     """Return the table of mixers: final losses with their spread, and the extra compute."""
     measures, mixers = measures_of(document), document["mixers"]
+    # By exact value, before rounding makes ties.
     best = {m: _lowest(row[m]["mean"] for row in mixers.values()) for m in measures}
     heads = [
         TableHead("mixer"),

@@ -49,7 +49,9 @@ def _environment() -> Environment:
     return Environment(
         loader=PackageLoader(_PACKAGE, "templates"),
         autoescape=True,
+        # A misspelled name would otherwise render as nothing, unnoticed.
         undefined=StrictUndefined,
+        # Lines that hold a statement alone leave no blank line behind.
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

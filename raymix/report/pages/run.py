@@ -73,6 +73,7 @@ def _charts(runs: Sequence[Document], axis: progress.ProgressAxis) -> list[Chart
         progress.throughput(runs, axis),
         progress.gradient_norm(runs, axis),
     ]
+    # Kind by kind, not run by run: what is to be compared stands together.
     per_run: tuple[Callable[[Document], Sequence[Chart | None]], ...] = (
         lambda run: [progress.domain_training_loss(run, axis)],
         lambda run: [mixture.mixture_over_time(run)],
@@ -105,6 +106,7 @@ def _header(run: Document) -> list[tuple[str, Any]]:
         ("started", head.get("started")),
         ("revision", head.get("revision")),
         ("seed", head.get("seed")),
+        # The page is often sent on: the path says where the run is.
         ("directory", run["path"]),
     ]
     return [(label, value) for label, value in entries if value not in (None, "")]
@@ -115,6 +117,7 @@ def _training_loss(run: Document) -> str:
     training, curves = run["training"], run["curves"]
     if not training["step"]:
         return ""
+    # Four decimals, as `train` and `watch` print them: the same number looks the same.
     last, mean = training["loss"][-1], curves["loss_mean"]
     return _join(
         None if last is None else f"{last:.4f} nats per token at step {training['step'][-1]:,}",
@@ -250,6 +253,7 @@ def _comparison(runs: Sequence[Document]) -> DataTable:
     same_tokenizer = len({run["header"].get("tokenizer") for run in runs}) == 1
     key = "loss_last" if same_tokenizer else "bits_per_byte"
     unit = "nats per token" if same_tokenizer else "bits per byte"
+    # Runs of several corpora are compared on the union of their domains.
     names = list(dict.fromkeys(name for run in runs for name in run["domains"]))[:MAX_ROWS]
     heads = [TableHead("domain", unit)]
     heads += [TableHead(series.label, series=series) for series in progress.run_series(runs)]
@@ -264,6 +268,7 @@ def _comparison(runs: Sequence[Document]) -> DataTable:
 def _mean(run: Document, names: Sequence[str], key: str) -> float | None:
     losses = [(run["domains"].get(name) or {}).get(key) for name in names]
     known = [loss for loss in losses if loss is not None]
+    # A mean over fewer domains than the others' would compare unlike things.
     return sum(known) / len(known) if len(known) == len(names) else None
 
 

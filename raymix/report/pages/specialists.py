@@ -81,6 +81,7 @@ def _models(document: Document) -> DataTable:
         to_joint = "" if name == "joint" else difference(row["to_joint"])
         losses = [with_spread(row["mean"]), percent_with_spread(row["recovered"])]
         rows.append(text_row(name, [*losses, "", "", "", to_joint]))
+    # References take no part: the specialists' own losses are the lowest by construction.
     lowest = {
         at: min((row[at]["mean"]["mean"] for row in document["merges"].values()), default=None)
         for at in ("given", "best")

@@ -97,6 +97,7 @@ def _scores(document: Document) -> DataTable:
     """Return the table of the law's scores beside BiMix's claims and null models."""
     judged = document["judged"]
     claims = judged["claims"]
+    # The paper gives two numbers only; the other columns stay empty.
     claimed = [f"> {claims['unseen_r2']}", *[""] * 4, f"< {percent(claims['ahead_mre'])}"]
     rows = [text_row("BiMix as published", claimed)]
     for name, row in judged["laws"].items():
@@ -136,7 +137,9 @@ def _score_row(name: str, every: Document, last: Document, ahead: Document) -> T
 def _runs(document: Document) -> DataTable:
     """Return the table of the small runs, best first."""
     runs = sorted(
-        document["runs"], key=lambda run: (run["value"] is None, run["value"] or 0.0, run["name"])
+        # Runs without a value come last: None does not compare with numbers.
+        document["runs"],
+        key=lambda run: (run["value"] is None, run["value"] or 0.0, run["name"]),
     )
     rows = [
         text_row(
