@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from raymix.report.data.live import LiveRun
 
 _MAX_DOMAINS = 40
-_BAR_CHARACTERS = 16
+_BAR_CHARACTERS = 10
 _CURVE_CHARACTERS = 60
 # Without a terminal rich assumes 80 columns, which would cut the table of domains.
 _PIPE_COLUMNS = 148
@@ -143,8 +143,9 @@ def sparkline(values: list[float], width: int) -> str:
 def _table(domains: Mapping[str, Mapping[str, Any]], *, fancy: bool) -> Table:
     rows = list(domains.items())
     signals = any(row["grad_norm2"] is not None for _, row in rows)
-    heads = ["domain", "asked now", "", "asked", "read", "tokens", "epochs"]
-    heads += ["training loss", "held-out loss", "before"]
+    # Short, as rich cuts columns off where a terminal is narrow: the legend says the rest.
+    heads = ["domain", "now", "", "asked", "read", "tokens", "epochs"]
+    heads += ["train loss", "held out", "before"]
     table = plain_table(*heads, *(["grad²", "noise"] if signals else []), fancy=fancy)
     table.columns[2].justify = "left"
     rows.sort(key=lambda item: -(item[1]["share_asked"] or 0.0))
@@ -167,10 +168,11 @@ def _legend(document: Mapping[str, Any]) -> str:
     from raymix.report.data.losses import RECENT_STEPS
 
     step = document["heldout_step"]
-    scored = "" if step is None else f", after step {step:,} and at the first evaluation"
+    scored = "" if step is None else f" after step {step:,}, and before"
     return (
-        f"Losses in nats per token: training, mean of a domain's last {RECENT_STEPS} steps; "
-        f"held-out{scored}. Asked and read: over the run."
+        f"Losses, nats per token: training loss, mean of a domain's last {RECENT_STEPS} steps; "
+        f"held-out loss{scored}.\n"
+        "Shares: asked now; asked and read, over the run."
     )
 
 
