@@ -29,23 +29,20 @@ def format_problem(
         allowed: What is allowed instead; may be several sentences.
         fix: What to do; may be several sentences.
     """
-    sentences = " ".join(_sentence(part) for part in (problem, allowed, fix) if part)
-    return _USER.sub("", f"{path} = {value!r}: {sentences}")
+    return _USER.sub("", f"{path} = {value!r}: {join_sentences(problem, allowed, fix)}")
 
 
-def problem(path: str, value: object, wrong: str, *advice: str) -> str:
-    """Return one message; being replaced by `format_problem`."""
-    return format_problem(path, value, wrong, fix=" ".join(_sentence(a) for a in advice if a))
+def join_sentences(*parts: str) -> str:
+    """Return the parts that are not empty as sentences, each with its final stop."""
+    return " ".join(
+        part if part.endswith((".", "?", "!")) else part + "." for part in parts if part
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `Did you mean 'x'?` for the known word nearest to `word`, else an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"Did you mean {near[0]!r}?" if near else ""
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else text + "."
 
 
 class RaymixError(Exception):

@@ -109,7 +109,7 @@ def _measures(document: Mapping[str, Any]) -> list[str]:
 
 
 def _mixers(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import percent, with_spread
+    from raymix.report.formatting import percent, with_spread
 
     measures = _measures(document)
     table = plain_table("mixer", "runs", *measures, "worst is", "extra compute", fancy=fancy)
@@ -122,20 +122,20 @@ def _mixers(document: Mapping[str, Any], *, fancy: bool) -> Table:
 
 
 def _differences(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text
+    from raymix.report.formatting import difference
 
     measures = _measures(document)
     table = plain_table("mixer", *measures, fancy=fancy)
     for name, row in document["mixers"].items():
         if name != document["baseline"]:
-            found = [difference_text(row[measure]["difference"]) for measure in measures]
+            found = [difference(row[measure]["difference"]) for measure in measures]
             table.add_row(name, *found)
     return table
 
 
 def _domains(document: Mapping[str, Any], *, width: int, fancy: bool) -> Table:
     """Return the losses per domain, without their spread where there is no room for it."""
-    from raymix.report.comparison import with_spread
+    from raymix.report.formatting import with_spread
 
     rows = document["mixers"]
     names = [*document["domains"], *document["targets"]]

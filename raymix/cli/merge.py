@@ -210,7 +210,7 @@ def _drawn(out: str) -> str | None:
     if find_spec("matplotlib") is None:
         print("no plot: run `pip install raymix[plots]` for one")
         return None
-    from raymix.report.merging import draw_merge
+    from raymix.report.figures.merging import draw_merge
 
     return str(draw_merge(out))
 

@@ -202,7 +202,7 @@ def _page(out: str) -> Path:
     from pathlib import Path
 
     from raymix.errors import ScheduleError
-    from raymix.report.style import require_matplotlib
+    from raymix.report.figures.theme import require_matplotlib
 
     page = Path(out)
     if page.suffix not in {".html", ".htm"}:
@@ -218,7 +218,7 @@ def _write(document: Mapping[str, Any], found: Comparison, page: Path) -> list[s
     import json as json_module
 
     from raymix._utils.json import jsonable
-    from raymix.report.schedule import schedule_page
+    from raymix.report.pages.schedule import schedule_page
     from raymix.store import atomic_write_text
 
     data = page.with_suffix(".json")

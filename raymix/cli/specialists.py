@@ -100,32 +100,36 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
 
 
 def _models(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text, with_spread
-    from raymix.report.specialists import percent_spread, scale_text
+    from raymix.report.formatting import (
+        difference,
+        percent_with_spread,
+        scale_range,
+        with_spread,
+    )
 
     at_one, there = ("loss at scale 1", "recovered"), ("best scale", "loss there", "recovered")
     table = plain_table("model", *at_one, *there, "to joint", fancy=fancy)
     for name, row in document["rows"].items():
-        to_joint = "" if name == "joint" else difference_text(row["to_joint"])
-        cells = [with_spread(row["mean"]), percent_spread(row["recovered"])]
+        to_joint = "" if name == "joint" else difference(row["to_joint"])
+        cells = [with_spread(row["mean"]), percent_with_spread(row["recovered"])]
         table.add_row(name, *cells, "", "", "", to_joint)
     for name, row in document["merges"].items():
         given, best = row["given"], row["best"]
-        cells = [with_spread(given["mean"]), percent_spread(given["recovered"])]
-        scaled = [with_spread(best["mean"]), percent_spread(best["recovered"])]
-        cells += [scale_text(row["scale"]), *(scaled if row["scale"] else ["", ""])]
-        table.add_row(name, *cells, difference_text(best["to_joint"]))
+        cells = [with_spread(given["mean"]), percent_with_spread(given["recovered"])]
+        scaled = [with_spread(best["mean"]), percent_with_spread(best["recovered"])]
+        cells += [scale_range(row["scale"]), *(scaled if row["scale"] else ["", ""])]
+        table.add_row(name, *cells, difference(best["to_joint"]))
     return table
 
 
 def _differences(document: Mapping[str, Any], first: str, *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text
+    from raymix.report.formatting import difference
 
     table = plain_table("method", "at scale 1", "at the best scale", fancy=fancy)
     for name in document["merges"]:
         if name != first:
             found = [document["differences"][at][name][first] for at in ("given", "best")]
-            table.add_row(name, *(difference_text(item) for item in found))
+            table.add_row(name, *(difference(item) for item in found))
     return table
 
 

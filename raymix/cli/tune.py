@@ -112,7 +112,7 @@ def _minimized(document: Mapping[str, Any]) -> str:
 
 
 def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.tuning import number, percent
+    from raymix.report.formatting import fixed, percent
 
     table = plain_table(
         "",
@@ -133,28 +133,27 @@ def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
         table.add_row(name, *_cells(scores[0], scores[1]), percent(scores[2]["mre"]))
     for name, score in told["nulls"].items():
         last = told["nulls_last"].get(name) or nothing
-        table.add_row(f"knows less: {name}", *_cells(score, last), number(None))
+        table.add_row(f"knows less: {name}", *_cells(score, last), fixed(None, 3))
     return table
 
 
 def _cells(every: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
-    from raymix.report.tuning import number, percent
+    from raymix.report.formatting import fixed, percent
 
-    first = [number(every["r2"]), number(every["spearman"]), percent(every["mre"])]
-    return [*first, number(last["r2"]), number(last["spearman"])]
+    first = [fixed(every["r2"], 3), fixed(every["spearman"], 3), percent(every["mre"])]
+    return [*first, fixed(last["r2"], 3), fixed(last["spearman"], 3)]
 
 
 def _verified(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    from raymix.report.comparison import difference_text, with_spread
-    from raymix.report.tuning import interval, percent
+    from raymix.report.formatting import difference, percent, prediction, with_spread
 
     names = ("mixture", "predicted", "measured", "error", "to uniform", "to proportional")
     table = plain_table(*names, fancy=fancy)
     for role, row in document["verified"].items():
         name = f"{role} ({row['mixture']})" if row["mixture"].startswith("mix-") else role
-        against = [difference_text(row["against"].get(b)) for b in ("uniform", "proportional")]
+        against = [difference(row["against"].get(b)) for b in ("uniform", "proportional")]
         measured = with_spread(row["measured"])
-        table.add_row(name, interval(row["predicted"]), measured, percent(row["error"]), *against)
+        table.add_row(name, prediction(row["predicted"]), measured, percent(row["error"]), *against)
     return table
 
 

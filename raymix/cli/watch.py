@@ -1,4 +1,7 @@
-"""`raymix watch`: a run live in the terminal, from its files."""
+"""`raymix watch`: a run live in the terminal, from its files.
+
+Every loss stands beside its label, the one that `raymix report` has for it.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from raymix.report.live import LiveRun
+    from raymix.report.data.live import LiveRun
 
-_MOST_DOMAINS = 40
-_BAR = 16
+_MAX_DOMAINS = 40
+_BAR_CHARACTERS = 10
+_CURVE_CHARACTERS = 60
+# Without a terminal rich assumes 80 columns, which would cut the table of domains.
+_PIPE_COLUMNS = 148
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -39,19 +45,19 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        from raymix.report.live import LiveRun
+        from raymix.report.data.live import LiveRun
 
-        watched, console = LiveRun(run), Console(highlight=False)
-        watched.look()
+        live, console = LiveRun(run), Console(highlight=False)
+        live.poll()
         if once or json:
             if not console.is_terminal:
-                console.width = 132
-            console.print(dashboard(watched.document(), fancy=console.is_terminal))
+                console.width = _PIPE_COLUMNS
+            console.print(dashboard(live.document(), fancy=console.is_terminal))
         elif console.is_terminal:
-            _live(watched, console, every)
+            _live(live, console, every)
         else:
-            _lines(watched, every)
-        return watched.document()
+            _lines(live, every)
+        return live.document()
 
     run_command(work, json=json)
 
@@ -65,7 +71,7 @@ def _live(run: LiveRun, console: Console, every: float) -> None:
             if run.finished:
                 return
             time.sleep(every)
-            run.look()
+            run.poll()
 
 
 def _lines(run: LiveRun, every: float) -> None:
@@ -78,7 +84,7 @@ def _lines(run: LiveRun, every: float) -> None:
         if run.finished:
             return
         time.sleep(every)
-        run.look()
+        run.poll()
 
 
 def headline(document: Mapping[str, Any]) -> str:
@@ -90,7 +96,9 @@ def headline(document: Mapping[str, Any]) -> str:
     of = f"/{document['steps']:,}" if document["steps"] else ""
     parts = [f"{document['name']}: {document['state']}", f"step {document['step']:,}{of}"]
     if document["loss"] is not None:
-        parts.append(f"loss {document['loss']:.4f}")
+        parts.append(f"training loss {document['loss']:.4f}")
+    if document["loss_mean"] is not None and document["loss_mean_steps"] > 1:
+        parts.append(f"mean of last {document['loss_mean_steps']} {document['loss_mean']:.4f}")
     if document["tokens_per_s"] is not None:
         parts.append(f"{short(document['tokens_per_s'])} tok/s")
     if document["data_wait"] is not None:
@@ -107,51 +115,72 @@ def dashboard(document: Mapping[str, Any], *, fancy: bool) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
+    from raymix.report.data.losses import RECENT_STEPS
+
     parts: list[RenderableType] = [Text(headline(document), style="bold" if fancy else "")]
     curve = [value for value in document["loss_curve"] if value is not None]
     if len(curve) > 1:
-        ends = f"{curve[0]:.3f} to {curve[-1]:.3f}"
-        parts.append(Text(f"loss  {sparkline(curve, 60)}  {ends}, smoothed"))
+        ends = f"{curve[0]:.4f} to {curve[-1]:.4f}"
+        line = sparkline(curve, _CURVE_CHARACTERS)
+        parts.append(Text(f"training loss  {line}  {ends}, mean of last {RECENT_STEPS} steps"))
     if document["domains"]:
         parts += [Text(""), _table(document["domains"], fancy=fancy)]
+        parts.append(Text(f"\n{_legend(document)}", style="dim" if fancy else ""))
     return Group(*parts)
 
 
 def sparkline(values: list[float], width: int) -> str:
     """Return `values` as at most `width` block characters, the highest value the tallest."""
-    kept = [values[at * len(values) // width] for at in range(min(width, len(values)))]
+    shown = [values[at * len(values) // width] for at in range(min(width, len(values)))]
     if len(values) > width:
-        kept[-1] = values[-1]
-    low, high = min(kept), max(kept)
+        # The newest value is printed beside the curve: it must be its end, too.
+        shown[-1] = values[-1]
+    low, high = min(shown), max(shown)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(_BLOCKS[round((value - low) * scale)] for value in kept)
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in shown)
 
 
 def _table(domains: Mapping[str, Mapping[str, Any]], *, fancy: bool) -> Table:
     rows = list(domains.items())
     signals = any(row["grad_norm2"] is not None for _, row in rows)
-    heads = ["domain", "asked", "", "read", "tokens", "epochs", "loss", "held out", "before"]
+    # Short, as rich cuts columns off where a terminal is narrow: the legend says the rest.
+    heads = ["domain", "now", "", "asked", "read", "tokens", "epochs"]
+    heads += ["train loss", "held out", "before"]
     table = plain_table(*heads, *(["grad²", "noise"] if signals else []), fancy=fancy)
     table.columns[2].justify = "left"
     rows.sort(key=lambda item: -(item[1]["share_asked"] or 0.0))
-    for name, row in rows[:_MOST_DOMAINS]:
+    for name, row in rows[:_MAX_DOMAINS]:
         share = row["share_asked"] or 0.0
-        cells = [name, _percent(row["share_asked"]), "█" * round(_BAR * share)]
-        cells += [_percent(row["share_realised"]), f"{row['tokens']:,}", _figure(row["epochs"], 2)]
-        cells += [_figure(row[key], 3) for key in ("loss", "heldout_last", "heldout_first")]
+        cells = [name, _percent(row["share_asked"]), "█" * round(_BAR_CHARACTERS * share)]
+        cells += [_percent(row["share_asked_mean"]), _percent(row["share_realised"])]
+        cells += [f"{row['tokens']:,}", _fixed(row["epochs"], 2)]
+        cells += [_fixed(row[key], 3) for key in ("loss_mean", "heldout_last", "heldout_first")]
         if signals:
             cells += [_short(row["grad_norm2"]), _short(row["grad_noise"])]
         table.add_row(*cells)
-    if len(rows) > _MOST_DOMAINS:
-        table.add_row(f"{len(rows) - _MOST_DOMAINS} more")
+    if len(rows) > _MAX_DOMAINS:
+        table.add_row(f"{len(rows) - _MAX_DOMAINS} more")
     return table
+
+
+def _legend(document: Mapping[str, Any]) -> str:
+    """Return a line that says which quantities the columns hold."""
+    from raymix.report.data.losses import RECENT_STEPS
+
+    step = document["heldout_step"]
+    scored = "" if step is None else f" after step {step:,}, and before"
+    return (
+        f"Losses, nats per token: training loss, mean of a domain's last {RECENT_STEPS} steps; "
+        f"held-out loss{scored}.\n"
+        "Shares: asked now; asked and read, over the run."
+    )
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}%"
 
 
-def _figure(value: float | None, digits: int) -> str:
+def _fixed(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 

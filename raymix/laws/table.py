@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, did_you_mean, problem
+from raymix.errors import LawError, did_you_mean, format_problem, join_sentences
 from raymix.store import atomic_write_text
 
 Floats = NDArray[np.float64]
@@ -221,7 +221,12 @@ class _TableFaults:
             self._more += 1
             return
         self._found.append(
-            problem(f"{self.name}: row {self.line(row)}, column {column}", value, wrong, *advice)
+            format_problem(
+                f"{self.name}: row {self.line(row)}, column {column}",
+                value,
+                wrong,
+                fix=join_sentences(*advice),
+            )
         )
 
     def stop(self) -> None:

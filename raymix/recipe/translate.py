@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from raymix.errors import did_you_mean, format_problem, problem
+from raymix.errors import did_you_mean, format_problem, join_sentences
 from raymix.recipe.base import Fault, Faults
 from raymix.recipe.describe import Spot, describe, field_paths, tag_of
 from raymix.recipe.plugins import OpenTo
@@ -84,7 +84,8 @@ def translate(errors: Iterable[ErrorDetails], root: type[BaseModel]) -> list[str
 def fault_message(fault: Fault, prefix: _Path = ()) -> str:
     """Return the message of a rule's fault; `prefix` is the path of the model that states it."""
     path = ".".join([dotted(prefix)] * bool(prefix) + [fault.field] * bool(fault.field))
-    return problem(path, brief(fault.value), fault.wrong, *fault.advice)
+    advice = join_sentences(*fault.advice)
+    return format_problem(path, brief(fault.value), fault.wrong, fix=advice)
 
 
 def dotted(path: Iterable[str | int]) -> str:

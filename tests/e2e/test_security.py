@@ -23,9 +23,9 @@ from raymix.errors import CorpusError, RaymixError
 from raymix.laws import load_law, read_table
 from raymix.merging.run.engine import merge
 from raymix.recipe import Recipe, load_recipe
-from raymix.report.live import LiveRun
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.live import LiveRun
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarize
 from raymix.schedule import load_cost_model
 from raymix.store import Corpus
 from raymix.training.api import train
@@ -171,7 +171,7 @@ def run(recipe: Recipe, tmp_path: Path) -> Recipe:
 
 def watch_once(path: Path) -> dict[str, Any]:
     watched = LiveRun(path)
-    watched.look()
+    watched.poll()
     return watched.document()
 
 
@@ -179,7 +179,7 @@ def use(run: Recipe, out: Path) -> None:
     """Do all that reads a run directory and its corpus; each works or refuses."""
     path = Path(run.run_dir)
     uses: dict[str, Callable[[], object]] = {
-        "report": lambda: summarise(read_run(path)),
+        "report": lambda: summarize(read_run(path)),
         "watch": lambda: watch_once(path),
         "eval": lambda: score(path),
         "export": lambda: export(path, out),
@@ -205,7 +205,7 @@ def test_run_directories_and_corpora_run_nothing(
                              "resolved.yaml", "model.safetensors", "documents.arrow"}:  # fmt: skip
                 use(run, tmp_path / "out")
             else:
-                outcome(lambda: summarise(read_run(run.run_dir)), str(file))
+                outcome(lambda: summarize(read_run(run.run_dir)), str(file))
             assert not sprung.exists(), file
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(before)

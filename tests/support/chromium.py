@@ -68,6 +68,45 @@ class Page:
         await self.call("Page.navigate", url=path.resolve().as_uri())
         await self.wait("Page.loadEventFired")
 
+    async def hover(self, element: str) -> None:
+        """Move the pointer onto an element, given as an expression of the page's script."""
+        await self._pointer("mouseMoved", element)
+
+    async def click(self, element: str) -> None:
+        """Click an element, given as an expression of the page's script."""
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            await self._pointer(kind, element)
+
+    async def leave(self) -> None:
+        """Move the pointer to the corner of the window, where nothing listens."""
+        await self.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+
+    async def press(self, key: str, text: str) -> None:
+        """Press a key on whatever has the focus."""
+        await self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+
+    async def becomes(self, script: str, value: Any) -> None:
+        """Wait until a script comes to `value`: colors and opacity change over some frames."""
+        for _ in range(100):
+            seen = await self.value(script)
+            if seen == value:
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{script} stays {seen}, not {value}")
+
+    async def _pointer(self, kind: str, element: str) -> None:
+        # A legend entry's box may span lines, so its first box is the one to point at.
+        place = f"""(() => {{
+          const node = {element};
+          node.scrollIntoView({{block: 'center', behavior: 'instant'}});
+          const box = node.getClientRects()[0];
+          return [box.x + box.width / 2, box.y + box.height / 2];
+        }})()"""
+        x, y = await self.value(place)
+        await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
+                        clickCount=1)  # fmt: skip
+
     async def picture(self, path: Path) -> None:
         """Write what the whole page looks like as PNG."""
         answer = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
@@ -108,6 +147,8 @@ async def opened(profile: Path) -> AsyncIterator[Page]:
                 page = Page(socket)
                 for domain in ("Page", "Runtime", "Log", "Network"):
                     await page.call(f"{domain}.enable")
+                # A tab that no window shows has no focus to give.
+                await page.call("Emulation.setFocusEmulationEnabled", enabled=True)
                 yield page
     finally:
         process.terminate()

@@ -92,6 +92,12 @@ def metrics(
                     for name, rows in zip(log.domains, counts, strict=True)
                     if rows
                 },
+                "grad_norm": 0.4 + 2 * (step + 1) ** -0.5,
+                "domain_loss": {
+                    name: 4 + 0.1 * (at % 5) + 3.6 * (step + 1) ** -0.5
+                    for at, (name, rows) in enumerate(zip(log.domains, counts, strict=True))
+                    if rows
+                },
                 "batch_hash": f"{step:016x}",
             }
         )

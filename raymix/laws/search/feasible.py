@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from raymix.errors import LawError, did_you_mean, problem
+from raymix.errors import LawError, did_you_mean, format_problem, join_sentences
 from raymix.laws.search.objective import Objective, as_array
 from raymix.laws.table import Floats
 
@@ -147,7 +147,9 @@ class _LimitFaults:
         self.found: list[str] = []
 
     def add(self, field: str, value: object, wrong: str, *advice: str) -> None:
-        self.found.append(problem(f"objective.{field}", value, wrong, *advice))
+        self.found.append(
+            format_problem(f"objective.{field}", value, wrong, fix=join_sentences(*advice))
+        )
 
     def checked(
         self,

@@ -135,7 +135,7 @@ def _write(document: Mapping[str, Any], out: Path) -> list[str]:
     atomic_write_text(str(out / "compare.csv"), to_csv(document))
     written = [str(out / "compare.json"), str(out / "compare.csv")]
     if importlib.util.find_spec("matplotlib") is not None:
-        from raymix.report.comparison import comparison_page
+        from raymix.report.pages.comparison import comparison_page
 
         atomic_write_text(str(out / "compare.html"), comparison_page(document))
         written.append(str(out / "compare.html"))

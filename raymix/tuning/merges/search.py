@@ -262,7 +262,7 @@ def _write(document: Mapping[str, Any], search: Search, best: Mapping[str, float
     atomic_write_text(str(folder / "search_result.json"), text + "\n")
     written = [str(folder / name) for name in ("search_result.json", "merge.yaml")]
     if importlib.util.find_spec("matplotlib") is not None:
-        from raymix.report.merging import draw_search
+        from raymix.report.figures.merging import draw_search
 
         atomic_write_text(str(folder / "search.svg"), draw_search(document))
         written.append(str(folder / "search.svg"))

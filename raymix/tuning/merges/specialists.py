@@ -367,7 +367,7 @@ def _write(document: Mapping[str, Any], out: Path) -> list[str]:
     atomic_write_text(str(out / "specialists.json"), text + "\n")
     written = [str(out / "specialists.json")]
     if importlib.util.find_spec("matplotlib") is not None:
-        from raymix.report.specialists import specialists_page
+        from raymix.report.pages.specialists import specialists_page
 
         atomic_write_text(str(out / "specialists.html"), specialists_page(document))
         written.append(str(out / "specialists.html"))

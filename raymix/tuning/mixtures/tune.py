@@ -231,7 +231,7 @@ def _write(document: Mapping[str, Any], out: Path) -> list[str]:
     _write_json(out / "tune.json", document)
     written = [str(out / name) for name in ("tune.json", "mixtures.csv", "law.json")]
     if importlib.util.find_spec("matplotlib") is not None:
-        from raymix.report.tuning import tuning_page
+        from raymix.report.pages.tuning import tuning_page
 
         atomic_write_text(str(out / "tune.html"), tuning_page(document))
         written.append(str(out / "tune.html"))

@@ -14,7 +14,7 @@ from raymix.errors import RecipeError
 from raymix.laws import MixtureTable, fit_law, save_law
 from raymix.recipe import Recipe
 from raymix.report import write_report
-from raymix.report.planned import schedule_of
+from raymix.report.data.predictions import schedule_of
 from raymix.schedule import Layout, training_planner
 from raymix.training.api import train
 from raymix.training.run.rundir import read_metrics
@@ -130,7 +130,7 @@ def test_the_law_of_a_search_stands_beside_what_came(tmp_path: Path) -> None:
     assert told["law"]["kind"] == "additive"
     assert told["law"]["step"] == [20, 40, 60]
     assert set(told["law"]["loss"]) == {"books", "code", "maths"}
-    assert "Dashed: what the law of the search foretells" in page
+    assert "Dashed: the prediction of the search" in page
     assert f"off by {told['law']['error']:.2%} at the end" in page
 
 

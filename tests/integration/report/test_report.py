@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import sys
@@ -10,6 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -19,30 +22,40 @@ from typer.testing import CliRunner
 from raymix.cli.main import app
 from raymix.errors import RecipeError
 from raymix.report import write_report
-from raymix.report.figures import x_axis
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.losses import RECENT_STEPS
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarize
+from raymix.report.data.training_curves import training_curves
+from raymix.report.figures.progress import progress_axis
 from tests.support.runs import ENTROPY, LENGTH, ROWS, write_run
 
 
 class References(HTMLParser):
-    """Collects what a browser would fetch, and checks that tags close."""
+    """Collects resources that a browser would fetch, and checks that tags close."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.references: list[str] = []
         self.open: list[str] = []
+        self.scripts: list[str] = []
+        self.policy = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in {"script", "link", "img", "iframe", "object"}:
-            self.found.append(tag)
-        self.found += [
+        if tag in {"link", "img", "iframe", "object"}:
+            self.references.append(tag)
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
+        self.references += [
             f"{name}={value}"
             for name, value in attrs
             if name in {"src", "href", "xlink:href"} and not (value or "").startswith("#")
         ]
         if tag not in {"meta", "br"}:
             self.open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -54,7 +67,7 @@ def data_of(page: Path) -> list[dict[str, Any]]:
 
 def undrawn(run: Path) -> dict[str, Any]:
     """Return the twin's data of one run without drawing it."""
-    return json.loads(json.dumps(summarise(read_run(run)), allow_nan=False))
+    return json.loads(json.dumps(summarize(read_run(run)), allow_nan=False))
 
 
 @pytest.fixture(scope="module")
@@ -101,24 +114,70 @@ def test_the_page_stands_alone(page: Path) -> None:
     html = page.read_text()
     parser = References()
     parser.feed(html)
-    assert parser.found == []
+    assert parser.references == []
     assert parser.open == []
-    assert "http" not in html.replace("http://www.w3.org/", "")
+    assert "://" not in html.replace("http://www.w3.org/", "")
     assert not re.search(r"url\((?!#)|@import", html)
-    assert "prefers-color-scheme:dark" in html
+    assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
 
 
-def test_every_picture_is_sound_and_takes_its_colours_from_the_theme(page: Path) -> None:
+def test_the_page_runs_its_own_script_and_no_other(page: Path) -> None:
+    parser = References()
+    parser.feed(page.read_text())
+    (script,) = parser.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in parser.policy
+    assert "default-src 'none'" in parser.policy
+    assert not re.search(r" on[a-z]+=|javascript:", page.read_text())
+
+
+def test_names_of_others_are_text_in_the_page(tmp_path: Path) -> None:
+    names = ('<img src=x onerror="alert(1)">', "'\"><script>alert(2)</script>", "a|b & c")
+    run = write_run(tmp_path / "r<b>un", domains=names, steps=6)
+    html = write_report(run, tmp_path / "page.html").read_text()
+    parser = References()
+    parser.feed(html)
+    assert parser.references == []
+    assert len(parser.scripts) == 1
+    assert parser.open == []
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ET.fromstring(svg)
+
+
+def test_legends_name_the_series_of_their_charts(page: Path) -> None:
+    html = page.read_text()
+    figures = {
+        title: figure
+        for figure in re.findall(r"<figure.*?</figure>", html, re.DOTALL)
+        for title in re.findall(r"<h3>([^<]*)", figure)
+    }
+    for title in ("Training loss per domain", "Mixture over time"):
+        toggles = re.findall(r'data-toggle="([\w-]+)"', figures[title])
+        series = re.findall(r'data-series="([\w-]+)"><title>(\w+)', figures[title])
+        assert sorted(toggles) == ["domain-0", "domain-1", "domain-2"]
+        assert set(series) == {("domain-0", "books"), ("domain-1", "code"), ("domain-2", "maths")}
+    # One run needs no legend.
+    assert "data-toggle" not in figures["Training loss and learning rate"]
+
+
+def test_every_picture_is_sound_and_takes_its_colors_from_the_theme(page: Path) -> None:
     html = page.read_text()
     svgs = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    assert len(svgs) == 5 + 3
+    assert len(svgs) == 7 + 3
     names = [name for svg in svgs for name in re.findall(r' id="([^"]+)"', svg)]
     assert len(names) == len(set(names))
     for svg in svgs:
         ET.fromstring(svg)
         assert set(re.findall(r"(?:fill|stroke): (#\w+)", svg)) <= set()
-    for title in ("Mixture over time", "Training loss", "Throughput", "Read against asked"):
+    for title in (
+        "Mixture over time",
+        "Training loss",
+        "Throughput",
+        "Read against asked",
+        "Gradient norm",
+        "Training loss per domain",
+    ):
         assert title in html
     for unit in ("nats per token", "share of tokens asked, %", "read minus asked, rows"):
         assert unit in html
@@ -238,22 +297,24 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert (one["name"], two["name"]) == ("a", "b")
     html = page.read_text()
     assert html.count("Mixture over time: ") == 2
-    assert html.count("Training loss and learning rate") == 1
+    assert html.count("<h3>Training loss and learning rate</h3>") == 1
+    assert html.count("<h3>Gradient norm</h3>") == 1
+    assert len(re.findall(r"<h3>Training loss per domain: [ab]</h3>", html)) == 2
     assert "Held-out loss side by side" in html
     # A panel for each domain of either run.
-    assert len(re.findall(r"<svg", html)) == 2 + 3 * 2 + 4
+    assert len(re.findall(r"<svg", html)) == 3 + 4 * 2 + 4
 
 
 def test_runs_of_unequal_steps_share_an_axis_of_tokens(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, steps=6) for name in ("a", "b")]
-    equal = x_axis([undrawn(run) for run in runs])
+    equal = progress_axis([undrawn(run) for run in runs])
     assert equal.label == "step (2,048 tokens each)"
     lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     lines[2]["tokens"] += 100
     (runs[1] / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     data = [undrawn(run) for run in runs]
-    assert x_axis(data).label == "tokens, millions"
-    assert x_axis(data[1:]).label == "step"
+    assert progress_axis(data).label == "tokens, millions"
+    assert progress_axis(data[1:]).label == "step"
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -322,6 +383,38 @@ def test_without_matplotlib_the_extra_is_named(
     with pytest.raises(RecipeError, match=r"pip install raymix\[plots\]"):
         write_report([run], tmp_path / "x.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_old_runs_without_gradient_norms_are_drawn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "old", steps=8)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("grad_norm", None)
+        line.pop("domain_loss", None)
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    html = write_report(run).read_text()
+    assert "Gradient norm" not in html
+    assert "Training loss per domain" not in html
+    assert "Training loss and learning rate" in html
+
+
+def test_training_curves_are_the_values_of_the_metrics(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    record = read_run(run)
+    curves = training_curves(record, summarize(record))
+    assert curves["grad_norm"]["grad_norm"] == pytest.approx([line["grad_norm"] for line in steps])
+    assert curves["loss_mean_steps"] == RECENT_STEPS
+    assert curves["loss_mean"] == pytest.approx(
+        np.mean([line["loss"] for line in steps[-RECENT_STEPS:]])
+    )
+    for name, mean in curves["domain_loss_mean"].items():
+        losses = [line["domain_loss"][name] for line in steps if name in line["domain_loss"]]
+        assert mean == pytest.approx(np.mean(losses[-RECENT_STEPS:]))
+    window = curves["domain_loss"]["smoothing_steps"]
+    # A window at the first step holds the step and those after it.
+    first = [line["domain_loss"].get("books", np.nan) for line in steps[: (window + 1) // 2]]
+    assert curves["domain_loss"]["loss"]["books"][0] == pytest.approx(np.nanmean(first))
 
 
 @pytest.mark.parametrize("out", ["page.pdf", "page"])

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from raymix.report.schedule import schedule_page
-from raymix.report.tuning import MOST_PANELS, tuning_page
-from raymix.report.tuning_figures import main_figures, slice_panels
+from raymix.report.figures.tuning import main_charts, slice_panels
+from raymix.report.pages.schedule import schedule_page
+from raymix.report.pages.tuning import MAX_PANELS, tuning_page
 from raymix.schedule import Layout, compare_planners
 from tests.support.loops import train_corpus
 from tests.support.scheduling import PLAIN
@@ -29,8 +29,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_page_of_a_search_stands_alone(searched: dict[str, Any]) -> None:
     page = tuning_page(searched)
     assert page.count("<svg") == 3 + 3 + 3
-    assert "http" not in page.replace("http://www.w3.org/", "")
-    assert not re.search(r"\bnan\b|None", re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL))
+    assert "://" not in page.replace("http://www.w3.org/", "")
+    visible = re.sub(r"<(style|script)>.*?</\1>|<meta[^>]*>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\bnan\b|None", visible)
     assert "A &lt;search&gt;: shares found by 6 small runs" in page
     assert "<search>" not in page
     for words in ("Predicted and measured", "What the law is worth", "The small runs"):
@@ -41,7 +42,7 @@ def test_the_page_of_a_search_stands_alone(searched: dict[str, Any]) -> None:
     assert set(re.findall(r'<td class="best">([\d.]+)', page)) == {f"{lowest:.4f}"}
 
 
-def test_differences_are_coloured_only_where_they_leave_out_zero(searched: dict[str, Any]) -> None:
+def test_differences_are_colored_only_where_they_leave_out_zero(searched: dict[str, Any]) -> None:
     def differ(role: str, low: float, high: float) -> Change:
         told = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": 2}
         return lambda d: d["verified"][role].update(against={"uniform": told})
@@ -70,7 +71,7 @@ def test_a_search_without_verification_is_drawn(searched: dict[str, Any]) -> Non
 
 def test_one_horizon_has_no_path(searched: dict[str, Any]) -> None:
     short = changed(searched, lambda d: d.update(path=d["path"][:1]))
-    assert [title for title, _, _ in main_figures(short)] == [
+    assert [chart.title for chart in main_charts(short)] == [
         "Predicted against measured",
         "Shares",
     ]
@@ -84,7 +85,7 @@ def test_runs_without_an_end_are_listed_last(searched: dict[str, Any]) -> None:
 
     page = tuning_page(changed(searched, stop))
     table = page[page.index("The small runs") :]
-    named = re.findall(r"<td>(mix-\d+)</td>", table)
+    named = re.findall(r">(mix-\d+)</span></th>", table)
     assert sorted(named) == [f"mix-{at:03d}" for at in range(6)]
     assert named[-1] == "mix-001"
     assert "<td>20 (stopped)</td>" in table
@@ -93,7 +94,7 @@ def test_runs_without_an_end_are_listed_last(searched: dict[str, Any]) -> None:
 
 
 def test_of_many_domains_some_panels_are_drawn(searched: dict[str, Any]) -> None:
-    names = [f"domain{at}" for at in range(MOST_PANELS + 6)]
+    names = [f"domain{at}" for at in range(MAX_PANELS + 6)]
 
     def grow(document: dict[str, Any]) -> None:
         share = dict.fromkeys(names, 1 / len(names))
@@ -107,7 +108,7 @@ def test_of_many_domains_some_panels_are_drawn(searched: dict[str, Any]) -> None
     many = changed(searched, grow)
     assert len(slice_panels(many)) == len(names)
     page = tuning_page(many)
-    assert page.count("<svg") == 3 + MOST_PANELS + 3
+    assert page.count("<svg") == 3 + MAX_PANELS + 3
     assert re.search(r"\d+ others", page)
 
 
@@ -131,7 +132,8 @@ def test_the_page_of_planners_has_a_row_for_each(planned: tuple[Any, Any]) -> No
     assert page.count("<svg") == 4 + 2
     assert f"Planning a &lt;name&gt;: {len(document['planners'])} planners compared" in page
     for name, row in document["planners"].items():
-        assert f"<tr><td>{name}</td><td>{row['speedup_over_default']:.2f}x</td>" in page
+        first = f"<td>{row['speedup_over_default']:.2f}x</td>"
+        assert f'<tr><th scope="row"><span class="name">{name}</span></th>{first}' in page
     assert "twin.json, beside this page" in page
     assert "2 groups of 2 ranks, barrier: group" in page
     assert "times by the cost model of unnamed hardware" in page
@@ -139,6 +141,6 @@ def test_the_page_of_planners_has_a_row_for_each(planned: tuple[Any, Any]) -> No
     told = {**document, "left_out": {"exact": "over <12> sequences"}}
     again = schedule_page(told, schedules, twin="twin.json")
     assert (
-        again.replace('<p class="quiet">exact is left out: over &lt;12&gt; sequences</p>', "")
+        again.replace('<p class="quiet">exact is left out: over &lt;12&gt; sequences</p>\n', "")
         == page
     )

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from raymix.recipe import Recipe
-from raymix.report.live import LiveRun
-from raymix.report.read import read_run
-from raymix.report.summary import summarise
+from raymix.report.data.live import LiveRun
+from raymix.report.data.read import read_run
+from raymix.report.data.summary import summarize
 from raymix.training.api import train
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.score import score
@@ -43,13 +43,13 @@ def test_files_that_are_read(name: str, cases: int, run: Path) -> None:
     for case in range(cases):
         (run / name).write_bytes(damaged(raw, case))
         told = f"{name} case {case}"
-        outcome(lambda: summarise(read_run(run)), f"report, {told}")
+        outcome(lambda: summarize(read_run(run)), f"report, {told}")
         outcome(lambda: watch_once(run), f"watch, {told}")
 
 
 def watch_once(run: Path) -> dict[str, Any]:
     watched = LiveRun(run)
-    watched.look()
+    watched.poll()
     return watched.document()
 
 

@@ -17,8 +17,8 @@ from raymix.cli.tune import draw
 from raymix.errors import RecipeError
 from raymix.laws import Objective
 from raymix.recipe import TuneConfig
-from raymix.report.merging import draw_merge
-from raymix.report.tuning import interval, number
+from raymix.report.figures.merging import draw_merge
+from raymix.report.formatting import fixed, prediction
 from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import Mixture, Space, designed, references, space_of
 from raymix.tuning.mixtures.learn import LearnedLaw, learn, mixture_table, predicted, value_of
@@ -125,10 +125,10 @@ def test_of_many_domains_the_first_are_shown(searched: dict[str, Any]) -> None:
 
 
 def test_numbers_as_text() -> None:
-    assert number(None) == "\N{EN DASH}"
-    assert number(0.12345) == "0.123"
-    assert interval({"value": 1.5, "low": None, "high": None}) == "1.5000"
-    assert interval({"value": 1.5, "low": 1.25, "high": 1.75}) == "1.5000 [1.2500, 1.7500]"
+    assert fixed(None, 3) == "\N{EN DASH}"
+    assert fixed(0.12345, 3) == "0.123"
+    assert prediction({"value": 1.5, "low": None, "high": None}) == "1.5000"
+    assert prediction({"value": 1.5, "low": 1.25, "high": 1.75}) == "1.5000 [1.2500, 1.7500]"
 
 
 # What is learned.

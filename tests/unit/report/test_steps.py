@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from raymix.report.steps import steps_and_evaluations
+from raymix.report.data.steps import steps_and_evaluations
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
@@ -18,10 +18,10 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 
 def test_the_last_line_of_a_step_counts() -> None:
     told = [
-        line(1, counts={"a": 48, "b": 16}, shares={"a": 0.75, "b": 0.25}),
+        line(1, counts={"a": 48, "b": 16}, shares={"a": 0.75, "b": 0.25}, grad_norm=0.5),
         line(2, counts={"b": 64}),
         {"step": 2, "eval": {"a": {"loss": 3.0}}},
-        line(2, loss=2.0, counts={"a": 64}),
+        line(2, loss=2.0, counts={"a": 64}, domain_loss={"a": 1.5}),
     ]
     texts = [json.dumps(item) + "\n" for item in told]
     steps, evaluations, bad, cut_off = steps_and_evaluations([*texts, "\n", '{"step": 3, "lo'])
@@ -29,10 +29,13 @@ def test_the_last_line_of_a_step_counts() -> None:
     assert steps.loss_S.tolist() == [2.5, 2.0]
     assert steps.version_S.tolist() == [-1, -1]
     assert np.isnan(steps.lr_S).all()
-    assert [(c.names, c.tokens.tolist()) for c in steps.counts if c] == [
+    assert [(c.names, c.values.tolist()) for c in steps.counts if c] == [
         (("a", "b"), [48.0, 16.0]),
         (("a",), [64.0]),
     ]
+    assert steps.grad_norm_S[0] == 0.5
+    assert np.isnan(steps.grad_norm_S[1])
+    assert [losses and losses.values.tolist() for losses in steps.domain_loss] == [None, [1.5]]
     assert steps.shares == [{"a": 0.75, "b": 0.25}, None]
     assert [(found.step, found.domains) for found in evaluations] == [(2, {"a": {"loss": 3.0}})]
     assert (bad, cut_off) == ([6], True)

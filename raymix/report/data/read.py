@@ -1,6 +1,6 @@
-"""What the files of a run directory say, read with care for runs that go on or were cut off.
+"""Run directories, tolerant of runs still being written, cut off or damaged.
 
-The steps themselves are read by `raymix.report.steps`.
+The lines of `metrics.jsonl` are parsed by `raymix.report.data.steps`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import parse_yaml
-from raymix.errors import RaymixError, RecipeError, did_you_mean, problem
-from raymix.report.steps import Document, Evaluation, Steps, steps_and_evaluations
+from raymix.errors import RaymixError, RecipeError, did_you_mean, format_problem
+from raymix.report.data.steps import Document, Evaluation, Steps, steps_and_evaluations
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
 from raymix.store.remote import files
@@ -28,12 +28,13 @@ METRICS = "metrics.jsonl"
 RECIPE = "resolved.yaml"
 LOG = "mixture_log.jsonl"
 FILES = (RECIPE, "environment.json", LOG, METRICS)
-"""What is read of a run; the last tells how far it is."""
+"""The files of a run that a report needs; the last, its metrics, tells how far it is."""
 
 T = TypeVar("T")
 
 
 class _Section(BaseModel):
+    # A report must open runs of later versions, whose recipes have fields that this one lacks.
     model_config = ConfigDict(extra="allow")
 
     kind: str | None = None
@@ -46,8 +47,8 @@ class _Section(BaseModel):
     max_epochs: float | dict[str, float | None] | None = None
 
 
-class _Shown(BaseModel):
-    """What reports look at in a recipe; it may be of another version, and say much besides."""
+class _RecipeSubset(BaseModel):
+    """The recipe fields that reports use; recipes of other versions may have any others."""
 
     corpus: _Section | None = None
     data: _Section | None = None
@@ -60,11 +61,11 @@ class _Shown(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """One run directory."""
+    """The parsed files of one run directory."""
 
     path: Path
     where: str
-    """Its path as it was given, or its URL."""
+    """The path as given by the user, or the URL."""
     recipe: Document
     environment: Document
     domains: tuple[str, ...]
@@ -73,7 +74,7 @@ class RunRecord:
     log: MixtureLog | None
     corpus: Corpus | None
     notes: tuple[str, ...]
-    """What is missing or damaged, in words."""
+    """Missing or damaged files, one sentence each."""
 
     @property
     def name(self) -> str:
@@ -82,7 +83,7 @@ class RunRecord:
 
 
 def outline(path: str | Path) -> RunRecord:
-    """Return what the run directory at `path` says beside its steps: recipe, machine, corpus.
+    """Return a run without its steps: recipe, environment, corpus, mixture log.
 
     Raises:
         RecipeError: If it is no run directory.
@@ -95,7 +96,7 @@ def outline(path: str | Path) -> RunRecord:
 
 @contextmanager
 def on_this_machine(place: str | Path) -> Iterator[Path]:
-    """Yield the directory of a run; what a report reads of a run at a URL is fetched before.
+    """Yield a local directory of the run; the files of a run at a URL are fetched into one.
 
     Raises:
         RecipeError: If there is no run at the URL.
@@ -106,26 +107,29 @@ def on_this_machine(place: str | Path) -> Iterator[Path]:
         yield Path(place)
         return
     with tempfile.TemporaryDirectory(prefix="raymix-") as above:
+        # The directory gives the run its name.
         directory = Path(above) / url.rsplit("/", 1)[-1]
         fetch_run(url, Mirror(url, directory))
         yield directory
 
 
 def fetch_run(url: str, mirror: Mirror) -> None:
-    """Bring the copies of what a report reads of the run at `url` up to date.
+    """Update the local copies of the files that a report needs of the run at `url`.
 
     Raises:
         RecipeError: If there is no run.
         StorageError: If the store cannot be used.
     """
-    if not (mirror.fetch(*FILES)):
+    if not mirror.fetch(*FILES):
+        # A store that cannot be used raises its own, better error.
         files.check_store(url, "run")
-        wrong = f"not a run directory: no {METRICS} in it"
-        raise RecipeError(problem("run", url, wrong, "`raymix train` makes one"))
+        raise RecipeError.at(
+            "run", url, f"not a run directory: no {METRICS} in it", fix="`raymix train` makes one"
+        )
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Return what the run at `path` holds; what is missing is noted, not fatal.
+    """Return the run at `path`; missing and damaged files become notes, not errors.
 
     Args:
         path: A run directory, or the URL of one.
@@ -135,6 +139,7 @@ def read_run(path: str | Path) -> RunRecord:
         StorageError: If it is a URL and the store cannot be used.
     """
     with on_this_machine(path) as directory:
+        # The copy's path means nothing to the user, and is gone when the page is read.
         return replace(_read_run(directory, str(path)), where=str(path))
 
 
@@ -142,8 +147,9 @@ def _read_run(directory: Path, path: str) -> RunRecord:
     notes: list[str] = []
     steps, evaluations = _read_metrics(directory, notes)
     if not len(steps) and not evaluations:
-        wrong = f"{METRICS} holds no step yet"
-        raise RecipeError(problem("run", path, wrong, "Try again once training has begun"))
+        raise RecipeError.at(
+            "run", path, f"{METRICS} holds no step yet", fix="Try again once training has begun"
+        )
     return _record(directory, steps, evaluations, notes)
 
 
@@ -169,6 +175,8 @@ def _record(
 
 def _read_metrics(directory: Path, notes: list[str]) -> tuple[Steps, tuple[Evaluation, ...]]:
     try:
+        # A lone carriage return in a damaged line is no end of line, and a character cut in two
+        # must not cost the lines before it.
         file = (directory / METRICS).open(encoding="utf-8", errors="replace", newline="\n")
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(_no_run(directory)) from None
@@ -176,6 +184,7 @@ def _read_metrics(directory: Path, notes: list[str]) -> tuple[Steps, tuple[Evalu
         steps, evaluations, bad, cut_off = steps_and_evaluations(file)
     if cut_off:
         notes.append(f"{METRICS}: the last line was cut off and is left out.")
+        # A run that is still being written ends in half a line: that is no damage.
         bad.pop()
     if bad:
         which = f"line{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:5]))}"
@@ -187,17 +196,23 @@ def _no_run(directory: Path) -> str:
     if not directory.exists():
         parent = directory.parent
         near = [item.name for item in parent.iterdir()] if parent.is_dir() else []
-        hint = did_you_mean(directory.name, near)
-        return problem("run", str(directory), "no such directory", hint)
+        return format_problem(
+            "run", str(directory), "no such directory", fix=did_you_mean(directory.name, near)
+        )
     inside = sorted(item.parent.name for item in directory.glob(f"*/{METRICS}"))
-    advice = f"Runs in it: {', '.join(inside[:8])}" if inside else "`raymix train` makes one"
-    return problem("run", str(directory), f"not a run directory: no {METRICS} in it", advice)
+    return format_problem(
+        "run",
+        str(directory),
+        f"not a run directory: no {METRICS} in it",
+        fix=f"Runs in it: {', '.join(inside[:8])}" if inside else "`raymix train` makes one",
+    )
 
 
 def _tolerant(read: Callable[[Path], T], directory: Path, name: str, notes: list[str]) -> T | None:
-    """Return what `read` makes of a file of the run; None and a note if that fails."""
+    """Return `read` of a file of the run, or None and a note if that fails."""
     try:
         return read(directory / name)
+    # Before OSError, which it is: an absent file is no damaged one.
     except FileNotFoundError:
         notes.append(f"{name} is missing.")
     except (OSError, ValueError, RaymixError) as error:
@@ -212,7 +227,8 @@ def _read_json(path: Path) -> Document:
 
 def _read_recipe(path: Path) -> Document:
     document = _mapping(parse_yaml(path.read_text(encoding="utf-8"), name=RECIPE, value=str(path)))
-    _Shown.model_validate(document)
+    # Validated, not converted: readers then take the types of these fields for granted.
+    _RecipeSubset.model_validate(document)
     return document
 
 
@@ -223,6 +239,7 @@ def _mapping(value: Any) -> Document:
 
 
 def _read_log(path: Path) -> MixtureLog:
+    # `splitlines` would also split at U+2028, which JSON strings may hold.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return MixtureLog.from_lines(lines, path=LOG)
 
@@ -244,6 +261,7 @@ def _domains(
     steps: Steps,
     evaluations: Sequence[Evaluation],
 ) -> tuple[str, ...]:
+    # The log comes first: the order of its domains is that of the statistics in it.
     if log is not None and log.domains:
         return log.domains
     if corpus is not None:

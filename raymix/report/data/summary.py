@@ -1,4 +1,4 @@
-"""The data behind a report: one JSON-able document per run, from which page and figures are made.
+"""Summary of a run in JSON types: the data of the JSON twin and of most of the page.
 
 Shapes: S recorded steps, V entries of the mixture log, E evaluations, D domains.
 """
@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from raymix.report import planned
-from raymix.report.exactness import Account, account, bound, usable_tokens
-from raymix.report.read import RunRecord
-from raymix.report.steps import Document, Floats, number
+from raymix.report.data import predictions
+from raymix.report.data.exactness import RealizedMixture, bound, realized_mixture, usable_tokens
+from raymix.report.data.read import RunRecord
+from raymix.report.data.steps import Document, Floats, Steps, number
 from raymix.store import Manifest
 
 _SIGNALS = ("grad_norm2", "grad_noise", "alignment")
-MOST_POINTS = 800
-MOST_BANDS = 10
-MOST_PANELS = 24
-MOST_ROWS = 40
+# As many points as a figure has pixels; more only make the page larger.
+MAX_POINTS = 800
+# As many as there are colors that can be told apart.
+MAX_SERIES = 10
+MAX_PANELS = 24
+MAX_ROWS = 40
 
 
-def summarise(run: RunRecord) -> Document:
-    """Return everything a report shows of a run, in JSON types; NaN becomes None."""
+def summarize(run: RunRecord) -> Document:
+    """Return the summary of a run in JSON types, NaN as None; keys and values are stable."""
     shares_VD = _shares(run)
-    counted = account(run, _asked(run, shares_VD))
-    domains = _domains(run, counted)
+    realized = realized_mixture(run, _asked(run, shares_VD))
+    domains = _domains(run, realized)
     notes = list(run.notes)
-    scheduled = planned.schedules(run, notes)
+    scheduled = predictions.schedules(run, notes)
     document = {
         "name": run.name,
         "path": run.where,
@@ -41,21 +43,22 @@ def summarise(run: RunRecord) -> Document:
         "weights": _weights(run, shares_VD),
         "heldout": _heldout(run, domains),
         "signals": _signals(run),
-        "exactness": _exactness(run, counted, shares_VD),
-        "law": planned.law_of(run, notes),
+        "exactness": _exactness(run, realized, shares_VD),
+        "law": predictions.law_of(run, notes),
         "notes": notes,
     }
-    # Costs keep all their digits: schedules are made again from them.
-    exact = [{**step, "measured_s": _plain(step["measured_s"])} for step in scheduled]
-    return {**_plain(document), "schedules": exact}
+    # Costs keep all their digits: a planner that breaks ties by them must plan the same again.
+    exact = [{**step, "measured_s": plain(step["measured_s"])} for step in scheduled]
+    return {**plain(document), "schedules": exact}
 
 
 def _shares(run: RunRecord) -> Floats:
     """Return the shares of each mixture, shape (V, D): the log's, else those of the metrics."""
     if run.log is not None and run.log.entries:
         return np.array([entry.weights for entry in run.log.entries], dtype=np.float64)
-    told = [shares for shares in run.steps.shares if shares]
-    changes = [new for old, new in zip([None, *told], told, strict=False) if new != old]
+    # A run without its log still has the shares in its metrics, if not when they were asked.
+    recorded = [shares for shares in run.steps.shares if shares]
+    changes = [new for old, new in zip([None, *recorded], recorded, strict=False) if new != old]
     return np.array(
         [[number(shares.get(name, 0.0)) for name in run.domains] for shares in changes]
     ).reshape(len(changes), len(run.domains))
@@ -70,6 +73,7 @@ def _asked(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
     if run.log is None or not run.log.entries:
         yield from _asked_by_metrics(run, shares_VD)
         return
+    # A log may begin with a later version where its head was cut off.
     first = run.log.entries[0].version
     versions = run.steps.version_S.tolist()
     for step, version in zip(run.steps.step_S.tolist(), versions, strict=True):
@@ -80,13 +84,14 @@ def _asked(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
 
 def _asked_by_metrics(run: RunRecord, shares_VD: Floats) -> Iterator[Floats]:
     at, last = -1, None
-    for told in run.steps.shares:
-        if told and told != last:
-            at, last = at + 1, told
+    for shares in run.steps.shares:
+        if shares and shares != last:
+            at, last = at + 1, shares
         yield shares_VD[max(at, 0)]
 
 
 def _state(run: RunRecord) -> str:
+    # The recipe may give the length of a run in tokens; the environment has it in steps.
     planned = run.environment.get("steps") or (run.recipe.get("train") or {}).get("steps")
     done = int(run.steps.step_S[-1]) if run.steps.step_S.size else 0
     if not isinstance(planned, int):
@@ -97,10 +102,11 @@ def _state(run: RunRecord) -> str:
 
 
 def _header(run: RunRecord) -> Document:
-    """Return what the head of a report says, by label; absent things are left out."""
+    """Return the facts of the page's header by key; absent ones are left out."""
     environment, steps = run.environment, run.steps
     packages = environment.get("packages") or {}
     manifest = run.corpus.manifest if run.corpus else None
+    # The median, as the first step waits for the first blocks and warms up.
     finite = steps.tokens_per_s_S[np.isfinite(steps.tokens_per_s_S)]
     head: Document = {
         "model": _model(run),
@@ -110,12 +116,12 @@ def _header(run: RunRecord) -> Document:
         "mixer": (run.recipe.get("mixer") or {}).get("kind"),
         "corpus": (run.recipe.get("corpus") or {}).get("path"),
         "corpus_fingerprint": manifest.fingerprint if manifest else None,
-        "corpus_tokens": _held_tokens(manifest),
+        "corpus_tokens": _training_tokens(manifest),
         "tokenizer": manifest.tokenizer.fingerprint if manifest else None,
         "vocabulary": manifest.tokenizer.vocab_size if manifest else None,
         "machine": _machine(environment),
         "workers": (run.recipe.get("cluster") or {}).get("workers"),
-        "versions": {name: found for name, found in packages.items() if found},
+        "versions": {name: version for name, version in packages.items() if version},
         "python": environment.get("python"),
         "revision": environment.get("revision"),
         "started": environment.get("started"),
@@ -124,7 +130,7 @@ def _header(run: RunRecord) -> Document:
     return {key: value for key, value in head.items() if value not in (None, {}, "")}
 
 
-def _held_tokens(manifest: Manifest | None) -> int | None:
+def _training_tokens(manifest: Manifest | None) -> int | None:
     if manifest is None:
         return None
     return sum(domain.train.tokens for domain in manifest.domains.values())
@@ -146,66 +152,70 @@ def _machine(environment: Document) -> str | None:
     return ", ".join(parts) or None
 
 
-def _domains(run: RunRecord, counted: Account) -> dict[str, Document]:
-    """Return the row of each domain; the largest share first where there are many."""
-    asked = counted.asked_D.sum()
-    read_D = counted.read_D
+def _domains(run: RunRecord, realized: RealizedMixture) -> dict[str, Document]:
+    """Return one row per domain, in order of tokens where a table cannot show them all."""
+    asked = realized.asked_D.sum()
+    read_D = realized.read_D
     rows = {}
     for at, name in enumerate(run.domains):
         info = run.corpus.manifest.domains.get(name) if run.corpus else None
         usable = usable_tokens(run, name)
         scored = [e.domains[name] for e in run.evaluations if name in e.domains]
-        tokens = read_D[at] if read_D is not None else counted.asked_D[at]
+        tokens = read_D[at] if read_D is not None else realized.asked_D[at]
         rows[name] = {
             "tokens": tokens,
-            "share_asked": counted.asked_D[at] / asked if asked else math.nan,
+            "share_asked": realized.asked_D[at] / asked if asked else math.nan,
             "share_realised": read_D[at] / read_D.sum() if read_D is not None else math.nan,
             "epochs": tokens / usable if usable else math.nan,
             "loss_first": number(scored[0].get("loss")) if scored else math.nan,
             "loss_last": number(scored[-1].get("loss")) if scored else math.nan,
-            # 0 stands for a domain without held-out text.
+            # The manifest has 0 for a domain without held-out text, which is no entropy.
             "unigram_entropy": (info.valid.unigram_entropy if info else 0) or math.nan,
             "bits_per_byte": number(scored[-1].get("bits_per_byte")) if scored else math.nan,
         }
-    if len(rows) > MOST_ROWS:
+    # Few domains stay in the recipe's order, in which the user knows them.
+    if len(rows) > MAX_ROWS:
         rows = dict(sorted(rows.items(), key=lambda item: -_finite(item[1]["tokens"])))
     return rows
 
 
 def _training(run: RunRecord) -> Document:
     steps = run.steps
-    kept = thinned(len(steps))
-    window = max(5, len(steps) // 40)
+    points = thinned(len(steps))
+    window = training_window(steps)
     return {
-        "step": steps.step_S[kept],
-        "tokens": steps.tokens_S[kept],
-        "loss": steps.loss_S[kept],
-        "loss_smooth": smoothed(steps.loss_S, window)[kept],
+        "step": steps.step_S[points],
+        "tokens": steps.tokens_S[points],
+        "loss": steps.loss_S[points],
+        "loss_smooth": smoothed(steps.loss_S, window)[points],
         "smoothing_steps": window,
-        "lr": steps.lr_S[kept],
-        "tokens_per_s": steps.tokens_per_s_S[kept],
-        "tokens_per_s_smooth": smoothed(steps.tokens_per_s_S, window)[kept],
-        "data_wait": steps.data_wait_S[kept],
-        "data_wait_smooth": smoothed(steps.data_wait_S, window)[kept],
+        "lr": steps.lr_S[points],
+        "tokens_per_s": steps.tokens_per_s_S[points],
+        "tokens_per_s_smooth": smoothed(steps.tokens_per_s_S, window)[points],
+        "data_wait": steps.data_wait_S[points],
+        "data_wait_smooth": smoothed(steps.data_wait_S, window)[points],
     }
 
 
 def _weights(run: RunRecord, shares_VD: Floats) -> Document:
-    """Return the asked shares at the steps where they change, the smallest domains as one."""
+    """Return the requested shares where they change, with the smallest domains summed up."""
     last = int(run.steps.step_S[-1]) if run.steps.step_S.size else 0
     if not len(shares_VD):
         return {"step": [], "shares": {}}
     if run.log is not None and run.log.entries:
+        # Entries are logged before they apply; those after the last step were never used.
         starts = np.array([entry.first_step for entry in run.log.entries])
         used = np.flatnonzero(starts < max(last, 1))
         starts, shares_VD = starts[used], shares_VD[used]
     else:
+        # The metrics do not say at which step a change was asked: spread evenly.
         starts = np.linspace(0, last, len(shares_VD), endpoint=False).astype(np.int64)
-    kept = thinned(len(starts))
-    starts, shares_VD = starts[kept], shares_VD[kept]
+    points = thinned(len(starts))
+    starts, shares_VD = starts[points], shares_VD[points]
     order = np.argsort(-shares_VD.mean(axis=0), kind="stable")
+    # Domains that never had a share would take a color and a label for nothing.
     order = order[shares_VD[:, order].any(axis=0)]
-    top = np.sort(order if len(order) <= MOST_BANDS else order[: MOST_BANDS - 1])
+    top = np.sort(order if len(order) <= MAX_SERIES else order[: MAX_SERIES - 1])
     shares = {run.domains[at]: shares_VD[:, at] for at in top.tolist()}
     if len(top) < len(order):
         rest = np.setdiff1d(order, top)
@@ -214,7 +224,7 @@ def _weights(run: RunRecord, shares_VD: Floats) -> Document:
 
 
 def _heldout(run: RunRecord, domains: dict[str, Document]) -> Document:
-    largest = sorted(domains, key=lambda name: -_finite(domains[name]["tokens"]))[:MOST_PANELS]
+    largest = sorted(domains, key=lambda name: -_finite(domains[name]["tokens"]))[:MAX_PANELS]
     shown = [name for name in domains if name in set(largest)]
     steps = [evaluation.step for evaluation in run.evaluations]
     return {
@@ -230,56 +240,57 @@ def _heldout(run: RunRecord, domains: dict[str, Document]) -> Document:
 
 def _tokens_at(run: RunRecord, steps: Sequence[int]) -> list[float]:
     done_S, tokens_S = run.steps.step_S, run.steps.tokens_S
+    # An evaluation is after a step, or after the last one that the metrics still have.
     after = np.searchsorted(done_S, steps, side="right")
     return [float(tokens_S[at - 1]) if at else 0.0 for at in after.tolist()]
 
 
 def _signals(run: RunRecord) -> Document | None:
-    """Return per kind and domain what was measured at each entry, None where nothing was.
+    """Return gradient signals per kind and domain at each log entry, None without any.
 
-    Where domains are many, they are those with the largest mean of the first kind.
+    Of many domains, those with the largest mean magnitude of the first kind.
     """
     entries = [entry for entry in (run.log.entries if run.log else ()) if entry.stats]
     measured_VD = {
         kind: np.array([_row(entry.stats or {}, kind, len(run.domains)) for entry in entries])
         for kind in _SIGNALS
     }
-    measured_VD = {kind: found for kind, found in measured_VD.items() if np.isfinite(found).any()}
+    measured_VD = {kind: rows for kind, rows in measured_VD.items() if np.isfinite(rows).any()}
     if not measured_VD:
         return None
-    kept = thinned(len(entries))
+    points = thinned(len(entries))
     first_VD = next(iter(measured_VD.values()))
     means_D = np.nan_to_num(np.abs(first_VD)).mean(axis=0)
-    top = np.sort(np.argsort(-means_D, kind="stable")[:MOST_BANDS]).tolist()
+    top = np.sort(np.argsort(-means_D, kind="stable")[:MAX_SERIES]).tolist()
     return {
-        "step": [entries[at].first_step for at in kept.tolist()],
+        "step": [entries[at].first_step for at in points.tolist()],
         "left_out": len(run.domains) - len(top),
         "values": {
-            kind: {run.domains[at]: found_VD[kept, at] for at in top}
-            for kind, found_VD in measured_VD.items()
+            kind: {run.domains[at]: value_VD[points, at] for at in top}
+            for kind, value_VD in measured_VD.items()
         },
     }
 
 
 def _row(stats: dict[str, Any], kind: str, domains: int) -> Floats:
-    """Return the values of a kind by domain, shape (D,), NaN where the entry does not say."""
+    """Return the values of a kind by domain, shape (D,), NaN where the entry lacks them."""
     given = stats.get(kind)
     if not isinstance(given, list) or len(given) != domains:
         return np.full(domains, np.nan)
     return np.array([number(item) for item in given], dtype=np.float64)
 
 
-def _exactness(run: RunRecord, counted: Account, shares_VD: Floats) -> Document | None:
-    proved = bound(run, shares_VD, capped=counted.capped)
-    if proved is None or counted.read_D is None:
+def _exactness(run: RunRecord, realized: RealizedMixture, shares_VD: Floats) -> Document | None:
+    proved = bound(run, shares_VD, capped=realized.capped)
+    if proved is None or realized.read_D is None:
         return None
-    kept = thinned(len(run.steps))
+    points = thinned(len(run.steps))
     return {
-        "step": run.steps.step_S[kept],
-        "ahead": counted.ahead_S[kept],
-        "behind": counted.behind_S[kept],
-        "most_ahead": counted.ahead_S.max(),
-        "most_behind": counted.behind_S.min(),
+        "step": run.steps.step_S[points],
+        "ahead": realized.ahead_S[points],
+        "behind": realized.behind_S[points],
+        "most_ahead": realized.ahead_S.max(),
+        "most_behind": realized.behind_S.min(),
         "bound_ahead": proved.ahead,
         "bound_behind": proved.behind,
         "unit": proved.unit,
@@ -287,16 +298,22 @@ def _exactness(run: RunRecord, counted: Account, shares_VD: Floats) -> Document 
     }
 
 
+def training_window(steps: Steps) -> int:
+    """Return the steps that a smoothed training curve averages over."""
+    return max(5, len(steps) // 40)
+
+
 def thinned(length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return at most 800 positions of `length`, evenly spread, first and last among them."""
-    if length <= MOST_POINTS:
+    """Return at most `MAX_POINTS` indices into `length` values, evenly spread, ends included."""
+    if length <= MAX_POINTS:
         return np.arange(length, dtype=np.int64)
-    return np.unique(np.linspace(0, length - 1, MOST_POINTS).round().astype(np.int64))
+    return np.unique(np.linspace(0, length - 1, MAX_POINTS).round().astype(np.int64))
 
 
 def smoothed(values_S: Floats, window: int) -> Floats:
-    """Return the mean of each value's neighbourhood of `window` steps, NaN left out, shape (S,)."""
+    """Return the centered moving mean over `window` steps, NaN ignored, shape (S,)."""
     known = np.isfinite(values_S)
+    # Prefix sums: a window of a long run's fortieth makes the direct way quadratic.
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values_S, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     at = np.arange(len(values_S))
@@ -314,14 +331,18 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` in JSON types: arrays as lists, floats to 7 digits, NaN as None."""
+def plain(value: Any) -> Any:
+    """Return `value` in JSON types: arrays as lists, floats to 7 digits, NaN as None.
+
+    JSON has no NaN, and browsers refuse the one that Python writes.
+    """
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
+    # Seven digits, those of single precision: more would only make the file larger.
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

@@ -1,0 +1,1 @@
+"""Data of reports: run directories parsed and summarized; neither HTML nor matplotlib."""
