@@ -173,8 +173,7 @@ def build_components(
     model, flops, traits = _model(recipe, corpus, start)
     context_parallel, assignments, scheduling = _sequence_scheduling(job, world, start, model)
     loss = PackedLoss(model, linear_head=traits.linear_head)
-    # After resuming the weights and before the optimizer: FSDP2 shards parameters in place, and the
-    # optimizer must hold the sharded ones.
+    # Before the optimizer is made: FSDP2 shards parameters in place, and it must hold the shards.
     replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
     if start.checkpoint is not None:

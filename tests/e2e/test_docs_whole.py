@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.paths import ROOT
+from tests.support.paths import QUICKSTART, ROOT
+from tests.support.shell import Shell
 
 DOCS = ROOT / "docs"
 
@@ -16,22 +20,7 @@ AT_WORK = """
 import raymix
 from raymix.laws import MixtureTable
 from raymix.merging.registry import get_method
-from raymix.mixers import DomainStats, MixerContext
-from raymix.recipe import Recipe
 from raymix.schedule import Layout, preset, MODELS, NETWORKS
-
-context = MixerContext(domains=("a", "b", "c"), tokens_D=np.array([5, 5, 5]), total_tokens=9,
-                       total_steps=9)
-recipe = Recipe.model_validate({"name": "x", "corpus": {"path": "c"}, "train": {"steps": 1},
-                                "mixer": {"kind": "hardest", "temperature": 0.5}})
-mine = raymix.build_mixer(recipe.mixer, context)
-stats = DomainStats(step=0, window=1, tokens_D=np.array([1, 1, 0]),
-                    loss_D=np.array([3.0, 2.0, np.nan]))
-shares = mine.update(stats)
-assert abs(shares.sum() - 1) < 1e-12 and shares[0] > shares[1] and shares[2] == 1 / 3
-other = raymix.build_mixer(recipe.mixer, context)
-other.load_state_dict(mine.state_dict())
-assert (other.update(stats) == mine.update(stats)).all()
 
 random = np.random.default_rng(0)
 share = random.dirichlet(np.ones(3), 30)
@@ -53,9 +42,40 @@ assert merge.function(None, deltas, merge.options(scale=2.0)).tolist() == [4.0, 
 """
 
 
+def blocks(text: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_mixer_of_the_docs_trains_a_run(tmp_path: Path) -> None:
+    """Word by word in an empty directory: the package, the recipe, the commands."""
+    text = (DOCS / "extending.md").read_text()
+    (tmp_path / "hardest.py").write_text(blocks(text, "python")[0])
+    (tmp_path / "pyproject.toml").write_text(blocks(text, "toml")[0])
+    (tmp_path / "my.yaml").write_text(blocks(text, "yaml")[0])
+    for domain, source in (("books", "books"), ("code", "python")):
+        (tmp_path / "data" / domain).mkdir(parents=True)
+        shutil.copy(QUICKSTART / "valid" / f"{source}.parquet", tmp_path / "data" / domain)
+    install, train = (line.split() for line in blocks(text, "bash")[0].splitlines())
+    # Not into the environment of these tests, and without a download of the build back end.
+    site = str(tmp_path / "site")
+    options = ["--quiet", "--no-build-isolation", "--target", site]
+    install = [word for word in install if word != "-e"]
+    subprocess.run([sys.executable, "-m", *install, *options], cwd=tmp_path, check=True)
+    shell = Shell(tmp_path, env={"PYTHONPATH": os.pathsep.join([site, str(ROOT)])})
+    shell.ok(*train[1:])
+    log = [json.loads(line) for line in (tmp_path / "runs/my/mixture_log.jsonl").open()]
+    assert len(log) >= 3
+    shares = log[-1]["shares"]
+    assert min(shares.values()) >= 0.05 / 2
+    assert shares["books"] != 0.5
+    refused = shell.run("plan", "my.yaml", "mixer.temperature=-1")
+    assert refused.returncode == 2
+    assert "mixer.temperature = -1" in refused.stderr
+
+
 def test_what_is_said_of_extending_runs(tmp_path: Path) -> None:
     text = (DOCS / "extending.md").read_text()
-    code = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    code = blocks(text, "python")
     assert len(code) == 4
     script = tmp_path / "extending.py"
     script.write_text("\n".join([*code, AT_WORK]))

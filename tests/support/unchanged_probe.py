@@ -47,10 +47,16 @@ def _law(kind: str, table: str) -> dict[str, Any]:
         "predicted_last_step": law.predict(share_RD).tolist(),
         "predicted_by_the_written_law": again.predict(share_RD, step_R).tolist(),
         "deviation": law.deviation(share_RD, step_R).tolist(),
-        "optimum": law.minimise(Objective()).document(),
-        "optimum_within_limits": law.minimise(limits).document(),
+        "optimum": _optimum(law, Objective()).document(),
+        "optimum_within_limits": _optimum(law, limits).document(),
         "report": report.document(),
     }
+
+
+def _optimum(law: Any, objective: Any) -> Any:
+    """Return the optimum under a law, whose method was spelled in British English before."""
+    method = getattr(law, "minimize", None) or law.minimise
+    return method(objective)
 
 
 def planners(_: Any) -> Results:

@@ -151,15 +151,15 @@ def test_heads_that_can_be_dealt_out() -> None:
 
 def test_labels_are_shifted_in_whole_documents_before_they_are_cut() -> None:
     """Two ranks share six tokens: 0, 1 | 4, 5 and 2, 3; only the answers 2 and 5 are learned."""
-    from raymix.training.step.documents import _piece
+    from raymix.training.step.documents import _local_tokens
 
     answers = np.array([False, False, True, False, False, True])
     shared = LocalDocument(3, (0, 1), np.arange(10, 16, dtype=np.uint16), answers)
-    tokens, positions, labels, domains = _piece(shared, np.array([0, 1, 5]))
+    tokens, positions, labels, domains = _local_tokens(shared, np.array([0, 1, 5]))
     assert tokens.tolist() == [10, 11, 15]
     assert positions.tolist() == [0, 1, 5]
     assert labels.tolist() == [IGNORED, 12, IGNORED]
-    tokens, positions, labels, domains = _piece(shared, np.array([3, 4, 6]))
+    tokens, positions, labels, domains = _local_tokens(shared, np.array([3, 4, 6]))
     assert positions.tolist() == [3, 4, 5]  # the last is padding
     assert labels.tolist() == [IGNORED, 15, IGNORED]
     assert domains.tolist() == [3, 3, -1]
@@ -170,5 +170,5 @@ def test_an_empty_micro_batch_is_one_token_without_label() -> None:
     (one,) = document_micro_steps(batch, ContextParallel(), torch.device("cpu"))
     assert one.micro.tokens_BL.shape == (1, 1)
     assert one.micro.labels_BL.tolist() == [[IGNORED]]
-    assert one.held is not None
-    assert one.held.tokens == 1
+    assert one.shards is not None
+    assert one.shards.tokens == 1
