@@ -119,7 +119,12 @@ def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext
 
 
 def resume(job: Job, world: World) -> ResumePoint:
-    """Return where to resume, the same on every rank; rank 0 looks for the newest checkpoint."""
+    """Return where to resume, the same on every rank; rank 0 looks for the newest checkpoint.
+
+    Also sets up this process: its threads, and libraries that would write to the run's output.
+    """
+    quiet_libraries()
+    use_threads(job.threads, world)
     start: ResumePoint | None = None
     if world.is_writer:
         newest = newest_checkpoint_of(job.run)
@@ -165,8 +170,6 @@ def build_components(
     Raises:
         RaymixError: If model, corpus or checkpoint cannot be used.
     """
-    quiet_libraries()
-    use_threads(job.threads, world)
     recipe, state = job.recipe, start.state
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
