@@ -1,9 +1,9 @@
-"""What decides the mixture: one small pure function per kind, behind the `Mixer` seam.
+"""Mixers decide the shares of the domains: one small pure function per kind.
 
 `build_mixer(recipe.mixer, context)` finds the kind in a registry that other packages extend with
 `@mixer("kind")` and the entry-point group `raymix.mixers`. Mixers that need no statistics are
 `PlannedMixer`s: their shares are known for every step before the run. The others are `Adaptive`:
-a rule between the guard rails of guard.py (floor, cap on change, warm-up, averages, and broken
+a rule between the guard guardrails of guard.py (floor, cap on change, warm-up, averages, and broken
 statistics keep the last weights), once per window of `train.probe_interval` steps.
 
 A gradient probe is one batch that holds every domain, read out of one ordinary backward; "free"

@@ -1,6 +1,6 @@
-"""The seam between a run and whatever decides its mixture: `Mixer`, what it sees, how it is built.
+"""The mixer interface: `Mixer`, the statistics it reads, the registry and `build_mixer`.
 
-A mixer is a pure function plus a small state. It never sees a model, a rank or Ray. Shapes: D
+A mixer is a pure function plus a small state. It never sees a model, a rank or Ray. Axes: D
 domains, in the order of `MixerContext.domains`.
 """
 
@@ -36,12 +36,12 @@ STATISTICS = {
 """What a mixer may need: the name in `Mixer.needs` and the field of `DomainStats`."""
 
 GRADIENT_STATISTICS = frozenset(STATISTICS) - {"loss", "tokens", "valid_loss"}
-"""Those that take a probe of gradients; the others training knows anyway."""
+"""Statistics that take a gradient probe; training computes the others anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainStats:
-    """What a window of steps showed, summed or averaged over all ranks."""
+    """Statistics of a window of steps, summed or averaged over all ranks."""
 
     step: int
     """First step of the window."""
@@ -68,7 +68,7 @@ class DomainStats:
     group_gram_NN: NDArray[np.float64] | None = None
     """Inner products of the groups' gradients, shape (N, N); unbiased on the diagonal."""
     probe_passes: float = 1.0
-    """Passes behind the gradient statistics: their weight in a mean over ranks; 0: none."""
+    """Probe passes behind the gradient statistics: their weight in a mean over ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class MixerContext:
     domains: tuple[str, ...]
     """Names; their order is the order of every D axis."""
     tokens_D: NDArray[np.int64]
-    """Training tokens each domain holds, shape (D,)."""
+    """Training tokens of each domain, shape (D,)."""
     total_tokens: int
     """Tokens of the whole run."""
     total_steps: int
@@ -88,11 +88,11 @@ class MixerContext:
     targets: tuple[str, ...] = ()
     """Domains that are measured and never trained on: their share is 0 under every mixer."""
     nearest_D: NDArray[np.int64] | None = None
-    """Documents of the targets that each domain is nearest to, shape (D,), for who asks."""
+    """Target documents that are nearest to each domain, shape (D,); for importance sampling."""
 
     @property
     def mixed_D(self) -> NDArray[np.bool_]:
-        """Return which domains may have a share, those that are no targets, shape (D,)."""
+        """Return which domains may have a share: those that are not targets, shape (D,)."""
         targets = set(self.targets)
         return np.array([name not in targets for name in self.domains], dtype=np.bool_)
 
@@ -107,7 +107,7 @@ class Mixer(Protocol):
         ...
 
     def update(self, stats: DomainStats) -> Shares:
-        """Return the shares of the next window, given what the last one showed."""
+        """Return the shares of the next window, from the statistics of the last."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,13 +115,13 @@ class Mixer(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         ...
 
 
 @runtime_checkable
 class PlannedMixer(Mixer, Protocol):
-    """A mixer that needs no statistics, so its shares are known beforehand."""
+    """A mixer without statistics, whose shares are known for every step before the run."""
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -171,6 +171,7 @@ def build_mixer(config: Any, context: MixerContext) -> Mixer:
         RecipeError: If its kind is unknown, or its values do not fit the context.
     """
     kind: str = config.kind
+    # Entry points are loaded only for a kind that is asked for: importing a package may be slow.
     if kind not in MIXERS.factories:
         _load_plugin(kind)
     if kind not in MIXERS.factories:
@@ -200,6 +201,7 @@ def _checked(config: Any) -> Any:
 
 def _with_targets(config: Any, context: MixerContext) -> MixerContext:
     """Return the context with the targets that the recipe's section names, checked."""
+    # A mixer section may name targets of its own, beside those of the context.
     named = (*context.targets, *getattr(config, "targets", ()))
     targets = tuple(dict.fromkeys(named))
     known = set(context.domains)
@@ -207,6 +209,7 @@ def _with_targets(config: Any, context: MixerContext) -> MixerContext:
         if name not in known:
             near = did_you_mean(name, context.domains)
             raise RecipeError.at("mixer.targets", name, "no domain of the corpus", fix=near)
+    # Nothing would be left to train on.
     if len(targets) == len(known):
         raise RecipeError.at(
             "mixer.targets",
@@ -220,6 +223,7 @@ def _with_targets(config: Any, context: MixerContext) -> MixerContext:
 def _load_plugin(kind: str) -> None:
     for point in MIXERS.entry_points(kind):
         try:
+            # A decorator in the loaded module may have registered the kind already.
             MIXERS.factories.setdefault(kind, point.load())
         except (ImportError, AttributeError) as error:
             raise RecipeError.at(
@@ -228,7 +232,8 @@ def _load_plugin(kind: str) -> None:
 
 
 def describe(built: Mixer) -> str:
-    """Return one line about a mixer for plans and reports."""
+    """Return one line on a mixer for plans and reports."""
+    # Mixers of other packages need not have one: the protocol does not ask for it.
     summary = getattr(built, "summary", "")
     needs = ", ".join(sorted(built.needs))
     return summary or type(built).__name__ + (f", from {needs}" if needs else "")

@@ -1,6 +1,6 @@
-"""Weights, losses and other numbers that a recipe gives by domain name, as arrays.
+"""Arrays from numbers that a recipe gives by domain name: weights, losses.
 
-Shapes: D domains.
+Axes: D domains.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.mixers.base import MixerContext, Shares
 
 SUM_TOLERANCE = 1e-6
-# Looking for a near name takes a while where there are thousands of domains.
-_MOST_SHOWN = 5
+# A suggestion costs an edit distance to every domain, and there may be 10,000 of them.
+_MAX_SHOWN = 5
 
 
 def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path: str) -> Shares:
@@ -39,16 +39,18 @@ def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path:
     ]
     if problems:
         raise RecipeError(*problems)
+    # fsum: 10,000 shares added in order would miss the tolerance by rounding alone.
     total = math.fsum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE:
         left_out = [name for name in context.domains if name not in weights]
         raise RecipeError.at(
             path,
-            dict(list(weights.items())[: 4 * _MOST_SHOWN]),
+            dict(list(weights.items())[: 4 * _MAX_SHOWN]),
             f"the weights sum to {total:.6g}, not to 1",
             allowed=f"Left out, so 0: {some(left_out)}" if left_out else "",
             fix=f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
         )
+    # The rest of the way to 1: the sampler wants shares that sum to 1 as floats do.
     return np.array([weights.get(name, 0.0) for name in context.domains]) / total
 
 
@@ -66,7 +68,7 @@ def values_by_name(
     absent = [name for name in context.domains if name not in values and name not in targets]
     if absent:
         advice = f"Give every domain one; missing: {some(absent)}"
-        shown = dict(list(values.items())[:_MOST_SHOWN])
+        shown = dict(list(values.items())[:_MAX_SHOWN])
         problems.append(
             format_problem(path, shown, f"{len(absent)} domains have no value", fix=advice)
         )
@@ -75,28 +77,28 @@ def values_by_name(
     return np.array([values.get(name, math.nan) for name in context.domains])
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
+def some(names: Sequence[str], limit: int = 8) -> str:
     """Return the names for a message, the first few when there are many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def _unknown(values: Mapping[str, float], context: MixerContext, path: str) -> Iterable[str]:
     known = set(context.domains)
     unknown = [name for name in values if name not in known]
-    for name in unknown[:_MOST_SHOWN]:
+    for name in unknown[:_MAX_SHOWN]:
         near = did_you_mean(name, context.domains)
         wrong, advice = "the corpus has no such domain", f"It has {some(context.domains)}"
         yield format_problem(f"{path}.{name}", values[name], wrong, allowed=advice, fix=near)
-    if len(unknown) > _MOST_SHOWN:
-        more = unknown[_MOST_SHOWN:]
+    if len(unknown) > _MAX_SHOWN:
+        more = unknown[_MAX_SHOWN:]
         yield format_problem(path, some(more, 3), f"{len(more)} more names are of no domain")
 
 
 def _negative(values: Mapping[str, float], path: str) -> Iterable[str]:
+    # Written as a range so that NaN fails it, too.
     wrong = [name for name, value in values.items() if not 0 <= value < math.inf]
-    for name in wrong[:_MOST_SHOWN]:
+    for name in wrong[:_MAX_SHOWN]:
         yield format_problem(f"{path}.{name}", values[name], "not a number >= 0")
-    if len(wrong) > _MOST_SHOWN:
-        yield format_problem(
-            path, some(wrong[_MOST_SHOWN:], 3), "these are not numbers >= 0 either"
-        )
+    if len(wrong) > _MAX_SHOWN:
+        yield format_problem(path, some(wrong[_MAX_SHOWN:], 3), "these are not numbers >= 0 either")

@@ -4,7 +4,7 @@ Jiang et al. 2024 (arXiv 2410.11820), in the order of its public code after its 
 Differences: one point per window, its mean loss, in place of smoothing the losses of every step;
 the same Huber fit by reweighted least squares over a grid of powers, which fits all domains at
 once; the loss at infinity may be anything from 0 up (the code has at least 1.65 nats, which bytes
-are below). As there, n counts the tokens of all domains. Shapes: M mixed domains, H points.
+are below). As there, n counts the tokens of all domains. Axes: M mixed domains, H points.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from raymix.mixers.by_name import shares_by_name
 from raymix.mixers.fixed.planned import tempered
 from raymix.recipe.adaptive import AdoMixer
 
-_MOST_POINTS = 48
-_LEAST_POINTS = 4
+# Points of a curve: enough for a fit, few enough for a checkpoint.
+_MAX_POINTS = 48
+# A law has three parameters.
+_MIN_POINTS = 4
 _DECIMALS = 5
 
 
@@ -40,9 +42,9 @@ class Ado(Rule):
 
     needs = frozenset({"loss", "tokens"})
 
-    def __init__(self, config: AdoMixer, arms: MixedDomains, prior_M: Floats) -> None:
+    def __init__(self, config: AdoMixer, domains: MixedDomains, prior_M: Floats) -> None:
         self._config = config
-        self._arms = arms
+        self._domains = domains
         self._prior_M = prior_M
         self._mean_M = prior_M
         self._recent_M = prior_M
@@ -56,15 +58,15 @@ class Ado(Rule):
 
     def measure(self, stats: DomainStats) -> dict[str, Floats]:
         """Return the losses, shape (M,)."""
-        return {"loss": stats.loss_D[self._arms.mixed_M]}
+        return {"loss": stats.loss_D[self._domains.mixed_M]}
 
     def propose(self, log_A: Floats, means: Mapping[str, Floats], stats: DomainStats) -> Floats:
         """Return log weights from the newest laws, shape (M,); the prior until there are any."""
-        trained_M = self._arms.trained(stats)
-        part = self._config.history_ema
-        self._recent_M = (1 - part) * self._recent_M + part * trained_M
+        trained_M = self._domains.trained(stats)
+        newest = self._config.history_ema
+        self._recent_M = (1 - newest) * self._recent_M + newest * trained_M
         self._remember(stats, means["loss"])
-        if len(self._points) >= _LEAST_POINTS and (
+        if len(self._points) >= _MIN_POINTS and (
             self._laws is None or self._windows % self._config.fit_every == 0
         ):
             n_H = np.array([n for n, _ in self._points])
@@ -93,7 +95,7 @@ class Ado(Rule):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         self._points = [(float(n), _with_nan(losses)) for n, losses in state["points"]]
         laws = [np.array(_with_nan(values)) for values in state["laws"]]
         self._laws = PowerLaws(*laws) if laws else None
@@ -106,22 +108,25 @@ class Ado(Rule):
 
     def _remember(self, stats: DomainStats, loss_M: Floats) -> None:
         """Keep the window as a point; when there are many, every other one is dropped."""
-        trained = int(stats.tokens_D[self._arms.mixed_M].sum())
+        trained = int(stats.tokens_D[self._domains.mixed_M].sum())
+        # A mean loss over a window belongs to its middle.
         middle = self._tokens + trained / 2
         self._tokens += trained
         self._windows += 1
         if stats.step < self._config.skip_steps or self._windows % self._stride or not trained:
             return
-        seen = np.isfinite(stats.loss_D[self._arms.mixed_M])
+        seen = np.isfinite(stats.loss_D[self._domains.mixed_M])
         # Enough digits for a fit, few enough for a small state.
-        kept = np.where(seen, np.round(loss_M, _DECIMALS), np.nan)
-        self._points.append((middle, kept.tolist()))
-        if len(self._points) > _MOST_POINTS:
+        point_M = np.where(seen, np.round(loss_M, _DECIMALS), np.nan)
+        self._points.append((middle, point_M.tolist()))
+        if len(self._points) > _MAX_POINTS:
+            # Halving keeps the points evenly spaced over the whole run.
             self._points = self._points[1::2]
             self._stride *= 2
 
     def _preference(self, laws: PowerLaws) -> Floats:
         slope_M = laws.slope(max(self._tokens, 1))
+        # A curve that could not be fitted learns as fast as the mean of the others.
         known = np.isfinite(slope_M)
         slope_M = np.where(known, slope_M, slope_M[known].mean() if known.any() else 1.0)
         raw_M = self._prior_M * self._recent_M**self._config.history_power * slope_M
@@ -132,14 +137,14 @@ class Ado(Rule):
 
 @mixer("ado")
 def _ado(config: AdoMixer, context: MixerContext) -> Mixer:
-    arms = MixedDomains.of(context)
+    domains = MixedDomains.of(context)
     if isinstance(config.initial, dict):
-        prior_M = shares_by_name(config.initial, context, path="mixer.initial")[arms.mixed_M]
+        prior_M = shares_by_name(config.initial, context, path="mixer.initial")[domains.mixed_M]
     elif config.initial == "uniform":
-        prior_M = np.full(arms.mixed_M.size, 1 / arms.mixed_M.size)
+        prior_M = np.full(domains.mixed_M.size, 1 / domains.mixed_M.size)
     else:
-        prior_M = tempered(context.tokens_D[arms.mixed_M], 1.0)
-    return Adaptive(Ado(config, arms, prior_M), config, context)
+        prior_M = tempered(context.tokens_D[domains.mixed_M], 1.0)
+    return Adaptive(Ado(config, domains, prior_M), config, context)
 
 
 def _with_nan(values: list[float | None]) -> list[float]:

@@ -1,6 +1,6 @@
-"""Histograms over domains that a mixer weighs in place of thousands of domains.
+"""Basis histograms over domains, which a mixer weighs in place of thousands of domains.
 
-Shapes: D domains, N histograms.
+Axes: D domains, N histograms.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _FORMS = (
     "row per histogram, an .npz file holds `histograms` (N, D) and perhaps `domains` (D)"
 )
 _PATH = "mixer.bases"
+# Whatever a damaged or foreign file makes json, csv and numpy raise.
 _UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, csv.Error,
 )  # fmt: skip
@@ -42,10 +43,11 @@ def read_bases(
         RecipeError: If a histogram names no domain, is negative or empty, or has a target in it.
     """
     rows_ND = _read(source, context) if isinstance(source, str) else _by_name(source, context)
+    # Without it, a domain that is in no histogram could never be read again.
     if uniform:
         mixed_D = context.mixed_D & (context.tokens_D > 0)
         rows_ND = np.vstack([rows_ND, mixed_D.astype(np.float64)])
-    named = source if isinstance(source, str) else list(source)[:8]
+    named = source if isinstance(source, str) else list(source)[:8]  # for messages
     shape = f"{rows_ND.shape[0]} histograms over {rows_ND.shape[1]} domains"
     if not np.isfinite(rows_ND).all() or (rows_ND < 0).any():
         raise RecipeError.at(_PATH, named, "a share is not a number >= 0")
@@ -82,7 +84,7 @@ def _read(path: str, context: MixerContext) -> Floats:
         raise RecipeError.at(_PATH, path, "not a known kind of file", fix=_FORMS)
     try:
         return reader(path, context)
-    except RecipeError:
+    except RecipeError:  # a ValueError, too, but one that names its field already
         raise
     except _UNREADABLE as error:
         raise RecipeError.at(_PATH, path, f"cannot be read ({error})", fix=_FORMS) from error
@@ -103,6 +105,7 @@ def _read_csv(path: str, context: MixerContext) -> Floats:
 
 
 def _read_npz(path: str, context: MixerContext) -> Floats:
+    # Pickled arrays would run code of whoever wrote the file.
     with np.load(path, allow_pickle=False) as arrays:
         rows_ND = np.asarray(arrays["histograms"], dtype=np.float64)
         domains = arrays["domains"].tolist() if "domains" in arrays else list(context.domains)

@@ -2,7 +2,7 @@
 
 Fan et al. 2023 (arXiv 2310.15393), as in its public code, but for two things: one update per
 window, not per step, and online on the model itself, without the proxy run whose mean weights the
-paper then trains on (for those, average the mixture log). Shapes: D domains, M mixed.
+paper then trains on (for those, average the mixture log). Axes: D domains, M mixed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import MixedDomains, Rule, given, products
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, products, required
 from raymix.mixers.adaptive.simplex import Floats
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import DogeMixer
 
-_MOST = 5.0
+# Clip of the score, from the public code.
+_MAX_SCORE = 5.0
 
 
 class Doge(Rule):
@@ -25,10 +26,10 @@ class Doge(Rule):
 
     needs = frozenset({"gram"})
 
-    def __init__(self, config: DogeMixer, arms: MixedDomains) -> None:
+    def __init__(self, config: DogeMixer, domains: MixedDomains) -> None:
         self._config = config
-        self._arms = arms
-        toward = f"{arms.target_T.size} targets" if arms.target_T.size else "all domains"
+        self._domains = domains
+        toward = f"{domains.target_T.size} targets" if domains.target_T.size else "all domains"
         self.summary = (
             f"by alignment with {toward}, from the Gram matrix: one probe per window, no extra "
             "backward"
@@ -36,8 +37,9 @@ class Doge(Rule):
 
     def measure(self, stats: DomainStats) -> dict[str, Floats]:
         """Return each domain's score before clipping, shape (M,)."""
-        gram_DD, mixed = given(stats.gram_DD), self._arms.mixed_M
-        against = self._arms.target_T if self._arms.target_T.size else mixed
+        gram_DD, mixed = required(stats.gram_DD), self._domains.mixed_M
+        against = self._domains.target_T if self._domains.target_T.size else mixed
+        # Estimates of a squared norm may be below 0.
         norm_D = np.sqrt(np.maximum(np.diagonal(gram_DD), 0))
         shrink_D = np.ones(norm_D.size)
         if self._config.clip_norm is not None:
@@ -45,16 +47,19 @@ class Doge(Rule):
             shrink_D = np.minimum(shrink_D, 1)
         weight_D = np.zeros(norm_D.size)
         weight_D[against] = np.nan_to_num(shrink_D[against])
+        # Gradients clipped one by one: each is shrunk, so a product is shrunk twice.
         score_D = shrink_D * products(gram_DD, weight_D)
-        if not self._arms.target_T.size and not self._config.self_term:
+        if not self._domains.target_T.size and not self._config.self_term:
+            # The product of a domain with itself is no help to others.
             score_D -= shrink_D**2 * np.diagonal(gram_DD)
+        # The mean norm of domains that were measured makes scores independent of model size.
         known_M = np.isfinite(norm_D[mixed])
         norm = (shrink_D * norm_D)[mixed][known_M].sum() / max(known_M.sum(), 1)
         return {"score": score_D[mixed] / norm if norm > 0 else np.zeros(mixed.size)}
 
     def propose(self, log_A: Floats, means: Mapping[str, Floats], stats: DomainStats) -> Floats:
         """Return log weights after one step, shape (M,)."""
-        return log_A + self._config.step * np.clip(means["score"], 0, _MOST)
+        return log_A + self._config.step * np.clip(means["score"], 0, _MAX_SCORE)
 
 
 @mixer("doge")

@@ -2,7 +2,7 @@
 
 Albalak et al. 2023 (arXiv 2312.02406), both updates of its public code. There, one domain is
 drawn per step and only it is rewarded; here a window trains on all of them, and every domain that
-was read is rewarded once per window. Shapes: M mixed domains.
+was read is rewarded once per window. Axes: M mixed domains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from raymix.mixers.adaptive.simplex import Floats, log_of, softmax
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import OdmMixer
 
-_MOST_NATS = 50.0
+# exp(loss) overflows beyond 700 nats, and a diverged loss is no reward.
+_MAX_NATS = 50.0
 
 
 class Odm(Rule):
@@ -33,29 +34,32 @@ class Odm(Rule):
 
     needs = frozenset({"loss", "tokens"})
 
-    def __init__(self, config: OdmMixer, arms: MixedDomains) -> None:
+    def __init__(self, config: OdmMixer, domains: MixedDomains) -> None:
         self._config = config
-        self._arms = arms
-        self._reward_M = np.zeros(arms.mixed_M.size)
+        self._domains = domains
+        self._reward_M = np.zeros(domains.mixed_M.size)
         self._updates = 0
         self.summary = f"a bandit, {config.form}, rewarded by the training loss: costs nothing"
 
     def measure(self, stats: DomainStats) -> dict[str, Floats]:
         """Return the losses, shape (M,)."""
-        return {"loss": stats.loss_D[self._arms.mixed_M]}
+        return {"loss": stats.loss_D[self._domains.mixed_M]}
 
     def propose(self, log_A: Floats, means: Mapping[str, Floats], stats: DomainStats) -> Floats:
         """Return the log weights after one more reward, shape (M,)."""
-        trained_M = self._arms.trained(stats)
-        seen = np.isfinite(stats.loss_D[self._arms.mixed_M]) & (trained_M > 0)
+        trained_M = self._domains.trained(stats)
+        # Only domains that were read have a loss of this window.
+        seen = np.isfinite(stats.loss_D[self._domains.mixed_M]) & (trained_M > 0)
         loss_M = means["loss"][seen]
         if self._config.form == "exp3":
+            # Divided by the share read: importance weighting makes the reward unbiased.
             self._reward_M[seen] += loss_M / self._config.reward_scale / trained_M[seen]
         else:
             keep = self._config.smoothing
-            gain_M = np.exp(np.minimum(loss_M, _MOST_NATS))
+            gain_M = np.exp(np.minimum(loss_M, _MAX_NATS))
             self._reward_M[seen] = keep * self._reward_M[seen] + (1 - keep) * gain_M
         self._updates += 1
+        # Every domain keeps this share, so that its reward stays current.
         explore = self._exploration(self._updates)
         return log_of((1 - log_A.size * explore) * self._greedy() + explore)
 
@@ -64,7 +68,7 @@ class Odm(Rule):
         return {"reward": self._reward_M.tolist(), "updates": self._updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         self._reward_M = np.array(state["reward"], np.float64)
         self._updates = int(state["updates"])
 

@@ -1,7 +1,7 @@
 """PiKE: shares follow each domain's gradient norm against its gradient noise.
 
 Li et al. 2025 (arXiv 2502.06244): Algorithm 1, the bound (8), problem (9), and Balanced-PiKE
-(Lemma 3.6). Shapes: A domains that are mixed.
+(Lemma 3.6). Axes: A mixed domains.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from raymix.mixers.adaptive.guardrails import Adaptive
-from raymix.mixers.adaptive.rule import MixedDomains, Rule, given, loss_need, loss_of
+from raymix.mixers.adaptive.rule import MixedDomains, Rule, loss_need, loss_of, required
 from raymix.mixers.adaptive.simplex import Floats, log_of, softmax, water_fill
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, mixer
 from raymix.recipe.adaptive import PikeMixer
@@ -37,14 +37,15 @@ class Pike(Rule):
     sums to tau instead.
     """
 
-    def __init__(self, config: PikeMixer, arms: MixedDomains) -> None:
+    def __init__(self, config: PikeMixer, domains: MixedDomains) -> None:
         self._config = config
-        self._arms = arms
+        self._domains = domains
         self._unit_free = config.unit_free and not config.paper_exact
         self._zeta_2 = config.zeta_2
         if config.lr is not None and config.smoothness is not None:
+            # The step sizes that the bound (8) prescribes, where its constants are known.
             self._zeta_2 = config.zeta_1 * config.smoothness * config.lr / config.beta
-        self._tilt_A = np.ones(arms.mixed_M.size)
+        self._tilt_A = np.ones(domains.mixed_M.size)
         self.needs = frozenset({"grad_norm2", "grad_noise"})
         if config.tau:
             self.needs |= {loss_need(config.loss)}
@@ -56,29 +57,33 @@ class Pike(Rule):
 
     def measure(self, stats: DomainStats) -> dict[str, Floats]:
         """Return squared norms, noise, and losses where they count."""
-        mixed = self._arms.mixed_M
-        found = {
-            "norm2": given(stats.grad_norm2_D)[mixed],
-            "noise": given(stats.grad_noise_D)[mixed],
+        mixed = self._domains.mixed_M
+        measured = {
+            "norm2": required(stats.grad_norm2_D)[mixed],
+            "noise": required(stats.grad_noise_D)[mixed],
         }
         if self._config.tau:
-            found["loss"] = loss_of(stats, self._config.loss)[mixed]
-        return found
+            measured["loss"] = loss_of(stats, self._config.loss)[mixed]
+        return measured
 
     def propose(self, log_A: Floats, means: Mapping[str, Floats], stats: DomainStats) -> Floats:
         """Return log weights after one step, shape (A,)."""
+        # Unbiased estimates of a small squared norm are negative now and then.
         norm2_A, noise_A = np.maximum(means["norm2"], 0), np.maximum(means["noise"], 0)
-        batch = self._arms.rows_per_step
+        batch = self._domains.rows_per_step
         if self._config.tau:
+            # A loss weight of y scales the gradient by y, and norm and noise by y squared.
             self._tilt_A = log_A.size * softmax(self._config.tau * means["loss"])
             norm2_A, noise_A = self._tilt_A**2 * norm2_A, self._tilt_A**2 * noise_A
         if self._unit_free:
+            # Mean squared norm of a batch gradient: makes the gains independent of model size.
             size = float((norm2_A + noise_A / batch).mean()) or 1.0
             norm2_A, noise_A = norm2_A / size, noise_A / size
         gain_A = self._config.zeta_1 * norm2_A - self._zeta_2 / (2 * batch) * noise_A
         curve_A = self._zeta_2 * self._config.gamma * norm2_A
         if self._config.form == "exact_qp":
             share_A = np.zeros(gain_A.size)
+            # Domains without weight must stay out: the optimum would give them some.
             share_A[self.live_A] = water_fill(-gain_A[self.live_A], curve_A[self.live_A])
             return log_of(share_A)
         if self._config.form == "full":
@@ -95,7 +100,7 @@ class Pike(Rule):
         return {"tilt": self._tilt_A.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state."""
+        """Restore a state."""
         self._tilt_A = np.array(state["tilt"], np.float64)
 
 

@@ -1,6 +1,6 @@
-"""Power laws of many learning curves at once: loss(n) = floor + scale x n ** -power.
+"""Power laws fitted to many learning curves at once: loss(n) = floor + scale x n ** -power.
 
-Shapes: H points in time, M curves, G powers tried.
+Axes: H points in time, M curves, G powers of the grid.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import numpy as np
 
 from raymix.mixers.adaptive.simplex import Floats
 
-MOST_POWER = 0.8
+MAX_POWER = 0.8
 """Largest power (ADO)."""
 HUBER = 1e-3
-"""Residual of the log loss from which on it counts by its size, not its square (ADO)."""
+"""Residual of the log loss beyond which it counts by its size, not its square (ADO)."""
 
-_POWERS = np.linspace(0.0125, MOST_POWER, 64)
+_POWERS = np.linspace(0.0125, MAX_POWER, 64)
+# Reweighting converges in three or four rounds on real curves.
 _ROUNDS = 4
+# Powers between neighbors of the grid, tried once the best grid power is known.
 _FINE = np.linspace(-1, 1, 9) * (_POWERS[1] - _POWERS[0])
 
 
@@ -54,8 +56,10 @@ def fit_power_laws(n_H: Floats, loss_HM: Floats) -> PowerLaws:
     """
     seen_HM = np.isfinite(loss_HM) & (loss_HM > 0)
     loss_HM = np.where(seen_HM, loss_HM, 1.0)
+    # Powers of n / max(n) stay within float64; the scale is converted back at the end.
     unit = float(n_H.max())
     log_H = np.log(n_H / unit)
+    # 1 / loss ** 2 makes a squared error of the loss one of the log loss, to first order.
     base_HM = seen_HM / loss_HM**2
     weight_HM = base_HM
     coarse = np.exp(-_POWERS[:, None] * log_H)
@@ -67,11 +71,13 @@ def fit_power_laws(n_H: Floats, loss_HM: Floats) -> PowerLaws:
         curve_HM = floor_M + scale_M * coarse[best_M].T
         off_HM = np.abs(np.log(np.maximum(curve_HM, 1e-12) / loss_HM))
         weight_HM = base_HM * np.minimum(1, HUBER / np.maximum(off_HM, HUBER))
-    power_GM = np.clip(_POWERS[best_M] + _FINE[:, None], 1e-3, MOST_POWER)
+    # A power of 0 could not be told from the floor.
+    power_GM = np.clip(_POWERS[best_M] + _FINE[:, None], 1e-3, MAX_POWER)
     fine_GHM = np.exp(-power_GM[:, None, :] * log_H[:, None])
     cost_GM, floor_GM, scale_GM = _lines(*_sums(fine_GHM, weight_HM, loss_HM))
     best = cost_GM.argmin(axis=0)[None]
     floor_M, scale_M, power_M = (
+        # Two points determine no curve of three parameters.
         np.where(seen_HM.sum(axis=0) >= 3, np.take_along_axis(x, best, 0)[0], np.nan)
         for x in (floor_GM, scale_GM, power_GM)
     )
@@ -81,14 +87,14 @@ def fit_power_laws(n_H: Floats, loss_HM: Floats) -> PowerLaws:
 def _sums(z: Floats, weight_HM: Floats, loss_HM: Floats) -> tuple[Floats, ...]:
     """Return the weighted sums of 1, z, z z, L, z L and L L over time; z is (G, H) or (G, H, M)."""
     times = "gh,hm->gm" if z.ndim == 2 else "ghm,hm->gm"
-    heavy_HM = weight_HM * loss_HM
+    weighted_loss_HM = weight_HM * loss_HM
     return (
         weight_HM.sum(axis=0),
         np.einsum(times, z, weight_HM, optimize=True),
         np.einsum(times, z * z, weight_HM, optimize=True),
-        heavy_HM.sum(axis=0),
-        np.einsum(times, z, heavy_HM, optimize=True),
-        (heavy_HM * loss_HM).sum(axis=0),
+        weighted_loss_HM.sum(axis=0),
+        np.einsum(times, z, weighted_loss_HM, optimize=True),
+        (weighted_loss_HM * loss_HM).sum(axis=0),
     )
 
 
@@ -96,9 +102,11 @@ def _lines(
     w_M: Floats, z_GM: Floats, zz_GM: Floats, l_M: Floats, zl_GM: Floats, ll_M: Floats
 ) -> tuple[Floats, Floats, Floats]:
     """Return cost, floor and scale, both >= 0, of the best line L = floor + scale x z, (G, M)."""
+    # 1e-300 keeps curves with too few points finite; they become NaN later.
     spread_GM = np.maximum(w_M * zz_GM - z_GM**2, 1e-300)
     scale_GM = np.maximum((w_M * zl_GM - z_GM * l_M) / spread_GM, 0)
     floor_GM = (l_M - scale_GM * z_GM) / np.maximum(w_M, 1e-300)
+    # A loss below 0 at infinity is impossible: refit those through floor 0.
     below_GM = floor_GM < 0
     scale_GM = np.where(below_GM, zl_GM / np.maximum(zz_GM, 1e-300), scale_GM)
     floor_GM = np.where(below_GM, 0.0, floor_GM)

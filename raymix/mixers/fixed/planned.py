@@ -1,6 +1,6 @@
-"""Mixers whose shares are known before the run: fixed ones and schedules.
+"""Fixed and scheduled mixers: shares that are known before the run.
 
-Shapes: D domains, P pieces of a schedule.
+Axes: D domains, P pieces of a schedule.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Planned:
         self.summary = summary
         self.boundaries = tuple(boundaries)
         self._shares_PD = np.array(shares_PD, dtype=np.float64)
+        # Handed out without a copy; a caller that wrote to them would change the mixture.
         self._shares_PD.setflags(write=False)
         self._linear = linear
 
@@ -57,15 +58,15 @@ class Planned:
         if not self._linear or piece + 1 == len(self.boundaries):
             return self._shares_PD[piece]
         start, end = self.boundaries[piece : piece + 2]
-        way = (step - start) / (end - start)
-        return (1 - way) * self._shares_PD[piece] + way * self._shares_PD[piece + 1]
+        fraction = (step - start) / (end - start)
+        return (1 - fraction) * self._shares_PD[piece] + fraction * self._shares_PD[piece + 1]
 
     def update(self, stats: DomainStats) -> Shares:
         """Return the shares of the window after the one that `stats` describes."""
         return self.planned(stats.step + stats.window)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return an empty state: the step says it all."""
+        """Return an empty state: shares are a function of the step."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -93,25 +94,26 @@ def _proportional(config: ProportionalMixer, context: MixerContext) -> Mixer:
 
 @mixer("temperature")
 def _temperature(config: TemperatureMixer, context: MixerContext) -> Mixer:
-    held_D = np.where(context.mixed_D, context.tokens_D, 0)
-    shares_D = tempered(held_D, config.temperature)
+    tokens_D = np.where(context.mixed_D, context.tokens_D, 0)
+    shares_D = tempered(tokens_D, config.temperature)
     return Planned(f"temperature {config.temperature:g}: shares as tokens ** (1/T)", [shares_D])
 
 
 @mixer("unimax")
 def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
-    held_D = np.where(context.mixed_D, context.tokens_D, 0)
-    shares_D, capped_D = unimax(held_D, context.total_tokens, config.max_epochs)
+    tokens_D = np.where(context.mixed_D, context.tokens_D, 0)
+    shares_D, capped_D = unimax(tokens_D, context.total_tokens, config.max_epochs)
+    # All capped and still short of the run: no shares can read that many tokens.
     if capped_D.all() and shares_D.sum() * (1 + SUM_TOLERANCE) < context.total_tokens:
-        held = int(held_D.sum())
+        available = int(tokens_D.sum())
         raise RecipeError.at(
             "mixer.max_epochs",
             config.max_epochs,
             (
-                f"{config.max_epochs:g} epochs of all domains are {config.max_epochs * held:.4g} "
-                f"tokens, fewer than the run's {context.total_tokens:.4g}"
+                f"{config.max_epochs:g} epochs of all domains are "
+                f"{config.max_epochs * available:.4g} tokens, fewer than the run's {context.total_tokens:.4g}"
             ),
-            allowed=f"It takes at least {context.total_tokens / max(held, 1):.3g} epochs",
+            allowed=f"It takes at least {context.total_tokens / max(available, 1):.3g} epochs",
             fix="Raise it, train fewer tokens, or add data",
         )
     capped = f"{int(capped_D.sum())} of {capped_D.size} domains at the cap"
@@ -125,6 +127,7 @@ def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
 def _importance(config: ImportanceMixer, context: MixerContext) -> Mixer:
     """Build the mixer of CRISP (Grangier et al. 2024), with domains in the place of clusters."""
     even_D = context.mixed_D / context.mixed_D.sum()
+    # `plan` runs before the corpus is prepared, when nothing has been counted yet.
     nearest_D = context.nearest_D
     if nearest_D is None or not nearest_D.any():
         unknown = "importance: shares are known once the corpus is prepared; even ones until then"
@@ -143,7 +146,7 @@ def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
             path = f"mixer.pieces.{at}.weights"
             shares_PD.append(shares_by_name(piece.weights, context, path=path))
         except RecipeError as error:
-            problems.extend(error.problems)
+            problems.extend(error.problems)  # every piece is checked before one is refused
     if problems:
         raise RecipeError(*problems)
     starts = [piece.step for piece in config.pieces]
@@ -156,10 +159,11 @@ def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
 
 
 def tempered(tokens_D: NDArray[np.int64], temperature: float) -> Shares:
-    """Return shares in proportion to tokens ** (1 / temperature), shape (D,); none for none."""
-    held_D = tokens_D > 0
+    """Return shares in proportion to tokens ** (1 / temperature), shape (D,); 0 for no tokens."""
+    filled_D = tokens_D > 0
     exponent_D = np.full(tokens_D.size, -np.inf)
-    exponent_D[held_D] = np.log(tokens_D[held_D]) / temperature
+    # In logarithms: 1e12 tokens at a temperature of 0.01 overflow as a power.
+    exponent_D[filled_D] = np.log(tokens_D[filled_D]) / temperature
     scaled_D = np.exp(exponent_D - exponent_D.max(initial=-1e300))
     return scaled_D / scaled_D.sum()
 
@@ -174,11 +178,12 @@ def unimax(
     """
     budget_D = np.zeros(tokens_D.size)
     capped_D = np.zeros(tokens_D.size, dtype=np.bool_)
-    left = float(total_tokens)
+    remaining = float(total_tokens)
+    # Smallest first, so that what a capped domain leaves over goes to all larger ones.
     for rank, domain in enumerate(np.argsort(tokens_D, kind="stable")):
-        even = left / (tokens_D.size - rank)
+        even = remaining / (tokens_D.size - rank)
         cap = max_epochs * float(tokens_D[domain])
         capped_D[domain] = cap <= even
         budget_D[domain] = min(cap, even)
-        left -= budget_D[domain]
+        remaining -= budget_D[domain]
     return budget_D, capped_D

@@ -1,6 +1,6 @@
-"""A mixer that repeats the weights of an earlier run, read from its mixture log.
+"""Replays the shares of an earlier run from its mixture log.
 
-Shapes: D domains, P entries.
+Axes: D domains, P entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from raymix.recipe.mixer import ReplayMixer
 
 
 class Replay(Planned):
-    """The entries of a mixture log, to the last bit, from the steps at which they began."""
+    """The entries of a mixture log, bit by bit, from the steps at which they took effect."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Replay(Planned):
         self._loss_weights_PD = tuple(loss_weights_PD)
 
     def planned_loss_weights(self, step: int) -> Shares | None:
-        """Return the factors of the domains' losses at `step`, shape (D,); None is 1 for all."""
+        """Return the loss weights of the domains at `step`, shape (D,); None is 1 for all."""
         return self._loss_weights_PD[max(0, bisect_right(self.boundaries, step) - 1)]
 
 
@@ -55,14 +55,16 @@ def _replay(config: ReplayMixer, context: MixerContext) -> Mixer:
 
 
 def _shares(shares: dict[str, float], context: MixerContext, *, path: str) -> Shares:
-    """Return an entry's shares as they stand there: scaling them to 1 again would change bits."""
+    """Return an entry's shares as they stand in the log, shape (D,)."""
     shares_by_name(shares, context, path=path)
+    # Checked but not scaled: a division by a sum of 1 - 1e-16 would change the last bit, and with
+    # it the rows that a step reads.
     absent = [name for name in context.domains if name not in shares]
     if absent:
         raise RecipeError.at(
             path,
             list(shares)[:8],
-            f"the log knows nothing of {some(absent)}",
+            f"the log has no shares for {some(absent)}",
             fix="Replay on the corpus that the log was made with",
         )
     return np.array([shares[name] for name in context.domains])
@@ -89,6 +91,7 @@ def _read_log(path: str) -> list[dict[str, Any]]:
         try:
             raw = parse_json(line)
         except ValueError as error:
+            # A run that was killed in the middle of a write leaves half a line.
             if number == len(lines):
                 break
             raise RecipeError(_bad_line(path, number)) from error

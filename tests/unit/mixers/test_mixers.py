@@ -207,7 +207,7 @@ def test_a_replay_is_exact_to_the_last_bit_and_brings_loss_weights(tmp_path: Pat
 @pytest.mark.parametrize(
     ("lines", "wrong"),
     [
-        ('{"first_step": 0, "shares": {"web": 1}}', r"the log knows nothing of books, code"),
+        ('{"first_step": 0, "shares": {"web": 1}}', r"the log has no shares for books, code"),
         (None, "cannot be read"),
         ("", "no entries"),
         ("nonsense\n" * 2, "line 1 is not an entry"),
