@@ -3,8 +3,8 @@
 `build_mixer(recipe.mixer, context)` finds the kind in a registry that other packages extend with
 `@mixer("kind")` and the entry-point group `raymix.mixers`. Mixers that need no statistics are
 `PlannedMixer`s: their shares are known for every step before the run. The others are `Adaptive`:
-a rule between the guard guardrails of guard.py (floor, cap on change, warm-up, averages, and broken
-statistics keep the last weights), once per window of `train.probe_interval` steps.
+a rule within guardrails (floor, cap on change, warm-up, averages; unusable statistics keep the
+last weights), once per window of `train.probe_interval` steps.
 
 A gradient probe is one batch that holds every domain, read out of one ordinary backward; "free"
 means the losses and counts that training knows anyway. Domains named in `targets` are measured

@@ -1,9 +1,9 @@
-"""What comes next: which domains a step reads, which samples, in which order.
+"""The order of the data: which domains a step reads, which samples, in which order.
 
 Everything here is a pure function of (seed, mixture log, state {step, carry, count}) in integer
-arithmetic: no clock, no worker count, no platform. `allocate` says which domains and proves how
-close every prefix of the run is to what was asked; `order` says which sample of a domain is its
-n-th; `plan` and `documents` put both together, step by step; `log` is the record of the weights.
+arithmetic: no clock, no worker count, no platform. Read `allocate` (which domains, and a proof of
+how close every prefix is to the requested shares), `order` (the n-th sample of a domain),
+`mixture_log` (which shares held when), then `packed` and `documents`, which plan steps from them.
 """
 
 from raymix.sampling.allocate import NO_LIMIT, Allocator

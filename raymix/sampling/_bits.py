@@ -24,13 +24,14 @@ U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 
 MASK_64 = (1 << 64) - 1
-LARGEST = 1 << 30
+MAX_PERMUTATION = 1 << 30
 """Largest n that `permute` can permute."""
 # 0-d arrays: numpy takes them faster than its scalars.
 _MIX = tuple(np.array(odd, dtype=np.uint64) for odd in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 _S27, _S30, _S31, _S32 = (np.array(bits, dtype=np.uint64) for bits in (27, 30, 31, 32))
 _S15, _S16 = (np.array(bits, dtype=np.uint32) for bits in (15, 16))
-# One pair of odd multipliers per half round; nothing special, but for ever the same.
+# One pair of odd multipliers per half round. Any would do, but never others: they fix the order
+# of every run.
 _HALVES = tuple(
     (np.array(first, dtype=np.uint32), np.array(second, dtype=np.uint32))
     for first, second in (
@@ -79,7 +80,7 @@ class Radix:
 
     @classmethod
     def of(cls, n: NDArray[np.int64]) -> Radix:
-        """Return the splits of the sizes `n`, each from 1 to `LARGEST`."""
+        """Return the splits of the sizes `n`, each from 1 to `MAX_PERMUTATION`."""
         low_bits = np.array([_low_bits(size) for size in n.tolist()])
         low_size = np.int64(1) << low_bits
         fields = (n, low_bits, low_size - 1, -(-n // low_size), 32 - low_bits)
@@ -115,12 +116,13 @@ def permute(value: U64, key: U64, radix: Radix) -> U64:
     """
     keys = key.astype(np.uint32), (key >> _S32).astype(np.uint32)
     out = _network(value.astype(np.uint32), keys, radix)
-    astray = np.flatnonzero(out >= radix.n)
-    while astray.size:
-        part = radix.take(astray) if np.ndim(radix.n) else radix
-        walked = _network(out[astray], _at(keys, astray), part)
-        out[astray] = walked
-        astray = astray[walked >= part.n]
+    beyond = np.flatnonzero(out >= radix.n)
+    # Cycle walking: a permutation restricted to [0, n) this way is a permutation of it.
+    while beyond.size:
+        part = radix.take(beyond) if np.ndim(radix.n) else radix
+        walked = _network(out[beyond], _at(keys, beyond), part)
+        out[beyond] = walked
+        beyond = beyond[walked >= part.n]
     return out.astype(np.uint64)
 
 
@@ -132,9 +134,9 @@ def _network(value: U32, keys: tuple[U32, U32], radix: Radix) -> U32:
         for first, end, largest in _EXTRA:
             part = np.flatnonzero(radix.n <= largest)
             if part.size:
-                some_low, some_high, some_keys = low[part], high[part], _at(keys, part)
-                _half_rounds(some_low, some_high, some_keys, radix.take(part), range(first, end))
-                low[part], high[part] = some_low, some_high
+                part_low, part_high, part_keys = low[part], high[part], _at(keys, part)
+                _half_rounds(part_low, part_high, part_keys, radix.take(part), range(first, end))
+                low[part], high[part] = part_low, part_high
     else:
         n = int(radix.n)
         ends = [_EXTRA[0][0], *(end for _, end, largest in _EXTRA if n <= largest)]

@@ -1,13 +1,13 @@
-"""Which domains a step takes its rows from: error diffusion with proved bounds.
+"""Allocation of a step's rows to domains: error diffusion with proved bounds.
 
 The rule
 --------
-Every domain carries c_d, what was asked of it so far minus what it got, in rows. A step of
+Every domain has a carry c_d: rows requested of it so far minus rows allocated. A step of
 `budget` rows with shares q (summing to 1) first adds budget * q_d to every carry ("fill"), then
 takes `budget` rows one at a time, always from the domain with the largest carry (the lowest
 index among equals), lowering that carry by 1. Domains with a share of zero sit out: they get no
-row and their carry stays as it is. There is no history beyond the carries, so new weights hold
-from the step they start at, however long the old ones held.
+row and their carry stays as it is. There is no history beyond the carries, so new shares
+hold from the step they start at, however long the old ones held.
 
 Why the carries stay small
 --------------------------
@@ -46,14 +46,14 @@ c_d = -(sum of the others) >= -G_{D-1} >= -g(D - 1) = -(D - 1) / 2.
 Limits
 ------
 A domain with a row limit (`max_epochs`) that would be passed in a step gets exactly what is left
-and its carry stays as it was: what was asked of it is *defined* as what it got. The rest of the
+and its carry stays as it was: what was requested of it is *defined* as what it got. The rest of the
 step, and all later ones, are shared by the others in proportion to their shares. So a limit is a
 change of the domains in use, and the last bound covers it.
 
 Arithmetic
 ----------
-Carries and shares are int64 in units of 2**-40 rows, so "asked" is exact. A share differs from
-the float it came from by up to 2**-40: one row in 10**12.
+Carries and shares are int64 in units of 2**-40 rows, so what is requested is exact. A share
+differs from the float it came from by up to 2**-40: one row in 10**12.
 """
 
 from __future__ import annotations
@@ -64,17 +64,18 @@ from operator import add, ge, sub
 import numpy as np
 
 from raymix.errors import CorpusError, RecipeError, format_problem
-from raymix.sampling.closed_form import MOST_DOMAINS, closed_form
+from raymix.sampling.closed_form import MAX_DOMAINS, closed_form
 from raymix.sampling.shares import SHARE_BITS, Ints, restricted
 
 NO_LIMIT = (1 << 63) - 1
 """The row limit of a domain without one."""
 _FRACTION = (1 << SHARE_BITS) - 1
-_MOST = 1 << (62 - SHARE_BITS)
-# Up to here loops over Python integers beat numpy's overhead per call.
-_FEW = 48
-# From here on the closed form is worth trying.
-_MANY = 12
+# Carries of all domains and one step must fit 63 bits.
+_MAX_BUDGET = 1 << (62 - SHARE_BITS)
+# Up to this many domains, loops over Python integers beat numpy's overhead per call.
+_MAX_PYTHON_DOMAINS = 48
+# Fewer steps than this repay no attempt at the closed form.
+_MIN_CLOSED_FORM_STEPS = 12
 _INDEX_BITS = 6
 
 
@@ -82,8 +83,8 @@ class Allocator:
     """Turns shares into whole rows, step by step; see the module's text for rule and bounds.
 
     Attributes:
-        carry_D: Rows asked minus rows given, shape (D,), int64 in units of 2**-40 rows.
-        count_D: Rows given so far, shape (D,), int64.
+        carry_D: Rows requested minus rows allocated, shape (D,), int64 in units of 2**-40 rows.
+        count_D: Rows allocated so far, shape (D,), int64.
     """
 
     def __init__(
@@ -113,14 +114,15 @@ class Allocator:
             CorpusError: If the limits leave too few rows for even the first step.
             RecipeError: If `budget` is too large for 64-bit arithmetic.
         """
-        if not 1 <= budget <= _MOST - self.count_D.size:
+        if not 1 <= budget <= _MAX_BUDGET - self.count_D.size:
             raise RecipeError.at(
-                "data.rows_per_step", budget, f"not between 1 and {_MOST - self.count_D.size}"
+                "data.rows_per_step", budget, f"not between 1 and {_MAX_BUDGET - self.count_D.size}"
             )
         counts_SD = np.zeros((n_steps, self.count_D.size), dtype=np.int64)
         done = 0
         while done < n_steps:
             open_q_D = self._open_shares(q_D)
+            # Each path takes over where the one before it no longer holds; all give the same rows.
             done += self._run_closed(open_q_D, budget, counts_SD[done:])
             done += self._run_few(open_q_D, budget, counts_SD[done:])
             if done < n_steps:
@@ -128,7 +130,7 @@ class Allocator:
                     break
                 done += 1
         if n_steps and not done:
-            raise CorpusError(self._used_up(q_D, budget, first_step))
+            raise CorpusError(self._exhausted(q_D, budget, first_step))
         return counts_SD[:done]
 
     def copy(self) -> Allocator:
@@ -147,32 +149,33 @@ class Allocator:
     def _run_closed(self, q_D: Ints, budget: int, counts_SD: Ints) -> int:
         """Fill rows of `counts_SD` while the closed form holds; return how many."""
         active = np.flatnonzero(q_D)
-        if len(counts_SD) < _MANY or not 0 < active.size <= MOST_DOMAINS:
+        if len(counts_SD) < _MIN_CLOSED_FORM_STEPS or not 0 < active.size <= MAX_DOMAINS:
             return 0
-        ask = budget * q_D[active]
-        counts = closed_form(self.carry_D[active], ask, len(counts_SD))
+        request = budget * q_D[active]
+        counts = closed_form(self.carry_D[active], request, len(counts_SD))
         if self.limit_D is not None:
+            # A step in which a domain reaches its limit is left to `_step`, which shares the rest.
             left = (self.limit_D - self.count_D)[active]
             counts = counts[(counts.cumsum(axis=0) < left).all(axis=1)]
         total = counts.sum(axis=0)
         counts_SD[: len(counts), active] = counts
-        self.carry_D[active] += len(counts) * ask - (total << SHARE_BITS)
+        self.carry_D[active] += len(counts) * request - (total << SHARE_BITS)
         self.count_D[active] += total
         return len(counts)
 
     def _run_few(self, q_D: Ints, budget: int, counts_SD: Ints) -> int:
         """Fill rows of `counts_SD` while the plain case lasts; return how many."""
         active = np.flatnonzero(q_D)
-        if not 0 < active.size <= _FEW:
+        if not 0 < active.size <= _MAX_PYTHON_DOMAINS:
             return 0
-        ask = [budget * share for share in q_D[active].tolist()]
+        request = [budget * share for share in q_D[active].tolist()]
         carry = self.carry_D[active].tolist()
         left = None
         if self.limit_D is not None:
             left = (self.limit_D - self.count_D)[active].tolist()
         steps: list[list[int]] = []
         for _ in range(len(counts_SD)):
-            filled = list(map(add, carry, ask))
+            filled = list(map(add, carry, request))
             counts = _pick_few(filled, budget)
             if counts is None or (left is not None and any(map(ge, counts, left))):
                 break
@@ -198,6 +201,7 @@ class Allocator:
                 return False
             filled = self.carry_D[active] + budget * share_D[active]
             counts = _pick(filled, budget)
+            # Domains that would pass their limit get what is left; the others take the step again.
             if rest_D is None or (counts <= rest_D[active]).all():
                 break
             closing = active[counts > rest_D[active]]
@@ -210,7 +214,7 @@ class Allocator:
         self.count_D += count_D
         return True
 
-    def _used_up(self, q_D: Ints, budget: int, step: int) -> str:
+    def _exhausted(self, q_D: Ints, budget: int, step: int) -> str:
         used = np.flatnonzero(q_D)
         names = [self._names[at] if self._names else f"#{at}" for at in used[:8].tolist()]
         return format_problem(
@@ -229,7 +233,7 @@ def _pick_few(filled: list[int], budget: int) -> list[int] | None:
     counts = [value >> SHARE_BITS if value > 0 else 0 for value in filled]
     left = budget - sum(counts)
     if left:
-        # One integer per candidate sorts by fraction, then by lowest index.
+        # One integer per candidate, fraction above index, sorts faster than tuples do.
         last = (1 << _INDEX_BITS) - 1
         ranked = [
             (value & _FRACTION) << _INDEX_BITS | last - at
@@ -280,6 +284,8 @@ def _level(whole: Ints, budget: int) -> int:
 
 def _largest(values: Ints, n: int) -> Ints:
     """Return the positions of the `n` largest values, the lowest positions among equals."""
+    # Partition and not sort: thousands of domains, a few rows. Ties go by index, or the result
+    # would depend on the platform's partition.
     threshold = np.partition(values, values.size - n)[values.size - n]
     higher = np.flatnonzero(values > threshold)
     equal = np.flatnonzero(values == threshold)

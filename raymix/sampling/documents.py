@@ -1,4 +1,4 @@
-"""The plan of whole documents, as in fine-tuning: a step is a budget of tokens.
+"""Planner of whole documents (fine-tuning): a step is a budget of tokens.
 
 The rule is that of `raymix.sampling.allocate`, with documents in place of rows: the domain with
 the largest carry gives its next document, of l tokens; its carry falls by l and every carry rises
@@ -31,9 +31,10 @@ from raymix.sampling.order import CorpusOrder, DomainOrder
 from raymix.sampling.planner_state import dump_state, load_state
 from raymix.sampling.shares import SHARE_BITS, Ints, fixed_point, restricted
 
-# Documents looked up at once: per domain, and over all domains.
-_AHEAD = 512
-_AHEAD_IN_ALL = 1 << 17
+# Documents located per call: per domain, and over all domains. A call costs some microseconds
+# however many it locates.
+_LOOKUP_DOCUMENTS = 512
+_LOOKUP_DOCUMENTS_IN_ALL = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class DocumentStep:
     document_N: Ints
     """Position of the document in its domain's stream."""
     length_N: Ints
-    """Tokens, cut at the sequence length."""
+    """Tokens, truncated to the sequence length."""
 
 
 @dataclass(slots=True)
 class _Draft:
-    """A step while it is planned; nothing of it counts until it is whole."""
+    """A step while it is planned; the planner's state changes only once it is complete."""
 
     carry_D: Ints
     count_D: Ints
@@ -89,14 +90,17 @@ class DocumentPlanner:
         self.log = log
         self.carry_D = np.zeros(n_domains, dtype=np.int64)
         self.count_D = np.zeros(n_domains, dtype=np.int64)
+        # Limits as a number, so that the loop needs no case for None.
         self._limit_D = np.full(n_domains, NO_LIMIT) if limit_D is None else np.array(limit_D)
         self._tokens = tokens_per_step
         # |carry| < sequence_length * D must fit 62 bits; see the bounds above.
         spare = 62 - (sequence_length * n_domains).bit_length()
         self.bits = min(SHARE_BITS, spare)
-        ahead = min(_AHEAD, max(8, _AHEAD_IN_ALL // n_domains))
-        self._ahead = [
-            _Ahead(order.of(domain), lengths[domain], longest=sequence_length, ahead=ahead)
+        lookup = min(_LOOKUP_DOCUMENTS, max(8, _LOOKUP_DOCUMENTS_IN_ALL // n_domains))
+        self._lookup = [
+            _DocumentLookup(
+                order.of(domain), lengths[domain], max_tokens=sequence_length, count=lookup
+            )
             for domain in range(n_domains)
         ]
         self._shares: tuple[tuple[float, ...], Ints] | None = None
@@ -126,12 +130,13 @@ class DocumentPlanner:
         q_D = self._fixed(entry.weights)
         draft = _Draft(self.carry_D.copy(), self.count_D.copy())
         while draft.tokens < self._tokens:
+            # Checked per document: a limit may be reached in the middle of a step.
             open_q_D = q_D
             if (draft.count_D[q_D > 0] >= self._limit_D[q_D > 0]).any():
                 open_q_D = restricted(q_D, draft.count_D < self._limit_D)
             active = np.flatnonzero(open_q_D)
             if not active.size:
-                raise CorpusError(self._used_up())
+                raise CorpusError(self._exhausted())
             self._pick(draft, active, open_q_D[active])
         self.carry_D, self.count_D = draft.carry_D, draft.count_D
         self.step += 1
@@ -151,14 +156,16 @@ class DocumentPlanner:
         domains, count_A = active.tolist(), draft.count_D[active].tolist()
         limit_A = self._limit_D[active].tolist()
         while draft.tokens < self._tokens:
+            # argmax takes the first of equal carries, the same on every platform.
             at = int(carry_A.argmax())
             domain, index = domains[at], count_A[at]
-            document, length = self._ahead[domain].at(index)
+            document, length = self._lookup[domain].at(index)
             draft.picked.append((domain, index, document, length))
             draft.tokens += length
             carry_A += length * q_A
             carry_A[at] -= length << self.bits
             count_A[at] = index + 1
+            # The shares of the others change here, so the caller works them out again.
             if index + 1 == limit_A[at]:
                 break
         draft.carry_D[active] = carry_A
@@ -169,7 +176,7 @@ class DocumentPlanner:
             self._shares = weights, fixed_point(weights, bits=self.bits)
         return self._shares[1]
 
-    def _used_up(self) -> str:
+    def _exhausted(self) -> str:
         return format_problem(
             "step",
             self.step,
@@ -181,21 +188,21 @@ class DocumentPlanner:
         )
 
 
-class _Ahead:
-    """Looks up a domain's next documents some hundreds at a time."""
+class _DocumentLookup:
+    """Locates a domain's next documents, some hundreds per call."""
 
     def __init__(
         self,
         order: DomainOrder,
         lengths: NDArray[np.unsignedinteger[Any]],
         *,
-        longest: int,
-        ahead: int,
+        max_tokens: int,
+        count: int,
     ) -> None:
         self._order = order
         self._lengths = lengths
-        self._longest = longest
-        self._ahead = ahead
+        self._max_tokens = max_tokens
+        self._count = count
         self._first = 0
         self._documents: list[int] = []
         self._tokens: list[int] = []
@@ -207,7 +214,8 @@ class _Ahead:
         return self._documents[index - self._first], self._tokens[index - self._first]
 
     def _fetch(self, index: int) -> None:
-        _, group, unit = self._order.locate(np.arange(index, index + self._ahead))
+        _, group, unit = self._order.locate(np.arange(index, index + self._count))
         documents = group * self._order.geometry.group_units + unit
-        tokens = np.clip(self._lengths[documents].astype(np.int64), 1, self._longest)
+        # An empty document counts as one token: a budget of tokens must end.
+        tokens = np.clip(self._lengths[documents].astype(np.int64), 1, self._max_tokens)
         self._first, self._documents, self._tokens = index, documents.tolist(), tokens.tolist()

@@ -1,7 +1,7 @@
-"""The mixture log: which weights held from which step on, versioned and append-only.
+"""The mixture log: which shares held from which step on, versioned and append-only.
 
-With the seed and the corpus it determines every batch, so it is part of every checkpoint. On disk
-(`mixture_log.jsonl`) an entry is one line: version, first_step, shares by name, mixer, stats.
+With the seed and the corpus fingerprint it determines every batch, so every checkpoint has it.
+On disk (`mixture_log.jsonl`) an entry is a line: version, first_step, shares by name, mixer, stats.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class MixtureEntry:
-    """Weights that hold from a step on."""
+    """Shares that hold from a step on."""
 
     version: int
     """Counts up by one from entry to entry."""
     first_step: int
-    """First step with these weights."""
+    """First step with these shares."""
     weights: tuple[float, ...]
     """Share of tokens of each domain, in the log's order of domains, summing to 1."""
     mixer: str
-    """Who chose them: a mixer's kind, or `asked`."""
+    """Who chose them: a mixer's kind, or `asked` for a request by hand."""
     stats: dict[str, Any] | None = None
-    """What they were derived from; JSON types only."""
+    """Statistics they were derived from; JSON types only."""
 
 
 @dataclass(slots=True)
@@ -40,12 +40,14 @@ class MixtureLog:
 
     domains: tuple[str, ...]
     entries: list[MixtureEntry] = field(default_factory=list)
+    # First steps once more, for bisection: `at` is called at every step.
     _starts: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        given = self.entries
+        # Through `append`, so that entries from a file are checked like new ones.
+        entries = self.entries
         self.entries = []
-        for entry in given:
+        for entry in entries:
             self.append(entry)
 
     def append(self, entry: MixtureEntry) -> None:
@@ -79,19 +81,20 @@ class MixtureLog:
         return self.entries[self._position(step)]
 
     def until(self, step: int) -> int | None:
-        """Return the step before which the weights of `step` hold, None if for ever as yet."""
+        """Return the first step with other shares than `step` has; None if there is none yet."""
         position = self._position(step) + 1
         return self._starts[position] if position < len(self._starts) else None
 
     def since(self, version: int) -> list[MixtureEntry]:
         """Return the entries newer than `version`, oldest first; all of them for -1."""
+        # A lease carries these; a rank that is up to date gets none.
         return [entry for entry in self.entries if entry.version > version]
 
     def truncate(self, step: int) -> list[MixtureEntry]:
         """Drop and return the entries that start after `step`."""
-        kept = bisect_right(self._starts, step)
-        dropped = self.entries[kept:]
-        del self.entries[kept:], self._starts[kept:]
+        position = bisect_right(self._starts, step)
+        dropped = self.entries[position:]
+        del self.entries[position:], self._starts[position:]
         return dropped
 
     def copy(self) -> MixtureLog:
@@ -108,6 +111,7 @@ class MixtureLog:
             {
                 "version": entry.version,
                 "first_step": entry.first_step,
+                # json writes the shortest text that reads back as the same float.
                 "shares": dict(zip(self.domains, entry.weights, strict=True)),
                 "mixer": entry.mixer,
                 "stats": entry.stats,
@@ -134,6 +138,7 @@ class MixtureLog:
             try:
                 raw = parse_json(text)
             except ValueError as error:
+                # A process killed in the middle of a write leaves half a line at the end.
                 if number == len(texts):
                     break
                 raise CorpusError(_bad_line(path, number, text, str(error))) from error
@@ -159,6 +164,7 @@ def _entry(raw: dict[str, Any], domains: tuple[str, ...]) -> MixtureEntry:
     if not (min(weights) >= 0 and abs(sum(weights) - 1) <= _TOLERANCE):
         raise ValueError("its shares are not shares: 0 or more, adding up to 1")
     for key in ("version", "first_step"):
+        # Not isinstance: True is an int in Python, and json reads `true`.
         if type(raw[key]) is not int:
             raise ValueError(f"its {key} is {raw[key]!r}, not a whole number")
     return MixtureEntry(

@@ -1,4 +1,4 @@
-"""Which sample comes n-th in a domain: a pure function of (seed, domain, n), O(1), no tables.
+"""The n-th sample of a domain: a pure function of (seed, domain, n), O(1), no tables.
 
 A domain's samples (rows or documents) lie in *groups* (blocks) on disk. Sample n belongs to epoch
 n // units. In every epoch the full groups are put into a keyed random order, a shorter last group
@@ -16,15 +16,16 @@ from hashlib import blake2b
 import numpy as np
 
 from raymix.errors import CorpusError
-from raymix.sampling._bits import LARGEST, U64, Radix, mix64, mix_int, permute
+from raymix.sampling._bits import MAX_PERMUTATION, U64, Radix, mix64, mix_int, permute
 from raymix.sampling.shares import Ints
 
+# Odd constants keep the keys of epochs and windows apart.
 _EPOCH = np.uint64(0x9E3779B97F4A7C15)
 _WINDOW = np.uint64(0xD1B54A32D192ED03)
 
 
 def domain_key(name: str) -> int:
-    """Return a 64-bit key of a domain's name, the same everywhere and for ever."""
+    """Return a 64-bit key of a domain's name, the same on every platform and in every version."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
@@ -86,15 +87,16 @@ class CorpusOrder:
         units = np.array([g.units for g in geometries], dtype=np.int64)
         size = np.array([g.group_units for g in geometries], dtype=np.int64)
         full = units // size
-        if (full > LARGEST).any() or (size > LARGEST).any():
+        if (full > MAX_PERMUTATION).any() or (size > MAX_PERMUTATION).any():
             raise CorpusError.at(
-                "corpus", int(full.max()), f"more than {LARGEST} blocks or rows in a block"
+                "corpus", int(full.max()), f"more than {MAX_PERMUTATION} blocks or rows in a block"
             )
-        # A window of more groups than there are is one of all groups.
-        width = np.minimum(np.minimum(window, full + 1), np.maximum(1, LARGEST // size))
+        # A window of more groups than the domain has is one of all its groups.
+        width = np.minimum(np.minimum(window, full + 1), np.maximum(1, MAX_PERMUTATION // size))
         last = (units - 1) // (width * size)
         inside = np.stack([np.minimum(width * size, units), units - last * width * size], axis=1)
         seed_key = mix_int(seed)
+        # By name, not position: a domain keeps its order when another is added to the recipe.
         keys = [mix_int(seed_key ^ g.key) for g in geometries]
         self._shapes = _OrderShape(
             key=np.array(keys, dtype=np.uint64),
@@ -171,6 +173,7 @@ def _locate(
     position = place // shape.group_units
     place -= position * shape.group_units
     position += window * shape.window_groups
+    # The shorter last group always comes last: permuted among the others it would shift them.
     tail = position == shape.full_groups
     if np.count_nonzero(tail):
         group = _full_group(np.where(tail, 0, position), epoch, shape)
@@ -183,6 +186,7 @@ def _locate(
 def _window_sizes(shape: _OrderShape, pair: Ints | int, window: U64, inside: Radix) -> Radix:
     in_last = window == shape.last_window
     n_last = np.count_nonzero(in_last)
+    # One domain, one window size: scalars broadcast, which is several times faster.
     if isinstance(pair, int) and n_last in {0, in_last.size}:
         return inside.take(pair + int(n_last > 0))
     return inside.take(pair + in_last)
@@ -198,11 +202,11 @@ def _full_group(position: U64, epoch: U64, shape: _OrderShape) -> U64:
     first, last = place.min(), place.max()
     if int(last - first) >= place.size // 2:
         return permute(position, mix64(epoch * _EPOCH + shape.group_key), shape.groups)
-    every = np.arange(first, last + 1, dtype=np.uint64)
-    every_epoch = every // n_groups
-    every -= every_epoch * n_groups
-    keys = mix64(every_epoch * _EPOCH + shape.group_key)
-    return permute(every, keys, shape.groups)[(place - first).view(np.int64)]
+    positions = np.arange(first, last + 1, dtype=np.uint64)
+    epochs = positions // n_groups
+    positions -= epochs * n_groups
+    keys = mix64(epochs * _EPOCH + shape.group_key)
+    return permute(positions, keys, shape.groups)[(place - first).view(np.int64)]
 
 
 def step_order(seed: int, first_step: int, n_steps: int, n_rows: int) -> Ints:
@@ -219,5 +223,5 @@ def step_order(seed: int, first_step: int, n_steps: int, n_rows: int) -> Ints:
     hash_SB = mix64(key_S[:, None] + rows * _WINDOW)
     # The row's number in the low bits makes the keys distinct: sorting them sorts the rows.
     hash_SB = (hash_SB & ~low) | rows
-    hash_SB.sort(axis=1)
+    hash_SB.sort(axis=1)  # in place: (steps, rows) may be millions
     return (hash_SB & low).astype(np.int64)

@@ -1,4 +1,4 @@
-"""The plan of packed rows: for each step, which sample of which domain stands in which row.
+"""Planner of packed rows: for each step, which sample of which domain stands in which row.
 
 A plan is a pure function of (seed, mixture log, limits) and of the state {step, carry, count},
 which is all that a checkpoint needs. Shapes: S steps, B rows per step, D domains.
@@ -49,7 +49,7 @@ class PlanChunk:
 
 
 class PackedPlanner:
-    """Plans steps in order; never past a step whose weights the log may still change.
+    """Plans steps in order, never past a step whose shares the log may still change.
 
     Args of the constructor:
         n_domains: D.
@@ -73,6 +73,7 @@ class PackedPlanner:
         self._rows = rows_per_step
         self._seed = seed
         self._allocator = Allocator(n_domains, limit_D, names=log.domains)
+        # The newest entry's shares as integers, so that each entry is converted once.
         self._shares: tuple[tuple[float, ...], Ints] | None = None
 
     @property
@@ -82,7 +83,7 @@ class PackedPlanner:
 
     @property
     def carry_D(self) -> Ints:
-        """Return rows asked minus rows planned, shape (D,), in units of 2**-40 rows."""
+        """Return rows requested minus rows planned, shape (D,), in units of 2**-40 rows."""
         return self._allocator.carry_D
 
     def plan(self, n_steps: int) -> PlanChunk:
@@ -107,6 +108,7 @@ class PackedPlanner:
         """
         if not 0 <= step - chunk.first_step <= chunk.n_steps:
             raise ValueError(f"step {step} is not in the chunk that starts at {chunk.first_step}")
+        # Replayed from the start of the chunk: an allocator has no inverse.
         self._allocator = chunk.start.copy()
         self.step = chunk.first_step
         if step > self.step:
@@ -125,7 +127,7 @@ class PackedPlanner:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
+        """Restore a state.
 
         Raises:
             ValueError: If it belongs to another number of domains.
@@ -140,24 +142,28 @@ class PackedPlanner:
         while self.step < end:
             entry = self.log.at(self.step)
             until = self.log.until(self.step)
-            asked = (end if until is None else min(end, until)) - self.step
+            n_requested = (end if until is None else min(end, until)) - self.step
             q_D = self._fixed(entry.weights)
             try:
-                part = self._allocator.allocate_steps(q_D, self._rows, asked, first_step=self.step)
+                part = self._allocator.allocate_steps(
+                    q_D, self._rows, n_requested, first_step=self.step
+                )
             except CorpusError:
+                # What was planned so far is still to be read; the next call raises.
                 if parts:
                     break
                 raise
             parts.append(part)
             versions.append(np.full(len(part), entry.version, dtype=np.int64))
             self.step += len(part)
-            if len(part) < asked:
+            if len(part) < n_requested:
                 break
         if not parts:
             return np.zeros((0, self.count_D.size), np.int64), np.zeros(0, np.int64)
         return np.concatenate(parts), np.concatenate(versions)
 
     def _fixed(self, weights: tuple[float, ...]) -> Ints:
+        # Identity, not equality: comparing 10,000 floats per step would cost more than converting.
         if self._shares is None or self._shares[0] is not weights:
             self._shares = weights, fixed_point(weights)
         return self._shares[1]
@@ -173,6 +179,7 @@ class PackedPlanner:
         first_row = np.cumsum(rows) - rows
         domain = np.repeat(used.astype(np.int32), rows)
         index = np.repeat(first_SD[step_used, used] - first_row, rows)
+        # Samples of a domain are numbered through the whole run, across steps.
         index += np.arange(index.size)
         order_SB = step_order(self._seed, first_step, n_steps, self._rows)
         order_SB += self._rows * np.arange(n_steps)[:, None]

@@ -1,4 +1,4 @@
-"""Names for batches and compact forms of state: what two runs compare to know they are equal."""
+"""Batch hashes, and the compact JSON form of a planner's state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from raymix.sampling.shares import Ints
 
-_LISTED = 256
+# Longer arrays are packed: 10,000 integers as JSON text would dominate a checkpoint's state.
+_MAX_LIST = 256
 
 
 def batch_hash(domain_B: ArrayLike, index_B: ArrayLike) -> str:
     """Return 16 hex digits that name a global batch: blake2b of its samples' identities in order.
 
-    Hashed are pairs (domain, how many samples of the domain came before) as little-endian int64.
+    The bytes hashed are pairs (domain, samples of the domain before it) as little-endian int64, so
+    the hash is the same on every platform.
     """
     domains: NDArray[np.int64] = np.asarray(domain_B, dtype="<i8")
     pairs = np.empty((domains.size, 2), dtype="<i8")
@@ -47,7 +49,7 @@ def load_state(state: Mapping[str, Any], n_domains: int) -> tuple[int, Ints, Int
 
 def _dump(values: Ints) -> list[int] | str:
     """Return a list of up to 256 values, beyond that packed text."""
-    if values.size <= _LISTED:
+    if values.size <= _MAX_LIST:
         return values.tolist()
     return base64.b64encode(zlib.compress(values.astype("<i8").tobytes(), 6)).decode()
 

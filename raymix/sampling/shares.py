@@ -1,7 +1,7 @@
-"""Shares of tokens as integers, and what they imply in epochs and rows.
+"""Shares of tokens as integers, and the epochs and rows they imply.
 
-Shapes: D domains, S steps. Floats end here: everything after `fixed_point` is integers, so a run
-makes the same choices on every platform.
+Floats end here: everything after `fixed_point` is integer arithmetic, so a run makes the same
+choices on every platform. Axes: D domains, S steps.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def fixed_point(weights_D: ArrayLike, *, bits: int = SHARE_BITS) -> Ints:
     scaled_D = weight_D / total * float(1 << bits)
     q_D = np.maximum(scaled_D.astype(np.int64), weight_D > 0)
     missing = (1 << bits) - int(q_D.sum())
+    # Largest remainders first (Hamilton), ties by index.
     if missing > 0:
         q_D[np.argsort(np.floor(scaled_D) - scaled_D, kind="stable")[:missing]] += 1
     elif missing < 0:
@@ -54,23 +55,24 @@ def restricted(q_D: Ints, open_D: NDArray[np.bool_]) -> Ints:
     Exact integer arithmetic: floors, then one unit each to the largest remainders.
     """
     total = int(q_D.sum())
-    kept = np.flatnonzero(open_D & (q_D > 0))
+    open_domains = np.flatnonzero(open_D & (q_D > 0))
     out_D = np.zeros_like(q_D)
-    if not kept.size:
+    if not open_domains.size:
         return out_D
-    scaled = [int(share) * total for share in q_D[kept]]
-    kept_total = sum(scaled) // total
-    out_D[kept] = [value // kept_total for value in scaled]
+    # Python integers: the product of two 40-bit numbers does not fit 64 bits.
+    scaled = [int(share) * total for share in q_D[open_domains]]
+    open_total = sum(scaled) // total
+    out_D[open_domains] = [value // open_total for value in scaled]
     missing = total - int(out_D.sum())
-    by_remainder = sorted(range(kept.size), key=lambda at: -(scaled[at] % kept_total))
-    out_D[kept[by_remainder[:missing]]] += 1
+    by_remainder = sorted(range(open_domains.size), key=lambda at: -(scaled[at] % open_total))
+    out_D[open_domains[by_remainder[:missing]]] += 1
     return out_D
 
 
 def realized_error_bound(n_domains_in_use: int, *, same_domains: bool = True) -> float:
-    """Return the most rows by which what a domain got can differ from what was asked of it.
+    """Return the most rows by which a domain's rows can exceed those requested.
 
-    It holds at every step, whatever the weights do. `raymix.sampling.allocate` has the proofs.
+    It holds at every step, for any shares. `raymix.sampling.allocate` has the proofs.
 
     Args:
         n_domains_in_use: n, the domains that ever had a share.
@@ -84,7 +86,7 @@ def realized_error_bound(n_domains_in_use: int, *, same_domains: bool = True) ->
 
 
 def realized_shares(count_D: ArrayLike) -> Floats:
-    """Return the share of each domain in what was handed out, shape (D,); zeros before any was."""
+    """Return the share of each domain in the rows read, shape (D,); zeros before the first."""
     amount_D = np.asarray(count_D, dtype=np.float64)
     return amount_D / max(float(amount_D.sum()), 1.0)
 
@@ -94,10 +96,10 @@ def epochs_implied(shares_D: ArrayLike, tokens_D: ArrayLike, total_tokens: float
 
     Args:
         shares_D: Shares of tokens over the run, shape (D,), summing to 1.
-        tokens_D: Tokens each domain holds, shape (D,).
+        tokens_D: Tokens of each domain, shape (D,).
         total_tokens: Tokens of the run.
     """
-    asked_D = np.asarray(shares_D, dtype=np.float64) * total_tokens
-    held_D = np.asarray(tokens_D, dtype=np.float64)
-    empty_D = np.where(asked_D > 0, np.inf, 0.0)
-    return np.divide(asked_D, held_D, out=empty_D, where=held_D > 0)
+    requested_D = np.asarray(shares_D, dtype=np.float64) * total_tokens
+    available_D = np.asarray(tokens_D, dtype=np.float64)
+    empty_D = np.where(requested_D > 0, np.inf, 0.0)
+    return np.divide(requested_D, available_D, out=empty_D, where=available_D > 0)

@@ -5,7 +5,7 @@ CORPUS/manifest.json                            written last: its presence means
 CORPUS/tokenizer/                               Hugging Face files
 CORPUS/DOMAIN/{train,valid}/shard-00000.arrow   Arrow IPC file, one row per record batch = block
 CORPUS/DOMAIN/{train,valid}/documents.arrow     tokens of each document
-CORPUS/DOMAIN/{train,valid}/learned.arrow        where only answers are learned: which tokens
+CORPUS/DOMAIN/{train,valid}/loss_mask.arrow        where only answers are learned: which tokens
 CORPUS/DOMAIN/rejects.jsonl                     sample of the bad records
 ```
 

@@ -111,7 +111,8 @@ def _unimax(config: UnimaxMixer, context: MixerContext) -> Mixer:
             config.max_epochs,
             (
                 f"{config.max_epochs:g} epochs of all domains are "
-                f"{config.max_epochs * available:.4g} tokens, fewer than the run's {context.total_tokens:.4g}"
+                f"{config.max_epochs * available:.4g} tokens, "
+                f"fewer than the run's {context.total_tokens:.4g}"
             ),
             allowed=f"It takes at least {context.total_tokens / max(available, 1):.3g} epochs",
             fix="Raise it, train fewer tokens, or add data",
