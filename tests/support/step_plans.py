@@ -52,9 +52,9 @@ def expected(
 ) -> list[list[RankMicroBatches]]:
     """Return every rank's part of each step, planned in this process."""
     plans = StepPlans(corpus, DATA, how)
-    plans.begin(start(corpus), log.entries, steps)
+    plans.reset(start(corpus), log.entries, steps)
     ranks = range(how.layout.ranks)
-    return [[plans.planned(step).of(rank) for rank in ranks] for step in range(steps)]
+    return [[plans.plan(step).for_rank(rank) for rank in ranks] for step in range(steps)]
 
 
 def same(one: RankMicroBatches, two: RankMicroBatches) -> bool:

@@ -121,7 +121,7 @@ class Seen:
 
 
 Held = tuple[int, tuple[int, ...], list[int]]
-"""Domain, team and tokens of a document."""
+"""Domain, ranks and tokens of a document."""
 
 
 def read(stream: MixtureStream, steps: int) -> list[Seen]:
@@ -131,7 +131,7 @@ def read(stream: MixtureStream, steps: int) -> list[Seen]:
         known = batch.label_tokens, batch.batch_hash, batch.counts_D.tolist()
         if isinstance(batch, DocumentBatch):
             micro_batches = [
-                [(d.domain, d.team, d.tokens.tolist()) for d in micro]
+                [(d.domain, d.ranks, d.tokens.tolist()) for d in micro]
                 for micro in batch.micro_batches
             ]
             none = np.zeros(0, np.uint16)

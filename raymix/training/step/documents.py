@@ -69,7 +69,7 @@ def document_passes(
 
 
 def _pass(documents: Sequence[LocalDocument], how: ContextParallel, device: torch.device) -> Pass:
-    parts = [DocumentPart(len(document.tokens), document.team) for document in documents]
+    parts = [DocumentPart(len(document.tokens), document.ranks) for document in documents]
     held = LocalShards(parts, how.rank, how.teams, exchange=how.exchange)
     pieces = [_piece(documents[at], local_positions(parts[at], how.rank)) for at in held.order]
     # A token that nobody learns from keeps a rank without documents in step with the others.

@@ -1,4 +1,4 @@
-"""The planner of ranks as an actor: the same plans in any order of asking, and after its death."""
+"""The sequence scheduler: the same plans in any order of requests, and after a restart."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def actor(ray_cluster: None, corpus: Corpus) -> Iterator[Any]:
 
 
 def clients(handle: Any, corpus: Corpus, log: MixtureLog, attempt: str = "a") -> list[Any]:
-    def origin(_: int) -> Mapping[str, Any]:
+    def planner_state(_: int) -> Mapping[str, Any]:
         return start(corpus)
 
     def until() -> int:
@@ -49,7 +49,7 @@ def clients(handle: Any, corpus: Corpus, log: MixtureLog, attempt: str = "a") ->
         return STEPS if len(log.entries) > 1 else 4
 
     readers = [
-        AssignmentContext(rank=rank, log=log, until=until, origin=origin)
+        AssignmentContext(rank=rank, log=log, until=until, planner_state=planner_state)
         for rank in range(HOW.layout.ranks)
     ]
     return [RemoteSequenceScheduler(handle, HOW, reader, attempt=attempt) for reader in readers]
@@ -84,7 +84,7 @@ def test_it_plans_ahead_but_never_beyond_known_weights(actor: Any, corpus: Corpu
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=2, version=1, entries=tuple(log.entries),
-        state=start(corpus), how=HOW,
+        state=start(corpus), config=HOW,
     )  # fmt: skip
     ray.get(actor.plan.remote(request))
     held: list[int] = []
@@ -126,7 +126,7 @@ def test_512_ranks_are_answered(corpus: Corpus, ray_cluster: None) -> None:
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=3, version=1, entries=tuple(log.entries),
-        state=start(corpus), how=how,
+        state=start(corpus), config=how,
     )  # fmt: skip
     for step in range(3):
         asked = [handle.plan.remote(replace(request, rank=rank, step=step)) for rank in range(512)]

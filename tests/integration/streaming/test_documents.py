@@ -44,9 +44,9 @@ def all_documents(corpus: Corpus) -> list[list[list[int]]]:
 
 def plan_of(stream: MixtureStream, step: int) -> DocumentStep:
     assert isinstance(stream._chunk, DocumentChunk)
-    facts = stream._chunk.batch(step).facts
-    assert isinstance(facts, DocumentBatchInfo)
-    return facts.plan
+    info = stream._chunk.batch(step).info
+    assert isinstance(info, DocumentBatchInfo)
+    return info.plan
 
 
 def test_a_rank_alone_holds_the_planned_documents_whole(corpus: Corpus) -> None:
@@ -96,8 +96,8 @@ def test_ranks_hold_what_the_schedule_says(corpus: Corpus, groups: int, context:
             (domain, tokens)
             for rank, part in enumerate(together)
             for micro in part.micro_batches
-            for domain, team, tokens in micro
-            if rank == team[0]
+            for domain, ranks, tokens in micro
+            if rank == ranks[0]
         ]
         assert sorted(found) == sorted(d[::2] for micro in alone.micro_batches for d in micro)
         for rank, part in enumerate(together):

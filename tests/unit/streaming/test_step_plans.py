@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def plans_at(corpus: Corpus, until: int) -> StepPlans:
     plans = StepPlans(corpus, DATA, HOW)
-    plans.begin(start(corpus), log_of(corpus).entries, until)
+    plans.reset(start(corpus), log_of(corpus).entries, until)
     return plans
 
 
@@ -65,30 +65,30 @@ def test_the_documents_are_those_that_the_stream_reads(corpus: Corpus) -> None:
 def test_a_new_start_gives_the_same_plans(corpus: Corpus) -> None:
     whole = expected(corpus, log_of(corpus), 8)
     plans = plans_at(corpus, 8)
-    plans.planned(3)
-    assert plans.held == (0, 1, 2, 3)
+    plans.plan(3)
+    assert plans.planned_steps == (0, 1, 2, 3)
     again = plans_at(corpus, 2)
-    assert not again.can(2)
-    again.learn((), 8)
-    assert all(same(again.planned(7).of(rank), whole[7][rank]) for rank in range(4))
-    again.forget(6)
-    assert again.held == (6, 7)
-    assert not again.can(5)
-    assert again.can(6)
+    assert not again.can_plan(2)
+    again.extend_log((), 8)
+    assert all(same(again.plan(7).for_rank(rank), whole[7][rank]) for rank in range(4))
+    again.drop_before(6)
+    assert again.planned_steps == (6, 7)
+    assert not again.can_plan(5)
+    assert again.can_plan(6)
 
 
 def test_the_future_is_not_planned_before_its_weights_are_known(corpus: Corpus) -> None:
     log = log_of(corpus, (0, 4, 6))
     plans = StepPlans(corpus, DATA, HOW)
-    assert not plans.can(0)
-    plans.begin(start(corpus), log.entries[:1], 4)
-    assert plans.can(3)
-    assert not plans.can(4)
-    plans.planned(3)
-    plans.learn(log.entries, 7)
-    plans.learn(log.entries[:2], 5)
+    assert not plans.can_plan(0)
+    plans.reset(start(corpus), log.entries[:1], 4)
+    assert plans.can_plan(3)
+    assert not plans.can_plan(4)
+    plans.plan(3)
+    plans.extend_log(log.entries, 7)
+    plans.extend_log(log.entries[:2], 5)
     whole = expected(corpus, log, 7)
-    assert same(plans.planned(6).of(0), whole[6][0])
+    assert same(plans.plan(6).for_rank(0), whole[6][0])
     assert plans.version == 2
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from raymix.mixers import DomainStats
 from raymix.streaming.controller.state import MixtureState
-from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, combined
+from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, combine_ranks
 from tests.support.mixer_stats import adaptive, context
 from tests.support.streams import fixed
 
@@ -45,7 +45,7 @@ def measured(window: int, norm2: Any = (3.0, 1.0, 2.0), **more: Any) -> DomainSt
 
 
 def test_losses_are_means_over_tokens_and_tokens_are_sums() -> None:
-    found = combined(
+    found = combine_ranks(
         [
             part(tokens=[100, 0, 0], loss=[1.0, NAN, NAN]),
             part(tokens=[300, 50, 0], loss=[2.0, 4.0, NAN]),
@@ -56,7 +56,7 @@ def test_losses_are_means_over_tokens_and_tokens_are_sums() -> None:
 
 
 def test_gradient_statistics_are_weighted_by_passes() -> None:
-    found = combined(
+    found = combine_ranks(
         [
             part(probe_passes=3.0, grad_norm2_D=[1.0, 0.0, 0.0], gram_DD=np.eye(3)),
             part(probe_passes=1.0, grad_norm2_D=[5.0, 4.0, 0.0], gram_DD=np.ones((3, 3))),
@@ -73,14 +73,14 @@ def test_a_rank_that_measured_nothing_has_no_say() -> None:
     alone = measured(0, probe_passes=2.0)
     idle = [part(probe_passes=0.0), measured(0, [NAN] * 3, probe_passes=0.0)]
     for order in itertools.permutations([alone, *idle]):
-        found = combined(order)
+        found = combine_ranks(order)
         assert found.grad_norm2_D is not None
         assert found.grad_norm2_D.tolist() == [3, 1, 2]
         assert found.probe_passes == 2
 
 
 def test_what_a_rank_could_not_measure_is_left_out_domain_by_domain() -> None:
-    found = combined(
+    found = combine_ranks(
         [
             measured(0, [NAN, 1.0, NAN], probe_passes=5.0),
             measured(0, [3.0, 2.0, NAN], probe_passes=5.0),
@@ -91,7 +91,7 @@ def test_what_a_rank_could_not_measure_is_left_out_domain_by_domain() -> None:
 
 
 def test_what_nobody_measured_is_none() -> None:
-    found = combined([part(), part(probe_passes=0.0, alignment_D=[1.0, 2.0, 3.0])])
+    found = combine_ranks([part(), part(probe_passes=0.0, alignment_D=[1.0, 2.0, 3.0])])
     for name in ("grad_norm2_D", "grad_noise_D", "gram_DD", "alignment_D", "group_gram_NN"):
         assert getattr(found, name) is None
     assert found.valid_loss_D is None
@@ -115,7 +115,7 @@ def test_it_is_the_mean_over_passes_however_they_are_dealt_to_ranks(
         fields = {"grad_norm2_D": np.mean(mine, axis=0)} if mine else {}
         tokens = [10 * len(mine)] * 3
         parts.append(part(tokens=tokens, probe_passes=float(len(mine)), **fields))
-    found = combined(parts)
+    found = combine_ranks(parts)
     assert found.probe_passes == len(passes)
     assert found.tokens_D.tolist() == [10 * len(passes)] * 3
     np.testing.assert_allclose(found.grad_norm2_D, np.mean(passes, axis=0), rtol=1e-9, atol=1e-9)
@@ -149,7 +149,7 @@ def test_the_order_in_which_ranks_push_is_no_matter_to_the_last_bit(order: list[
         windows = Windows(adaptive("pike", context(3)), INTERVAL, DOMAINS)
         for rank in ranks:
             windows.push(0, rank, pushes[rank], world_size=4)
-        return windows.weights(2)[0].tolist()
+        return windows.shares(2)[0].tolist()
 
     assert weights(order) == weights(range(4))
 
@@ -160,7 +160,7 @@ def test_windows_complete_in_their_order_only() -> None:
     assert windows.known_until == 2 * INTERVAL
     assert windows.push(0, 0, measured(0), world_size=1)
     assert windows.known_until == 4 * INTERVAL
-    stats = windows.weights(3)[1]
+    stats = windows.shares(3)[1]
     assert stats is not None
     assert stats["window"] == 1
 
@@ -177,9 +177,11 @@ def state(mixer: Any = None, **options: Any) -> MixtureState:
     return made
 
 
-def entries(made: MixtureState, until: int, *, held: int = 0) -> list[Any]:
+def entries(made: MixtureState, until: int, *, leased: int = 0) -> list[Any]:
     """Return the log's entries once a rank may read up to step `until`."""
-    lease = made.lease("one", 0, step=held, held_until=held, want=until - held, version=-1)
+    lease = made.lease(
+        "one", 0, step=leased, leased_until=leased, n_steps=until - leased, version=-1
+    )
     assert lease is not None
     assert lease.until == until
     return list(lease.entries)
@@ -282,7 +284,7 @@ def test_an_ask_keeps_the_factors_that_the_mixer_decided_on() -> None:
     entries(made, 10)
     made.push("one", 0, 0, measured(0, loss=[1.0, 2.0, 3.0]))
     assert made.set_weights([0.2, 0.3, 0.5], 20) == 20
-    asked = entries(made, 30, held=10)[-1]
+    asked = entries(made, 30, leased=10)[-1]
     assert asked.mixer == "asked"
     assert asked.weights == (0.2, 0.3, 0.5)
     assert set(asked.stats) == {"mixer", LOSS_WEIGHTS}
@@ -294,7 +296,7 @@ def test_an_ask_does_not_hide_a_note() -> None:
     entries(made, 10)
     made.push("one", 0, 0, measured(0, loss=[NAN, 2.0, 2.0]))
     made.set_weights([0.2, 0.3, 0.5], 20)
-    asked = entries(made, 30, held=10)[-1]
+    asked = entries(made, 30, leased=10)[-1]
     assert (asked.mixer, asked.weights) == ("asked", (0.2, 0.3, 0.5))
     assert asked.stats[NOTE].startswith("steps 0 to 9: a loss is not finite")
 
@@ -320,5 +322,5 @@ def test_a_snapshot_continues_the_log_as_if_nothing_had_been(tau: float) -> None
     again = state(adaptive("pike", context(3), tau=tau), snapshot=kept)
     for window, stats in enumerate(pushes[4:], start=4):
         again.push("one", window, 0, stats)
-    entries(again, 100, held=40)
+    entries(again, 100, leased=40)
     assert again.log.to_lines() == whole.log.to_lines()
