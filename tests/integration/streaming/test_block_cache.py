@@ -1,4 +1,4 @@
-"""What is loaded, in which order, and what has to go: the plane's policy and the lookahead."""
+"""Cache policy of the block plane (order of loads, evictions), and prefetching."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ def test_the_budget_holds_and_wants_are_met_in_the_end(data: st.DataObject) -> N
     budget = data.draw(st.integers(4, 30))
     policy = cache(budget)
     for step in range(6):
-        wanted = data.draw(st.lists(st.integers(0, 60), max_size=budget, unique=True))
-        policy.announce(0, 1, step, wanted, [step + float(at) for at in range(len(wanted))])
+        needed = data.draw(st.lists(st.integers(0, 60), max_size=budget, unique=True))
+        policy.announce(0, 1, step, needed, [step + float(at) for at in range(len(needed))])
         for _ in range(20):
             bundles = policy.plan(data.draw(st.integers(1, 10)), BUNDLE)
             assert sum(map(len, bundles)) + policy.used_bytes <= budget
             load(policy, bundles)
-        first = wanted[: budget // BUNDLE // 2]
+        first = needed[: budget // BUNDLE // 2]
         assert len(policy.refs(first)) >= min(1, len(first))
         assert all(policy.refs([number]) for number in first)
 
@@ -143,19 +143,19 @@ def test_a_batch_survives_its_table_whole(row_tokens: int) -> None:
 
 
 class Prefetching(LocalSource):
-    """Reads what is wanted in advance, and counts what had to be waited for nevertheless."""
+    """Reads what is needed in advance, and counts what had to be waited for nevertheless."""
 
     def __init__(self, corpus: Corpus, budget_bytes: int) -> None:
         super().__init__(corpus, row_tokens=ROW, budget_bytes=budget_bytes)
         self.waits: list[int] = []
-        self.max_wanted = 0
+        self.max_needed = 0
         self._coming: list[int] = []
 
     def prefetch(
         self, step: int, numbers: Sequence[int], steps: Sequence[float], missing: Sequence[int]
     ) -> None:
         assert list(steps) == sorted(steps)
-        self.max_wanted = max(self.max_wanted, sum(math.isfinite(s) for s in steps))
+        self.max_needed = max(self.max_needed, sum(math.isfinite(s) for s in steps))
         self._coming = list(missing)
 
     def poll(self) -> list[BlockBatch]:
@@ -193,5 +193,5 @@ def test_rare_domains_neither_starve_nor_fill_the_store(tmp_path: Path) -> None:
     for _ in range(600):
         counts += stream.next().counts_D
     assert (counts > 0).all()
-    assert source.max_wanted <= capacity
+    assert source.max_needed <= capacity
     assert not source.waits

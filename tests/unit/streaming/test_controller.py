@@ -1,4 +1,4 @@
-"""The controller without Ray: leases, windows, asks, and what survives its death."""
+"""The controller without Ray: leases, windows, requests, and restarts."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_a_restarted_controller_gets_lost_windows_again(tmp_path: Path) -> None:
         for r, rank in enumerate(ranks):
             rank.controller = controller
             await rank.lease()
-            for window in range(3):  # what the ranks have kept
+            for window in range(3):  # what the ranks push again
                 await controller.push("one", window, r, stats(window, [window, r, 5]))
         assert (await ranks[1].lease(n_steps=100)).until == 50
         weights = adaptive_weights([[0, 1, 10], [2, 1, 10], [4, 1, 10]])
@@ -381,8 +381,8 @@ def test_a_run_started_again_keeps_the_asks_still_to_come(tmp_path: Path) -> Non
         await controller.set_weights([0, 0, 1], 40)  # and this one is not
         before = await rank.walk(30)
 
-        for kept, start in ((snapshot, 10), (None, 0)):
-            controller = make(run_dir=str(tmp_path), session=f"again{start}", snapshot=kept)
+        for resumed, start in ((snapshot, 10), (None, 0)):
+            controller = make(run_dir=str(tmp_path), session=f"again{start}", snapshot=resumed)
             rank = await Rank(controller, step=start).register(f"again{start}")
             rank.log = MixtureLog(DOMAINS)
             while rank.until <= 50:
