@@ -1,13 +1,12 @@
-"""Attention over documents of which some are whole on a rank and some are spread over several.
+"""Context-parallel attention: documents that one rank holds, and documents sharded over several.
 
-`attention` is one differentiable operation over any process groups: local documents cost no
-communication, and what the shared ones send travels meanwhile. `register` makes it known to
-transformers, so that unmodified causal language models run it; `attending` tells them what the
-micro-batch at hand holds.
+Read in this order: `groups` (process groups), `local_shards` (the row of one rank), `segments` and
+`kernels` (causal attention on one device), `exchange` (the communication), `attention` (the
+differentiable operation) and `register` (the hook into Hugging Face models).
 
-    teams = Teams.of(layout)                                  # once, on every rank
-    held = Held(parts, rank, teams)                           # what this rank has
-    with attending(held): ...
+    groups = ContextParallelGroups.of(layout)             # once, on all ranks
+    shards = LocalShards(parts, rank, groups)             # one micro-batch of this rank
+    with attending(shards): ...                           # forward and backward pass of the model
 """
 
 from raymix.context_parallel.attention import attention

@@ -1,4 +1,4 @@
-"""Process groups of the teams of ranks that may share a sequence."""
+"""Process groups of the ranks that may share a document."""
 
 from __future__ import annotations
 
@@ -8,45 +8,52 @@ import torch.distributed as dist
 
 from raymix.schedule import Layout
 
-Team = tuple[int, ...]
+RankGroup = tuple[int, ...]
+"""Global ranks that share a document, increasing."""
 
 
 class ContextParallelGroups:
-    """The process group of each team that this rank is in.
+    """The process groups that this rank is a member of, by their ranks.
 
-    Every rank of the job makes the groups of all teams, in the same order, as
-    `torch.distributed.new_group` asks: so one is made once per job, not per step.
+    `torch.distributed.new_group` is a collective over all ranks of the job, members or not, so the
+    groups are created once per job and not per step.
     """
 
-    def __init__(self, groups: Mapping[Team, dist.ProcessGroup] | None = None) -> None:
-        """Hold groups by the ranks in them; without any, all sequences are local."""
+    def __init__(self, groups: Mapping[RankGroup, dist.ProcessGroup] | None = None) -> None:
+        """Wrap existing groups; without any, all documents must be local."""
         self._groups = dict(groups or {})
 
     @classmethod
     def of(cls, layout: Layout) -> ContextParallelGroups:
-        """Return the groups of all teams that a layout allows; a collective over all ranks.
+        """Create the groups of all widths of a layout; a collective over all ranks.
 
         Raises:
             ValueError: If the job has another number of ranks.
         """
-        teams = [
+        # The order is the same on all ranks: new_group matches its calls by order alone. Groups
+        # begin at multiples of their width, as the slots of `Layout` do.
+        rank_groups = [
             tuple(range(first, first + width))
             for width in layout.widths
             if width > 1
             for first in range(0, layout.ranks, width)
         ]
-        if teams and dist.get_world_size() != layout.ranks:
+        if rank_groups and dist.get_world_size() != layout.ranks:
             raise ValueError(f"{dist.get_world_size()} ranks for a layout of {layout.ranks}")
-        groups = {team: dist.new_group(list(team)) for team in teams}
-        # A rank outside of a team gets a number in place of its group.
+        groups = {ranks: dist.new_group(list(ranks)) for ranks in rank_groups}
+        # new_group returns a placeholder instead of a ProcessGroup to ranks outside the group.
         return cls(
-            {t: group for t, group in groups.items() if isinstance(group, dist.ProcessGroup)}
+            {
+                ranks: group
+                for ranks, group in groups.items()
+                if isinstance(group, dist.ProcessGroup)
+            }
         )
 
-    def group(self, team: Team) -> dist.ProcessGroup:
-        """Return the group of a team that this rank is in.
+    def group(self, ranks: RankGroup) -> dist.ProcessGroup:
+        """Return the process group of these ranks, this rank among them.
 
         Raises:
-            KeyError: If no group was made for it.
+            KeyError: If no group was created for them.
         """
-        return self._groups[team]
+        return self._groups[ranks]

@@ -1,11 +1,10 @@
-"""Attention over pieces on one device, forward and backward, without dense masks.
+"""Attention kernels over segments on one device, forward and backward, without dense masks.
 
-Forward gives the output and the logarithm of each query's sum of exponentials, from which the
-backward pass makes the probabilities again. On a CPU a piece is a rectangle, all of whose keys
-all of its queries see, and a causal square; the two are joined by their logarithms (online
-softmax: Milakov & Gimelshein 2018), so nothing that is masked is computed. On a CUDA device one
-call does all pieces: the flash kernel where types and sizes allow it, else the memory-efficient
-one.
+The forward pass returns the output and the log-sum-exp (LSE) of each query's scores, from which
+the backward pass recomputes the probabilities. On a CPU a segment is a rectangle of keys that all
+its queries see, and a causal square; the two are merged by their LSE (online softmax: Milakov &
+Gimelshein 2018), so no masked score is computed. On a CUDA device one call handles all segments:
+the flash kernel where dtype and head width allow it, else the memory-efficient one.
 
 Letters: T queries, S keys, H query heads, K key heads, G = H / K query heads per key head, D
 width of a head.
@@ -21,18 +20,20 @@ import torch
 from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 
 _OPS = torch.ops.aten
-# The efficient kernel's name for a causal mask whose last query sees the last key.
-_FROM_BOTTOM_RIGHT = 2
+# `CustomMaskType.CausalFromBottomRight` of the memory-efficient kernel: the last query of a segment
+# sees its last key. The flash kernel aligns its causal mask this way by itself.
+_CAUSAL_FROM_BOTTOM_RIGHT = 2
+_MAX_FLASH_WIDTH = 256
 Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Queries, keys, values, output and log-sums."""
+"""Queries, keys, values, output and LSE."""
 
 
 class Kernel(Protocol):
-    """Attention over pieces."""
+    """Attention over segments."""
 
     @property
     def scale(self) -> float:
-        """Return what scores are multiplied by."""
+        """Return the factor on the scores."""
         ...
 
     def forward(
@@ -40,23 +41,23 @@ class Kernel(Protocol):
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output, shape (T, H, D), and the log-sums in a shape of the kernel's own."""
+        """Return the output, shape (T, H, D), and the LSE in a shape of the kernel's own."""
         ...
 
     def backward(
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values.
 
         Args:
-            grad_THD: That of the output.
-            saved: Queries, keys, values, output and log-sums.
-            pieces: As in the forward pass.
+            grad_THD: Gradient of the output.
+            saved: Queries, keys, values, output and LSE.
+            segments: As in the forward pass.
         """
         ...
 
@@ -66,16 +67,17 @@ def kernel_for(query_THD: torch.Tensor, scale: float) -> Kernel:
     if query_THD.device.type != "cuda":
         return CpuKernel(scale)
     half = query_THD.dtype in (torch.float16, torch.bfloat16)
-    # The flash kernels want a width in eights, up to 256, and Ampere or newer.
+    # Torch's flash kernels need Ampere (compute capability 8.0) or newer and a head width that is
+    # a multiple of 8, at most 256. The operator checks this only by failing, so it is checked here.
     width = query_THD.shape[-1]
-    new = torch.cuda.get_device_capability(query_THD.device) >= (8, 0)
-    flash = half and new and width % 8 == 0 and width <= 256
+    ampere = torch.cuda.get_device_capability(query_THD.device) >= (8, 0)
+    flash = half and ampere and width % 8 == 0 and width <= _MAX_FLASH_WIDTH
     return FlashKernel(scale) if flash else EfficientKernel(scale)
 
 
 @dataclass(frozen=True, slots=True)
 class CpuKernel:
-    """Piece by piece with torch's flash attention for CPUs; float64, float32 and bfloat16."""
+    """Segment by segment with torch's flash attention for CPUs; float64, float32 and bfloat16."""
 
     scale: float
 
@@ -84,80 +86,95 @@ class CpuKernel:
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output and the log-sums, float32 or float64 of shape (T, H)."""
+        """Return the output and the LSE, float32 or float64 of shape (T, H)."""
         out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
-        exact = torch.float64 if query_THD.dtype == torch.float64 else torch.float32
-        sums_TH = torch.empty(query_THD.shape[:2], dtype=exact)
-        for piece in pieces.every:
-            rows = slice(piece.query, piece.query + piece.queries)
-            query = _grouped(query_THD[rows], key_SKD.shape[1])
+        # The operator accumulates bfloat16 in float32, and returns its LSE so.
+        lse_dtype = torch.float64 if query_THD.dtype == torch.float64 else torch.float32
+        lse_TH = torch.empty(query_THD.shape[:2], dtype=lse_dtype)
+        for segment in segments.segments:
+            rows = slice(segment.first_query, segment.first_query + segment.n_queries)
+            query = _split_heads(query_THD[rows], key_SKD.shape[1])
+            # Arguments after the value: dropout_p, is_causal.
             parts = [
                 _OPS._scaled_dot_product_flash_attention_for_cpu(
-                    query, _spread(key_SKD[keys], query), _spread(value_SKD[keys], query),
+                    query, _expand_keys(key_SKD[keys], query), _expand_keys(value_SKD[keys], query),
                     0.0, causal, scale=self.scale,
                 )
-                for keys, causal in _blocks(piece)
+                for keys, causal in _key_blocks(segment)
             ]  # fmt: skip
-            out, sums = parts[0] if len(parts) == 1 else _joined(parts)
-            _grouped(out_THD[rows], key_SKD.shape[1]).copy_(out)
-            _grouped(sums_TH[rows, :, None], key_SKD.shape[1]).copy_(sums[..., None])
-        return out_THD, sums_TH
+            out, lse = parts[0] if len(parts) == 1 else _merge_softmax(parts)
+            _split_heads(out_THD[rows], key_SKD.shape[1]).copy_(out)
+            _split_heads(lse_TH[rows, :, None], key_SKD.shape[1]).copy_(lse[..., None])
+        return out_THD, lse_TH
 
     def backward(
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values."""
-        query_THD, key_SKD, value_SKD, out_THD, sums_TH = saved
+        query_THD, key_SKD, value_SKD, out_THD, lse_TH = saved
         heads = key_SKD.shape[1]
+        # Zeros: segments of one document add to the gradients of the keys they share.
         grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in saved[:3])
-        for piece in pieces.every:
-            rows = slice(piece.query, piece.query + piece.queries)
-            query, out, grad = (_grouped(x[rows], heads) for x in (query_THD, out_THD, grad_THD))
-            sums = _grouped(sums_TH[rows, :, None], heads)[..., 0]
-            for keys, causal in _blocks(piece):
-                key, value = _spread(key_SKD[keys], query), _spread(value_SKD[keys], query)
-                found = _OPS._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad, query, key, value, out, sums, 0.0, causal, scale=self.scale
+        for segment in segments.segments:
+            rows = slice(segment.first_query, segment.first_query + segment.n_queries)
+            query, out, grad = (
+                _split_heads(x[rows], heads) for x in (query_THD, out_THD, grad_THD)
+            )
+            lse = _split_heads(lse_TH[rows, :, None], heads)[..., 0]
+            # With output and LSE of the whole segment, each block's probabilities come out
+            # normalized over all keys, so the blocks' gradients add up.
+            for keys, causal in _key_blocks(segment):
+                key, value = (
+                    _expand_keys(key_SKD[keys], query),
+                    _expand_keys(value_SKD[keys], query),
                 )
-                _grouped(grads[0][rows], heads).add_(found[0])
-                for whole, part in zip(grads[1:], found[1:], strict=True):
-                    whole[keys].add_(part.sum(0).transpose(0, 1))
+                block_grads = _OPS._scaled_dot_product_flash_attention_for_cpu_backward(
+                    grad, query, key, value, out, lse, 0.0, causal, scale=self.scale
+                )
+                _split_heads(grads[0][rows], heads).add_(block_grads[0])
+                for grad_SKD, part_GKSD in zip(grads[1:], block_grads[1:], strict=True):
+                    grad_SKD[keys].add_(part_GKSD.sum(0).transpose(0, 1))
         return grads[0], grads[1], grads[2]
 
 
-def _blocks(piece: AttentionSegment) -> list[tuple[slice, bool]]:
-    """Return the keys of the rectangle, if there is one, and of the causal square."""
-    square = (slice(piece.key + piece.before, piece.key + piece.keys), True)
-    rectangle = (slice(piece.key, piece.key + piece.before), False)
-    return [rectangle, square] if piece.before else [square]
+def _key_blocks(segment: AttentionSegment) -> list[tuple[slice, bool]]:
+    """Return (keys, causal) of the rectangle of prefix keys, if any, and of the causal square."""
+    # Two calls, as the CPU operator aligns its causal mask to the top left: right for squares only.
+    own = segment.first_key + segment.n_prefix_keys
+    square = (slice(own, segment.first_key + segment.n_keys), True)
+    rectangle = (slice(segment.first_key, own), False)
+    return [rectangle, square] if segment.n_prefix_keys else [square]
 
 
-def _grouped(rows_THD: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return a view of (T, H, D) as (G, K, T, D): the heads that share keys stand apart."""
-    return rows_THD.unflatten(1, (heads, -1)).permute(2, 1, 0, 3)
+def _split_heads(rows_THD: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """Return a view of (T, H, D) as (G, K, T, D): query heads by the key head they use."""
+    return rows_THD.unflatten(1, (key_heads, -1)).permute(2, 1, 0, 3)
 
 
-def _spread(rows_SKD: torch.Tensor, query_GKTD: torch.Tensor) -> torch.Tensor:
+def _expand_keys(rows_SKD: torch.Tensor, query_GKTD: torch.Tensor) -> torch.Tensor:
     """Return (S, K, D) as (G, K, S, D), repeated by a stride of 0 and not in memory."""
     return rows_SKD.transpose(0, 1).expand(query_GKTD.shape[0], -1, -1, -1)
 
 
-def _joined(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return output and log-sums of attention over the keys of two blocks."""
-    (first, first_sums), (second, second_sums) = parts
-    sums = torch.logaddexp(first_sums, second_sums)
-    left, right = ((part - sums).exp()[..., None] for part in (first_sums, second_sums))
-    return first * left + second * right, sums
+def _merge_softmax(
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return output and LSE of attention over the keys of two blocks."""
+    (first, first_lse), (second, second_lse) = parts
+    lse = torch.logaddexp(first_lse, second_lse)
+    # Both exponents are <= 0, so neither factor can overflow.
+    left, right = ((block_lse - lse).exp()[..., None] for block_lse in (first_lse, second_lse))
+    return first * left + second * right, lse
 
 
 @dataclass(frozen=True, slots=True)
 class FlashKernel:
-    """All pieces in one call of the flash kernel that torch has; float16 and bfloat16 on CUDA."""
+    """All segments in one call of torch's flash kernel; float16 and bfloat16 on CUDA."""
 
     scale: float
 
@@ -166,62 +183,62 @@ class FlashKernel:
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output and the log-sums, shape (H, T)."""
-        shape = pieces.varlen(query_THD.device)
-        out_THD, sums_HT, *_ = _OPS._flash_attention_forward(
+        """Return the output and the LSE, shape (H, T)."""
+        varlen = segments.varlen(query_THD.device)
+        out_THD, lse_HT, *_ = _OPS._flash_attention_forward(
             query_THD.contiguous(),
-            _picked(key_SKD, shape.rows),
-            _picked(value_SKD, shape.rows),
-            shape.query_P1,
-            shape.key_P1,
-            shape.most_queries,
-            shape.most_keys,
-            0.0,
-            True,
-            False,
+            _select_rows(key_SKD, varlen.key_rows),
+            _select_rows(value_SKD, varlen.key_rows),
+            varlen.query_offsets,
+            varlen.key_offsets,
+            varlen.max_queries,
+            varlen.max_keys,
+            0.0,  # dropout_p
+            True,  # is_causal
+            False,  # return_debug_mask
             scale=self.scale,
         )
-        return out_THD, sums_HT
+        return out_THD, lse_HT
 
     def backward(
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values."""
-        query_THD, key_SKD, value_SKD, out_THD, sums_HT = saved
-        shape = pieces.varlen(query_THD.device)
-        # Without dropout no random numbers are drawn; the state is asked for all the same.
+        query_THD, key_SKD, value_SKD, out_THD, lse_HT = saved
+        varlen = segments.varlen(query_THD.device)
+        # Without dropout no random numbers are drawn, but the operator requires the RNG state.
         state = torch.zeros(2, dtype=torch.uint64, device=query_THD.device)
         grad_query, grad_key, grad_value = _OPS._flash_attention_backward(
             grad_THD.contiguous(),
             query_THD.contiguous(),
-            _picked(key_SKD, shape.rows),
-            _picked(value_SKD, shape.rows),
+            _select_rows(key_SKD, varlen.key_rows),
+            _select_rows(value_SKD, varlen.key_rows),
             out_THD,
-            sums_HT,
-            shape.query_P1,
-            shape.key_P1,
-            shape.most_queries,
-            shape.most_keys,
-            0.0,
-            True,
+            lse_HT,
+            varlen.query_offsets,
+            varlen.key_offsets,
+            varlen.max_queries,
+            varlen.max_keys,
+            0.0,  # dropout_p
+            True,  # is_causal
             state,
             torch.empty(0, device=query_THD.device),
             scale=self.scale,
         )
-        back = [_put(part, key_SKD, shape.rows) for part in (grad_key, grad_value)]
-        return grad_query, back[0], back[1]
+        grads = [_scatter_rows(part, key_SKD, varlen.key_rows) for part in (grad_key, grad_value)]
+        return grad_query, grads[0], grads[1]
 
 
 @dataclass(frozen=True, slots=True)
 class EfficientKernel:
-    """All pieces in one call of the memory-efficient kernel; float32 as well, on CUDA.
+    """All segments in one call of the memory-efficient kernel; float32 as well, on CUDA.
 
-    It knows no heads that share keys: these are repeated here, in memory.
+    It does not support grouped-query attention, so key heads are repeated in memory.
     """
 
     scale: float
@@ -231,72 +248,76 @@ class EfficientKernel:
         query_THD: torch.Tensor,
         key_SKD: torch.Tensor,
         value_SKD: torch.Tensor,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the output and the log-sums, padded to the longest piece."""
-        shape = pieces.varlen(query_THD.device)
+        """Return the output and the LSE, padded to the longest segment."""
+        varlen = segments.varlen(query_THD.device)
         groups = query_THD.shape[1] // key_SKD.shape[1]
-        out, sums, *_ = _OPS._efficient_attention_forward(
+        out, lse, *_ = _OPS._efficient_attention_forward(
             query_THD[None],
-            _picked(key_SKD, shape.rows).repeat_interleave(groups, 1)[None],
-            _picked(value_SKD, shape.rows).repeat_interleave(groups, 1)[None],
-            None,
-            shape.query_P1,
-            shape.key_P1,
-            shape.most_queries,
-            shape.most_keys,
-            0.0,
-            _FROM_BOTTOM_RIGHT,
-            True,
+            _select_rows(key_SKD, varlen.key_rows).repeat_interleave(groups, 1)[None],
+            _select_rows(value_SKD, varlen.key_rows).repeat_interleave(groups, 1)[None],
+            None,  # attn_bias
+            varlen.query_offsets,
+            varlen.key_offsets,
+            varlen.max_queries,
+            varlen.max_keys,
+            0.0,  # dropout_p
+            _CAUSAL_FROM_BOTTOM_RIGHT,
+            True,  # compute_log_sumexp
             scale=self.scale,
         )
-        return out[0], sums
+        return out[0], lse
 
     def backward(
         self,
         grad_THD: torch.Tensor,
         saved: Saved,
-        pieces: AttentionSegments,
+        segments: AttentionSegments,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of queries, keys and values."""
-        query_THD, key_SKD, value_SKD, out_THD, sums = saved
-        shape = pieces.varlen(query_THD.device)
+        query_THD, key_SKD, value_SKD, out_THD, lse = saved
+        varlen = segments.varlen(query_THD.device)
         groups = query_THD.shape[1] // key_SKD.shape[1]
-        # Without dropout no random numbers are drawn; seed and offset are asked for all the same.
-        none = torch.zeros((), dtype=torch.int64, device=query_THD.device)
+        # Without dropout no random numbers are drawn, but the operator requires seed and offset.
+        zero = torch.zeros((), dtype=torch.int64, device=query_THD.device)
         grad_query, *rest, _ = _OPS._efficient_attention_backward(
             grad_THD[None].contiguous(),
             query_THD[None],
-            _picked(key_SKD, shape.rows).repeat_interleave(groups, 1)[None],
-            _picked(value_SKD, shape.rows).repeat_interleave(groups, 1)[None],
-            None,
+            _select_rows(key_SKD, varlen.key_rows).repeat_interleave(groups, 1)[None],
+            _select_rows(value_SKD, varlen.key_rows).repeat_interleave(groups, 1)[None],
+            None,  # attn_bias
             out_THD[None],
-            shape.query_P1,
-            shape.key_P1,
-            shape.most_queries,
-            shape.most_keys,
-            sums,
-            0.0,
-            none,
-            none,
-            _FROM_BOTTOM_RIGHT,
-            False,
+            varlen.query_offsets,
+            varlen.key_offsets,
+            varlen.max_queries,
+            varlen.max_keys,
+            lse,
+            0.0,  # dropout_p
+            zero,
+            zero,
+            _CAUSAL_FROM_BOTTOM_RIGHT,
+            False,  # bias_requires_grad
             scale=self.scale,
         )
+        # repeat_interleave put the G copies of a key head side by side: their gradients add up.
         summed = [part[0].unflatten(1, (-1, groups)).sum(2) for part in rest]
-        back = [_put(part, key_SKD, shape.rows) for part in summed]
-        return grad_query[0], back[0], back[1]
+        grads = [_scatter_rows(part, key_SKD, varlen.key_rows) for part in summed]
+        return grad_query[0], grads[0], grads[1]
 
 
-def _picked(rows_SKD: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return rows_SKD.contiguous() if rows is None else rows_SKD[rows]
+def _select_rows(rows_SKD: torch.Tensor, key_rows: torch.Tensor | None) -> torch.Tensor:
+    return rows_SKD.contiguous() if key_rows is None else rows_SKD[key_rows]
 
 
-def _put(part: torch.Tensor, like_SKD: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """Return gradients of the rows picked, added up where a row was picked more than once."""
-    if rows is None:
+def _scatter_rows(
+    part: torch.Tensor, like_SKD: torch.Tensor, key_rows: torch.Tensor | None
+) -> torch.Tensor:
+    """Return gradients of the selected rows, summed where a row was selected more than once."""
+    if key_rows is None:
         return part
-    # Stretches of one document share most of its keys: two summands, so any order gives the same.
+    # index_add_ on CUDA adds in no fixed order. A row is in at most two segments (the front and
+    # back span of a shard), and a sum of two floats does not depend on the order.
     return torch.zeros_like(like_SKD, memory_format=torch.contiguous_format).index_add_(
-        0, rows, part
+        0, key_rows, part
     )

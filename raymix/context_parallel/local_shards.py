@@ -1,7 +1,7 @@
-"""What one rank holds in a micro-batch: whole documents, and its shards of shared ones.
+"""The row of one rank in a micro-batch: whole documents, then its shards of shared documents.
 
-It is one flat row of tokens: the local documents, then, team by team, the shards of the documents
-that the team shares. All ranks of a team have as many tokens of it, in the same order.
+The row is flat: the local documents, then, group by group, the shards of the documents that the
+group shares. All ranks of a group have the same number of tokens of them, in the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raymix.context_parallel.groups import ContextParallelGroups, Team
+from raymix.context_parallel.groups import ContextParallelGroups, RankGroup
 from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 from raymix.schedule.layout import Ints
 from raymix.schedule.shard_spans import shard_positions, shard_spans
@@ -25,48 +25,52 @@ ExchangeName = Literal["gather", "ulysses"]
 
 @dataclass(frozen=True, slots=True)
 class DocumentPart:
-    """One document as a rank holds it."""
+    """A document, or a shard of one, in the row of a rank."""
 
     length: int
     """Tokens of the whole document."""
-    team: Team
-    """The ranks that share it, rising; one rank: it is local."""
+    ranks: RankGroup
+    """The ranks that share it, increasing; a single rank: the document is local."""
 
 
 class SharedDocuments:
-    """The documents that one team shares in a micro-batch, as one of its ranks sees them."""
+    """The documents that one group of ranks shares in a micro-batch, seen from one member."""
 
     def __init__(
         self, lengths: Sequence[int], index: int, width: int, group: dist.ProcessGroup
     ) -> None:
-        """Say which documents; `index` is this rank's place in the team of `width`."""
+        """Describe the documents; `index` is this rank's position in the group of `width` ranks."""
         self.lengths = tuple(lengths)
         self.index = index
         self.width = width
         self.group = group
-        self._held = tuple(-(-length // width) for length in lengths)
-        self.tokens = sum(self._held)
+        # Rounded up: all-gather and all-to-all need shards of equal size.
+        self._shard_lengths = tuple(-(-length // width) for length in lengths)
+        self.tokens = sum(self._shard_lengths)
 
     @cached_property
     def shards(self) -> AttentionSegments:
-        """Return this rank's queries and the keys they see, in the order of the documents."""
-        pieces, query, key = list[AttentionSegment](), 0, 0
-        for length, held in zip(self.lengths, self._held, strict=True):
-            for begin, end in shard_spans(length, self.width, self.index):
-                pieces.append(AttentionSegment(query, end - begin, key, end))
-                query += end - begin
-            key += held * self.width
-        return AttentionSegments(pieces)
+        """Return this rank's queries and the keys they see, in document order."""
+        segments, query, key = list[AttentionSegment](), 0, 0
+        for length, shard_length in zip(self.lengths, self._shard_lengths, strict=True):
+            for first, end in shard_spans(length, self.width, self.index):
+                segments.append(AttentionSegment(query, end - first, key, end))
+                query += end - first
+            key += shard_length * self.width
+        return AttentionSegments(segments)
 
     @cached_property
     def documents(self) -> AttentionSegments:
-        """Return the documents as pieces of their own, padding to equal shards included."""
-        return AttentionSegments.whole([held * self.width for held in self._held])
+        """Return one segment per document, the padding to equal shards included."""
+        # Padding is at the end of a document, where the causal mask hides it from real tokens.
+        return AttentionSegments.of_documents(
+            [shard_length * self.width for shard_length in self._shard_lengths]
+        )
 
     def order(self, device: torch.device) -> torch.Tensor:
-        """Return, for each token of the documents in order, its row in what all ranks hold.
+        """Return the row of each document token in the concatenation of all ranks' rows.
 
-        Those rows are the ranks' tokens one rank after the other; int64, shape (width * tokens,).
+        int64, shape (width * tokens,); the tokens are in document order.
         """
         if device not in self._order:
             self._order[device] = torch.from_numpy(self._rows()).to(device)
@@ -77,61 +81,65 @@ class SharedDocuments:
         return {}
 
     def _rows(self) -> Ints:
-        begin, found = 0, list[Ints]()
-        for length, held in zip(self.lengths, self._held, strict=True):
-            rows = np.empty(held * self.width, dtype=np.int64)
+        first, rows = 0, list[Ints]()
+        for length, shard_length in zip(self.lengths, self._shard_lengths, strict=True):
+            document_rows = np.empty(shard_length * self.width, dtype=np.int64)
             for index in range(self.width):
-                at = shard_positions(length, self.width, index)
-                rows[at] = index * self.tokens + begin + np.arange(held)
-            found.append(rows)
-            begin += held
-        return np.concatenate(found)
+                positions = shard_positions(length, self.width, index)
+                document_rows[positions] = index * self.tokens + first + np.arange(shard_length)
+            rows.append(document_rows)
+            first += shard_length
+        return np.concatenate(rows)
 
 
 class LocalShards:
-    """What a rank holds in a micro-batch.
+    """The documents and shards of one rank in a micro-batch, in the order of its row.
 
     Attributes:
-        order: Which of the documents given comes where in the row.
-        local: The local documents.
-        shared: What each team shares, in the same order on all ranks.
+        order: Index in `parts` of each document of the row.
+        local: Segments of the local documents.
+        shared: The shared documents of each group, in the same order on all ranks.
         exchange: How shared documents are attended to.
         tokens: Tokens in the row.
-        longest: Tokens of the longest document; no query is further from a key.
+        longest: Tokens of the longest document: a bound on the distance of a query to a key.
     """
 
     def __init__(
         self,
         parts: Sequence[DocumentPart],
         rank: int,
-        teams: ContextParallelGroups,
+        groups: ContextParallelGroups,
         *,
         exchange: ExchangeName = "gather",
     ) -> None:
         """Arrange the documents of a micro-batch of `rank`; none: a row of one token."""
-        by_team: dict[Team, list[int]] = {}
+        by_group: dict[RankGroup, list[int]] = {}
         for at, part in enumerate(parts):
-            by_team.setdefault(part.team if len(part.team) > 1 else (), []).append(at)
-        local = by_team.pop((), [])
+            by_group.setdefault(part.ranks if len(part.ranks) > 1 else (), []).append(at)
+        local = by_group.pop((), [])
         self.exchange = exchange
-        self.local = AttentionSegments.whole([parts[at].length for at in local] if parts else [1])
+        # A rank without documents still runs the model: FSDP gathers parameters on all ranks.
+        self.local = AttentionSegments.of_documents(
+            [parts[at].length for at in local] if parts else [1]
+        )
+        # Sorted: the members of a group must issue their collectives in the same order.
         self.shared = tuple(
             SharedDocuments(
-                [parts[at].length for at in by_team[team]],
-                team.index(rank),
-                len(team),
-                teams.group(team),
+                [parts[at].length for at in by_group[ranks]],
+                ranks.index(rank),
+                len(ranks),
+                groups.group(ranks),
             )
-            for team in sorted(by_team)
+            for ranks in sorted(by_group)
         )
-        self.order = (*local, *(at for team in sorted(by_team) for at in by_team[team]))
-        self.tokens = self.local.queries + sum(shared.tokens for shared in self.shared)
+        self.order = (*local, *(at for ranks in sorted(by_group) for at in by_group[ranks]))
+        self.tokens = self.local.n_queries + sum(shared.tokens for shared in self.shared)
         self.longest = max((part.length for part in parts), default=1)
 
 
 def local_positions(part: DocumentPart, rank: int) -> Ints:
-    """Return the position in the document of each token that `rank` holds of it.
+    """Return the position in the document of each token in the row of `rank`, shape (tokens,).
 
     Positions from `part.length` on are padding to shards of equal size.
     """
-    return shard_positions(part.length, len(part.team), part.team.index(rank))
+    return shard_positions(part.length, len(part.ranks), part.ranks.index(rank))

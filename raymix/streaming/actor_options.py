@@ -1,4 +1,4 @@
-"""Where the actors of a run live, and that they come back."""
+"""Actor placement and restart options."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-_CALLS_AT_ONCE = 10_000
+# More than the ranks of a run: calls that wait hold a slot each, and one that finds none would
+# block the very call that ends the waiting.
+_MAX_CONCURRENT_CALLS = 10_000
 
 
 def actor_options(name: str | None, *, movable: bool = True) -> dict[str, Any]:
-    """Return the options of an actor on this node that restarts as often as it dies.
+    """Return the options of an actor on this node that restarts whenever it dies.
 
     Args:
-        name: Name to find it by, if any.
-        movable: Whether another node does where this one is gone.
+        name: Name for `ray.get_actor`, if any.
+        movable: Whether it may restart on another node when this one is gone.
     """
-    here = ray.get_runtime_context().get_node_id()
+    node_id = ray.get_runtime_context().get_node_id()
     return {
         "name": name,
+        # Trainers may reserve every CPU of the cluster; an actor that needs one would not start.
         "num_cpus": 0,
         "max_restarts": -1,
+        # Ray repeats calls that were lost with the process, so all methods must be idempotent.
         "max_task_retries": -1,
-        "max_concurrency": _CALLS_AT_ONCE,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=movable),
+        "max_concurrency": _MAX_CONCURRENT_CALLS,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=movable),
     }

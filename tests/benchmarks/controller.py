@@ -86,7 +86,7 @@ def state_rows() -> list[dict[str, Any]]:
         last.append(ended - before_last)
         # As in a run: what is read stands in the log, and older weights are forgotten.
         step = window * INTERVAL
-        state.lease("bench", 0, step=step, held_until=step, want=2 * INTERVAL, version=-1)
+        state.lease("bench", 0, step=step, leased_until=step, n_steps=2 * INTERVAL, version=-1)
     kept = state.snapshot() or {}
     log = len(json.dumps(kept.pop("log")))
     rest = len(json.dumps(kept))
@@ -126,7 +126,7 @@ def actor_rows() -> list[dict[str, Any]]:
             actor.push.remote("bench", window, WORKERS - 1, made[-1])
             lease = ray.get(
                 actor.lease.remote(
-                    "bench", 0, step=until, held_until=until, want=INTERVAL, version=version
+                    "bench", 0, step=until, leased_until=until, n_steps=INTERVAL, version=version
                 )
             )
             ended = time.perf_counter()

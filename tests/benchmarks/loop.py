@@ -356,8 +356,10 @@ def _rpc(recipe: Any, corpus: Any) -> dict[str, Any]:
 
         def lease() -> None:
             step = next(steps)
-            control.ask(step=step, held_until=step, want=1, version=0 if step else -1)
-            control.take()
+            control.request_lease(
+                step=step, leased_until=step, n_steps=1, version=0 if step else -1
+            )
+            control.wait_lease()
 
         return _part("controller RPC, waited for", lease)
 

@@ -1,4 +1,4 @@
-"""Attention over pieces on a CUDA device: the kernels' numbers are those of a dense mask."""
+"""Attention over segments on a CUDA device: the kernels' numbers are those of a dense mask."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_local_documents_are_attended_to_one_by_one(seed: int, dtype: torch.dtyp
     expected = dense_attention(rows, case.lengths)
     expected_grads = torch.autograd.grad(expected, rows, grad)
     own = tuple(part.detach().to("cuda", dtype).requires_grad_() for part in rows)
-    held = LocalShards(
+    shards = LocalShards(
         [DocumentPart(length, (0,)) for length in case.lengths], 0, ContextParallelGroups()
     )
-    out = attention(own[0], own[1], own[2], held)
+    out = attention(own[0], own[1], own[2], shards)
     grads = torch.autograd.grad(out, own, grad.to("cuda", dtype))
-    for found, right in zip((out, *grads), (expected, *expected_grads), strict=True):
-        error = (found.double().cpu() - right).abs().max()
+    for tensor, right in zip((out, *grads), (expected, *expected_grads), strict=True):
+        error = (tensor.double().cpu() - right).abs().max()
         assert float(error) < TOLERANCE[dtype] * max(1.0, float(right.abs().max()))
 
 
@@ -39,7 +39,7 @@ def test_local_documents_are_attended_to_one_by_one(seed: int, dtype: torch.dtyp
     ("kernel", "dtype"),
     [(FlashKernel(0.3), torch.bfloat16), (EfficientKernel(0.3), torch.float32)],
 )
-def test_pieces_may_share_keys(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_segments_may_share_keys(kernel: Kernel, dtype: torch.dtype) -> None:
     """A shard: the front of a document of 40 tokens and its back, with the keys before each."""
     case = Case((40,), ((0,),), 4, 2, 16)
     rows, grad = case.rows(torch.float64)
@@ -49,14 +49,14 @@ def test_pieces_may_share_keys(kernel: Kernel, dtype: torch.dtype) -> None:
     whole = dense_attention(rows, [40], scale=0.3)
     expected = torch.autograd.grad(whole[at], rows, grad[at])
     query, key, value = (part.detach().to("cuda", dtype) for part in rows)
-    pieces = AttentionSegments([AttentionSegment(0, 10, 0, 20), AttentionSegment(10, 7, 0, 37)])
+    segments = AttentionSegments([AttentionSegment(0, 10, 0, 20), AttentionSegment(10, 7, 0, 37)])
     own = query[at.cuda()]
-    out, sums = kernel.forward(own, key, value, pieces)
-    grads = kernel.backward(grad[at].to("cuda", dtype), (own, key, value, out, sums), pieces)
+    out, lse = kernel.forward(own, key, value, segments)
+    grads = kernel.backward(grad[at].to("cuda", dtype), (own, key, value, out, lse), segments)
     pairs = [(out, whole[at]), (grads[0], expected[0][at])]
     pairs += list(zip(grads[1:], expected[1:], strict=True))
-    for found, right in pairs:
-        error = (found.double().cpu() - right).abs().max()
+    for tensor, right in pairs:
+        error = (tensor.double().cpu() - right).abs().max()
         assert float(error) < TOLERANCE[dtype] * max(1.0, float(right.abs().max()))
 
 

@@ -21,7 +21,7 @@ COST = CostModel(
     memory_tokens=60,
 )
 DATA = DocumentData(mode="documents", sequence_length=100, tokens_per_step=400, shuffle_blocks=2)
-HOW = SchedulingConfig(seed=5, layout=Layout(2, 2), cost=COST, planner="hdp")
+CONFIG = SchedulingConfig(seed=5, layout=Layout(2, 2), cost=COST, planner="hdp")
 
 
 def mixed_corpus(root: Path) -> Corpus:
@@ -48,21 +48,21 @@ def start(corpus: Corpus) -> Mapping[str, Any]:
 
 
 def expected(
-    corpus: Corpus, log: MixtureLog, steps: int, how: SchedulingConfig = HOW
+    corpus: Corpus, log: MixtureLog, steps: int, config: SchedulingConfig = CONFIG
 ) -> list[list[RankMicroBatches]]:
     """Return every rank's part of each step, planned in this process."""
-    plans = StepPlans(corpus, DATA, how)
-    plans.begin(start(corpus), log.entries, steps)
-    ranks = range(how.layout.ranks)
-    return [[plans.planned(step).of(rank) for rank in ranks] for step in range(steps)]
+    plans = StepPlans(corpus, DATA, config)
+    plans.reset(start(corpus), log.entries, steps)
+    ranks = range(config.layout.ranks)
+    return [[plans.plan(step).for_rank(rank) for rank in ranks] for step in range(steps)]
 
 
 def same(one: RankMicroBatches, two: RankMicroBatches) -> bool:
     return one == two
 
 
-def held_by(part: RankMicroBatches) -> list[int]:
-    """Return the documents that a rank holds, or a shard of, by their position in the step."""
+def document_positions(part: RankMicroBatches) -> list[int]:
+    """Return the positions in the step of the documents that a rank has, whole or a shard of."""
     return [
         position
         for micro in part.micro_batches

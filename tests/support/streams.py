@@ -107,7 +107,7 @@ def local_stream(
 
 @dataclass
 class Seen:
-    """What was read in one step."""
+    """The batch of one step."""
 
     step: int
     version: int
@@ -116,12 +116,12 @@ class Seen:
     label_tokens: int
     batch_hash: str
     counts: list[int]
-    micro_batches: list[list[Held]] = field(default_factory=list)
+    micro_batches: list[list[SeenDocument]] = field(default_factory=list)
     """Of whole documents."""
 
 
-Held = tuple[int, tuple[int, ...], list[int]]
-"""Domain, team and tokens of a document."""
+SeenDocument = tuple[int, tuple[int, ...], list[int]]
+"""Domain, ranks and tokens of a document."""
 
 
 def read(stream: MixtureStream, steps: int) -> list[Seen]:
@@ -131,7 +131,7 @@ def read(stream: MixtureStream, steps: int) -> list[Seen]:
         known = batch.label_tokens, batch.batch_hash, batch.counts_D.tolist()
         if isinstance(batch, DocumentBatch):
             micro_batches = [
-                [(d.domain, d.team, d.tokens.tolist()) for d in micro]
+                [(d.domain, d.ranks, d.tokens.tolist()) for d in micro]
                 for micro in batch.micro_batches
             ]
             none = np.zeros(0, np.uint16)
@@ -226,13 +226,13 @@ class Reader:
         self, steps: int, seconds: float, asks: Mapping[int, Sequence[float]]
     ) -> tuple[list[Seen], dict[int, int]]:
         """Return the steps, and for each ask, made during a step, the step it holds from."""
-        seen, told = [], {}
+        seen, first_steps = [], {}
         for _ in range(steps):
             seen += read(self._stream, 1)
             if seen[-1].step in asks:
-                told[seen[-1].step] = self._control.set_weights(asks[seen[-1].step])
+                first_steps[seen[-1].step] = self._control.set_weights(asks[seen[-1].step])
             time.sleep(seconds)
-        return seen, told
+        return seen, first_steps
 
     def state(self) -> dict[str, Any]:
         return self._stream.state_dict()

@@ -1,4 +1,4 @@
-"""One thread that works one call ahead."""
+"""Background thread of a stream: calls run in order, their results are futures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _Job = tuple[Callable[[int], Any], int, "Future[Any]"]
 
 
 class BackgroundCall(Generic[Result]):
-    """Runs calls in order on a thread of its own, which ends with this object.
-
-    The thread is a daemon: one that waits for the cluster must not keep a process alive.
-    """
+    """Runs calls in order on a thread of its own, which ends with this object."""
 
     def __init__(self, name: str) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # A daemon, and not ThreadPoolExecutor, whose threads are joined at exit: a thread that
+        # waits for the cluster must not keep the process alive.
         threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True).start()
+        # The thread refers to the queue and not to `self`, or neither would ever be collected.
         weakref.finalize(self, self._jobs.put, None)
 
     def submit(self, call: Callable[[int], Result], argument: int) -> Future[Result]:
@@ -37,7 +37,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
         call, argument, future = job
         try:
             future.set_result(call(argument))
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - `Future.result` raises it in the caller
             future.set_exception(error)
-        # Until the next job comes, nothing of this one may be kept alive.
+        # Locals live until the next job: `call` is bound to the stream, and would keep it alive.
         del job, call, future

@@ -1,4 +1,4 @@
-"""The seam between the stream, which knows how far it may read, and whatever makes batches."""
+"""Interface between the stream, which knows how far it may read, and the builders of batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """Which part of which order a rank reads."""
+    """A rank and the seed of its run."""
 
     seed: int
     """The run's seed."""
@@ -21,8 +21,10 @@ class RankInfo:
     """Ranks that share each batch."""
 
 
+# A chunk, and not a step, is the unit of work: numpy calls have a fixed cost, which short steps
+# cannot pay one by one.
 class Chunk(Protocol):
-    """Consecutive steps made ready together."""
+    """Consecutive steps prepared together."""
 
     @property
     def end(self) -> int:
@@ -39,7 +41,7 @@ class Chunk(Protocol):
 
 
 class BatchBuilder(Protocol):
-    """Plans steps in order and makes their batches; the stream says how far it may."""
+    """Plans steps in order and builds their batches; the stream limits how far."""
 
     def load(self, state: Mapping[str, Any]) -> int:
         """Continue from a state and return its step."""

@@ -1,8 +1,8 @@
-"""Document mode: whole documents, each on the rank or the ranks that a schedule gives it.
+"""Document mode: batches of whole documents, assigned to ranks by a schedule.
 
-Which documents make up a step does not depend on the ranks; a schedule, worked out from their
-lengths alone, says what each rank holds in each micro-batch. A rank reads all of the documents of
-which it holds a part. Letters: D domains, N documents of the step.
+The documents of a step do not depend on the ranks; a schedule, computed from their lengths alone,
+assigns them to ranks and micro-batches. A rank reads the whole of each document that it processes
+or shares. Letters: D domains, N documents of the step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from raymix.streaming.blocks.geometry import (
 )
 from raymix.streaming.blocks.sources import BlockSource
 
-# Planning is the dearer part here; more steps at once would save nothing.
-_MOST_STEPS = 8
+# Schedules are planned step by step and dominate the time, so longer chunks would save nothing.
+_MAX_CHUNK_STEPS = 8
 
 
 class DocumentBatchBuilder:
@@ -50,27 +50,29 @@ class DocumentBatchBuilder:
         self,
         corpus: Corpus,
         data: DocumentData,
-        place: RankInfo,
+        rank_info: RankInfo,
         *,
         log: MixtureLog,
         source: BlockSource,
         assignments: Assignments,
     ) -> None:
-        """Start at step 0; `load` goes elsewhere."""
+        """Start at step 0; `load` continues elsewhere."""
         geometries = document_geometry(corpus)
         lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
         numbers = BlockNumbers(corpus)
-        order = CorpusOrder(geometries, seed=place.seed, window=data.shuffle_blocks)
+        order = CorpusOrder(geometries, seed=rank_info.seed, window=data.shuffle_blocks)
         self._log = log
-        self._place = place
+        self._rank = rank_info.rank
         self._dtype = corpus.dtype
         self._block_tokens = corpus.manifest.block_tokens
         self._first_block_D = numbers.first_D[:-1]
+        # By domain. Offsets count the stored lengths, reads end at the sequence length.
         self._first_token = [np.cumsum(part, dtype=np.int64) - part for part in lengths]
         self._length = [np.minimum(part, data.sequence_length) for part in lengths]
         self._labels = DocumentLabels(corpus, lengths)
-        self._mean_D = np.array([part.mean() for part in self._length])
-        self._rate_D = data.tokens_per_step / self._mean_D
+        self._mean_length_D = np.array([part.mean() for part in self._length])
+        # Documents of each domain per step at a share of 1.
+        self._documents_D = data.tokens_per_step / self._mean_length_D
         self._planner = DocumentPlanner(
             order=order,
             lengths=lengths,
@@ -79,18 +81,19 @@ class DocumentBatchBuilder:
             log=log,
             limit_D=epoch_limits(geometries, data.max_epochs),
         )
-        self._origin = self._planner.state_dict()
+        # State before the step being built: from it the scheduler can plan that step.
+        self._step_state = self._planner.state_dict()
         self._until = 0
-        self._deal = assignments(
+        self._assign = assignments(
             AssignmentContext(
-                rank=place.rank,
+                rank=rank_info.rank,
                 log=log,
                 until=lambda: self._until,
-                origin=lambda step: self._origin,
+                planner_state=lambda step: self._step_state,
             )
         )
         self._table = BlockTable(source, numbers.total)
-        self._lookahead = BlockPrefetcher(
+        self._prefetcher = BlockPrefetcher(
             source,
             self._table,
             UpcomingSamples(order),
@@ -115,68 +118,73 @@ class DocumentBatchBuilder:
             CorpusError: If a block is corrupt, or limits leave no documents.
         """
         planner = self._planner
-        rate_D = np.array(self._log.at(planner.step).weights) * self._rate_D
-        owed_D = planner.carry_D / float(1 << planner.bits) / self._mean_D
-        self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
+        rate_D = np.array(self._log.at(planner.step).weights) * self._documents_D
+        # The carry is in fixed point, units of 2**-bits tokens; the prefetcher counts documents.
+        owed_D = planner.carry_D / float(1 << planner.bits) / self._mean_length_D
+        self._prefetcher.update(planner.step, planner.count_D, rate_D, owed_D)
         chunk = DocumentChunk(planner.step)
         self._until = planner.step + max(1, n_steps)
-        for _ in range(max(1, min(n_steps, _MOST_STEPS, self._lookahead.reach))):
+        for _ in range(max(1, min(n_steps, _MAX_CHUNK_STEPS, self._prefetcher.reach))):
             shares_D = np.array(self._log.at(planner.step).weights)
-            self._origin = planner.state_dict()
-            chunk.add(self._origin, self._batch(planner.plan(1)[0], shares_D))
-        chunk.after = planner.state_dict()
+            self._step_state = planner.state_dict()
+            chunk.add(self._step_state, self._batch(planner.plan(1)[0], shares_D))
+        chunk.end_state = planner.state_dict()
         return chunk
 
     def _batch(self, plan: DocumentStep, shares_D: Floats) -> DocumentBatch:
         counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
-        facts = DocumentBatchInfo(plan, shares_D.size, self._labels)
-        held = self._held(plan)
+        info = DocumentBatchInfo(plan, shares_D.size, self._labels)
+        micro_batches = self._micro_batches(plan)
         return DocumentBatch(
-            plan.step, plan.version, shares_D, counts_D, facts, held, lengths=plan.length_N
+            plan.step, plan.version, shares_D, counts_D, info, micro_batches, lengths=plan.length_N
         )
 
-    def _held(self, plan: DocumentStep) -> tuple[tuple[LocalDocument, ...], ...]:
-        """Return what this rank holds of a step, micro-batch by micro-batch."""
-        teams = [
-            dict.fromkeys(micro.local, (self._place.rank,))
+    def _micro_batches(self, plan: DocumentStep) -> tuple[tuple[LocalDocument, ...], ...]:
+        """Return this rank's documents of a step, micro-batch by micro-batch."""
+        ranks_of = [
+            dict.fromkeys(micro.local, (self._rank,))
             | {shard.sequence: shard.team for shard in micro.sharded}
-            for micro in self._deal(plan)
+            for micro in self._assign(plan)
         ]
-        self._fetch(plan, [document for micro in teams for document in micro])
+        self._fetch(plan, [document for micro in ranks_of for document in micro])
         return tuple(
-            tuple(self._document(plan, document, team) for document, team in micro.items())
-            for micro in teams
+            tuple(self._document(plan, document, ranks) for document, ranks in micro.items())
+            for micro in ranks_of
         )
 
-    def _document(self, plan: DocumentStep, document: int, team: tuple[int, ...]) -> LocalDocument:
+    def _document(self, plan: DocumentStep, document: int, ranks: tuple[int, ...]) -> LocalDocument:
+        # The whole document, of which the rank may process a shard only: labels are shifted before
+        # it is cut, and the shards of a rank are two spans.
         tokens = np.empty(int(plan.length_N[document]), dtype=self._dtype)
         self._copy(plan, document, tokens)
         domain = int(plan.domain_N[document])
         loss_mask = self._labels.mask(domain, int(plan.document_N[document]), len(tokens))
-        return LocalDocument(domain, team, tokens, loss_mask)
+        return LocalDocument(domain, ranks, tokens, loss_mask)
 
     def _copy(self, plan: DocumentStep, document: int, out: Tokens) -> int:
-        """Copy a document, whichever blocks it lies in, and return its tokens."""
+        """Copy a document from all the blocks it lies in; return the number of tokens."""
         domain = int(plan.domain_N[document])
         length = int(plan.length_N[document])
-        place = int(self._first_token[domain][plan.document_N[document]])
-        done = 0
-        while done < length:
-            block, offset = divmod(place + done, self._block_tokens)
+        first_token = int(self._first_token[domain][plan.document_N[document]])
+        copied = 0
+        # Documents straddle blocks, which may be in different batches.
+        while copied < length:
+            block, offset = divmod(first_token + copied, self._block_tokens)
             number = np.array([block + self._first_block_D[domain]])
-            slab, first = self._table.find(number)
-            part = min(length - done, self._block_tokens - offset)
-            begin = int(first[0]) + offset
-            out[done : done + part] = self._table.slab(int(slab[0])).tokens[begin : begin + part]
-            done += part
+            key, block_first = self._table.find(number)
+            size = min(length - copied, self._block_tokens - offset)
+            first = int(block_first[0]) + offset
+            tokens = self._table.batch(int(key[0])).tokens
+            out[copied : copied + size] = tokens[first : first + size]
+            copied += size
         return length
 
     def _fetch(self, plan: DocumentStep, documents: list[int]) -> None:
-        """Get all blocks of these documents at once."""
+        """Fetch all blocks of these documents at once, so that one wait covers them all."""
         if not documents:
             return
         domain_N = plan.domain_N[documents]
-        place_N = np.array(
+        first_token_N = np.array(
             [
                 self._first_token[domain][document]
                 for domain, document in zip(
@@ -184,28 +192,37 @@ class DocumentBatchBuilder:
                 )
             ]
         )
-        number_N, _ = self._span(place_N, plan.length_N[documents], self._first_block_D[domain_N])
+        first_block_N = self._first_block_D[domain_N]
+        number_N, _ = self._blocks(first_token_N, plan.length_N[documents], first_block_N)
         self._table.find(np.unique(number_N))
 
-    def _span(self, place_N: Ints, length_N: Ints, base_N: Ints | np.int64) -> tuple[Ints, Ints]:
-        """Return the blocks of each document, and for each block which document it is of."""
-        first_N = place_N // self._block_tokens
-        count_N = (place_N + np.maximum(length_N, 1) - 1) // self._block_tokens - first_N + 1
-        numbers = ranges(first_N + base_N, count_N)
-        return numbers, np.repeat(np.arange(len(place_N)), count_N)
+    def _blocks(
+        self, first_token_N: Ints, length_N: Ints, first_block: Ints | np.int64
+    ) -> tuple[Ints, Ints]:
+        """Return the blocks of each document, and for each block the index of its document."""
+        first_N = first_token_N // self._block_tokens
+        last_N = (first_token_N + np.maximum(length_N, 1) - 1) // self._block_tokens
+        count_N = last_N - first_N + 1
+        numbers = ranges(first_N + first_block, count_N)
+        return numbers, np.repeat(np.arange(len(first_token_N)), count_N)
 
     def _blocks_of(self, domain: int, group_N: Ints, unit_N: Ints) -> tuple[Ints, Ints]:
+        # In document mode a group is a run of documents and not a block.
         document_N = group_N * GROUP_DOCUMENTS + unit_N
-        place_N = self._first_token[domain][document_N]
+        first_token_N = self._first_token[domain][document_N]
         length_N = self._length[domain][document_N].astype(np.int64)
-        return self._span(place_N, length_N, self._first_block_D[domain])
+        return self._blocks(first_token_N, length_N, self._first_block_D[domain])
 
 
 class DocumentChunk:
-    """Consecutive steps; see `raymix.streaming.batches.builder.Chunk`."""
+    """Consecutive steps; see `raymix.streaming.batches.builder.Chunk`.
+
+    Attributes:
+        end_state: The planner's state after the last step.
+    """
 
     def __init__(self, first: int) -> None:
-        self.after: dict[str, Any] = {}
+        self.end_state: dict[str, Any] = {}
         self._first = first
         self._steps: list[tuple[dict[str, Any], DocumentBatch]] = []
 
@@ -214,9 +231,9 @@ class DocumentChunk:
         """Return the step after the last one."""
         return self._first + len(self._steps)
 
-    def add(self, before: dict[str, Any], batch: DocumentBatch) -> None:
-        """Append a step, with the state before it."""
-        self._steps.append((before, batch))
+    def add(self, state: dict[str, Any], batch: DocumentBatch) -> None:
+        """Append a step, with the planner's state before it."""
+        self._steps.append((state, batch))
 
     def batch(self, step: int) -> DocumentBatch:
         """Return the batch of one of the steps."""
@@ -224,11 +241,11 @@ class DocumentChunk:
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the planner's state before `step`."""
-        return self.after if step == self.end else self._steps[step - self._first][0]
+        return self.end_state if step == self.end else self._steps[step - self._first][0]
 
 
 class DocumentBatchInfo:
-    """What is known of a step's documents, all ranks'."""
+    """Figures of the global batch, computed on request; see `BatchInfo`."""
 
     def __init__(self, plan: DocumentStep, n_domains: int, labels: DocumentLabels) -> None:
         self.plan = plan
@@ -236,15 +253,15 @@ class DocumentBatchInfo:
         self._labels = labels
 
     def tokens_by_domain(self, step: int) -> Ints:
-        """Return the tokens of each domain in the whole batch."""
+        """Return the tokens of each domain in the global batch, shape (D,)."""
         plan = self.plan
         tokens_D = np.bincount(plan.domain_N, weights=plan.length_N, minlength=self._n_domains)
         return tokens_D.astype(np.int64)
 
     def label_tokens(self, step: int) -> int:
-        """Return the labels of the whole batch; see `raymix.streaming.batches.document_labels`."""
+        """Return the number of labels in the global batch; see `DocumentLabels`."""
         return self._labels.count(self.plan)
 
     def batch_hash(self, step: int) -> str:
-        """Return the name of the whole batch."""
+        """Return the hash of the global batch's samples."""
         return batch_hash(self.plan.domain_N, self.plan.index_N)

@@ -1,4 +1,4 @@
-"""Packed mode: rows of equal length, cut from the blocks."""
+"""Packed mode: batches of rows of equal length, cut from the blocks."""
 
 from __future__ import annotations
 
@@ -19,54 +19,56 @@ from raymix.streaming.batches.upcoming_samples import UpcomingSamples
 from raymix.streaming.blocks.geometry import BlockNumbers, Ints, epoch_limits, row_geometry
 from raymix.streaming.blocks.sources import BlockSource
 
-# Rows planned at once, over all ranks: more save little.
-_MOST_ROWS = 1 << 14
+# Rows planned at once, over all ranks: by then the fixed cost of the numpy calls is negligible.
+_MAX_CHUNK_ROWS = 1 << 14
 
 
 class PackedBatchBuilder:
-    """Rows of `sequence_length` tokens."""
+    """Batches of rows of `sequence_length` tokens; see `BatchBuilder`."""
 
     def __init__(
         self,
         corpus: Corpus,
         data: PackedData,
-        place: RankInfo,
+        rank_info: RankInfo,
         *,
         log: MixtureLog,
         source: BlockSource,
     ) -> None:
-        """Start at step 0; `load` goes elsewhere."""
+        """Start at step 0; `load` continues elsewhere."""
         geometries = row_geometry(corpus, data.sequence_length)
         numbers = BlockNumbers(corpus)
-        order = CorpusOrder(geometries, seed=place.seed, window=data.shuffle_blocks)
+        order = CorpusOrder(geometries, seed=rank_info.seed, window=data.shuffle_blocks)
         self._log = log
-        self._rows = data.rows_per_step
+        self._rows_per_step = data.rows_per_step
         self._row_tokens = data.sequence_length
-        self._columns = rank_rows(self._rows, place.rank, place.world_size)
+        self._columns = rank_rows(self._rows_per_step, rank_info.rank, rank_info.world_size)
         self._first_block_D = numbers.first_D[:-1]
-        plan = partial(
+        make_planner = partial(
             PackedPlanner,
             n_domains=len(geometries),
-            rows_per_step=self._rows,
-            seed=place.seed,
+            rows_per_step=self._rows_per_step,
+            seed=rank_info.seed,
             log=log,
             limit_D=epoch_limits(geometries, data.max_epochs),
         )
-        self._planner = plan()
-        # States of steps already planned are worked out apart, while planning goes on.
-        self._again = plan()
-        self._ahead = UpcomingSamples(order)
+        self._planner = make_planner()
+        # A second planner recomputes the states of past steps (checkpoints need them), as the
+        # stream's thread may be planning with the first at the same time.
+        self._replay_planner = make_planner()
+        self._upcoming = UpcomingSamples(order)
         self._table = BlockTable(source, numbers.total)
-        self._lookahead = BlockPrefetcher(
+        self._prefetcher = BlockPrefetcher(
             source,
             self._table,
-            self._ahead,
+            self._upcoming,
             total_blocks=numbers.total,
             block_bytes=corpus.manifest.block_tokens * corpus.dtype.itemsize,
             blocks_of=self._blocks_of,
         )
-        self._most_steps = max(1, _MOST_ROWS // self._rows)
-        self._shares: tuple[int, Floats] = (-1, np.zeros(0))
+        self._max_steps = max(1, _MAX_CHUNK_ROWS // self._rows_per_step)
+        # Version of a log entry and its shares, the last ones used.
+        self._cached_shares: tuple[int, Floats] = (-1, np.zeros(0))
 
     def load(self, state: Mapping[str, Any]) -> int:
         """Continue from a state and return its step."""
@@ -84,29 +86,33 @@ class PackedBatchBuilder:
             CorpusError: If a block is corrupt, or limits leave no rows.
         """
         planner = self._planner
-        rate_D = self._shares_of(planner.step) * self._rows
+        rate_D = self._shares(planner.step) * self._rows_per_step
+        # The carry is in fixed point, units of 2**-SHARE_BITS rows.
         owed_D = planner.carry_D / float(1 << SHARE_BITS)
-        self._lookahead.look(planner.step, planner.count_D, rate_D, owed_D)
-        plan = planner.plan(max(1, min(n_steps, self._most_steps, self._lookahead.reach)))
-        found, slot_SB = locate_rows(
+        self._prefetcher.update(planner.step, planner.count_D, rate_D, owed_D)
+        # Not beyond the reach: the blocks of later steps may not have been requested.
+        plan = planner.plan(max(1, min(n_steps, self._max_steps, self._prefetcher.reach)))
+        locations, slot_SB = locate_rows(
             plan,
-            self._ahead,
+            self._upcoming,
             self._table,
             first_block_D=self._first_block_D,
             row_tokens=self._row_tokens,
         )
-        at_S = np.unique(plan.version_S, return_index=True)[1]
-        steps = (plan.first_step + at_S).tolist()
-        shares = {self._log.at(step).version: self._shares_of(step) for step in steps}
-        return PackedChunk(plan, slot_SB, self._columns, found, shares, self._again)
+        version_first_S = np.unique(plan.version_S, return_index=True)[1]
+        steps = (plan.first_step + version_first_S).tolist()
+        shares = {self._log.at(step).version: self._shares(step) for step in steps}
+        return PackedChunk(plan, slot_SB, self._columns, locations, shares, self._replay_planner)
 
-    def _shares_of(self, step: int) -> Floats:
+    def _shares(self, step: int) -> Floats:
         entry = self._log.at(step)
-        if self._shares[0] != entry.version:
+        if self._cached_shares[0] != entry.version:
             shares_D = np.array(entry.weights)
+            # The batches of all steps under this entry share the array.
             shares_D.setflags(write=False)
-            self._shares = entry.version, shares_D
-        return self._shares[1]
+            self._cached_shares = entry.version, shares_D
+        return self._cached_shares[1]
 
     def _blocks_of(self, domain: int, group_N: Ints, unit_N: Ints) -> tuple[Ints, Ints]:
+        # In packed mode a group is a block, and each sample lies in one.
         return group_N + self._first_block_D[domain], np.arange(len(group_N))

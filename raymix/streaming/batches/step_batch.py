@@ -1,7 +1,8 @@
-"""What a stream hands out: one step's tokens for one rank, and what is known of the whole batch.
+"""Step batches: one step's tokens for one rank, and figures of the global batch.
 
-Packed, a rank reads rows; of whole documents, it reads what its schedule says, micro-batch by
-micro-batch. Letters: D domains, B rows of this rank, L tokens per row, S document starts in them.
+In packed mode a rank reads rows; in document mode it reads the documents of its schedule,
+micro-batch by micro-batch. Letters: D domains, B rows of this rank, L tokens per row, S document
+starts in them.
 """
 
 from __future__ import annotations
@@ -17,31 +18,32 @@ from raymix.streaming.blocks.block_batch import Ints, Tokens
 RowStarts = tuple[Ints, Ints]
 
 
+# Methods and not fields: labels and hashes cost more than the batch, and most steps need neither.
 class BatchInfo(Protocol):
-    """What is worked out for a batch only when somebody asks."""
+    """Figures of the global batch, computed on request."""
 
     def tokens_by_domain(self, step: int) -> Ints:
-        """Return the tokens of each domain in the whole batch."""
+        """Return the tokens of each domain in the global batch, shape (D,)."""
         ...
 
     def label_tokens(self, step: int) -> int:
-        """Return the labels of the whole batch."""
+        """Return the number of labels in the global batch."""
         ...
 
     def batch_hash(self, step: int) -> str:
-        """Return the name of the whole batch."""
+        """Return the hash of the global batch's samples."""
         ...
 
 
 class LocalRowInfo(Protocol):
-    """The same of this rank's rows."""
+    """Figures of this rank's rows, computed on request."""
 
     def row_starts(self, step: int) -> RowStarts:
-        """Return where documents begin in this rank's rows."""
+        """Return offsets and positions of the documents' starts in this rank's rows."""
         ...
 
 
-# Not frozen: that would double the cost of making one, and one is made per step.
+# Not frozen: that would double the time to create one, and one is created per step.
 @dataclass(slots=True)
 class _Step:
     step: int
@@ -49,30 +51,30 @@ class _Step:
     version: int
     """Version of the mixture log entry it follows."""
     shares: npt.NDArray[np.float64]
-    """Shares asked for, shape (D,)."""
+    """Shares by that entry, shape (D,)."""
     counts_D: Ints
-    """Samples (rows or documents) of each domain in the whole batch, shape (D,)."""
-    facts: BatchInfo
+    """Samples (rows or documents) of each domain in the global batch, shape (D,)."""
+    info: BatchInfo
 
     @property
     def tokens_D(self) -> Ints:
-        """Return the tokens of each domain in the whole batch, shape (D,), padding left out."""
-        return self.facts.tokens_by_domain(self.step)
+        """Return the tokens of each domain in the global batch, shape (D,), without padding."""
+        return self.info.tokens_by_domain(self.step)
 
     @property
     def label_tokens(self) -> int:
-        """Return how many tokens of the whole batch, over all ranks, have a label."""
-        return self.facts.label_tokens(self.step)
+        """Return the number of labels in the global batch, over all ranks."""
+        return self.info.label_tokens(self.step)
 
     @property
     def batch_hash(self) -> str:
-        """Return the name of the whole batch: equal for equal samples in equal order."""
-        return self.facts.batch_hash(self.step)
+        """Return the hash of the global batch: equal for equal samples in equal order."""
+        return self.info.batch_hash(self.step)
 
 
 @dataclass(slots=True)
 class StepBatch(_Step):
-    """One step of rows. Its arrays are its own: they stay valid as long as they are held."""
+    """One step of rows. Its arrays are copies of its own: later steps do not overwrite them."""
 
     tokens: Tokens
     """Token ids of this rank's rows, shape (B, L)."""
@@ -91,22 +93,23 @@ class StepBatch(_Step):
 
 @dataclass(frozen=True, slots=True)
 class LocalDocument:
-    """A document of which a rank holds the whole, or its shard."""
+    """A document of which a rank processes the whole, or a shard."""
 
     domain: int
-    team: tuple[int, ...]
-    """The ranks that share it, rising; one rank: it holds the whole."""
+    ranks: tuple[int, ...]
+    """The ranks that share it, increasing; a single rank: it has the whole document."""
     tokens: Tokens
     """Token ids of the whole document, cut at the sequence length, shape (L,)."""
     loss_mask: npt.NDArray[np.bool_] | None = None
-    """Which tokens are to be predicted, shape (L,); None: all but the first."""
+    """Tokens that are labels, shape (L,); None: all but the first."""
 
 
 @dataclass(slots=True)
 class DocumentBatch(_Step):
-    """One step of whole documents, as a schedule gives them to a rank."""
+    """One step of whole documents, as the schedule assigns them to a rank."""
 
     micro_batches: tuple[tuple[LocalDocument, ...], ...]
-    """What it holds in each micro-batch; every rank has as many of them, some of them empty."""
+    """This rank's documents in each micro-batch; the number of micro-batches is the same on all
+    ranks, and some may be empty."""
     lengths: Ints | None = None
-    """Tokens of each document of the whole batch, in the order that schedules name them by."""
+    """Tokens of each document of the global batch, in the order by which schedules index them."""

@@ -1,11 +1,11 @@
-"""The worker's end of the stream: what this rank reads, step by step.
+"""The stream of one rank: leases requested, blocks fetched, batches returned step by step.
 
-`MixtureStream` holds a lease, plans up to it, gets the blocks, and hands out batches. The next
-lease covers about `lease_s` seconds of reading: a training loop of more than that per step gets
-one step at a time, so a change of weights asked for during step t is in the batch of step t + 2
-at the latest; a faster reader does not pay a call per step. With a controller elsewhere, all this
-is done by a thread while the steps before are worked on: then `next` only copies rows. A reader
-that does nothing but read gains nothing by a thread, as both want the interpreter all the time.
+`MixtureStream` requests leases, plans up to them, fetches the blocks and returns batches. A lease
+covers about `lease_s` seconds of reading: a training loop with longer steps gets one step at a
+time, so a change of shares requested during step t takes effect by step t + 2; a faster reader
+does not pay for a call per step. With a remote controller all this is done by a thread while the
+steps before are trained on, and `next` only copies rows. A reader that does nothing but read gains
+nothing by a thread, as both compete for Python's interpreter lock.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from raymix.streaming.blocks.sources import BlockSource
 from raymix.streaming.controller.client import Controller
 from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE
 
-_MOST_LEASED = 4096
-# Steps per lease from which on a reader is so fast that it prepares its batches itself.
-_FAST = 64
+_MAX_LEASE_STEPS = 4096
+# From this many steps per lease on, batches are prepared in the caller: see the module's docstring.
+_FAST_LEASE_STEPS = 64
 
 
 class MixtureStream:
@@ -43,20 +43,20 @@ class MixtureStream:
         seed: The run's seed.
         rank: This rank.
         world_size: Ranks that share each batch.
-        controller: Grants leases and tells the weights.
-        source: Gives blocks; its `row_tokens` must be those of `row_tokens(data)`.
-        assignments: Say which rank holds which document, the same on every rank; left out, each
-            document stays on one rank, and one rank holds a sequence length at once.
+        controller: Grants leases and sends log entries.
+        source: Reads blocks; its `row_tokens` must be those of `row_tokens(data)`.
+        assignments: Assign documents to ranks, the same on all ranks; None: each document stays on
+            one rank, and a micro-batch has room for one of full length.
         state: From `state_dict`, to continue.
-        limit: Steps in the whole run; nothing beyond is asked for.
+        limit: Steps in the whole run; no lease goes beyond.
 
     Attributes:
         waited_s: Seconds that the last `next` took: leases, blocks and assembly.
-        log: The mixture log as far as this rank knows it.
+        log: The mixture log as far as this rank has it.
 
     Raises:
         CorpusError: If `state` belongs to a corpus of other content.
-        RecipeError: If `state` belongs to another way of cutting it.
+        RecipeError: If `state` belongs to another mode or sequence length.
     """
 
     def __init__(
@@ -77,159 +77,169 @@ class MixtureStream:
         self.log = MixtureLog(corpus.domain_names)
         self._controller = controller
         self._limit = limit
-        self._about = {
+        self._identity = {
             "fingerprint": corpus.fingerprint,
             "mode": data.mode,
             "sequence_length": data.sequence_length,
         }
-        place = RankInfo(seed=seed, rank=rank, world_size=world_size)
-        self._feed: BatchBuilder
+        rank_info = RankInfo(seed=seed, rank=rank, world_size=world_size)
+        self._builder: BatchBuilder
         if isinstance(data, PackedData):
-            self._feed = PackedBatchBuilder(corpus, data, place, log=self.log, source=source)
+            self._builder = PackedBatchBuilder(corpus, data, rank_info, log=self.log, source=source)
         else:
             assign = assignments or assign_whole_documents(world_size, data.sequence_length)
-            self._feed = DocumentBatchBuilder(
-                corpus, data, place, log=self.log, source=source, assignments=assign
+            self._builder = DocumentBatchBuilder(
+                corpus, data, rank_info, log=self.log, source=source, assignments=assign
             )
         self._step = 0
         if state is not None:
             self._check(state, accept_changed=data.accept_changed_corpus)
-            self._step = self._feed.load(state)
-        self._begin = self._feed.state_dict()
+            self._step = self._builder.load(state)
+        # The builder runs ahead of the caller; until the first batch this is the caller's state.
+        self._start_state = self._builder.state_dict()
         self._chunk: Chunk | None = None
-        self._planned = self._held_until = self._ready_until = self._step
-        self._want = 1
-        self._asked = False
-        self._paced: tuple[float, int] | None = None
+        self._planned_until = self._leased_until = self._ready_until = self._step
+        self._lease_steps = 1
+        self._lease_requested = False
+        # (time in seconds, step) of the chunk before.
+        self._last_pace: tuple[float, int] | None = None
         self._background: BackgroundCall[Chunk] | None = None
-        self._upcoming: Future[Chunk] | None = None
+        self._next_chunk: Future[Chunk] | None = None
         if controller.remote and not self.done:
             self._background = BackgroundCall("raymix-stream")
-            self._upcoming = self._background.submit(self._prepare, self._step)
+            # At once, while the caller still builds its model.
+            self._next_chunk = self._background.submit(self._prepare, self._step)
 
     @property
     def step(self) -> int:
-        """Return the step that `next` hands out next."""
+        """Return the step whose batch `next` returns next."""
         return self._step
 
     @property
     def done(self) -> bool:
-        """Return whether all steps up to the limit have been handed out."""
+        """Return whether all batches up to the limit have been returned."""
         return self._limit is not None and self._step >= self._limit
 
     def next(self) -> StepBatch | DocumentBatch:
-        """Return the next batch, waiting for lease and blocks if need be.
+        """Return the next batch, waiting for lease and blocks if needed.
 
         Raises:
             StopIteration: After the last step, if there is a limit.
             CorpusError: If a block is corrupt; it names the file and the block.
-            ClusterError: If controller or blocks cannot be had within a time limit.
+            ClusterError: If controller or block plane do not answer within a time limit.
         """
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if self._chunk is None or self._step == self._ready_until:
-            self._chunk = self._next_chunk()
+            self._chunk = self._advance()
         batch = self._chunk.batch(self._step)
         self._step += 1
-        self.waited_s = time.perf_counter() - begun
+        self.waited_s = time.perf_counter() - started
         return batch
 
     def loss_weights(self, step: int) -> list[float] | None:
-        """Return the factor of each domain's loss at a step already handed out; None: all 1."""
+        """Return the factor of each domain's loss at a step already returned; None: all 1."""
         stats = self.log.at(step).stats
         factors = stats.get(LOSS_WEIGHTS) if stats else None
         return None if factors is None else [factors[name] for name in self.log.domains]
 
     def note(self, step: int) -> str | None:
-        """Return what the mixer had to say about the shares that begin at `step`, if anything."""
+        """Return the mixer's note on the shares that begin at `step`, None without one."""
         entry = self.log.at(step)
-        found: str | None = entry.stats.get(NOTE) if entry.stats else None
-        return found if entry.first_step == step else None
+        note: str | None = entry.stats.get(NOTE) if entry.stats else None
+        return note if entry.first_step == step else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return, in JSON types, what it takes to continue after the batch last handed out.
+        """Return, in JSON types, the state to continue after the batch last returned.
 
-        It is the same on every rank. The weights are not part of it: the controller's snapshot
-        has them.
+        It is the same on all ranks. Shares are not part of it: the controller's snapshot has them.
         """
-        state = self._begin if self._chunk is None else self._chunk.state_at(self._step)
-        return {**state, **self._about}
+        state = self._start_state if self._chunk is None else self._chunk.state_at(self._step)
+        return {**state, **self._identity}
 
-    def _next_chunk(self) -> Chunk:
+    def _advance(self) -> Chunk:
         """Return the chunk that begins at this step, and have the one after it prepared."""
         if self.done:
             raise StopIteration
-        # A chunk that failed stays: whoever asks again hears the same.
-        chunk = self._upcoming.result() if self._upcoming else self._prepare(self._step)
+        # A failed chunk stays: `next` raises the same error again when it is repeated.
+        chunk = self._next_chunk.result() if self._next_chunk else self._prepare(self._step)
         self._ready_until = chunk.end
-        self._upcoming = None
+        self._next_chunk = None
         more = self._limit is None or chunk.end < self._limit
-        if self._background and more and self._want < _FAST:
-            self._upcoming = self._background.submit(self._prepare, self._step + 1)
+        if self._background and more and self._lease_steps < _FAST_LEASE_STEPS:
+            # + 1: by the time the thread runs, the caller has the batch of this step.
+            self._next_chunk = self._background.submit(self._prepare, self._step + 1)
         return chunk
 
     def _prepare(self, step: int) -> Chunk:
         """Return the next steps, as far as leases reach, while `step` is the one read next."""
-        self._pace(step)
-        self._ask_early(step)
-        while self._held_until <= self._planned:
-            if not self._asked:
-                self._ask(max(step, self._planned))
-            lease = self._controller.take()
-            self._asked = False
+        self._adapt_lease_steps(step)
+        self._request_early(step)
+        while self._leased_until <= self._planned_until:
+            if not self._lease_requested:
+                self._request_lease(max(step, self._planned_until))
+            lease = self._controller.wait_lease()
+            self._lease_requested = False
             for entry in lease.entries:
                 self.log.append(entry)
-            self._held_until = max(self._held_until, lease.until)
-        self._ask_early(step)
-        # Half a lease at a time: the next one is on its way while the other half is read.
-        most = max(1, self._want // 2)
-        chunk = self._feed.plan(min(most, self._held_until - self._planned))
-        self._planned = chunk.end
+            # A restarted controller may answer with the old lease first.
+            self._leased_until = max(self._leased_until, lease.until)
+        self._request_early(step)
+        # Half a lease at a time: the next one is under way while the other half is read.
+        max_steps = max(1, self._lease_steps // 2)
+        chunk = self._builder.plan(min(max_steps, self._leased_until - self._planned_until))
+        self._planned_until = chunk.end
         return chunk
 
-    def _pace(self, step: int) -> None:
-        """Work out how many steps `lease_s` covers, from chunk to chunk."""
+    def _adapt_lease_steps(self, step: int) -> None:
+        """Set the steps per lease so that they cover `lease_s`, by the time of the last chunk."""
         if self._chunk is None:
             return
-        now, before = time.perf_counter(), self._paced
-        self._paced = (now, step)
-        if before is not None:
-            seconds = (now - before[0]) / (step - before[1])
-            # One quick step is no pace: grow step by step, shrink at once.
-            paced = int(self._controller.lease_s / max(seconds, 1e-9))
-            self._want = max(1, min(paced, 2 * self._want, _MOST_LEASED))
+        now, last = time.perf_counter(), self._last_pace
+        self._last_pace = (now, step)
+        if last is not None:
+            seconds = (now - last[0]) / (step - last[1])
+            # A single quick step says little, and too long a lease delays a change of shares: it
+            # doubles at most, and shrinks at once.
+            steps = int(self._controller.lease_s / max(seconds, 1e-9))
+            self._lease_steps = max(1, min(steps, 2 * self._lease_steps, _MAX_LEASE_STEPS))
 
-    def _ask_early(self, step: int) -> None:
-        if not self._asked and self._held_until - step <= self._want // 2:
-            self._ask(step)
+    def _request_early(self, step: int) -> None:
+        if not self._lease_requested and self._leased_until - step <= self._lease_steps // 2:
+            self._request_lease(step)
 
-    def _ask(self, step: int) -> None:
-        want = self._want
+    def _request_lease(self, step: int) -> None:
+        n_steps = self._lease_steps
         if self._limit is not None:
-            want = min(want, self._limit - step)
-        if step + want <= self._held_until:
+            n_steps = min(n_steps, self._limit - step)
+        # The controller answers once it can grant more: this request would wait forever.
+        if step + n_steps <= self._leased_until:
             return
-        version = self.log.entries[-1].version if self.log.entries else -1
-        self._controller.ask(step=step, held_until=self._held_until, want=want, version=version)
-        self._asked = True
+        self._controller.request_lease(
+            step=step,
+            leased_until=self._leased_until,
+            n_steps=n_steps,
+            version=self.log.entries[-1].version if self.log.entries else -1,
+        )
+        self._lease_requested = True
 
     def _check(self, state: Mapping[str, Any], *, accept_changed: bool) -> None:
-        if state["fingerprint"] != self._about["fingerprint"] and not accept_changed:
+        if state["fingerprint"] != self._identity["fingerprint"] and not accept_changed:
             raise CorpusError.at(
                 "corpus.fingerprint",
-                self._about["fingerprint"],
+                self._identity["fingerprint"],
                 f"the checkpoint was made with another corpus, {state['fingerprint']}",
                 fix="Restore that corpus, or set data.accept_changed_corpus",
             )
         for field in ("mode", "sequence_length"):
-            if state[field] != self._about[field]:
+            if state[field] != self._identity[field]:
                 raise RecipeError.at(
                     f"data.{field}",
-                    self._about[field],
+                    self._identity[field],
                     f"the checkpoint was made with {state[field]!r}",
-                    fix="What has been read is counted in its units",
+                    fix="Set it to that: the checkpoint counts what was read in these units",
                 )
 
 
 def row_tokens(data: PackedData | DocumentData) -> int:
-    """Return the `row_tokens` that a block source must cut to: rows, or nothing in particular."""
+    """Return the `row_tokens` of a block source: the tokens of a row, or 1 for whole documents."""
     return data.sequence_length if isinstance(data, PackedData) else 1

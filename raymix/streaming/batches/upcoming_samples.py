@@ -1,8 +1,8 @@
-"""The next samples of every domain, looked up before it is known when their turn comes.
+"""Upcoming samples of each domain, located before it is known when they are read.
 
-Weights decide when a domain's next sample is read, never which it is. So samples are located
-some hundreds at a time, domain by domain, and the order of blocks to come is known whatever the
-weights will be. Letters: N samples.
+Shares decide when a domain's next sample is read, never which one it is. So samples are located
+hundreds at a time, domain by domain, and the order of coming blocks is known whatever the shares
+will be. Letters: N samples.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from raymix.sampling import CorpusOrder
 
 Ints = npt.NDArray[np.int64]
 
-# Samples located at once: enough to pay for the call, few enough to hold for 10,000 domains.
-_LEAST, _MOST, _TIMES = 16, 8192, 16
-# From here on a domain by itself is quicker than together with others.
-_ALONE = 1024
+# Samples located at once: a multiple of those requested, so that most requests find theirs; enough
+# to pay for the call, and few enough for the memory of 10,000 domains.
+_REQUEST_MULTIPLE = 16
+_MIN_LOCATED = 16
+_MAX_LOCATED = 8192
+# From this many samples on, a call per domain is faster than one for several domains, which looks
+# up the parameters of the permutation sample by sample.
+_SEPARATE_CALL_SAMPLES = 1024
 
 
 @dataclass(slots=True)
@@ -35,38 +39,40 @@ class _Located:
 
 
 class UpcomingSamples:
-    """Group (block) and place in it of each domain's next samples."""
+    """Group (block) and position in the group of each domain's next samples."""
 
     def __init__(self, order: CorpusOrder) -> None:
         self._order = order
         self._located: dict[int, _Located] = {}
 
     def locate(self, spans: Mapping[int, tuple[int, int]]) -> list[tuple[Ints, Ints]]:
-        """Return (group, place in the group) of samples [first, end) of each domain given.
+        """Return (group, position in the group) of samples [first, end) of each domain.
 
-        What comes before `first` is forgotten.
+        Samples before `first` are dropped.
         """
         self._extend(spans)
-        found = []
+        locations = []
         for domain, (first, end) in spans.items():
-            at = self._located[domain]
-            part = slice(first - at.first, end - at.first)
-            found.append((at.group_N[part], at.unit_N[part]))
-        return found
+            located = self._located[domain]
+            part = slice(first - located.first, end - located.first)
+            locations.append((located.group_N[part], located.unit_N[part]))
+        return locations
 
     def _extend(self, spans: Mapping[int, tuple[int, int]]) -> None:
         together: list[tuple[int, Ints]] = []
         for domain, (first, end) in spans.items():
-            at = self._located.get(domain)
-            if at is None or not at.first <= first <= at.end:
+            located = self._located.get(domain)
+            # A resume jumps to another sample: what is located does not join on to it.
+            if located is None or not located.first <= first <= located.end:
                 empty = np.empty(0, dtype=np.int64)
-                at = self._located[domain] = _Located(first, empty, empty)
-            if end <= at.end:
+                located = self._located[domain] = _Located(first, empty, empty)
+            if end <= located.end:
                 continue
-            more = max(end - at.end, min(_MOST, max(_LEAST, _TIMES * (end - first))))
-            n = np.arange(at.end, at.end + more)
-            self._forget(at, first)
-            if more >= _ALONE:
+            count = min(_MAX_LOCATED, max(_MIN_LOCATED, _REQUEST_MULTIPLE * (end - first)))
+            count = max(end - located.end, count)
+            n = np.arange(located.end, located.end + count)
+            self._drop_before(located, first)
+            if count >= _SEPARATE_CALL_SAMPLES:
                 _, group_N, unit_N = self._order.of(domain).locate(n)
                 self._append(domain, group_N, unit_N)
             else:
@@ -83,12 +89,12 @@ class UpcomingSamples:
             self._append(domain, group_N[end - size : end], unit_N[end - size : end])
 
     def _append(self, domain: int, group_N: Ints, unit_N: Ints) -> None:
-        at = self._located[domain]
-        at.group_N = np.concatenate([at.group_N, group_N])
-        at.unit_N = np.concatenate([at.unit_N, unit_N])
+        located = self._located[domain]
+        located.group_N = np.concatenate([located.group_N, group_N])
+        located.unit_N = np.concatenate([located.unit_N, unit_N])
 
     @staticmethod
-    def _forget(at: _Located, first: int) -> None:
-        at.group_N = at.group_N[first - at.first :]
-        at.unit_N = at.unit_N[first - at.first :]
-        at.first = first
+    def _drop_before(located: _Located, first: int) -> None:
+        located.group_N = located.group_N[first - located.first :]
+        located.unit_N = located.unit_N[first - located.first :]
+        located.first = first

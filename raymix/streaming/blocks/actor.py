@@ -1,8 +1,8 @@
-"""The block plane: keeps the blocks that come next in the object store.
+"""The block plane: an actor that caches the blocks needed next in the object store.
 
-One actor per run. It holds references only; tokens go from the read tasks to the workers through
-the object store and never through an actor. It has no state worth saving: killed, it starts
-again empty, and the workers ask again for what they lack.
+One per run. It holds references only; tokens go from the read tasks to the workers through the
+object store and never through an actor. It has no state worth saving: after a kill it restarts
+empty, and the workers request again the blocks they lack.
 """
 
 from __future__ import annotations
@@ -26,20 +26,26 @@ from raymix.streaming.blocks.geometry import BlockNumbers
 
 Ints = npt.NDArray[np.int64]
 
-_TRIES = 3
-# Bytes of a bundle, and bundles per execution of Ray Data.
-_SOON, _LARGE, _AT_ONCE = 8 << 20, 32 << 20, 4
+_MAX_FAILURES = 3
+_BACKOFF_S = 0.2
+# Sizes of bundles: small where a rank waits for the first one, large where the cost of a task
+# counts, and the number of them per execution of Ray Data.
+_URGENT_BUNDLE_BYTES = 8 << 20
+_MAX_BUNDLE_BYTES = 32 << 20
+_BUNDLES_PER_READ = 4
+# Of a small budget a bundle takes a part only: eviction works by bundles.
+_MIN_BUNDLES = 16
 
 
 class BlockPlane:
-    """Loads blocks when ranks want them, and hands out references to them.
+    """Loads the blocks that ranks need, and returns references to them.
 
     Args of the constructor:
         corpus: The corpus' path.
-        row_tokens: Blocks are cut to whole rows of this; 1 leaves them whole.
-        cache_bytes: What the blocks may take up in the object store.
+        row_tokens: Blocks are cut to whole rows of this many tokens; 1 leaves them whole.
+        cache_bytes: Budget of the blocks in the object store.
         split: The split to read.
-        concurrency: Read tasks at once.
+        concurrency: Concurrent read tasks.
     """
 
     def __init__(
@@ -53,24 +59,27 @@ class BlockPlane:
     ) -> None:
         self._corpus = Corpus.open(corpus)
         numbers = BlockNumbers(self._corpus, split)
-        item = self._corpus.dtype.itemsize
-        self._total_bytes = numbers.total_tokens * item
+        token_bytes = self._corpus.dtype.itemsize
+        self._total_bytes = numbers.total_tokens * token_bytes
         self._cache: BlockCache[Any] = BlockCache(
             cache_bytes,
-            size_of=lambda number: numbers.tokens(number) * item,
+            size_of=lambda number: numbers.tokens(number) * token_bytes,
             domain_of=numbers.domain,
         )
         self._split: Split = split
         self._row_tokens = row_tokens
         self._concurrency = concurrency
-        # Where nothing is ever evicted, bundles may be large, so few and cheap.
+        # A corpus that fits is never evicted, so large bundles do no harm there.
         fits = self._total_bytes <= cache_bytes
-        self._most_bytes = _LARGE if fits else min(_SOON, cache_bytes // 16)
-        self._soon_bytes = min(_SOON, self._most_bytes)
+        self._bundle_bytes = (
+            _MAX_BUNDLE_BYTES if fits else min(_URGENT_BUNDLE_BYTES, cache_bytes // _MIN_BUNDLES)
+        )
+        self._urgent_bytes = min(_URGENT_BUNDLE_BYTES, self._bundle_bytes)
+        # One thread: Ray Data blocks, which the event loop must not.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="refill")
         self._thread.submit(self._warm_up)
         self._refilling: asyncio.Task[None] | None = None
-        self._work = asyncio.Event()
+        self._has_work = asyncio.Event()
         self._changed = asyncio.Event()
         self._failures: list[Exception] = []
         self._refills = 0
@@ -86,42 +95,53 @@ class BlockPlane:
             "pid": os.getpid(),
         }
 
-    async def want(
+    async def prefetch(
         self, rank: int, world_size: int, step: int, numbers: Ints, steps: npt.NDArray[np.float64]
     ) -> None:
-        """Note what a rank at `step` needs next and when, and load it when there is room."""
-        self._cache.want(rank, world_size, step, numbers.tolist(), steps.tolist())
-        self._start()
+        """Replace the blocks that a rank at `step` needs next; they are loaded within the budget.
 
-    async def take(self, numbers: Ints, *, urgent: bool) -> list[Any]:
-        """Return references to tables that hold these blocks: all that are here, at least one.
+        Args:
+            rank: The rank.
+            world_size: Ranks that read from the plane.
+            step: The step the rank reads next.
+            numbers: Global block numbers.
+            steps: Step at which each block is needed, about.
+        """
+        self._cache.announce(rank, world_size, step, numbers.tolist(), steps.tolist())
+        self._start_refill()
+
+    async def get_refs(self, numbers: Ints, *, urgent: bool) -> list[Any]:
+        """Return references to tables with those of the blocks that are cached, at least one.
 
         Args:
             numbers: Global block numbers.
-            urgent: Whether somebody waits for them; else they are loaded when there is room.
+            urgent: Whether the caller waits for them; else they are loaded within the budget.
 
         Raises:
             ClusterError: If reading failed several times in a row.
         """
-        wanted = numbers.tolist()
-        failures = len(self._failures)
-        while not (refs := self._cache.refs(wanted)):
-            if len(self._failures) > failures:
+        requested = numbers.tolist()
+        # Failures of earlier calls are no reason to give up on this one.
+        n_failures = len(self._failures)
+        while not (refs := self._cache.refs(requested)):
+            if len(self._failures) > n_failures:
                 raise self._failures[-1]
-            self._cache.ask(wanted, waiting=urgent)
-            self._start()
+            self._cache.request(requested, urgent=urgent)
+            self._start_refill()
             await self._changed.wait()
+        # The caller takes what is cached now and asks again for the rest, loaded meanwhile.
         if urgent:
-            self._cache.ask(wanted, waiting=True)
-            self._start()
+            self._cache.request(requested, urgent=True)
+            self._start_refill()
         return refs
 
-    async def forget(self, numbers: Sequence[int]) -> None:
-        """Drop the objects that hold these blocks: they were lost, or are to be read anew."""
+    async def drop(self, numbers: Sequence[int]) -> None:
+        """Drop the objects of these blocks: they were lost, or the blocks are to be read again."""
         self._cache.drop(numbers)
 
-    def _start(self) -> None:
-        self._work.set()
+    def _start_refill(self) -> None:
+        self._has_work.set()
+        # Not in the constructor: Ray runs it outside of the actor's event loop.
         if self._refilling is None:
             self._refilling = asyncio.ensure_future(self._refill())
 
@@ -130,37 +150,40 @@ class BlockPlane:
         while True:
             empty = not len(self._cache)
             bundles = self._cache.plan(
-                _AT_ONCE * (self._soon_bytes if empty else self._most_bytes),
-                self._most_bytes,
-                urgent_bytes=self._soon_bytes,
+                _BUNDLES_PER_READ * (self._urgent_bytes if empty else self._bundle_bytes),
+                self._bundle_bytes,
+                urgent_bytes=self._urgent_bytes,
             )
             if not bundles:
-                self._work.clear()
-                await self._work.wait()
+                self._has_work.clear()
+                await self._has_work.wait()
                 continue
             loop = asyncio.get_running_loop()
             try:
                 await loop.run_in_executor(self._thread, self._read, bundles, loop)
                 failures = 0
-            except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear
+            except Exception as error:  # noqa: BLE001 - any error must reach those who wait
                 failures += 1
-                if failures >= _TRIES:
+                if failures >= _MAX_FAILURES:
                     self._give_up(error)
                     failures = 0
-                await asyncio.sleep(0.2 * 2**failures)
+                await asyncio.sleep(_BACKOFF_S * 2**failures)
             finally:
+                # After success too: it changes nothing for blocks that were added.
                 for bundle in bundles:
-                    self._cache.fail(bundle)
+                    self._cache.end_loading(bundle)
             self._refills += 1
 
     def _warm_up(self) -> None:
-        """Have everything imported and started, seconds of work, before a block is asked for."""
+        """Import Ray Data and start its worker processes before a block is requested."""
+        # Imported on this thread: it takes seconds, during which the actor must answer.
         from raymix.streaming.blocks.datasource import quiet_data_context, read_bundles
 
         quiet_data_context()
-        first = [[0]] * self._concurrency
+        # Any block serves, one read per concurrent task: the first execution starts the workers.
+        first_block = [[0]] * self._concurrency
         for _ in read_bundles(
-            self._corpus, self._split, self._row_tokens, first, concurrency=self._concurrency
+            self._corpus, self._split, self._row_tokens, first_block, concurrency=self._concurrency
         ):
             pass
 
@@ -170,35 +193,38 @@ class BlockPlane:
         for numbers, ref in read_bundles(
             self._corpus, self._split, self._row_tokens, bundles, concurrency=self._concurrency
         ):
-            loop.call_soon_threadsafe(self._loaded, list(numbers), ref)
+            # The cache has no lock: only the event loop's thread changes it.
+            loop.call_soon_threadsafe(self._add, list(numbers), ref)
 
-    def _loaded(self, numbers: list[int], ref: Any) -> None:
+    def _add(self, numbers: list[int], ref: Any) -> None:
         self._cache.add(numbers, ref)
         self._notify()
 
     def _give_up(self, error: Exception) -> None:
-        first = (str(error) or type(error).__name__).splitlines()[0]
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         self._failures.append(
             ClusterError.at(
                 "corpus.path",
                 self._corpus.path,
-                f"reading blocks failed {_TRIES} times in a row: {first}",
+                f"reading blocks failed {_MAX_FAILURES} times in a row: {first_line}",
                 fix="Can every node read it?",
             )
         )
-        self._cache.give_up_waiting()
+        self._cache.drop_urgent()
         self._notify()
 
     def _notify(self) -> None:
+        # A new event per change, as in the controller's actor.
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-RemoteBlockPlane = ray.remote(BlockPlane)
+BlockPlaneActor = ray.remote(BlockPlane)
 
 
 def auto_cache_bytes() -> int:
     """Return 40 % of the smallest node's object store."""
+    # The smallest, as each node that reads a block may get a copy of it.
     stores = [
         node["Resources"]["object_store_memory"]
         for node in ray.nodes()
@@ -222,14 +248,14 @@ def start_plane(
         row_tokens: See `raymix.streaming.batches.stream.row_tokens`.
         cache_bytes: The recipe's `data.cache_bytes`.
         split: The split to read.
-        name: Name to find it by; none needed where the handle is passed on.
+        name: Name for `ray.get_actor`; none needed where the handle is passed on.
     """
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return RemoteBlockPlane.options(**actor_options(name)).remote(
+    return BlockPlaneActor.options(**actor_options(name)).remote(
         corpus.path,
         row_tokens=row_tokens,
         cache_bytes=auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,
         split=split,
-        # One per node reads faster than any model does, and leaves the cores to the ranks.
+        # One task per node reads faster than any model trains, and leaves the cores to the ranks.
         concurrency=nodes,
     )

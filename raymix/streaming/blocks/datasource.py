@@ -1,8 +1,7 @@
-"""Reads bundles of blocks through Ray Data, in short executions that end.
+"""Ray Data source of block bundles, read in short executions.
 
-One execution reads a list of bundles, one read task and one output object per bundle. It ends
-when they are read: a long-lived execution that waits for its consumer keeps a core busy.
-Everything about Ray Data that is not a stable interface is in this module.
+One execution reads a list of bundles, one read task and one output object per bundle, and ends
+when they are read: a long-lived execution under backpressure keeps a core busy polling.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class BundleDatasource(Datasource):
         self._bundles = bundles
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Return None: it would not change how the bundles are read."""
+        """Return None: the number of read tasks is fixed, whatever the size."""
         return None
 
     def get_read_tasks(
@@ -50,11 +49,12 @@ class BundleDatasource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """Return one task per bundle, however many are asked for."""
-        where = self._corpus.path, self._corpus.fingerprint, self._split, self._row_tokens
+        """Return one task per bundle, whatever `parallelism` is."""
+        # Tasks carry the path and not the corpus: its index may be megabytes, per task.
+        source = self._corpus.path, self._corpus.fingerprint, self._split, self._row_tokens
         return [
             ReadTask(
-                partial(_read_bundle, *where, list(bundle)),
+                partial(_read_bundle, *source, list(bundle)),
                 BlockMetadata(
                     num_rows=len(bundle), size_bytes=None, exec_stats=None, input_files=None
                 ),
@@ -64,13 +64,15 @@ class BundleDatasource(Datasource):
 
 
 def quiet_data_context() -> None:
-    """Set up Ray Data in this process: silent, and one output object per read task, in order."""
+    """Configure Ray Data in this process: no output, one object per read task, in order."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # `read_bundles` pairs bundles and references by position.
     context.execution_options.preserve_order = True
+    # None: an output object is never split, so that a bundle is one reference.
     context.target_max_block_size = None
-    # Ray warns of the blocking calls that Ray Data makes: in a thread of its own they are fine.
+    # Ray warns of blocking calls in async actors; the plane makes them on a thread of its own.
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -88,13 +90,13 @@ def read_bundles(
     Args:
         corpus: The corpus.
         split: The split.
-        row_tokens: Blocks are cut to whole rows of this.
+        row_tokens: Blocks are cut to whole rows of this many tokens.
         bundles: Global block numbers.
-        concurrency: Tasks at once.
+        concurrency: Concurrent tasks.
     """
     dataset = ray.data.read_datasource(
         BundleDatasource(corpus, split, row_tokens, bundles),
-        # Trainers may hold every CPU: a task that reserves any would wait for ever.
+        # Trainers may hold all CPUs: a task that reserves any would wait forever.
         num_cpus=0,
         concurrency=min(concurrency, len(bundles)),
         override_num_blocks=len(bundles),
@@ -102,6 +104,8 @@ def read_bundles(
     yield from zip(bundles, block_references(dataset), strict=True)
 
 
+# Ray reuses worker processes: opening the corpus once per process and not per task saves reading
+# its index. The fingerprint is part of the key, as a corpus may be prepared anew at the same path.
 @lru_cache(maxsize=4)
 def _open(path: str, fingerprint: str, split: Split) -> tuple[Corpus, BlockNumbers]:
     corpus = Corpus.open(path)
@@ -111,17 +115,18 @@ def _open(path: str, fingerprint: str, split: Split) -> tuple[Corpus, BlockNumbe
 def _read_bundle(
     path: str, fingerprint: str, split: Split, row_tokens: int, numbers: list[int]
 ) -> Iterable[pa.Table]:
-    corpus, names = _open(path, fingerprint, split)
+    corpus, block_numbers = _open(path, fingerprint, split)
     blocks: list[Block] = []
     errors: list[str | None] = []
-    nothing = Block(np.empty(0, dtype=corpus.dtype), np.empty(0, dtype=np.uint32))
+    empty = Block(np.empty(0, dtype=corpus.dtype), np.empty(0, dtype=np.uint32))
     for number in numbers:
-        domain, block = names.find(number)
-        # A corrupt block must not fail its neighbors, nor before somebody needs it.
+        domain, index = block_numbers.locate(number)
+        # A corrupt block must fail neither the others of its bundle, nor before a rank needs it:
+        # its error travels in the table.
         try:
-            blocks.append(corpus.read_block(domain, split, block))
+            blocks.append(corpus.read_block(domain, split, index))
             errors.append(None)
         except RaymixError as error:
-            blocks.append(nothing)
+            blocks.append(empty)
             errors.append(str(error))
     yield to_table(make_block_batch(numbers, blocks, row_tokens), errors)

@@ -1,6 +1,6 @@
-"""How a prepared corpus divides into samples: rows of equal length, or documents.
+"""Geometry of a prepared corpus: blocks, and samples in them (rows of equal length, or documents).
 
-Blocks of all domains are numbered through, domain after domain: the *global block number*.
+Blocks are numbered across domains, domain after domain: the *global block number*.
 Letters: D domains, G blocks of all domains.
 """
 
@@ -19,51 +19,53 @@ from raymix.store import Corpus, Split
 Ints = npt.NDArray[np.int64]
 
 GROUP_DOCUMENTS = 1024
-"""Documents per group in document mode."""
+"""Documents per group in document mode: the unit that is shuffled, as blocks are in packed mode."""
 
 
 class BlockNumbers:
     """The global numbers of a split's blocks.
 
     Attributes:
-        first_D: Number of each domain's first block, and of one more: shape (D + 1,).
-        total: G.
+        first_D: Number of each domain's first block, then G: shape (D + 1,).
+        total: Number of blocks, G.
     """
 
     def __init__(self, corpus: Corpus, split: Split = "train") -> None:
         blocks = [corpus.split(name, split).blocks for name in corpus.domain_names]
         self.first_D = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
         self.total = int(self.first_D[-1])
+        # A list: bisect on Python integers is faster for single look-ups than numpy.
         self._first: list[int] = self.first_D.tolist()
         self._names = corpus.domain_names
         self._tokens = [corpus.split(name, split).tokens for name in corpus.domain_names]
         self._block_tokens = corpus.manifest.block_tokens
 
     def domain(self, number: int) -> int:
-        """Return the position of the domain that a block belongs to."""
+        """Return the index of the domain of a block."""
         return bisect_right(self._first, number) - 1
 
-    def find(self, number: int) -> tuple[str, int]:
-        """Return the domain's name and the block in it."""
+    def locate(self, number: int) -> tuple[str, int]:
+        """Return the domain's name and the index of the block in it."""
         domain = self.domain(number)
         return self._names[domain], number - self._first[domain]
 
     def tokens(self, number: int) -> int:
-        """Return the tokens in a block."""
+        """Return the number of tokens in a block."""
+        # All blocks of a domain are full but its last.
         domain = self.domain(number)
         before = (number - self._first[domain]) * self._block_tokens
         return min(self._block_tokens, self._tokens[domain] - before)
 
     @property
     def total_tokens(self) -> int:
-        """Return the tokens in all blocks."""
+        """Return the number of tokens in all blocks."""
         return sum(self._tokens)
 
 
 def row_geometry(
     corpus: Corpus, sequence_length: int, split: Split = "train"
 ) -> list[DomainGeometry]:
-    """Return how each domain's rows lie in blocks; rows do not straddle blocks.
+    """Return the rows of each domain and the rows per block; rows do not straddle blocks.
 
     Tokens at the end of a block that do not fill a row are left out.
 
@@ -72,8 +74,8 @@ def row_geometry(
         CorpusError: If a domain has no whole row.
     """
     block_tokens = corpus.manifest.block_tokens
-    per_block = block_tokens // sequence_length
-    if per_block == 0:
+    rows_per_block = block_tokens // sequence_length
+    if rows_per_block == 0:
         raise RecipeError.at(
             "data.sequence_length",
             sequence_length,
@@ -83,18 +85,18 @@ def row_geometry(
     geometries = []
     for name in corpus.domain_names:
         rows = epoch_rows(corpus.split(name, split).tokens, block_tokens, sequence_length)
-        geometries.append(DomainGeometry(name, rows, per_block))
+        geometries.append(DomainGeometry(name, rows, rows_per_block))
     return geometries
 
 
 def epoch_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:
-    """Return the rows of one epoch: each block is cut into rows, what is left of it is not read."""
+    """Return the rows of one epoch; the rest of each block, less than a row, is not read."""
     full, tail = divmod(tokens, block_tokens)
     return full * (block_tokens // sequence_length) + tail // sequence_length
 
 
 def document_geometry(corpus: Corpus, split: Split = "train") -> list[DomainGeometry]:
-    """Return how each domain's documents lie in groups of consecutive ones.
+    """Return the documents of each domain and the documents per group of consecutive ones.
 
     Raises:
         CorpusError: If a domain has no document.
@@ -108,7 +110,7 @@ def document_geometry(corpus: Corpus, split: Split = "train") -> list[DomainGeom
 def epoch_limits(
     geometries: list[DomainGeometry], max_epochs: float | Mapping[str, float] | None
 ) -> Ints | None:
-    """Return the most samples of each domain, shape (D,), from `data.max_epochs`; None: no limit.
+    """Return the maximum samples of each domain, shape (D,), by `data.max_epochs`; None: no limit.
 
     Raises:
         RecipeError: If it names a domain that does not exist.
@@ -118,6 +120,7 @@ def epoch_limits(
     names = [geometry.name for geometry in geometries]
     if isinstance(max_epochs, Mapping):
         unknown = [name for name in max_epochs if name not in names]
+        # All wrong names in one error, so that one edit mends the recipe.
         if unknown:
             raise RecipeError(
                 *(

@@ -1,4 +1,4 @@
-"""Where a rank gets blocks from: `BlockSource`, and the one without Ray."""
+"""Block sources: the interface through which a rank reads blocks, and a source without Ray."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from raymix.store import Corpus, Split
 from raymix.streaming.blocks.block_batch import BlockBatch, make_block_batch
 from raymix.streaming.blocks.geometry import BlockNumbers
 
-_LOCAL_BUDGET = 1 << 30
+# Mapped pages are reclaimed by the kernel, so this bounds the bookkeeping and not the memory.
+_LOCAL_BUDGET_BYTES = 1 << 30
 
 
 class BlockSource(Protocol):
-    """Gives slabs that hold the blocks asked for, by global number."""
+    """Returns batches that contain given blocks, by global block number."""
 
     budget_bytes: int
-    """What a rank may ask for in advance, and hold."""
+    """Bytes of blocks that a rank may prefetch and reference."""
 
-    def want(
+    def prefetch(
         self, step: int, numbers: Sequence[int], steps: Sequence[float], missing: Sequence[int]
     ) -> None:
-        """Say what is needed next, in place of what was said before; returns at once.
+        """Replace the list of blocks needed next; returns at once.
 
         Args:
             step: The step read next.
-            numbers: Blocks, the most urgent first.
+            numbers: Block numbers, the most urgent first.
             steps: Step at which each is needed, about.
-            missing: Those of the blocks that are not at hand; they come by `arrived`.
+            missing: Those of the blocks that the rank does not have; `poll` returns them.
         """
         ...
 
-    def arrived(self) -> list[BlockBatch]:
-        """Return what has come of the wanted blocks since the last call, without waiting."""
+    def poll(self) -> list[BlockBatch]:
+        """Return the prefetched blocks that arrived since the last call, without waiting."""
         ...
 
     def fetch(self, numbers: Sequence[int]) -> list[BlockBatch]:
-        """Return slabs that hold these blocks, waiting for them.
+        """Return batches that contain these blocks, waiting for them.
 
         Raises:
-            CorpusError: If one is corrupt; it names the file and the block.
-            ClusterError: If they do not come within a time limit.
+            CorpusError: If a block is corrupt; it names the file and the block.
+            ClusterError: If they do not arrive within a time limit.
         """
         ...
 
 
 class LocalSource:
-    """Reads blocks in this process, when they are asked for; local files are mapped."""
+    """Reads blocks in this process on demand; local files are memory-mapped."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class LocalSource:
         *,
         row_tokens: int = 1,
         split: Split = "train",
-        budget_bytes: int = _LOCAL_BUDGET,
+        budget_bytes: int = _LOCAL_BUDGET_BYTES,
     ) -> None:
         self.budget_bytes = budget_bytes
         self._corpus = corpus
@@ -62,24 +63,25 @@ class LocalSource:
         self._numbers = BlockNumbers(corpus, split)
         self._row_tokens = row_tokens
 
-    def want(
+    def prefetch(
         self, step: int, numbers: Sequence[int], steps: Sequence[float], missing: Sequence[int]
     ) -> None:
-        """Do nothing: reading takes place in `fetch`."""
+        """Do nothing: `fetch` reads."""
 
-    def arrived(self) -> list[BlockBatch]:
-        """Return nothing: reading takes place in `fetch`."""
+    def poll(self) -> list[BlockBatch]:
+        """Return nothing: `fetch` reads."""
         return []
 
     def fetch(self, numbers: Sequence[int]) -> list[BlockBatch]:
-        """Return one slab per block.
+        """Return one batch per block.
 
         Raises:
-            CorpusError: If one is corrupt; it names the file and the block.
+            CorpusError: If a block is corrupt; it names the file and the block.
         """
-        slabs = []
+        # A batch per block stays a view of the mapped file; joining blocks would copy them.
+        batches = []
         for number in numbers:
-            domain, block = self._numbers.find(number)
-            read = self._corpus.read_block(domain, self._split, block)
-            slabs.append(make_block_batch([number], [read], self._row_tokens))
-        return slabs
+            domain, index = self._numbers.locate(number)
+            block = self._corpus.read_block(domain, self._split, index)
+            batches.append(make_block_batch([number], [block], self._row_tokens))
+        return batches

@@ -1,7 +1,7 @@
-"""The controller as an actor: `MixtureState` with waiting, one per run.
+"""The controller actor: `MixtureState` with waiting, one per run.
 
-Every call is safe to repeat, as Ray repeats calls when it restarts the actor. None blocks: a call
-that must wait (for statistics, for all ranks to say where they are) waits on the event loop.
+Every call is idempotent, as Ray repeats calls when it restarts the actor. None blocks: a call that
+must wait (for statistics, or for all ranks to report) waits on the event loop.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _Answer = TypeVar("_Answer")
 
 
 class MixtureController:
-    """Hands out leases and weights to the ranks of a run.
+    """Grants leases and decides shares for the ranks of a run.
 
     Args of the constructor:
         recipe_mixer: The recipe's `mixer` section, or a mixer already built.
-        context: What the mixer may know about the run.
-        run_dir: Where log and state are kept; without it the controller cannot survive its death.
-        snapshot: From `snapshot` in a checkpoint, to continue a run.
+        context: The run as mixers see it.
+        run_dir: Directory of log and state; without it a restarted controller has lost both.
+        snapshot: From `snapshot` in a checkpoint, to resume a run.
         probe_interval: Steps per window.
-        lease_s: Seconds of reading that a lease should cover; told to the ranks.
-        session: Names this start of the run; with it a restart of this actor under running
-            workers is told from a new start in the same directory.
+        lease_s: Seconds of reading that a lease should cover; passed on to the ranks.
+        session: Id of this start of the run. It distinguishes a restart of this actor under running
+            workers from a new start in the same directory.
     """
 
     def __init__(
@@ -61,14 +61,15 @@ class MixtureController:
         self._changed = asyncio.Event()
 
     async def register(self, attempt: str, world_size: int) -> tuple[str, float]:
-        """Serve a worker group; return the life of this controller and `lease_s`.
+        """Serve a worker group; return the incarnation of this controller and `lease_s`.
 
         Raises:
-            TrainingError: If a later attempt has taken its place.
+            TrainingError: If a later attempt has replaced it.
         """
-        life = self.state.register(attempt, world_size)
+        incarnation = self.state.register(attempt, world_size)
+        # Calls of the attempt before wait for leases that will not come: wake them to fail.
         self._notify()
-        return life, self.lease_s
+        return incarnation, self.lease_s
 
     async def lease(
         self,
@@ -76,72 +77,78 @@ class MixtureController:
         rank: int,
         *,
         step: int,
-        held_until: int,
-        want: int,
+        leased_until: int,
+        n_steps: int,
         version: int,
-        life: str | None = None,
+        incarnation: str | None = None,
     ) -> Lease:
         """Return a lease as `MixtureState.lease` does, once there is more to grant.
 
         Raises:
-            TrainingError: If the attempt is over, or knows entries that the controller lost.
+            TrainingError: If the attempt is over, or has entries that the controller lost.
         """
-        gathered = self.state.gathered
-        granted = await self._until(
+        reported = self.state.all_ranks_reported
+        lease = await self._until(
             lambda: self.state.lease(
                 attempt,
                 rank,
                 step=step,
-                held_until=held_until,
-                want=want,
+                leased_until=leased_until,
+                n_steps=n_steps,
                 version=version,
-                life=life,
+                incarnation=incarnation,
             )
         )
-        # Waking everybody for every lease would cost the square of the ranks.
-        if self.state.gathered != gathered:
+        # Waking all waiting calls for each lease would cost the square of the ranks.
+        if self.state.all_ranks_reported != reported:
             self._notify()
-        return granted
+        return lease
 
     async def push(self, attempt: str, window: int, rank: int, stats: DomainStats) -> None:
-        """Take a rank's statistics of a window; repeated and late ones are dropped."""
+        """Add a rank's statistics of a window; repeated and late ones are dropped."""
         if self.state.push(attempt, window, rank, stats):
             self._notify()
 
     async def set_weights(
         self, weights: Mapping[str, float] | Sequence[float], first_step: int | None = None
     ) -> int:
-        """Ask for weights and return the step from which on they hold.
+        """Request shares and return the step from which on they hold.
 
         Raises:
-            RecipeError: If they are no shares of the domains, or the step may have been read.
+            RecipeError: If they are not shares of the domains, or the step may have been read.
         """
-        await self._until(lambda: True if self.state.gathered else None)
+        # A restarted controller does not know how far the ranks may read until they report, so it
+        # cannot tell the first step that is still free.
+        await self._until(lambda: True if self.state.all_ranks_reported else None)
         return self.state.set_weights(weights, first_step)
 
     async def snapshot(self, step: int | None = None) -> dict[str, Any]:
-        """Return what a checkpoint needs so that a run can continue at `step`, the one read next.
+        """Return the state in a checkpoint that resumes at `step`, the step read next.
 
         Under an adaptive mixer it waits for the statistics of all windows before that of `step`.
         """
         return await self._until(lambda: self.state.snapshot(step))
 
     async def status(self) -> dict[str, Any]:
-        """Return where things stand, in JSON types, for people."""
+        """Return attempt, leases, shares and windows in JSON types, for people."""
         return {**self.state.status(), "pid": os.getpid()}
 
     async def log_lines(self) -> list[str]:
         """Return the mixture log so far, one JSON line per entry."""
         return self.state.log.to_lines()
 
-    async def _until(self, answer: Callable[[], _Answer | None]) -> _Answer:
-        while (found := answer()) is None:
+    async def _until(self, attempt: Callable[[], _Answer | None]) -> _Answer:
+        # No await between the check and the wait: a change cannot slip in between, as all calls
+        # run on one event loop.
+        while (answer := attempt()) is None:
             await self._changed.wait()
-        return found
+        return answer
 
     def _notify(self) -> None:
+        # A new event per change: clearing a shared one could hide the change from a waiter that
+        # has not run yet.
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-RemoteMixtureController = ray.remote(MixtureController)
+MixtureControllerActor = ray.remote(MixtureController)

@@ -1,8 +1,8 @@
-"""What the controller keeps on disk, so that a killed one comes back as it was.
+"""The controller's files, from which a killed controller restores its state.
 
 Two files in the run directory: `mixture_log.jsonl`, one line appended per entry, and
-`controller.json`, replaced whole: asks that have not come up yet, the mixer's state, and who is
-being served. A line torn by a kill is left out when read.
+`controller.json`, replaced as a whole: requests that have not come up yet, the mixer's state, and
+the attempt being served. A line torn by a kill is left out when read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def plain(value: Any) -> Any:
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
+    # A string is a sequence of strings: without the exclusion this would never end.
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(part) for part in value]
     return value
@@ -41,35 +42,38 @@ class Journal:
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
     def read_log(self) -> list[str]:
-        """Return the whole lines of the log; none if there is no log."""
+        """Return the complete lines of the log; none if there is no log."""
         if not self._log.exists():
             return []
         text = self._log.read_text("utf-8")
-        # What follows the last line end was being written when the writer died.
+        # The text after the last line end was being written when the writer died.
         return text.split("\n")[:-1]
 
     def read_state(self) -> dict[str, Any] | None:
-        """Return what `save` was last given, None if nothing."""
+        """Return the state last saved, None without one."""
         if not self._state.exists():
             return None
         state: dict[str, Any] = parse_json(self._state.read_text("utf-8"))
         return state
 
     def append(self, line: str) -> None:
-        """Add one line to the log; it outlives this process once the call returns."""
+        """Append one line to the log; it survives the death of this process."""
+        # Closed, not fsynced: the page cache outlives a killed process. After a crash of the node
+        # a run resumes from a checkpoint, which has its own copy of the log.
         with self._log.open("a", encoding="utf-8") as log:
             log.write(line + "\n")
 
     def rewrite(self, lines: Iterable[str]) -> None:
-        """Put `lines` in the place of the log."""
+        """Replace the log by `lines`."""
         _replace(self._log, "".join(line + "\n" for line in lines))
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Keep `state` in the place of the one before."""
+        """Replace the saved state."""
         _replace(self._state, json.dumps(plain(state)))
 
 
 def _replace(path: Path, text: str) -> None:
+    # A rename within a directory is atomic (POSIX): readers see the old file or the new one.
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, "utf-8")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Who is being served and how far each rank may read."""
+"""Leases: the attempt being served and the steps that each of its ranks may read."""
 
 from __future__ import annotations
 
@@ -12,70 +12,77 @@ from raymix.sampling import MixtureEntry
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Leave to read on."""
+    """Permission for a rank to read steps."""
 
     until: int
     """Steps below this may be read."""
     entries: tuple[MixtureEntry, ...]
-    """Log entries newer than the asker's."""
-    life: str
-    """Names this life of the controller; another one means it was restarted."""
+    """Log entries newer than the rank's."""
+    incarnation: str
+    """Id of the controller's process; another one than before means that it was restarted."""
 
 
 class Leases:
-    """The leases of one worker group, the attempt being served; earlier ones are turned away."""
+    """The leases of one worker group, the attempt being served; earlier attempts are rejected.
+
+    Attributes:
+        leased_until: By rank, the step below which it may read.
+    """
 
     def __init__(self) -> None:
         self.attempt: str | None = None
         self.world_size = 0
-        self.held: dict[int, int] = {}
-        self._past: set[str] = set()
+        self.leased_until: dict[int, int] = {}
+        self._ended_attempts: set[str] = set()
 
     @property
-    def horizon(self) -> int:
-        """Return the first step that no rank may read yet, as far as is known."""
-        return max(self.held.values(), default=0)
+    def first_unleased_step(self) -> int:
+        """Return the first step that no reported rank may read yet."""
+        return max(self.leased_until.values(), default=0)
 
     @property
-    def gathered(self) -> bool:
-        """Return whether it is known how far every rank may read."""
-        return self.attempt is None or len(self.held) == self.world_size
+    def all_ranks_reported(self) -> bool:
+        """Return whether each rank's lease is known."""
+        return self.attempt is None or len(self.leased_until) == self.world_size
 
-    def begin(self, attempt: str, world_size: int) -> bool:
+    def register(self, attempt: str, world_size: int) -> bool:
         """Serve `attempt` from now on; return whether it is a new one.
 
         Raises:
-            TrainingError: If a later attempt has taken its place.
+            TrainingError: If a later attempt has replaced it.
         """
+        # All ranks of a group register, and Ray may repeat the call.
         if attempt == self.attempt:
             return False
-        if attempt in self._past:
-            raise _over(attempt)
+        # A rank of a replaced group may register late, and must not take the run back.
+        if attempt in self._ended_attempts:
+            raise _not_served(attempt)
         if self.attempt is not None:
-            self._past.add(self.attempt)
+            self._ended_attempts.add(self.attempt)
         self.attempt, self.world_size = attempt, world_size
-        self.held = {}
+        self.leased_until = {}
         return True
 
     def check(self, attempt: str) -> None:
         """Raise TrainingError unless `attempt` is the one being served."""
         if attempt != self.attempt:
-            raise _over(attempt)
+            raise _not_served(attempt)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return who is being served, but not how far: that the ranks themselves know best."""
+        """Return the attempts, without the leases."""
+        # Each rank sends its own lease with each request: a saved copy could only be out of date.
         return {
             "attempt": self.attempt,
             "world_size": self.world_size,
-            "past": sorted(self._past),
+            "past": sorted(self._ended_attempts),
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Serve the attempt of `state`, whose ranks have yet to say how far they may read."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Serve the attempt of `state`, whose ranks have yet to report their leases."""
         self.attempt, self.world_size = state["attempt"], state["world_size"]
-        self._past = set(state["past"])
-        self.held = {}
+        self._ended_attempts = set(state["past"])
+        self.leased_until = {}
 
 
-def _over(attempt: str) -> TrainingError:
+def _not_served(attempt: str) -> TrainingError:
     return TrainingError.at("attempt", attempt, "this worker group is not the one being served")

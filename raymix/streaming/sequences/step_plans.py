@@ -1,10 +1,10 @@
-"""Which rank takes which documents of a step: decided from lengths alone, a few steps ahead.
+"""Step plans: the documents of coming steps assigned to ranks, from lengths alone.
 
-What a step reads is a function of (seed, corpus, mixture log); who reads it, of that and (layout,
-planner, cost). So nothing here needs keeping: whoever asks brings the log as far as it knows it and
-the state of the order of documents, some hundred bytes, and plans are made again, the same.
+The documents of a step are a function of (seed, corpus, mixture log); their assignment is one of
+these and (layout, planner, cost). So plans need no storage: with the log and the state of the
+document order, some hundred bytes, they are computed again and come out the same.
 
-Legend: N documents of a step.
+Letters: D domains, N documents of a step.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from raymix.streaming.blocks.geometry import document_geometry, epoch_limits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingConfig:
-    """How the documents of steps are dealt out: the same on all ranks of a run."""
+    """Inputs of a schedule beside the lengths: the same on all ranks of a run."""
 
     seed: int
     """The run's seed."""
     layout: Layout
-    """The ranks."""
+    """Ranks and groups of ranks that may share a document."""
     cost: CostModel
-    """Times and memory of the model on the hardware."""
+    """Time and memory of the model on the hardware."""
     planner: str = "refine"
     """One of `raymix.schedule.known_planners()`."""
 
     def document(self) -> dict[str, Any]:
-        """Return what a schedule follows from, beside the lengths of a step, in JSON types."""
+        """Return planner, layout and cost in JSON types."""
         return {
             "planner": self.planner,
             "layout": asdict(self.layout),
@@ -53,17 +53,17 @@ class SchedulingConfig:
 
 @dataclass(frozen=True, slots=True)
 class RankMicroBatches:
-    """What one rank does in one step."""
+    """The micro-batches of one rank in one step."""
 
     step: int
     version: int
     """Version of the log entry the step follows."""
     micro_batches: tuple[MicroBatch, ...]
-    """As many on every rank; they name documents by their position in the step."""
+    """The same number on all ranks; they name documents by their position in the step."""
     label_tokens: int
-    """Labels of the global batch."""
+    """Number of labels in the global batch."""
     batch_hash: str
-    """Names the global batch."""
+    """Hash of the global batch's samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class PlannedStep:
     label_tokens: int
     batch_hash: str
 
-    def of(self, rank: int) -> RankMicroBatches:
+    def for_rank(self, rank: int) -> RankMicroBatches:
         """Return a rank's part.
 
         Raises:
@@ -92,50 +92,53 @@ class PlannedStep:
 
 
 class StepPlans:
-    """Plans of steps in order, as far as their weights are known.
+    """Plans of steps in order, as far as their shares are known.
 
     Args of the constructor:
         corpus: The prepared corpus; only its index is read.
         data: The recipe's `data` section.
-        how: How documents are dealt out.
+        config: Layout, cost model and planner.
 
     Raises:
         ScheduleError: If the planner is unknown, or the longest document does not fit a group.
     """
 
-    def __init__(self, corpus: Corpus, data: DocumentData, how: SchedulingConfig) -> None:
+    def __init__(self, corpus: Corpus, data: DocumentData, config: SchedulingConfig) -> None:
         geometries = document_geometry(corpus)
         lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
-        _check_room(lengths, data, how)
-        self._how = how
-        self._planner = training_planner(how.planner)
-        self._order = CorpusOrder(geometries, seed=how.seed, window=data.shuffle_blocks)
+        # At the start, not in the step in which the longest document happens to come up.
+        _check_longest_document(lengths, data, config)
+        self._config = config
+        self._planner = training_planner(config.planner)
+        self._order = CorpusOrder(geometries, seed=config.seed, window=data.shuffle_blocks)
         self._lengths = lengths
         self._labels = DocumentLabels(corpus, lengths)
         self._data = data
         self._limit_D = epoch_limits(geometries, data.max_epochs)
         self._names = corpus.domain_names
         self.log = MixtureLog(self._names)
+        # The log is final below this step.
         self._until = 0
         self._plans: dict[int, PlannedStep] = {}
         self._documents: DocumentPlanner | None = None
 
     @property
     def ranks(self) -> int:
-        """Return the ranks planned for."""
-        return self._how.layout.ranks
+        """Return the number of ranks planned for."""
+        return self._config.layout.ranks
 
-    def begin(self, state: Mapping[str, Any], entries: Sequence[MixtureEntry], until: int) -> None:
-        """Start afresh.
+    def reset(self, state: Mapping[str, Any], entries: Sequence[MixtureEntry], until: int) -> None:
+        """Start from a state, without plans.
 
         Args:
             state: The `state_dict` of a `DocumentPlanner` before the first step to be planned.
-            entries: The whole mixture log.
-            until: The step before which the log is final.
+            entries: The complete mixture log.
+            until: The log is final below this step.
         """
         self.log = MixtureLog(self._names, list(entries))
         self._until = until
         self._plans = {}
+        # A new planner and not `load_state_dict` on the old one, which has the old log.
         self._documents = DocumentPlanner(
             order=self._order,
             lengths=self._lengths,
@@ -146,17 +149,18 @@ class StepPlans:
         )
         self._documents.load_state_dict(state)
 
-    def learn(self, entries: Sequence[MixtureEntry], until: int) -> None:
-        """Take what an asker knows of the log; what is known already is left out."""
+    def extend_log(self, entries: Sequence[MixtureEntry], until: int) -> None:
+        """Add a rank's log entries; those that are known already are skipped."""
         version = self.version
         for entry in entries:
             if entry.version > version:
                 self.log.append(entry)
+        # Ranks report in any order: one that is behind must not take back what is final.
         self._until = max(self._until, until)
 
     @property
     def version(self) -> int:
-        """Return the version of the newest log entry known, -1 without one."""
+        """Return the version of the newest log entry, -1 without one."""
         return self.log.entries[-1].version if self.log.entries else -1
 
     @property
@@ -164,50 +168,55 @@ class StepPlans:
         """Return the step that is planned next."""
         return self._documents.step if self._documents is not None else 0
 
-    def can(self, step: int) -> bool:
-        """Return whether a step is planned or can be: it is not over and its weights are known."""
+    def can_plan(self, step: int) -> bool:
+        """Return whether a step is planned, or is not over and has known shares."""
         ready = self._documents is not None and self.next_step <= step < self._until
         return step in self._plans or ready
 
-    def planned(self, step: int) -> PlannedStep:
-        """Return the plan of a step, with all before it; see `can`.
+    def plan(self, step: int) -> PlannedStep:
+        """Return the plan of a step, planning all steps before it; see `can_plan`.
 
         Raises:
             CorpusError: If limits leave no documents.
         """
         documents = self._documents
         assert documents is not None
+        # Error diffusion and the counters carry over from step to step, so none can be skipped.
         while step not in self._plans:
-            found = documents.plan(1)[0]
-            self._plans[found.step] = PlannedStep(
-                found,
-                self._planner.plan(found.length_N, self._how.layout, self._how.cost),
-                self._labels.count(found),
-                batch_hash(found.domain_N, found.index_N),
+            batch = documents.plan(1)[0]
+            self._plans[batch.step] = PlannedStep(
+                batch,
+                self._planner.plan(batch.length_N, self._config.layout, self._config.cost),
+                self._labels.count(batch),
+                batch_hash(batch.domain_N, batch.index_N),
             )
         return self._plans[step]
 
-    def forget(self, step: int) -> None:
+    def drop_before(self, step: int) -> None:
         """Drop the plans of steps before `step`."""
-        for old in [at for at in self._plans if at < step]:
+        for old in [planned for planned in self._plans if planned < step]:
             del self._plans[old]
 
     @property
-    def held(self) -> tuple[int, ...]:
-        """Return the steps whose plans are kept, rising."""
+    def planned_steps(self) -> tuple[int, ...]:
+        """Return the steps that have plans, increasing."""
         return tuple(sorted(self._plans))
 
 
-def _check_room(lengths: Sequence[Any], data: DocumentData, how: SchedulingConfig) -> None:
-    room = how.layout.context * how.cost.memory_tokens
+def _check_longest_document(
+    lengths: Sequence[Any], data: DocumentData, config: SchedulingConfig
+) -> None:
+    layout, rank_tokens = config.layout, config.cost.memory_tokens
+    # Capacity of the widest group; documents are cut to the sequence length.
+    capacity = layout.context * rank_tokens
     longest = max((int(part.max(initial=0)) for part in lengths), default=0)
-    if (needed := min(longest, data.sequence_length)) > room:
+    if (needed := min(longest, data.sequence_length)) > capacity:
         raise ScheduleError.at(
             "data.sequence_length",
             data.sequence_length,
             (
-                f"a document of {needed} tokens is longer than the {how.layout.context} x "
-                f"{how.cost.memory_tokens} = {room} tokens that a group of ranks can hold"
+                f"a document of {needed} tokens is longer than the {layout.context} x "
+                f"{rank_tokens} = {capacity} tokens that a group of ranks can hold"
             ),
             fix="Lower it, or take larger groups of ranks",
         )

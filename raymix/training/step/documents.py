@@ -71,7 +71,7 @@ def document_micro_steps(
 def _micro_step(
     documents: Sequence[LocalDocument], context: ContextParallel, device: torch.device
 ) -> MicroStep:
-    parts = [DocumentPart(len(document.tokens), document.team) for document in documents]
+    parts = [DocumentPart(len(document.tokens), document.ranks) for document in documents]
     shards = LocalShards(parts, context.rank, context.groups, exchange=context.exchange)
     pieces = [
         _local_tokens(documents[at], local_positions(parts[at], context.rank))

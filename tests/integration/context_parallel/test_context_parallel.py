@@ -159,8 +159,8 @@ def step_error(
     replica = model_of(dtype, parallel, world)
     every, schedule = documents(), planned(planner)
     mine = tuple(
-        tuple(replace(every[k], team=(world.rank,)) for k in micro.local)
-        + tuple(replace(every[shard.sequence], team=shard.team) for shard in micro.sharded)
+        tuple(replace(every[k], ranks=(world.rank,)) for k in micro.local)
+        + tuple(replace(every[shard.sequence], ranks=shard.team) for shard in micro.sharded)
         for micro in schedule.micro_batches(world.rank)
     )
     batch = DocumentBatch(0, 0, np.zeros(3), np.zeros(3, np.int64), None, mine)

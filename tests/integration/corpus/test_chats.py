@@ -27,7 +27,7 @@ from raymix.training.evaluate.held_out import held_out_rows
 from raymix.training.step.probing import ProbeReader
 from tests.support.chats import FORGETFUL, UNMARKED, chat_config, chat_corpus, sums, write_chats
 from tests.support.shell import write_recipe
-from tests.support.step_plans import HOW, start
+from tests.support.step_plans import CONFIG, start
 from tests.support.streams import fixed, local, local_stream
 
 SPECIAL = {"bos_token": "<s>"}
@@ -113,9 +113,9 @@ def test_the_loss_mask_tokens_are_the_answers(tmp_path: Path, tokenizer: Any) ->
 
 def test_a_batch_counts_and_marks_what_is_loss_mask(corpus: Corpus) -> None:
     stream = local_stream(corpus, local(fixed([0.5, 0.5]), corpus), DATA)
-    plans = StepPlans(corpus, DATA, HOW)
+    plans = StepPlans(corpus, DATA, CONFIG)
     even = MixtureEntry(0, 0, (0.5, 0.5), "fixed")
-    plans.begin(start(corpus), MixtureLog(corpus.domain_names, [even]).entries, 6)
+    plans.reset(start(corpus), MixtureLog(corpus.domain_names, [even]).entries, 6)
     held = {True: 0, False: 0}
     for step in range(6):
         batch = stream.next()
@@ -124,7 +124,7 @@ def test_a_batch_counts_and_marks_what_is_loss_mask(corpus: Corpus) -> None:
             chat = document.loss_mask is not None
             held[chat] += 1
             labels += int(document.loss_mask.sum()) if chat else len(document.tokens) - 1
-        planned = plans.planned(step).of(0)
+        planned = plans.plan(step).for_rank(0)
         assert batch.label_tokens == labels == planned.label_tokens
         assert batch.batch_hash == planned.batch_hash
     assert min(held.values()) > 0

@@ -1,4 +1,4 @@
-"""The planner of ranks as an actor: the same plans in any order of asking, and after its death."""
+"""The sequence scheduler: the same plans in any order of requests, and after a restart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ from raymix.streaming.sequences.actor import (
     start_sequence_scheduler,
 )
 from raymix.streaming.sequences.step_plans import SchedulingConfig
-from tests.support.step_plans import DATA, HOW, expected, held_by, log_of, mixed_corpus, same, start
+from tests.support.step_plans import (
+    CONFIG,
+    DATA,
+    document_positions,
+    expected,
+    log_of,
+    mixed_corpus,
+    same,
+    start,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 STEPS = 10
@@ -41,7 +50,7 @@ def actor(ray_cluster: None, corpus: Corpus) -> Iterator[Any]:
 
 
 def clients(handle: Any, corpus: Corpus, log: MixtureLog, attempt: str = "a") -> list[Any]:
-    def origin(_: int) -> Mapping[str, Any]:
+    def planner_state(_: int) -> Mapping[str, Any]:
         return start(corpus)
 
     def until() -> int:
@@ -49,10 +58,10 @@ def clients(handle: Any, corpus: Corpus, log: MixtureLog, attempt: str = "a") ->
         return STEPS if len(log.entries) > 1 else 4
 
     readers = [
-        AssignmentContext(rank=rank, log=log, until=until, origin=origin)
-        for rank in range(HOW.layout.ranks)
+        AssignmentContext(rank=rank, log=log, until=until, planner_state=planner_state)
+        for rank in range(CONFIG.layout.ranks)
     ]
-    return [RemoteSequenceScheduler(handle, HOW, reader, attempt=attempt) for reader in readers]
+    return [RemoteSequenceScheduler(handle, CONFIG, reader, attempt=attempt) for reader in readers]
 
 
 def test_the_order_of_asking_does_not_matter(actor: Any, corpus: Corpus) -> None:
@@ -84,19 +93,19 @@ def test_it_plans_ahead_but_never_beyond_known_weights(actor: Any, corpus: Corpu
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=2, version=1, entries=tuple(log.entries),
-        state=start(corpus), how=HOW,
+        state=start(corpus), config=CONFIG,
     )  # fmt: skip
     ray.get(actor.plan.remote(request))
-    held: list[int] = []
-    while held != [0, 1]:
-        held = ray.get(actor.status.remote())["held"]
+    planned: list[int] = []
+    while planned != [0, 1]:
+        planned = ray.get(actor.status.remote())["held"]
     assert ray.get(actor.plan.remote(replace(request, step=2, entries=(), state=None))) is None
     client = clients(actor, corpus, log)[0]
     with pytest.raises(TrainingError, match="not decided"):
         client.assignment(STEPS)
 
 
-def test_new_log_entries_are_loss_mask(actor: Any, corpus: Corpus) -> None:
+def test_new_log_entries_are_used(actor: Any, corpus: Corpus) -> None:
     log = log_of(corpus, (0, 4, 6))
     whole = expected(corpus, log, STEPS)
     known = MixtureLog(log.domains, log.entries[:1])
@@ -120,18 +129,19 @@ def test_an_earlier_attempt_is_refused(actor: Any, corpus: Corpus) -> None:
 
 
 def test_512_ranks_are_answered(corpus: Corpus, ray_cluster: None) -> None:
-    how = SchedulingConfig(seed=1, layout=Layout(64, 8), cost=HOW.cost)
+    config = SchedulingConfig(seed=1, layout=Layout(64, 8), cost=CONFIG.cost)
     data = DATA.model_copy(update={"tokens_per_step": 20_000})
     handle = start_sequence_scheduler(corpus, data)
     log = log_of(corpus)
     request = PlanRequest(
         attempt="a", rank=0, step=0, until=3, version=1, entries=tuple(log.entries),
-        state=start(corpus), how=how,
+        state=start(corpus), config=config,
     )  # fmt: skip
     for step in range(3):
-        asked = [handle.plan.remote(replace(request, rank=rank, step=step)) for rank in range(512)]
-        parts = ray.get(asked, timeout=300)
+        requests = [replace(request, rank=rank, step=step) for rank in range(512)]
+        answers = [handle.plan.remote(r) for r in requests]
+        parts = ray.get(answers, timeout=300)
         assert len({part.batch_hash for part in parts}) == 1
-        held = {position for part in parts for position in held_by(part)}
-        assert held == set(range(len(held)))
+        planned = {position for part in parts for position in document_positions(part)}
+        assert planned == set(range(len(planned)))
     ray.kill(handle)

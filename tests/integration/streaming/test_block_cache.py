@@ -1,4 +1,4 @@
-"""What is loaded, in which order, and what has to go: the plane's policy and the lookahead."""
+"""Cache policy of the block plane (order of loads, evictions), and prefetching."""
 
 from __future__ import annotations
 
@@ -37,87 +37,87 @@ def load(into: BlockCache[str], bundles: list[list[int]]) -> None:
 
 
 def test_what_is_waited_for_goes_first_then_what_is_needed_first() -> None:
-    plane = cache(100)
-    plane.want(0, 1, 0, [1, 2, 3, 4, 101, 201], [9, 8, 7, 6, 2, 1])
-    plane.ask([301], waiting=True)
+    policy = cache(100)
+    policy.announce(0, 1, 0, [1, 2, 3, 4, 101, 201], [9, 8, 7, 6, 2, 1])
+    policy.request([301], urgent=True)
     # Nothing is here yet: in the order of need, whatever the domain.
-    assert plane.plan(100, BUNDLE) == [[301, 201, 101, 4], [3, 2, 1]]
-    assert plane.plan(100, BUNDLE) == []  # they are being loaded
-    load(plane, [[301, 201, 101, 4], [3, 2, 1]])
-    plane.want(0, 1, 1, [5, 102, 6, 202, 7, 8], [1, 2, 3, 4, 5, 6])
-    plane.ask([401, 302], waiting=True)
-    assert plane.plan(100, BUNDLE, urgent_bytes=1) == [[401], [302], [5, 6, 7, 8], [102, 202]]
+    assert policy.plan(100, BUNDLE) == [[301, 201, 101, 4], [3, 2, 1]]
+    assert policy.plan(100, BUNDLE) == []  # they are being loaded
+    load(policy, [[301, 201, 101, 4], [3, 2, 1]])
+    policy.announce(0, 1, 1, [5, 102, 6, 202, 7, 8], [1, 2, 3, 4, 5, 6])
+    policy.request([401, 302], urgent=True)
+    assert policy.plan(100, BUNDLE, urgent_bytes=1) == [[401], [302], [5, 6, 7, 8], [102, 202]]
 
 
 def test_a_bundle_is_found_by_each_of_its_blocks() -> None:
-    plane = cache(100)
-    plane.ask([1, 2, 3, 4, 5], waiting=True)
-    load(plane, plane.plan(100, BUNDLE))
-    assert plane.refs([2, 3, 9]) == ["ref[1, 2, 3, 4]"]
-    assert plane.refs([5, 1]) == ["ref[5]", "ref[1, 2, 3, 4]"]
-    plane.drop([3])
-    assert plane.refs([1, 5]) == ["ref[5]"]
-    assert plane.used_bytes == 1
+    policy = cache(100)
+    policy.request([1, 2, 3, 4, 5], urgent=True)
+    load(policy, policy.plan(100, BUNDLE))
+    assert policy.refs([2, 3, 9]) == ["ref[1, 2, 3, 4]"]
+    assert policy.refs([5, 1]) == ["ref[5]", "ref[1, 2, 3, 4]"]
+    policy.drop([3])
+    assert policy.refs([1, 5]) == ["ref[5]"]
+    assert policy.used_bytes == 1
 
 
 def test_what_is_needed_last_makes_room_but_never_for_what_is_needed_later() -> None:
-    plane = cache(8)
-    plane.want(0, 1, 0, list(range(8)), [0, 0, 0, 0, 50, 50, 50, 50])
-    load(plane, plane.plan(100, BUNDLE))
-    plane.want(0, 1, 1, [*range(8), 100, 101], [1, 1, 1, 1, 50, 50, 50, 50, 60, 60])
-    assert plane.plan(100, BUNDLE) == []
-    plane.want(0, 1, 2, [*range(8), 100, 101], [2, 2, 2, 2, 50, 50, 50, 50, 40, 40])
-    assert plane.plan(100, BUNDLE) == [[100, 101]]
-    assert plane.refs([0])
-    assert not plane.refs([4])
+    policy = cache(8)
+    policy.announce(0, 1, 0, list(range(8)), [0, 0, 0, 0, 50, 50, 50, 50])
+    load(policy, policy.plan(100, BUNDLE))
+    policy.announce(0, 1, 1, [*range(8), 100, 101], [1, 1, 1, 1, 50, 50, 50, 50, 60, 60])
+    assert policy.plan(100, BUNDLE) == []
+    policy.announce(0, 1, 2, [*range(8), 100, 101], [2, 2, 2, 2, 50, 50, 50, 50, 40, 40])
+    assert policy.plan(100, BUNDLE) == [[100, 101]]
+    assert policy.refs([0])
+    assert not policy.refs([4])
 
 
 def test_the_slowest_rank_keeps_its_blocks() -> None:
-    plane = cache(4)
-    plane.want(0, 2, 0, [0, 1, 2, 3], [0, 1, 2, 3])
-    load(plane, plane.plan(100, BUNDLE))
-    plane.want(1, 2, 9, [10, 11], [9, 10])  # this rank is far ahead
-    assert plane.plan(100, BUNDLE) == []
-    plane.want(0, 2, 8, [3, 10], [8, 9])  # the slow one has moved on, but for block 3
-    assert plane.plan(100, BUNDLE) == []
-    plane.want(0, 2, 9, [10, 11], [9, 10])
-    assert plane.plan(100, BUNDLE) == [[10, 11]]
+    policy = cache(4)
+    policy.announce(0, 2, 0, [0, 1, 2, 3], [0, 1, 2, 3])
+    load(policy, policy.plan(100, BUNDLE))
+    policy.announce(1, 2, 9, [10, 11], [9, 10])  # this rank is far ahead
+    assert policy.plan(100, BUNDLE) == []
+    policy.announce(0, 2, 8, [3, 10], [8, 9])  # the slow one has moved on, but for block 3
+    assert policy.plan(100, BUNDLE) == []
+    policy.announce(0, 2, 9, [10, 11], [9, 10])
+    assert policy.plan(100, BUNDLE) == [[10, 11]]
 
 
 def test_waiting_may_exceed_the_budget_rather_than_wait_for_ever() -> None:
-    plane = cache(2)
-    plane.ask([1, 2, 3], waiting=True)
-    assert plane.plan(100, BUNDLE) == [[1, 2, 3]]
+    policy = cache(2)
+    policy.request([1, 2, 3], urgent=True)
+    assert policy.plan(100, BUNDLE) == [[1, 2, 3]]
 
 
 def test_failed_loads_are_tried_again() -> None:
-    plane = cache(10)
-    plane.ask([1], waiting=True)
-    plane.ask([2], waiting=False)
-    bundles = plane.plan(100, BUNDLE)
+    policy = cache(10)
+    policy.request([1], urgent=True)
+    policy.request([2], urgent=False)
+    bundles = policy.plan(100, BUNDLE)
     assert bundles == [[1, 2]]
-    plane.fail([1, 2])
-    assert plane.plan(100, BUNDLE) == bundles
+    policy.end_loading([1, 2])
+    assert policy.plan(100, BUNDLE) == bundles
 
 
 @given(data=st.data())
 def test_the_budget_holds_and_wants_are_met_in_the_end(data: st.DataObject) -> None:
     budget = data.draw(st.integers(4, 30))
-    plane = cache(budget)
+    policy = cache(budget)
     for step in range(6):
-        wanted = data.draw(st.lists(st.integers(0, 60), max_size=budget, unique=True))
-        plane.want(0, 1, step, wanted, [step + float(at) for at in range(len(wanted))])
+        needed = data.draw(st.lists(st.integers(0, 60), max_size=budget, unique=True))
+        policy.announce(0, 1, step, needed, [step + float(at) for at in range(len(needed))])
         for _ in range(20):
-            bundles = plane.plan(data.draw(st.integers(1, 10)), BUNDLE)
-            assert sum(map(len, bundles)) + plane.used_bytes <= budget
-            load(plane, bundles)
-        first = wanted[: budget // BUNDLE // 2]
-        assert len(plane.refs(first)) >= min(1, len(first))
-        assert all(plane.refs([number]) for number in first)
+            bundles = policy.plan(data.draw(st.integers(1, 10)), BUNDLE)
+            assert sum(map(len, bundles)) + policy.used_bytes <= budget
+            load(policy, bundles)
+        first = needed[: budget // BUNDLE // 2]
+        assert len(policy.refs(first)) >= min(1, len(first))
+        assert all(policy.refs([number]) for number in first)
 
 
 @pytest.mark.parametrize("row_tokens", [1, 4, 7])
-def test_a_slab_survives_its_table_whole(row_tokens: int) -> None:
+def test_a_batch_survives_its_table_whole(row_tokens: int) -> None:
     generator = np.random.default_rng(0)
     blocks = [
         Block(
@@ -126,39 +126,39 @@ def test_a_slab_survives_its_table_whole(row_tokens: int) -> None:
         )
         for size in (20, 0, 23, 5)
     ]
-    slab = make_block_batch([7, 8, 9, 3], blocks, row_tokens)
-    back, errors = from_table(to_table(slab, [None, "broken", None, None]), row_tokens)
+    batch = make_block_batch([7, 8, 9, 3], blocks, row_tokens)
+    back, errors = from_table(to_table(batch, [None, "broken", None, None]), row_tokens)
     assert errors == {8: "broken"}
     assert back.numbers == [7, 9, 3]
-    np.testing.assert_array_equal(back.tokens, slab.tokens)
-    np.testing.assert_array_equal(back.starts, slab.starts)
+    np.testing.assert_array_equal(back.tokens, batch.tokens)
+    np.testing.assert_array_equal(back.starts, batch.starts)
     for number, block in zip([7, 9, 3], [blocks[0], blocks[2], blocks[3]], strict=True):
         first = int(back.first_K[back.numbers.index(number)])
         whole = len(block.tokens) // row_tokens * row_tokens
         np.testing.assert_array_equal(back.tokens[first : first + whole], block.tokens[:whole])
-    starts = np.zeros(len(slab.tokens), dtype=bool)
-    starts[slab.starts] = True
+    starts = np.zeros(len(batch.tokens), dtype=bool)
+    starts[batch.starts] = True
     rows = starts.reshape(-1, row_tokens)
-    assert slab.labels_N.tolist() == (row_tokens - 1 - rows[:, 1:].sum(axis=1)).tolist()
+    assert batch.labels_N.tolist() == (row_tokens - 1 - rows[:, 1:].sum(axis=1)).tolist()
 
 
 class Prefetching(LocalSource):
-    """Reads what is wanted in advance, and counts what had to be waited for nevertheless."""
+    """Reads what is needed in advance, and counts what had to be waited for nevertheless."""
 
     def __init__(self, corpus: Corpus, budget_bytes: int) -> None:
         super().__init__(corpus, row_tokens=ROW, budget_bytes=budget_bytes)
         self.waits: list[int] = []
-        self.most = 0
+        self.max_needed = 0
         self._coming: list[int] = []
 
-    def want(
+    def prefetch(
         self, step: int, numbers: Sequence[int], steps: Sequence[float], missing: Sequence[int]
     ) -> None:
         assert list(steps) == sorted(steps)
-        self.most = max(self.most, sum(math.isfinite(s) for s in steps))
+        self.max_needed = max(self.max_needed, sum(math.isfinite(s) for s in steps))
         self._coming = list(missing)
 
-    def arrived(self) -> list[BlockBatch]:
+    def poll(self) -> list[BlockBatch]:
         coming, self._coming = self._coming, []
         return super().fetch(coming)
 
@@ -177,8 +177,8 @@ def test_rare_domains_neither_starve_nor_fill_the_store(tmp_path: Path) -> None:
         block_tokens=block,
         shard_blocks=40,
     )
-    room = 240  # of 1,600 blocks
-    source = Prefetching(corpus, room * block * 2)
+    capacity = 240  # of 1,600 blocks
+    source = Prefetching(corpus, capacity * block * 2)
     data = packed(rows_per_step=16, shuffle_blocks=16)
     stream = MixtureStream(
         corpus,
@@ -193,5 +193,5 @@ def test_rare_domains_neither_starve_nor_fill_the_store(tmp_path: Path) -> None:
     for _ in range(600):
         counts += stream.next().counts_D
     assert (counts > 0).all()
-    assert source.most <= room
+    assert source.max_needed <= capacity
     assert not source.waits

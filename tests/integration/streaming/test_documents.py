@@ -1,4 +1,4 @@
-"""Document mode: whole documents, dealt to ranks by a schedule, the same for any number of them."""
+"""Document mode: whole documents, assigned to ranks by a schedule, the same for any number."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def all_documents(corpus: Corpus) -> list[list[list[int]]]:
 
 def plan_of(stream: MixtureStream, step: int) -> DocumentStep:
     assert isinstance(stream._chunk, DocumentChunk)
-    facts = stream._chunk.batch(step).facts
-    assert isinstance(facts, DocumentBatchInfo)
-    return facts.plan
+    info = stream._chunk.batch(step).info
+    assert isinstance(info, DocumentBatchInfo)
+    return info.plan
 
 
 def test_a_rank_alone_holds_the_planned_documents_whole(corpus: Corpus) -> None:
@@ -92,14 +92,14 @@ def test_ranks_hold_what_the_schedule_says(corpus: Corpus, groups: int, context:
         assert len({len(part.micro_batches) for part in together}) == 1
         assert {part.batch_hash for part in together} == {alone.batch_hash}
         assert {part.label_tokens for part in together} == {alone.label_tokens}
-        found = [
+        shared_once = [
             (domain, tokens)
             for rank, part in enumerate(together)
             for micro in part.micro_batches
-            for domain, team, tokens in micro
-            if rank == team[0]
+            for domain, ranks, tokens in micro
+            if rank == ranks[0]
         ]
-        assert sorted(found) == sorted(d[::2] for micro in alone.micro_batches for d in micro)
+        assert sorted(shared_once) == sorted(d[::2] for micro in alone.micro_batches for d in micro)
         for rank, part in enumerate(together):
             for at, micro in enumerate(part.micro_batches):
                 assert sum(-(-len(tokens) // len(team)) for _, team, tokens in micro) <= memory

@@ -90,9 +90,9 @@ def test_a_budget_of_a_few_blocks_changes_nothing_but_what_is_held(corpus: Corpu
 
 def test_batches_stay_valid_while_they_are_held(corpus: Corpus) -> None:
     stream = local_stream(corpus, local(fixed(SHARES), corpus))
-    held = [stream.next() for _ in range(50)]
+    batches = [stream.next() for _ in range(50)]
     fresh = read(local_stream(corpus, local(fixed(SHARES), corpus)), 50)
-    for batch, seen in zip(held, fresh, strict=True):
+    for batch, seen in zip(batches, fresh, strict=True):
         np.testing.assert_array_equal(batch.tokens, seen.tokens)
         assert batch.label_tokens == seen.label_tokens
         assert batch.batch_hash == seen.batch_hash
@@ -154,9 +154,9 @@ def test_adaptive_weights_are_a_function_of_what_was_read(corpus: Corpus) -> Non
                 controller.push(window, stats)
                 tokens_D = np.zeros(3, np.int64)
             if stream.step == stop:
-                kept = json.loads(json.dumps([stream.state_dict(), controller.snapshot(stop)]))
-                controller = local(TokensMixer(3), corpus, probe_interval=5, snapshot=kept[1])
-                stream = local_stream(corpus, controller, state=kept[0])
+                saved = json.loads(json.dumps([stream.state_dict(), controller.snapshot(stop)]))
+                controller = local(TokensMixer(3), corpus, probe_interval=5, snapshot=saved[1])
+                stream = local_stream(corpus, controller, state=saved[0])
         return hashes, stream.log.to_lines()
 
     hashes, log = run(None)

@@ -79,15 +79,15 @@ def test_the_halves_of_a_pass_are_never_one_row(corpus: Corpus) -> None:
 def test_it_is_the_same_on_any_number_of_ranks(
     world_size: int, corpus: Corpus, model: PackedLoss
 ) -> None:
-    from raymix.streaming.controller.windows import combined
+    from raymix.streaming.controller.windows import combine_ranks
 
     def stats(rank: int, size: int) -> DomainStats:
         found = prober(corpus, model, World(rank=rank, size=size)).measure(3)
         tokens_D, loss_D = np.ones(3, np.int64), np.ones(3)
         return DomainStats(step=0, window=1, tokens_D=tokens_D, loss_D=loss_D, **found)
 
-    alone = combined([stats(0, 1)])
-    shared = combined([stats(rank, world_size) for rank in range(world_size)])
+    alone = combine_ranks([stats(0, 1)])
+    shared = combine_ranks([stats(rank, world_size) for rank in range(world_size)])
     assert shared.probe_passes == alone.probe_passes == 4
     for name in ("grad_norm2_D", "grad_noise_D", "gram_DD", "alignment_D"):
         np.testing.assert_allclose(getattr(shared, name), getattr(alone, name), rtol=1e-9)

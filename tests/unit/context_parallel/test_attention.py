@@ -63,38 +63,38 @@ def test_local_documents_are_attended_to_one_by_one(seed: int) -> None:
         torch.testing.assert_close(left, right, atol=1e-13, rtol=0)
 
 
-def test_a_piece_sees_the_keys_up_to_its_own() -> None:
+def test_a_segment_sees_the_keys_up_to_its_own() -> None:
     """Queries 5 to 8 of nine, with the keys of all: as the last four rows of the whole."""
     rows, _ = Case((9,), ((0,),), 4, 2, 8).rows(torch.float64)
     whole = dense_attention(rows, [9])
-    pieces = AttentionSegments([AttentionSegment(0, 4, 0, 9)])
-    out, _ = CpuKernel(8**-0.5).forward(rows[0][5:], rows[1], rows[2], pieces)
+    segments = AttentionSegments([AttentionSegment(0, 4, 0, 9)])
+    out, _ = CpuKernel(8**-0.5).forward(rows[0][5:], rows[1], rows[2], segments)
     torch.testing.assert_close(out, whole[5:], atol=1e-13, rtol=0)
 
 
 def test_offsets_for_kernels_name_rows_where_pieces_share_keys() -> None:
-    apart = AttentionSegments.whole([3, 2]).varlen(torch.device("cpu"))
-    assert apart.query_P1.tolist() == apart.key_P1.tolist() == [0, 3, 5]
-    assert apart.rows is None
+    disjoint = AttentionSegments.of_documents([3, 2]).varlen(torch.device("cpu"))
+    assert disjoint.query_offsets.tolist() == disjoint.key_offsets.tolist() == [0, 3, 5]
+    assert disjoint.key_rows is None
     shared = AttentionSegments([AttentionSegment(0, 2, 0, 2), AttentionSegment(2, 1, 0, 4)]).varlen(
         torch.device("cpu")
     )
-    assert shared.rows is not None
-    assert shared.rows.tolist() == [0, 1, 0, 1, 2, 3]
-    assert shared.key_P1.tolist() == [0, 2, 6]
-    assert (shared.most_queries, shared.most_keys) == (2, 4)
+    assert shared.key_rows is not None
+    assert shared.key_rows.tolist() == [0, 1, 0, 1, 2, 3]
+    assert shared.key_offsets.tolist() == [0, 2, 6]
+    assert (shared.max_queries, shared.max_keys) == (2, 4)
 
 
 def test_kernels_for_gpus_fit_torchs_signatures() -> None:
     """On a device without numbers: what is called is there and takes and gives these shapes."""
-    pieces = AttentionSegments([AttentionSegment(0, 10, 0, 20), AttentionSegment(10, 7, 0, 37)])
+    segments = AttentionSegments([AttentionSegment(0, 10, 0, 20), AttentionSegment(10, 7, 0, 37)])
     query = torch.empty(17, 4, 16, device="meta", dtype=torch.bfloat16)
     key = torch.empty(40, 2, 16, device="meta", dtype=torch.bfloat16)
-    out, sums = FlashKernel(0.3).forward(query, key, key, pieces)
-    assert (out.shape, sums.shape) == ((17, 4, 16), (4, 17))
-    grads = FlashKernel(0.3).backward(out, (query, key, key, out, sums), pieces)
+    out, lse = FlashKernel(0.3).forward(query, key, key, segments)
+    assert (out.shape, lse.shape) == ((17, 4, 16), (4, 17))
+    grads = FlashKernel(0.3).backward(out, (query, key, key, out, lse), segments)
     assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
-    out, _ = EfficientKernel(0.3).forward(query, key, key, pieces)
+    out, _ = EfficientKernel(0.3).forward(query, key, key, segments)
     assert out.shape == query.shape
 
 
@@ -113,8 +113,8 @@ def test_unmodified_models_run_it(kind: str) -> None:
     expected = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
     assert switch_attention(model, longest=32)
     with attending(local(lengths)):
-        found = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     # Outside of a micro-batch it does what it did.
     again = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(again, expected, atol=0, rtol=0)

@@ -1,4 +1,4 @@
-"""The controller without Ray: leases, windows, asks, and what survives its death."""
+"""The controller without Ray: leases, windows, requests, and restarts."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ class Rank:
         self.step = self.until = step
         self.version = -1
         self.log = MixtureLog(DOMAINS)
-        self.life: str | None = None
+        self.incarnation: str | None = None
 
     async def register(self, attempt: str = "one", world_size: int = 1) -> Rank:
-        self.life, _ = await self.controller.register(attempt, world_size)
+        self.incarnation, _ = await self.controller.register(attempt, world_size)
         return self
 
-    async def lease(self, want: int = 1, attempt: str = "one") -> Lease:
+    async def lease(self, n_steps: int = 1, attempt: str = "one") -> Lease:
         lease = await self.controller.lease(
             attempt,
             self.rank,
             step=self.step,
-            held_until=self.until,
-            want=want,
+            leased_until=self.until,
+            n_steps=n_steps,
             version=self.log.entries[-1].version if self.log.entries else -1,
-            life=self.life,
+            incarnation=self.incarnation,
         )
         for entry in lease.entries:
             self.log.append(entry)
-        self.until, self.life = lease.until, lease.life
+        self.until, self.incarnation = lease.until, lease.incarnation
         return lease
 
     async def walk(self, steps: int) -> list[tuple[float, ...]]:
@@ -84,12 +84,12 @@ def test_a_lease_brings_the_weights_of_all_its_steps() -> None:
     async def main() -> None:
         mixer = Planned("schedule", [np.array(SHARES), np.array(OTHER)], boundaries=(0, 7))
         rank = await Rank(make(mixer)).register()
-        lease = await rank.lease(want=7)
+        lease = await rank.lease(n_steps=7)
         assert (lease.until, [e.first_step for e in lease.entries]) == (7, [0])
-        lease = await rank.lease(want=8)
+        lease = await rank.lease(n_steps=8)
         assert (lease.until, [e.first_step for e in lease.entries]) == (8, [7])
         assert lease.entries[0].weights == tuple(OTHER)
-        assert (await rank.lease(want=100)).entries == ()
+        assert (await rank.lease(n_steps=100)).entries == ()
 
     asyncio.run(main())
 
@@ -99,7 +99,7 @@ def test_a_linear_schedule_moves_once_a_window() -> None:
         pieces = [np.array(SHARES), np.array(OTHER)]
         mixer = Planned("schedule", pieces, boundaries=(0, 35), linear=True)
         rank = await Rank(make(mixer)).register()
-        lease = await rank.lease(want=100)
+        lease = await rank.lease(n_steps=100)
         assert [e.first_step for e in lease.entries] == [0, 10, 20, 30, 35]
 
     asyncio.run(main())
@@ -110,7 +110,7 @@ def test_an_ask_holds_from_the_first_step_that_nobody_may_read() -> None:
         controller = make()
         fast = await Rank(controller, 0).register(world_size=2)
         slow = await Rank(controller, 1).register(world_size=2)
-        await asyncio.gather(fast.lease(want=12), slow.lease(want=3))
+        await asyncio.gather(fast.lease(n_steps=12), slow.lease(n_steps=3))
         first = await controller.set_weights({"c": 0.8, "a": 0.1, "b": 0.1})
         assert first == 12
         # Again, as Ray would repeat it after a restart: nothing new.
@@ -204,9 +204,9 @@ def test_weights_of_a_window_wait_for_all_ranks_of_the_last_but_one() -> None:
     async def main() -> None:
         controller = make(TokensMixer(3))
         ranks = [await Rank(controller, r).register(world_size=2) for r in range(2)]
-        assert (await ranks[0].lease(want=100)).until == 20
+        assert (await ranks[0].lease(n_steps=100)).until == 20
         ranks[0].step = 15
-        waiting = asyncio.ensure_future(ranks[0].lease(want=100))
+        waiting = asyncio.ensure_future(ranks[0].lease(n_steps=100))
         await asyncio.sleep(0)
         await controller.push("one", 0, 0, stats(0, [1, 2, 3]))
         await asyncio.sleep(0)
@@ -244,7 +244,7 @@ def test_the_weights_do_not_depend_on_order_repeats_or_stragglers(data: st.DataO
             await controller.push("old", window, r, stats(window, [7, 7, 7]))
             await controller.push("one", window, r, stats(window, [window, r, 5]))
         rank.rank = world_size - 1
-        await rank.lease(want=60)
+        await rank.lease(n_steps=60)
         return [rank.log.at(10 * window).weights for window in range(6)]
 
     summed = [[w * world_size, sum(range(world_size)), 5 * world_size] for w in range(4)]
@@ -266,7 +266,7 @@ def test_a_snapshot_waits_for_the_windows_before_its_step() -> None:
         for snapshot, known in ((early, 3), (late, 4)):
             again = make(TokensMixer(3), snapshot=json.loads(json.dumps(snapshot)))
             rank = await Rank(again).register("two")
-            assert (await rank.lease(want=100, attempt="two")).until == known * 10
+            assert (await rank.lease(n_steps=100, attempt="two")).until == known * 10
             assert [rank.log.at(10 * w).weights for w in range(known)] == weights[:known]
 
     asyncio.run(main())
@@ -279,15 +279,15 @@ def test_an_attempt_that_is_over_is_turned_away() -> None:
     async def main() -> None:
         controller = make(TokensMixer(3))
         old = await Rank(controller).register("one", 1)
-        await old.lease(want=20)
-        waiting = asyncio.ensure_future(old.lease(want=30))
+        await old.lease(n_steps=20)
+        waiting = asyncio.ensure_future(old.lease(n_steps=30))
         await asyncio.sleep(0)
         new = await Rank(controller).register("two", 1)
         with pytest.raises(TrainingError, match="not the one being served"):
             await waiting
         with pytest.raises(TrainingError, match="not the one being served"):
             await old.register("one", 1)
-        assert (await new.lease(want=5, attempt="two")).until == 5
+        assert (await new.lease(n_steps=5, attempt="two")).until == 5
 
     asyncio.run(main())
 
@@ -300,19 +300,19 @@ def test_a_restarted_controller_waits_for_the_ranks_before_it_takes_an_ask(tmp_p
     async def main() -> None:
         controller = restarted(tmp_path)
         ranks = [await Rank(controller, r).register(world_size=2) for r in range(2)]
-        await ranks[0].lease(want=5)
-        await ranks[1].lease(want=50)
+        await ranks[0].lease(n_steps=5)
+        await ranks[1].lease(n_steps=50)
         await controller.set_weights(OTHER, 70)
 
         controller = restarted(tmp_path)
         for rank in ranks:
             rank.controller = controller
         asked = asyncio.ensure_future(controller.set_weights([0, 1, 0]))
-        lease = await ranks[0].lease(want=10)
-        assert lease.until == 5  # the first answer of a new life grants nothing
+        lease = await ranks[0].lease(n_steps=10)
+        assert lease.until == 5  # the first answer of a new incarnation grants nothing
         await asyncio.sleep(0)
         assert not asked.done()
-        await ranks[1].lease(want=50)
+        await ranks[1].lease(n_steps=50)
         assert await asked == 50
         seen = await ranks[0].walk(80), await ranks[1].walk(80)
         expected = [tuple(SHARES)] * 50 + [(0.0, 1.0, 0.0)] * 20 + [tuple(OTHER)] * 10
@@ -328,16 +328,16 @@ def test_a_restarted_controller_gets_lost_windows_again(tmp_path: Path) -> None:
         for window in range(2):
             for r in range(2):
                 await controller.push("one", window, r, stats(window, [window, r, 5]))
-        await ranks[0].lease(want=40)
+        await ranks[0].lease(n_steps=40)
         await controller.push("one", 2, 0, stats(2, [2, 0, 5]))  # in memory only
 
         controller = restarted(tmp_path, TokensMixer(3))
         for r, rank in enumerate(ranks):
             rank.controller = controller
             await rank.lease()
-            for window in range(3):  # what the ranks have kept
+            for window in range(3):  # what the ranks push again
                 await controller.push("one", window, r, stats(window, [window, r, 5]))
-        assert (await ranks[1].lease(want=100)).until == 50
+        assert (await ranks[1].lease(n_steps=100)).until == 50
         weights = adaptive_weights([[0, 1, 10], [2, 1, 10], [4, 1, 10]])
         assert [ranks[1].log.at(10 * w).weights for w in range(5)] == weights
 
@@ -381,12 +381,12 @@ def test_a_run_started_again_keeps_the_asks_still_to_come(tmp_path: Path) -> Non
         await controller.set_weights([0, 0, 1], 40)  # and this one is not
         before = await rank.walk(30)
 
-        for kept, start in ((snapshot, 10), (None, 0)):
-            controller = make(run_dir=str(tmp_path), session=f"again{start}", snapshot=kept)
+        for resumed, start in ((snapshot, 10), (None, 0)):
+            controller = make(run_dir=str(tmp_path), session=f"again{start}", snapshot=resumed)
             rank = await Rank(controller, step=start).register(f"again{start}")
             rank.log = MixtureLog(DOMAINS)
             while rank.until <= 50:
-                await rank.lease(want=60, attempt=f"again{start}")
+                await rank.lease(n_steps=60, attempt=f"again{start}")
             seen = [rank.log.at(step).weights for step in range(50)]
             assert seen[:first] == [tuple(SHARES)] * first
             assert seen[first:20] == [tuple(OTHER)] * (20 - first)
@@ -406,7 +406,7 @@ def test_a_snapshot_of_ten_thousand_domains_is_small() -> None:
     async def main() -> dict[str, Any]:
         controller = MixtureController(recipe_mixer=Planned("x", [shares]), context=context)
         await controller.register("one", 1)
-        await controller.lease("one", 0, step=0, held_until=0, want=500, version=-1)
+        await controller.lease("one", 0, step=0, leased_until=0, n_steps=500, version=-1)
         return await controller.snapshot(500)
 
     snapshot = asyncio.run(main())

@@ -1,4 +1,4 @@
-"""What the ranks measured becomes one set of statistics, weights, and a line of the log."""
+"""Windows of statistics: combined over ranks, turned into shares, and logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from raymix.mixers import DomainStats
 from raymix.streaming.controller.state import MixtureState
-from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, combined
+from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, combine_ranks
 from tests.support.mixer_stats import adaptive, context
 from tests.support.streams import fixed
 
@@ -45,56 +45,56 @@ def measured(window: int, norm2: Any = (3.0, 1.0, 2.0), **more: Any) -> DomainSt
 
 
 def test_losses_are_means_over_tokens_and_tokens_are_sums() -> None:
-    found = combined(
+    combined = combine_ranks(
         [
             part(tokens=[100, 0, 0], loss=[1.0, NAN, NAN]),
             part(tokens=[300, 50, 0], loss=[2.0, 4.0, NAN]),
         ]
     )
-    assert found.tokens_D.tolist() == [400, 50, 0]
-    np.testing.assert_allclose(found.loss_D, [1.75, 4.0, NAN])
+    assert combined.tokens_D.tolist() == [400, 50, 0]
+    np.testing.assert_allclose(combined.loss_D, [1.75, 4.0, NAN])
 
 
 def test_gradient_statistics_are_weighted_by_passes() -> None:
-    found = combined(
+    combined = combine_ranks(
         [
             part(probe_passes=3.0, grad_norm2_D=[1.0, 0.0, 0.0], gram_DD=np.eye(3)),
             part(probe_passes=1.0, grad_norm2_D=[5.0, 4.0, 0.0], gram_DD=np.ones((3, 3))),
         ]
     )
-    assert found.probe_passes == 4
-    assert found.grad_norm2_D is not None
-    assert found.grad_norm2_D.tolist() == [2, 1, 0]
-    assert found.gram_DD is not None
-    np.testing.assert_allclose(found.gram_DD, 0.75 * np.eye(3) + 0.25)
+    assert combined.probe_passes == 4
+    assert combined.grad_norm2_D is not None
+    assert combined.grad_norm2_D.tolist() == [2, 1, 0]
+    assert combined.gram_DD is not None
+    np.testing.assert_allclose(combined.gram_DD, 0.75 * np.eye(3) + 0.25)
 
 
 def test_a_rank_that_measured_nothing_has_no_say() -> None:
     alone = measured(0, probe_passes=2.0)
     idle = [part(probe_passes=0.0), measured(0, [NAN] * 3, probe_passes=0.0)]
     for order in itertools.permutations([alone, *idle]):
-        found = combined(order)
-        assert found.grad_norm2_D is not None
-        assert found.grad_norm2_D.tolist() == [3, 1, 2]
-        assert found.probe_passes == 2
+        combined = combine_ranks(order)
+        assert combined.grad_norm2_D is not None
+        assert combined.grad_norm2_D.tolist() == [3, 1, 2]
+        assert combined.probe_passes == 2
 
 
 def test_what_a_rank_could_not_measure_is_left_out_domain_by_domain() -> None:
-    found = combined(
+    combined = combine_ranks(
         [
             measured(0, [NAN, 1.0, NAN], probe_passes=5.0),
             measured(0, [3.0, 2.0, NAN], probe_passes=5.0),
             measured(0, [6.0, np.inf, NAN], probe_passes=10.0),
         ]
     )
-    np.testing.assert_allclose(found.grad_norm2_D, [5.0, 1.5, NAN])
+    np.testing.assert_allclose(combined.grad_norm2_D, [5.0, 1.5, NAN])
 
 
 def test_what_nobody_measured_is_none() -> None:
-    found = combined([part(), part(probe_passes=0.0, alignment_D=[1.0, 2.0, 3.0])])
+    combined = combine_ranks([part(), part(probe_passes=0.0, alignment_D=[1.0, 2.0, 3.0])])
     for name in ("grad_norm2_D", "grad_noise_D", "gram_DD", "alignment_D", "group_gram_NN"):
-        assert getattr(found, name) is None
-    assert found.valid_loss_D is None
+        assert getattr(combined, name) is None
+    assert combined.valid_loss_D is None
 
 
 @given(
@@ -111,14 +111,14 @@ def test_it_is_the_mean_over_passes_however_they_are_dealt_to_ranks(
     owner_P = data.draw(st.lists(owners, min_size=len(passes), max_size=len(passes)))
     parts = []
     for rank in range(world_size):
-        mine = [found for found, owner in zip(passes, owner_P, strict=True) if owner == rank]
+        mine = [values for values, owner in zip(passes, owner_P, strict=True) if owner == rank]
         fields = {"grad_norm2_D": np.mean(mine, axis=0)} if mine else {}
         tokens = [10 * len(mine)] * 3
         parts.append(part(tokens=tokens, probe_passes=float(len(mine)), **fields))
-    found = combined(parts)
-    assert found.probe_passes == len(passes)
-    assert found.tokens_D.tolist() == [10 * len(passes)] * 3
-    np.testing.assert_allclose(found.grad_norm2_D, np.mean(passes, axis=0), rtol=1e-9, atol=1e-9)
+    combined = combine_ranks(parts)
+    assert combined.probe_passes == len(passes)
+    assert combined.tokens_D.tolist() == [10 * len(passes)] * 3
+    np.testing.assert_allclose(combined.grad_norm2_D, np.mean(passes, axis=0), rtol=1e-9, atol=1e-9)
 
 
 # -- windows ---------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_the_order_in_which_ranks_push_is_no_matter_to_the_last_bit(order: list[
         windows = Windows(adaptive("pike", context(3)), INTERVAL, DOMAINS)
         for rank in ranks:
             windows.push(0, rank, pushes[rank], world_size=4)
-        return windows.weights(2)[0].tolist()
+        return windows.shares(2)[0].tolist()
 
     assert weights(order) == weights(range(4))
 
@@ -160,12 +160,12 @@ def test_windows_complete_in_their_order_only() -> None:
     assert windows.known_until == 2 * INTERVAL
     assert windows.push(0, 0, measured(0), world_size=1)
     assert windows.known_until == 4 * INTERVAL
-    stats = windows.weights(3)[1]
+    stats = windows.shares(3)[1]
     assert stats is not None
     assert stats["window"] == 1
 
 
-# -- what the log says -----------------------------------------------------------------------
+# -- log entries -----------------------------------------------------------------------
 
 
 def state(mixer: Any = None, **options: Any) -> MixtureState:
@@ -177,9 +177,11 @@ def state(mixer: Any = None, **options: Any) -> MixtureState:
     return made
 
 
-def entries(made: MixtureState, until: int, *, held: int = 0) -> list[Any]:
+def entries(made: MixtureState, until: int, *, leased: int = 0) -> list[Any]:
     """Return the log's entries once a rank may read up to step `until`."""
-    lease = made.lease("one", 0, step=held, held_until=held, want=until - held, version=-1)
+    lease = made.lease(
+        "one", 0, step=leased, leased_until=leased, n_steps=until - leased, version=-1
+    )
     assert lease is not None
     assert lease.until == until
     return list(lease.entries)
@@ -271,10 +273,10 @@ def test_factors_that_change_alone_make_an_entry_too() -> None:
     made = state(mixer)
     for window, losses in enumerate(([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])):
         made.push("one", window, 0, measured(window, loss=losses))
-    found = entries(made, 50)
-    assert [entry.first_step for entry in found] == [0, 20, 40]
-    assert len({entry.weights for entry in found}) == 1
-    assert found[1].stats[LOSS_WEIGHTS] != found[2].stats[LOSS_WEIGHTS]
+    logged = entries(made, 50)
+    assert [entry.first_step for entry in logged] == [0, 20, 40]
+    assert len({entry.weights for entry in logged}) == 1
+    assert logged[1].stats[LOSS_WEIGHTS] != logged[2].stats[LOSS_WEIGHTS]
 
 
 def test_an_ask_keeps_the_factors_that_the_mixer_decided_on() -> None:
@@ -282,11 +284,11 @@ def test_an_ask_keeps_the_factors_that_the_mixer_decided_on() -> None:
     entries(made, 10)
     made.push("one", 0, 0, measured(0, loss=[1.0, 2.0, 3.0]))
     assert made.set_weights([0.2, 0.3, 0.5], 20) == 20
-    asked = entries(made, 30, held=10)[-1]
-    assert asked.mixer == "asked"
-    assert asked.weights == (0.2, 0.3, 0.5)
-    assert set(asked.stats) == {"mixer", LOSS_WEIGHTS}
-    assert asked.stats["mixer"] != asked.weights
+    requested = entries(made, 30, leased=10)[-1]
+    assert requested.mixer == "asked"
+    assert requested.weights == (0.2, 0.3, 0.5)
+    assert set(requested.stats) == {"mixer", LOSS_WEIGHTS}
+    assert requested.stats["mixer"] != requested.weights
 
 
 def test_an_ask_does_not_hide_a_note() -> None:
@@ -294,9 +296,9 @@ def test_an_ask_does_not_hide_a_note() -> None:
     entries(made, 10)
     made.push("one", 0, 0, measured(0, loss=[NAN, 2.0, 2.0]))
     made.set_weights([0.2, 0.3, 0.5], 20)
-    asked = entries(made, 30, held=10)[-1]
-    assert (asked.mixer, asked.weights) == ("asked", (0.2, 0.3, 0.5))
-    assert asked.stats[NOTE].startswith("steps 0 to 9: a loss is not finite")
+    requested = entries(made, 30, leased=10)[-1]
+    assert (requested.mixer, requested.weights) == ("asked", (0.2, 0.3, 0.5))
+    assert requested.stats[NOTE].startswith("steps 0 to 9: a loss is not finite")
 
 
 @pytest.mark.parametrize("tau", [0.0, 2.0])
@@ -316,9 +318,9 @@ def test_a_snapshot_continues_the_log_as_if_nothing_had_been(tau: float) -> None
         begun.push("one", window, 0, stats)
     entries(begun, 40)
     assert begun.snapshot(50) is None
-    kept = json.loads(json.dumps(begun.snapshot(40), allow_nan=False))
-    again = state(adaptive("pike", context(3), tau=tau), snapshot=kept)
+    snapshot = json.loads(json.dumps(begun.snapshot(40), allow_nan=False))
+    again = state(adaptive("pike", context(3), tau=tau), snapshot=snapshot)
     for window, stats in enumerate(pushes[4:], start=4):
         again.push("one", window, 0, stats)
-    entries(again, 100, held=40)
+    entries(again, 100, leased=40)
     assert again.log.to_lines() == whole.log.to_lines()
