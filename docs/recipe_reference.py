@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raymix.recipe import Recipe
-from raymix.recipe.describe import Spot, describe, tag_of
+from raymix.recipe.describe import FieldSpec, describe, tag_of
 
 _INTRO = """# Recipes: every field
 
@@ -38,12 +38,12 @@ def reference() -> str:
     """Return the page as Markdown: a table of fields for each section, and each kind of one."""
     lines = [_INTRO, "## The recipe", "", *_table(Recipe)]
     for name, field in Recipe.model_fields.items():
-        for title, model in _models(name, Spot.of_field(field)):
+        for title, model in _models(name, FieldSpec.of_field(field)):
             lines += ["", f"## {title}", "", _about(model), "", *_table(model)]
     return "\n".join(lines) + "\n"
 
 
-def _models(path: str, spot: Spot) -> Iterator[tuple[str, type[BaseModel]]]:
+def _models(path: str, spot: FieldSpec) -> Iterator[tuple[str, type[BaseModel]]]:
     """Yield the models that may stand at a path, and below it, with what to call them."""
     members = [member for member in spot.members() if member.model is not None]
     for member in members:
@@ -57,7 +57,7 @@ def _models(path: str, spot: Spot) -> Iterator[tuple[str, type[BaseModel]]]:
             kind = f", {told}"
         yield f"`{path}`{kind}", member.model
         for name, field in member.model.model_fields.items():
-            yield from _models(f"{path}.{name}", Spot.of_field(field))
+            yield from _models(f"{path}.{name}", FieldSpec.of_field(field))
     item = spot.child(0) if not members else None
     if item is not None and item.model is not None:
         yield from _models(f"{path}[i]", item)
@@ -69,7 +69,7 @@ def _about(model: type[BaseModel]) -> str:
 
 def _table(model: type[BaseModel]) -> list[str]:
     rows = [
-        f"| `{name}` | {_cell(describe(Spot.of_field(field)))} | {_default(field)} "
+        f"| `{name}` | {_cell(describe(FieldSpec.of_field(field)))} | {_default(field)} "
         f"| {_cell(field.description or '')} |"
         for name, field in model.model_fields.items()
     ]

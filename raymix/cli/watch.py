@@ -89,7 +89,7 @@ def _lines(run: LiveRun, every: float) -> None:
 
 def headline(document: Mapping[str, Any]) -> str:
     """Return the state of a run as one line."""
-    from raymix.corpus.console import clock, short
+    from raymix._utils.formatting import clock, short
 
     if not document["tokens"]:
         return f"{document['name']}: {document['state']}"

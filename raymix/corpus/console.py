@@ -12,6 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from raymix._utils.formatting import clock, short
 from raymix.corpus.progress import Listener, PrepareProgress, Stage
 from raymix.store import DomainInfo, Manifest
 
@@ -92,25 +93,6 @@ def _figures(now: PrepareProgress) -> str:
     elif now.done and now.done == now.total:
         parts.append(f"took {clock(now.elapsed_s)}")
     return ", ".join(parts)
-
-
-def short(number: float) -> str:
-    """Return a number in three digits with k, M, G or T."""
-    for unit in ("", "k", "M", "G"):
-        if abs(number) < 1000:
-            return f"{number:.3g}{unit}" if unit else f"{number:.0f}"
-        number /= 1000
-    return f"{number:.3g}T"
-
-
-def clock(seconds: float) -> str:
-    """Return seconds as 12 s, 3:05 or 1:02:03."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, seconds = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def print_manifest(path: str, manifest: Manifest) -> None:

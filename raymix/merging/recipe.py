@@ -33,7 +33,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from raymix._utils.yaml import parse_yaml
 from raymix.errors import MergeError, RecipeError
-from raymix.recipe.base import Fault, Faults, RecipeModel, Whole
+from raymix.recipe.base import Fault, Faults, Integer, RecipeModel
 from raymix.recipe.overrides import apply_overrides
 from raymix.recipe.translate import translate
 
@@ -54,7 +54,7 @@ class ModelEntry(RecipeModel):
 class SliceSource(ModelEntry):
     """A model's layers in a slice; only all of them are supported."""
 
-    layer_range: tuple[Whole, Whole]
+    layer_range: tuple[Integer, Integer]
     """First layer, and the one after the last."""
 
 
@@ -72,7 +72,7 @@ class ParameterRule(RecipeModel):
 
     match: str = ""
     """A regular expression that is searched for in the parameter's name."""
-    layers: tuple[Whole | str, ...] = ()
+    layers: tuple[Integer | str, ...] = ()
     """Layer numbers, or ranges such as `0-3`; none: any layer, and parameters of no layer."""
     merge_method: str | None = None
     """Another method, or `base` to keep the base's bytes."""
@@ -130,7 +130,7 @@ class MergeFile(RecipeModel):
     """`base`, or the path of one of the models; the tokenizers must agree in any case."""
     check_tokenizer: bool = True
     """Whether models with another tokenizer than the base are refused."""
-    max_shard_bytes: Annotated[Whole, Field(ge=1)] = 5_000_000_000
+    max_shard_bytes: Annotated[Integer, Field(ge=1)] = 5_000_000_000
     """The most bytes of a weights file, one tensor at least."""
     allow_pickle: bool = False
     """Whether `.bin` checkpoints are read, by torch's loader that takes weights only."""

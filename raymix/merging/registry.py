@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from raymix.errors import MergeError, did_you_mean
-from raymix.recipe.base import Real, RecipeModel
+from raymix.recipe.base import Number, RecipeModel
 
 ENTRY_POINTS = "raymix.merge_methods"
 
@@ -31,11 +31,11 @@ class PerModel:
     """Marks an option that has one value per model, in the order of the models."""
 
 
-Scale = Annotated[Real, Field(ge=-1e9, le=1e9)]
+Scale = Annotated[Number, Field(ge=-1e9, le=1e9)]
 """What entries are multiplied by: bounded far beyond any use, so that fp32 holds it."""
 EachScale = Annotated[tuple[Scale, ...], PerModel()]
 """One number per model; a single one serves them all."""
-Share = Annotated[Real, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 EachShare = Annotated[tuple[Share, ...], PerModel()]
 
 

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raymix.recipe.base import Fault, Real, Whole, raise_if
+from raymix.recipe.base import Fault, Integer, Number, raise_if
 from raymix.recipe.shares import MixerModel, Weights, sum_fault
 
-Losses = dict[str, Annotated[Real, Field(ge=0)]]
+Losses = dict[str, Annotated[Number, Field(ge=0)]]
 LossKind = Literal["train", "valid"]
 
 
@@ -23,13 +23,13 @@ class AdaptiveModel(MixerModel):
 
     initial: Literal["uniform", "proportional"] | Weights = "uniform"
     """Shares to begin with; a mapping sums to 1, a domain left out begins at 0."""
-    floor: Real = Field(default=0.02, ge=0, lt=1)
+    floor: Number = Field(default=0.02, ge=0, lt=1)
     """Part c of (1 - c) w + c / K: c / K is the least share; mixed in at every update."""
-    max_log_change: Real | None = Field(default=0.5, gt=0)
+    max_log_change: Number | None = Field(default=0.5, gt=0)
     """Most change of a domain's log share per update, in nats; null for no cap."""
-    warmup_steps: Whole = Field(default=0, ge=0)
+    warmup_steps: Integer = Field(default=0, ge=0)
     """Steps whose statistics are gathered while the initial shares hold."""
-    stats_ema: Real = Field(default=0.5, gt=0, le=1)
+    stats_ema: Number = Field(default=0.5, gt=0, le=1)
     """Weight of the newest window in the bias-corrected mean of each statistic; 1 is no mean."""
     paper_exact: bool = False
     """The update as printed: no floor, cap, warm-up or mean of statistics, no unit-free scaling."""
@@ -52,25 +52,25 @@ class PikeMixer(AdaptiveModel):
     form: Literal["simplified", "full", "exact_qp"] = "simplified"
     """`simplified` is Algorithm 1; `full` keeps the dropped curvature term, so it settles inside
     the simplex; `exact_qp` solves problem (9) at every update."""
-    zeta_1: Real = Field(default=0.1, ge=0)
+    zeta_1: Number = Field(default=0.1, ge=0)
     """Gain of the squared gradient norm; in 1 / norm squared where not unit-free."""
-    zeta_2: Real = Field(default=0.05, ge=0)
+    zeta_2: Number = Field(default=0.05, ge=0)
     """Gain of the gradient noise, and of the curvature term; units as zeta_1."""
     unit_free: bool = True
     """Divide norms and noise by the mean over domains of norm squared + noise / batch."""
-    tau: Real = Field(default=0.0, ge=0)
+    tau: Number = Field(default=0.0, ge=0)
     """Tilt toward domains of high loss, in 1 / nats; 0 is PiKE exactly, the paper liked 1 to 5."""
     loss_weights: bool = True
     """With tau > 0, also weigh each domain's loss by K softmax(tau loss)."""
     loss: LossKind = "train"
     """Which loss tau looks at."""
-    lr: Real | None = Field(default=None, gt=0)
+    lr: Number | None = Field(default=None, gt=0)
     """Step size eta of the bound (8); with smoothness, zeta_2 is zeta_1 L eta / beta instead."""
-    smoothness: Real | None = Field(default=None, gt=0)
+    smoothness: Number | None = Field(default=None, gt=0)
     """Lipschitz constant L of the gradients, in 1 / units of lr: L x lr has no unit."""
-    beta: Real = Field(default=1.0, gt=0, le=1)
+    beta: Number = Field(default=1.0, gt=0, le=1)
     """Conflict factor of (8), dimensionless; 1 where gradients do not conflict."""
-    gamma: Real = Field(default=1.0, ge=1)
+    gamma: Number = Field(default=1.0, ge=1)
     """Alignment factor of (8), dimensionless; 1 where gradients are not aligned."""
 
     @model_validator(mode="after")
@@ -89,17 +89,17 @@ class DgaMixer(AdaptiveModel):
 
     kind: Literal["dga"]
     """Selects this mixer."""
-    eta: Real = Field(default=1.0, ge=0)
+    eta: Number = Field(default=1.0, ge=0)
     """Outer step: log weights change by + eta x alignment; the unit goes with `gradients`."""
     gradients: Literal["unit", "clip", "raw"] = "unit"
     """Norm of the gradients in the inner product: 1, at most 1 (as GRAPE, whose eta is 1.5), or as
     it is (as the paper)."""
-    ema: Real = Field(default=0.35, gt=0, le=1)
+    ema: Number = Field(default=0.35, gt=0, le=1)
     """Weight of the newest weights in the sampled average; the weights themselves are not
     averaged; 1 is no average."""
     several: Literal["mean", "grape"] = "mean"
     """Several targets: the mean of their gradients, or GRAPE's task weights over log losses."""
-    task_step: Real = Field(default=10.0, ge=0)
+    task_step: Number = Field(default=10.0, ge=0)
     """GRAPE's step of the task weights, as eta: log weights fall by it x what the batch helps."""
     bases: str | dict[str, Weights] | None = None
     """Histograms over domains to mix in place of the domains: a .json, .npz or .csv file
@@ -134,9 +134,9 @@ class DogeMixer(AdaptiveModel):
 
     kind: Literal["doge"]
     """Selects this mixer."""
-    step: Real = Field(default=0.5, ge=0)
+    step: Number = Field(default=0.5, ge=0)
     """lr / mu: change of a log weight per unit of score; the paper takes 0.05 at every step."""
-    clip_norm: Real | None = Field(default=1.0, gt=0)
+    clip_norm: Number | None = Field(default=1.0, gt=0)
     """Largest norm of a domain's gradient; null for no clipping."""
     self_term: bool = False
     """Without targets: count a domain's alignment with itself."""
@@ -151,11 +151,11 @@ class DoremiMixer(AdaptiveModel):
     """Reference loss of every domain that is trained on, in nats per token."""
     form: Literal["excess", "gap"] = "excess"
     """`excess` counts only losses above the reference (DoReMi), `gap` both ways (Sheared-LLaMA)."""
-    step: Real = Field(default=1.0, ge=0)
+    step: Number = Field(default=1.0, ge=0)
     """Change of a log weight per nat above the reference."""
     loss: LossKind = "train"
     """Which loss is compared; Sheared-LLaMA takes the held-out one."""
-    floor: Real = Field(default=1e-3, ge=0, lt=1)
+    floor: Number = Field(default=1e-3, ge=0, lt=1)
     """Part c of (1 - c) w + c / K, the papers' smoothing; mixed in at every update."""
 
     def values(self) -> dict[str, Mapping[str, float]]:
@@ -170,13 +170,13 @@ class OdmMixer(AdaptiveModel):
     """Selects this mixer."""
     form: Literal["exp3", "smoothed_mean"] = "exp3"
     """`exp3` adds up loss / share, weights exponential; `smoothed_mean` averages exp(loss)."""
-    reward_scale: Real = Field(default=10.0, gt=0)
+    reward_scale: Number = Field(default=10.0, gt=0)
     """Nats of loss that count as a reward of 1, in `exp3`."""
-    smoothing: Real = Field(default=0.9, ge=0, lt=1)
+    smoothing: Number = Field(default=0.9, ge=0, lt=1)
     """Weight of the old mean reward, in `smoothed_mean`."""
-    floor: Real = Field(default=0.0, ge=0, lt=1)
+    floor: Number = Field(default=0.0, ge=0, lt=1)
     """Part c of (1 - c) w + c / K; the bandit explores by itself."""
-    stats_ema: Real = Field(default=1.0, gt=0, le=1)
+    stats_ema: Number = Field(default=1.0, gt=0, le=1)
     """Weight of the newest window in the bias-corrected mean of the loss; 1 is no mean."""
 
 
@@ -187,21 +187,21 @@ class AdoMixer(AdaptiveModel):
     """Selects this mixer."""
     initial: Literal["uniform", "proportional"] | Weights = "proportional"
     """The prior mu, and the shares to begin with; a mapping sums to 1."""
-    fit_every: Whole = Field(default=4, ge=1)
+    fit_every: Integer = Field(default=4, ge=1)
     """Updates between fits."""
-    skip_steps: Whole = Field(default=0, ge=0)
+    skip_steps: Integer = Field(default=0, ge=0)
     """First steps whose losses are not fitted; the paper skips 500 to 1,000."""
-    history_power: Real = Field(default=0.5, ge=0)
+    history_power: Number = Field(default=0.5, ge=0)
     """Exponent of the recent shares in a domain's preference."""
-    history_ema: Real = Field(default=0.1, gt=0, le=1)
+    history_ema: Number = Field(default=0.1, gt=0, le=1)
     """Weight of the newest window in the recent shares."""
-    newest: Real = Field(default=0.1, gt=0, le=1)
+    newest: Number = Field(default=0.1, gt=0, le=1)
     """Part of the newest preference in the shares; the rest is its mean over time."""
-    least: Real = Field(default=0.01, ge=0, lt=1)
+    least: Number = Field(default=0.01, ge=0, lt=1)
     """Least preference, or half a uniform share where that is less."""
-    floor: Real = Field(default=0.0, ge=0, lt=1)
+    floor: Number = Field(default=0.0, ge=0, lt=1)
     """Part c of (1 - c) w + c / K; `least` keeps domains alive already."""
-    stats_ema: Real = Field(default=1.0, gt=0, le=1)
+    stats_ema: Number = Field(default=1.0, gt=0, le=1)
     """Weight of the newest window in the bias-corrected mean of the loss; 1 is no mean."""
 
 
@@ -210,7 +210,7 @@ class RbMixer(AdaptiveModel):
 
     kind: Literal["rb"]
     """Selects this mixer."""
-    scale: Real = Field(default=3.0, ge=0)
+    scale: Number = Field(default=3.0, ge=0)
     """Log weights are scale x alignments / their root of summed squares; dimensionless."""
     eval_shares: Weights | None = None
     """The evaluation mixture, summing to 1; left out, even over the targets, else over all."""
@@ -230,17 +230,17 @@ class AioliMixer(AdaptiveModel):
 
     kind: Literal["aioli"]
     """Selects this mixer."""
-    eta: Real = Field(default=0.5, ge=0)
+    eta: Number = Field(default=0.5, ge=0)
     """Log weights are eta x K x the estimated gains, which sum to 1; dimensionless."""
-    explore: Real = Field(default=0.2, gt=0, lt=1)
+    explore: Number = Field(default=0.2, gt=0, lt=1)
     """Part of a window's shares that goes to one block of domains, in turn, to learn from."""
-    blocks: Whole = Field(default=8, ge=2)
+    blocks: Integer = Field(default=8, ge=2)
     """Most blocks the domains take turns in."""
-    ridge: Real = Field(default=0.1, gt=0)
+    ridge: Number = Field(default=0.1, gt=0)
     """Pull of the estimate toward equal gains, as a part of the mean squared share."""
-    history: Whole = Field(default=32, ge=4)
+    history: Integer = Field(default=32, ge=4)
     """Most windows to estimate from; fewer with more than 1,000 domains."""
     loss: LossKind = "train"
     """Which loss is to fall."""
-    stats_ema: Real = Field(default=1.0, gt=0, le=1)
+    stats_ema: Number = Field(default=1.0, gt=0, le=1)
     """Weight of the newest window in the bias-corrected mean of the loss; 1 is no mean."""

@@ -1,4 +1,4 @@
-"""The base of every recipe model: frozen, strict about keys, documented field by field."""
+"""Base of the recipe models: frozen, strict about keys, documented field by field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One broken rule: a field below the model that states it, its value, plain sentences."""
+    """A broken rule: the field below the model that states it, its value, and sentences."""
 
     field: str
     value: object
@@ -20,10 +20,10 @@ class Fault:
 
 
 class Faults(ValueError):
-    """What a rule of ours raises inside pydantic: every fault it found."""
+    """Raised by our rules inside pydantic: all faults of a model."""
 
     def __init__(self, *faults: Fault) -> None:
-        """Keep the faults; the loader turns them into messages of the house form."""
+        """Keep the faults; the loader turns them into messages."""
         super().__init__(*faults)
         self.faults = faults
 
@@ -35,26 +35,27 @@ class Faults(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class FieldWords:
-    """Metadata of a field: what it accepts, where type and bounds do not say it well."""
+class FieldDescription:
+    """Metadata of a field: what it accepts, where type and bounds do not say it."""
 
     text: str
 
 
 def raise_if(*faults: Fault | None) -> None:
     """Raise Faults if any rule found one."""
-    found = [fault for fault in faults if fault is not None]
-    if found:
-        raise Faults(*found)
+    broken = [fault for fault in faults if fault is not None]
+    if broken:
+        raise Faults(*broken)
 
 
 def no_bool(value: Any) -> Any:
-    """Return `value`; Python counts True as 1, a recipe that says `steps: true` is mistaken."""
+    """Return `value`; refuse booleans, which Python and pydantic count as 0 and 1."""
     if isinstance(value, bool):
         raise Faults(Fault("", value, "not a number"))
     return value
 
 
+# user:password@ in front of a host, and parameters of signed URLs.
 _SECRET_USER = re.compile(r"(?<=://)[^/@]*:[^/@]*(?=@)")
 _SECRET_WORDS = "secret|token|password|signature|access_?key"
 _SECRET_QUERY = re.compile(rf"(?i)([?&][\w.-]*(?:{_SECRET_WORDS})[\w.-]*)=[^&]+")
@@ -72,9 +73,9 @@ def no_secret(value: str) -> str:
     return value
 
 
-Place = Annotated[str, AfterValidator(no_secret)]
-Whole = Annotated[int, BeforeValidator(no_bool)]
-Real = Annotated[float, BeforeValidator(no_bool)]
+PathOrUrl = Annotated[str, AfterValidator(no_secret)]
+Integer = Annotated[int, BeforeValidator(no_bool)]
+Number = Annotated[float, BeforeValidator(no_bool)]
 
 
 def default_tag(key: str, tag: str) -> BeforeValidator:

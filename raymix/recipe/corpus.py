@@ -7,9 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from raymix.recipe.base import Fault, FieldWords, Place, Real, RecipeModel, Whole, raise_if
+from raymix.recipe.base import (
+    Fault,
+    FieldDescription,
+    Integer,
+    Number,
+    PathOrUrl,
+    RecipeModel,
+    raise_if,
+)
 
-NAME = FieldWords("text of letters, digits, '_', '.' and '-' that begins with a letter or digit")
+NAME = FieldDescription(
+    "text of letters, digits, '_', '.' and '-' that begins with a letter or digit"
+)
 # Entries of a prepared corpus' directory that are no domains.
 RESERVED_NAMES = ("tokenizer", "manifest.json", "prepare.json")
 
@@ -26,16 +36,16 @@ class TrainedTokenizer(RecipeModel):
 
     train: Literal["bpe"]
     """The algorithm."""
-    vocab_size: Whole = Field(ge=258, le=1_000_000)
+    vocab_size: Integer = Field(ge=258, le=1_000_000)
     """Tokens in the vocabulary, the end-of-text token among them."""
-    sample_bytes: Whole = Field(default=50_000_000, ge=1)
+    sample_bytes: Integer = Field(default=50_000_000, ge=1)
     """UTF-8 bytes of text to train on, drawn evenly from the domains."""
 
 
 class PretrainedTokenizer(RecipeModel):
     """A Hugging Face `tokenizer.json`, or a directory that holds one."""
 
-    path: Place = Field(min_length=1)
+    path: PathOrUrl = Field(min_length=1)
     """The file or directory, local or any fsspec URL; a relative one starts at the recipe."""
     eos_token: str | None = None
     """The token that ends a document; needed only where the directory does not name one."""
@@ -63,7 +73,7 @@ TokenizerConfig = Annotated[
     | Annotated[PretrainedTokenizer, Tag("path")],
     Discriminator(_tokenizer_kind),
     BeforeValidator(_tokenizer_shorthand, json_schema_input_type=_TokenizerModels | str),
-    FieldWords("`byte`, a path, or a mapping such as {train: bpe, vocab_size: 8192}"),
+    FieldDescription("`byte`, a path, or a mapping such as {train: bpe, vocab_size: 8192}"),
 ]
 
 
@@ -71,11 +81,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Glob = Annotated[Place, Field(min_length=1)]
+Glob = Annotated[PathOrUrl, Field(min_length=1)]
 Globs = Annotated[
     tuple[Glob, ...],
     BeforeValidator(_listed, json_schema_input_type=tuple[Glob, ...] | Glob),
-    FieldWords("a glob or a list of globs"),
+    FieldDescription("a glob or a list of globs"),
 ]
 
 
@@ -143,7 +153,7 @@ class DomainConfig(RecipeModel):
 class CorpusConfig(RecipeModel):
     """The corpus: its sources, its tokenizer, and where the prepared form lies."""
 
-    path: Place = Field(min_length=1)
+    path: PathOrUrl = Field(min_length=1)
     """Directory of the prepared corpus, local or any fsspec URL."""
     tokenizer: TokenizerConfig = ByteTokenizer()
     """`byte`, a path, or `{train: bpe, vocab_size: N}`."""
@@ -152,17 +162,17 @@ class CorpusConfig(RecipeModel):
     starts at the recipe), or `chatml`; left out, the tokenizer's own."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains; left out, the corpus at `path` must have been prepared before."""
-    valid_fraction: Real = Field(default=0.02, gt=0, lt=1)
+    valid_fraction: Number = Field(default=0.02, gt=0, lt=1)
     """Share of documents held out (by document hash) where a domain names no `valid` files."""
-    min_characters: Whole = Field(default=1, ge=0)
+    min_characters: Integer = Field(default=1, ge=0)
     """Shorter documents are dropped, after stripping white space."""
-    max_characters: Whole = Field(default=10_000_000, ge=1)
+    max_characters: Integer = Field(default=10_000_000, ge=1)
     """Longer documents are dropped."""
     deduplicate: bool = True
     """Drop exact duplicates of a document within its domain."""
-    max_rejected: Real = Field(default=0.01, ge=0, le=1)
+    max_rejected: Number = Field(default=0.01, ge=0, le=1)
     """Share of bad records above which preparing a domain fails."""
-    block_tokens: Annotated[Whole, Field(ge=16, le=2**31)] | Literal["auto"] = "auto"
+    block_tokens: Annotated[Integer, Field(ge=16, le=2**31)] | Literal["auto"] = "auto"
     """Tokens per block, the unit of reading and shuffling; `auto` sizes it by the corpus."""
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from raymix.recipe.base import Fault, Faults, RecipeModel, Whole, raise_if
+from raymix.recipe.base import Fault, Faults, Integer, RecipeModel, raise_if
 from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
 from raymix.recipe.rules import broken_rules
@@ -32,7 +32,7 @@ class Recipe(RecipeModel):
     is laid over it."""
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """Name of the run."""
-    seed: Whole = Field(default=0, ge=0, lt=2**63)
+    seed: Integer = Field(default=0, ge=0, lt=2**63)
     """Seeds the data order and the initial weights."""
     corpus: CorpusConfig
     """Sources, tokenizer, and the prepared corpus."""

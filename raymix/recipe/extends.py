@@ -23,7 +23,7 @@ from typing import Any, get_args, get_origin
 from pydantic import Discriminator
 
 from raymix.errors import RecipeError, did_you_mean, format_problem
-from raymix.recipe.describe import Spot
+from raymix.recipe.describe import FieldSpec
 from raymix.recipe.document import Recipe
 from raymix.recipe.files import read_mapping
 from raymix.recipe.overrides import drop_fields, union_member
@@ -73,7 +73,7 @@ def merge_layers(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, A
     merged = dict(data)
     for own_path, own in reversed(extending):
         merged = _rebase(merged, os.path.dirname(path), os.path.dirname(own_path))
-        merged = _merge(merged, own, Spot(Recipe), "")
+        merged = _merge(merged, own, FieldSpec(Recipe), "")
         path = own_path
     return merged
 
@@ -103,52 +103,52 @@ def _holds(node: Any, keys: Sequence[str]) -> bool:
     return True
 
 
-def _merge(base: Any, own: Any, spot: Spot, path: str) -> Any:
-    """Return `own` laid over `base`, both of which may stand at `spot`."""
-    if isinstance(base, list) and isinstance(own, list) and _is_named_list(spot):
-        return _merge_named(base, own, spot, path)
-    if not (isinstance(base, dict) and isinstance(own, dict) and _has_fields(spot)):
+def _merge(base: Any, own: Any, spec: FieldSpec, path: str) -> Any:
+    """Return `own` laid over `base`, both of which may stand at `spec`."""
+    if isinstance(base, list) and isinstance(own, list) and _is_named_list(spec):
+        return _merge_named(base, own, spec, path)
+    if not (isinstance(base, dict) and isinstance(own, dict) and _has_fields(spec)):
         return own
-    if _kind_without_key(base, spot) != _kind_without_key(own, spot):
+    if _kind_without_key(base, spec) != _kind_without_key(own, spec):
         return own
     merged = dict(base)
-    key = spot.discriminator
+    key = spec.discriminator
     if key is not None and key in own and own[key] != base.get(key):
-        drop_fields(merged, spot, own[key])
-    below = union_member(spot, {**merged, **own})
+        drop_fields(merged, spec, own[key])
+    below = union_member(spec, {**merged, **own})
     for name, value in own.items():
-        child = below.child(name) or Spot(Any)
+        child = below.child(name) or FieldSpec(Any)
         here = f"{path}.{name}" if path else str(name)
         merged[name] = _merge(merged[name], value, child, here) if name in merged else value
     return merged
 
 
-def _has_fields(spot: Spot) -> bool:
-    """Return whether a mapping at `spot` holds fields, not values by domain that belong together.
+def _has_fields(spec: FieldSpec) -> bool:
+    """Return whether a mapping at `spec` holds fields, not values by domain that belong together.
 
     Shares sum to 1, so a share of the base among those of the extending file would be an error.
     `model.config` (values of any type) holds fields of transformers.
     """
-    if any(member.model is not None for member in spot.members()) or spot.annotation is Any:
+    if any(member.model is not None for member in spec.members()) or spec.annotation is Any:
         return True
-    mappings = [get_args(m.annotation) for m in spot.members() if get_origin(m.annotation) is dict]
+    mappings = [get_args(m.annotation) for m in spec.members() if get_origin(m.annotation) is dict]
     return any(value is Any for _, value in mappings)
 
 
-def _kind_without_key(value: Mapping[str, Any], spot: Spot) -> str | None:
+def _kind_without_key(value: Mapping[str, Any], spec: FieldSpec) -> str | None:
     """Return the alternative of a union that is told by its fields (tokenizers), else None."""
-    for item in spot.metadata:
+    for item in spec.metadata:
         if isinstance(item, Discriminator) and callable(item.discriminator):
             return str(item.discriminator(value))
     return None
 
 
-def _is_named_list(spot: Spot) -> bool:
-    item = spot.child(0) if get_origin(spot.annotation) is tuple else None
+def _is_named_list(spec: FieldSpec) -> bool:
+    item = spec.child(0) if get_origin(spec.annotation) is tuple else None
     return item is not None and item.model is not None and "name" in item.model.model_fields
 
 
-def _merge_named(base: list[Any], own: list[Any], spot: Spot, path: str) -> list[Any]:
+def _merge_named(base: list[Any], own: list[Any], spec: FieldSpec, path: str) -> list[Any]:
     """Return two lists of mappings merged by `name`, or the entries of the base that are named."""
     by_name = {item["name"]: item for item in base if isinstance(item, dict) and "name" in item}
     if own and all(isinstance(item, str) for item in own):
@@ -167,7 +167,7 @@ def _merge_named(base: list[Any], own: list[Any], spot: Spot, path: str) -> list
                 )
             )
         return [by_name[name] for name in own]
-    item_spot = spot.child(0) or Spot(Any)
+    item_spot = spec.child(0) or FieldSpec(Any)
     merged = dict(by_name)
     unnamed: list[Any] = []
     for item in own:

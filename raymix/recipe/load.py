@@ -1,9 +1,8 @@
-"""Recipes from files and functions, changed by overrides, checked, and written back.
+"""Loading recipes from files and functions: extends, overrides, validation, paths.
 
-`load_recipe` reports every fault at once. Relative paths mean what the field's docstring says:
-sources and tokenizers start at the recipe's own directory (they travel with it), results start at
-the working directory. A loaded recipe holds absolute paths only, so it means the same on every
-worker and in `resolved.yaml`.
+`load_recipe` reports every fault at once. Sources and tokenizers start at the directory of the file
+that names them (they travel with it), results at the working directory. A loaded recipe holds
+absolute paths only, so it means the same on every worker and in `resolved.yaml`.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
             directory.
     """
     start, here = os.path.abspath(base), os.getcwd()
-    # What is a template below the directory must not make one of the directory's own name.
+    # `run.dir` is a template: braces in the working directory's own name must stay literal.
     braces = here.replace("{", "{{").replace("}", "}}")
     changes: dict[str, Any] = {
         "corpus": _corpus_paths(recipe.corpus, start, here),
@@ -129,6 +128,7 @@ def absolute(path: str, base: str) -> str:
 
 
 def _corpus_paths(corpus: CorpusConfig, start: str, here: str) -> CorpusConfig:
+    # A directory called `v[1]` is a name, not a pattern.
     literal = glob.escape(start)
     domains = tuple(
         domain.model_copy(
@@ -164,9 +164,9 @@ def _call(source: str) -> Recipe:
         function = getattr(module, function_name, None)
         if not callable(function):
             known = [name for name, item in vars(module).items() if callable(item)]
-            wrong = f"module {module_name!r} has no function {function_name!r}"
+            problem = f"module {module_name!r} has no function {function_name!r}"
             near = did_you_mean(function_name, known)
-            raise RecipeError.at("recipe", source, wrong, fix=near)
+            raise RecipeError.at("recipe", source, problem, fix=near)
         recipe = function()
     if not isinstance(recipe, Recipe):
         raise RecipeError.at(
@@ -190,7 +190,7 @@ def _importing_from_here() -> Iterator[None]:
 def _validate(data: Mapping[str, Any]) -> Recipe:
     """Return the recipe, or raise all faults: of fields, and of rules over sound sections."""
     optional = {name for name, field in Recipe.model_fields.items() if not field.is_required()}
-    # `eval:` with nothing below it means its defaults.
+    # `eval:` with nothing below it is None in YAML and means the defaults.
     data = {key: item for key, item in data.items() if item is not None or key not in optional}
     try:
         return Recipe.model_validate(data)

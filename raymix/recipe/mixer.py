@@ -1,4 +1,4 @@
-"""Recipe models of the mixers whose shares are known beforehand, and the union of all mixers.
+"""Recipe models of mixers whose shares are known before the run, and the union of all mixers.
 
 One model per `kind`; all weights are shares of tokens.
 """
@@ -20,8 +20,8 @@ from raymix.recipe.adaptive import (
     PikeMixer,
     RbMixer,
 )
-from raymix.recipe.base import Fault, Real, RecipeModel, Whole, raise_if
-from raymix.recipe.plugins import MIXERS, OpenTo, PluginMixer
+from raymix.recipe.base import Fault, Integer, Number, RecipeModel, raise_if
+from raymix.recipe.plugins import MIXERS, OpenUnion, PluginMixer
 from raymix.recipe.shares import MixerModel, Weights, sum_fault
 
 
@@ -62,7 +62,7 @@ class TemperatureMixer(MixerModel):
 
     kind: Literal["temperature"]
     """Selects this mixer."""
-    temperature: Real = Field(default=3.3, gt=0)
+    temperature: Number = Field(default=3.3, gt=0)
     """1 is proportional, the larger the more uniform; mT5 used 3.3."""
 
 
@@ -71,7 +71,7 @@ class UnimaxMixer(MixerModel):
 
     kind: Literal["unimax"]
     """Selects this mixer."""
-    max_epochs: Real = Field(default=4.0, gt=0)
+    max_epochs: Number = Field(default=4.0, gt=0)
     """No domain is planned to be read more often than this over the whole run."""
 
 
@@ -80,7 +80,7 @@ class ImportanceMixer(MixerModel):
 
     kind: Literal["importance"]
     """Selects this mixer."""
-    floor: Real = Field(default=0.0, ge=0, lt=1)
+    floor: Number = Field(default=0.0, ge=0, lt=1)
     """Part c of (1 - c) w + c / K: what the domains get that no document of the target is near."""
 
     @model_validator(mode="after")
@@ -94,7 +94,7 @@ class ImportanceMixer(MixerModel):
 class SchedulePiece(RecipeModel):
     """Weights from one step on."""
 
-    step: Whole = Field(ge=0)
+    step: Integer = Field(ge=0)
     """First step at which the weights hold."""
     weights: Weights
     """Share per domain, summing to 1; a domain left out gets 0."""
@@ -168,5 +168,5 @@ OWN_KINDS = frozenset(
     | {"replay", "pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}
 )
 MixerConfig = Annotated[
-    _Own, Field(discriminator="kind"), OpenTo(MIXERS, model=PluginMixer, own=OWN_KINDS)
+    _Own, Field(discriminator="kind"), OpenUnion(MIXERS, model=PluginMixer, own=OWN_KINDS)
 ]

@@ -1,4 +1,4 @@
-"""Changes of single fields: `train.steps=200`, `corpus.domains.0.name=books`."""
+"""Overrides of single fields: `train.steps=200`, `corpus.domains.0.name=books`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import BaseModel
 
 from raymix._utils.yaml import parse_yaml
 from raymix.errors import RecipeError
-from raymix.recipe.describe import Spot, tag_of
+from raymix.recipe.describe import FieldSpec, tag_of
 from raymix.recipe.document import Recipe
-from raymix.recipe.plugins import OpenTo, PluginMixer
+from raymix.recipe.plugins import OpenUnion, PluginMixer
 from raymix.recipe.translate import brief
 
 
@@ -29,7 +29,7 @@ def apply_overrides(
     for override in overrides:
         try:
             path, value = _split(override)
-            _place(changed, Spot(root), path.split("."), value, at="")
+            _place(changed, FieldSpec(root), path.split("."), value, at="")
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
@@ -51,15 +51,16 @@ def _split(override: str) -> tuple[str, Any]:
     except RecipeError:
         if text[:1] in ("{", "[", '"', "'"):
             raise
-        return path, text  # such as `*.txt`, which YAML takes for an alias
+        # `*.txt` is an alias and `a: b` a mapping to YAML; on a command line both are plain text.
+        return path, text
 
 
-def _place(node: Any, spot: Spot, keys: Sequence[str], value: Any, *, at: str) -> None:
-    """Set the value below `node`, making the mappings on the way that are not there.
+def _place(node: Any, spec: FieldSpec, keys: Sequence[str], value: Any, *, at: str) -> None:
+    """Set the value below `node`, creating missing mappings on the way.
 
     Args:
         node: The data to change: a mapping or a list.
-        spot: What may stand at `node`.
+        spec: Specification of `node`.
         keys: The rest of the path.
         value: The new value.
         at: The dotted path of `node`, for messages.
@@ -67,15 +68,15 @@ def _place(node: Any, spot: Spot, keys: Sequence[str], value: Any, *, at: str) -
     key, taken = _next_key(node, keys, at)
     rest = keys[taken:]
     if isinstance(node, list):
-        node.extend([{}] * (key == len(node)))
-    elif not rest and key == spot.discriminator and node.get(key) != value:
-        drop_fields(node, spot, value)
+        node.extend([{}] * (key == len(node)))  # an index of one more than the last appends
+    elif not rest and key == spec.discriminator and node.get(key) != value:
+        drop_fields(node, spec, value)
     if not rest:
         node[key] = value
         return
     if isinstance(node, dict) and node.get(key) is None:
         node[key] = {}
-    below = union_member(spot, node).child(key) or Spot(Any)
+    below = union_member(spec, node).child(key) or FieldSpec(Any)
     _place(node[key], below, rest, value, at=f"{at}.{key}" if at else str(key))
 
 
@@ -83,6 +84,7 @@ def _next_key(node: Any, keys: Sequence[str], at: str) -> tuple[Any, int]:
     """Return the next key and how many parts of the path it takes: a name may hold dots."""
     if isinstance(node, dict):
         joined = (".".join(keys[:taken]) for taken in range(len(keys), 0, -1))
+        # The longest match first: `mixer.weights.en.wiki` may name the domain `en.wiki`.
         key = next((name for name in joined if name in node), keys[0])
         return key, key.count(".") + 1
     path = ".".join([at, *keys])
@@ -95,23 +97,23 @@ def _next_key(node: Any, keys: Sequence[str], at: str) -> tuple[Any, int]:
     raise RecipeError.at("override", path, wrong, fix=f"Or set {at} as a whole")
 
 
-def union_member(spot: Spot, node: Any) -> Spot:
-    """Return the alternative of a union that `node` is meant for."""
-    members = spot.members()
-    tag = node.get(spot.discriminator) if isinstance(node, dict) else None
-    return next((m for m in members if tag_of(m, spot) == tag), members[0])
+def union_member(spec: FieldSpec, node: Any) -> FieldSpec:
+    """Return the alternative of a union that `node` selects."""
+    members = spec.members()
+    tag = node.get(spec.discriminator) if isinstance(node, dict) else None
+    return next((m for m in members if tag_of(m, spec) == tag), members[0])
 
 
-def drop_fields(node: dict[str, Any], union: Spot, tag: object) -> None:
+def drop_fields(node: dict[str, Any], union: FieldSpec, tag: object) -> None:
     """Drop the fields that the old kind has and the new one has not; others may be typos."""
     models = {tag_of(member, union): member.model for member in union.members()}
     old, new = (models.get(str(kind)) for kind in (node.get(union.discriminator or ""), tag))
-    plugins = [m for m in union.metadata if isinstance(m, OpenTo)]
-    kept = {*PluginMixer.model_fields} if any(m.knows(tag) for m in plugins) else set()
-    kept |= {*new.model_fields} if new is not None else set()
-    if not kept:
+    plugins = [m for m in union.metadata if isinstance(m, OpenUnion)]
+    remaining = {*PluginMixer.model_fields} if any(m.knows(tag) for m in plugins) else set()
+    remaining |= {*new.model_fields} if new is not None else set()
+    if not remaining:
         return
-    # What another package's kind has is not known: all of it goes.
+    # The fields of another package's kind are not known here, so all of them go.
     known = old.model_fields.keys() if old is not None else set(node)
-    for key in known - kept:
+    for key in known - remaining:
         node.pop(key, None)

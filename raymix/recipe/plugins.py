@@ -1,7 +1,7 @@
-"""Kinds of mixers that other packages bring, so that a recipe can name one.
+"""Mixer kinds of other packages in recipes.
 
-The union of our own kinds is closed, which is what makes its messages good. `OpenTo` opens it to
-the kinds of a registry, and to nothing else: a misspelt kind is still one clear error.
+The union of our own kinds is closed, so a misspelled kind is one clear error. `OpenUnion` adds the
+kinds of a registry, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from raymix.recipe.base import RecipeModel
 
 @dataclass(slots=True)
 class Registry:
-    """Factories by kind: ours, those that a program registered, and those of entry points."""
+    """Factories by kind: ours, those a program registered, and those of entry points."""
 
     group: str
     """The entry-point group."""
@@ -31,8 +31,8 @@ class Registry:
 
     def entry_points(self, kind: str | None = None) -> EntryPoints:
         """Return the installed packages' entry points, of one kind or of all."""
-        found = entry_points(group=self.group)
-        return found if kind is None else found.select(name=kind)
+        points = entry_points(group=self.group)
+        return points if kind is None else points.select(name=kind)
 
     def kinds(self) -> tuple[str, ...]:
         """Return all kinds, sorted."""
@@ -43,7 +43,7 @@ MIXERS = Registry("raymix.mixers")
 
 
 @dataclass(frozen=True, slots=True)
-class OpenTo:
+class OpenUnion:
     """Metadata of a union of models told apart by `kind`: a registry's kinds are welcome too."""
 
     registry: Registry
@@ -95,7 +95,7 @@ class OpenTo:
 
 
 class PluginMixer(RecipeModel):
-    """A mixer of another package: its keys are what that package says."""
+    """A mixer of another package, which checks the keys itself."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -1,7 +1,7 @@
-"""Rules that tie two sections of a recipe together.
+"""Rules that involve two or more sections of a recipe.
 
-They live apart from the `Recipe` model so that the loader can check them on the sections that
-are sound while others still hold errors: a user sees every fault at once.
+They are separate from the `Recipe` model so that the loader can check them on valid sections while
+others still hold errors: a user sees every fault at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from raymix.recipe.training import ClusterConfig, DataConfig, DocumentData, Pack
 from raymix.recipe.translate import known_names
 from raymix.recipe.tune import TuneConfig
 
-# Looking for a near name takes a while where there are thousands of domains.
-_MOST_SHOWN = 5
+# A suggestion costs an edit distance to every domain, and there may be 10,000 of them.
+_MAX_SHOWN = 5
 
 
 def broken_rules(sections: Mapping[str, Any]) -> list[Fault]:
@@ -42,7 +42,7 @@ def _weights_name_domains(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[
 def _targets_are_held_out(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[Fault]:
     names = [domain.name for domain in corpus.domains]
     known, targets = set(names), set(mixer.targets)
-    for name in [name for name in mixer.targets if known and name not in known][:_MOST_SHOWN]:
+    for name in [name for name in mixer.targets if known and name not in known][:_MAX_SHOWN]:
         advice = (did_you_mean(name, names), f"Known: {known_names(names)}")
         yield Fault("mixer.targets", name, "no domain of the corpus has this name", advice)
     if known and known <= targets:
@@ -80,12 +80,12 @@ def _unknown_domains(
     names = [domain.name for domain in corpus.domains]
     known = set(names)
     unknown = [name for name in values if known and name not in known]
-    for name in unknown[:_MOST_SHOWN]:
+    for name in unknown[:_MAX_SHOWN]:
         advice = (did_you_mean(name, names), f"Known: {known_names(names)}")
         where, value = (path, name) if named else (f"{path}.{name}", values[name])
         yield Fault(where, value, "no domain of the corpus has this name", advice)
-    if len(unknown) > _MOST_SHOWN:
-        wrong = f"{len(unknown) - _MOST_SHOWN} more names are of no domain"
+    if len(unknown) > _MAX_SHOWN:
+        wrong = f"{len(unknown) - _MAX_SHOWN} more names are of no domain"
         yield Fault(path, values, wrong)
 
 
@@ -97,7 +97,7 @@ def _rows_for_every_worker(data: DataConfig, cluster: ClusterConfig) -> Iterable
 
 
 def _groups_of_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
-    # Without workers there is one process, and nothing to share.
+    # 0 workers train in one process, which shares nothing: 0 % context is 0.
     if isinstance(data, DocumentData) and cluster.workers % data.assign.context:
         wrong = f"the {cluster.workers} workers of cluster.workers do not make up groups of it"
         advice = "Take a number that divides them"
@@ -113,17 +113,17 @@ def _answers_are_of_documents(corpus: CorpusConfig, data: DataConfig) -> Iterabl
         yield Fault(path, corpus.domains[chats[0]].messages_column, wrong, (advice,))
 
 
-def _fewest_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
-    fewest = cluster.min_workers
-    if fewest is None:
+def _min_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
+    min_workers = cluster.min_workers
+    if min_workers is None:
         return
-    if fewest > cluster.workers:
+    if min_workers > cluster.workers:
         wrong = f"more than the {cluster.workers} of cluster.workers, the most there are"
-        yield Fault("cluster.min_workers", fewest, wrong, ("Take that many or fewer",))
-    elif isinstance(data, DocumentData) and fewest < cluster.workers:
+        yield Fault("cluster.min_workers", min_workers, wrong, ("Take that many or fewer",))
+    elif isinstance(data, DocumentData) and min_workers < cluster.workers:
         wrong = "documents are assigned to a number of workers (data.mode) that must not change"
         advice = "Leave it out, or pack the documents into rows"
-        yield Fault("cluster.min_workers", fewest, wrong, (advice,))
+        yield Fault("cluster.min_workers", min_workers, wrong, (advice,))
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
@@ -135,5 +135,5 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Fault]]], ...] = (
     (("corpus", "mixer", "specialists"), _specialists_are_trained),
     (("data", "cluster"), _rows_for_every_worker),
     (("data", "cluster"), _groups_of_workers),
-    (("data", "cluster"), _fewest_workers),
+    (("data", "cluster"), _min_workers),
 )

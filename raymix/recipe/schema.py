@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, and a commented recipe made from the same models."""
+"""JSON schema of recipes, and a commented recipe generated from the same models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from raymix._utils.yaml import dump_yaml
-from raymix.recipe.describe import Spot, describe, tag_of
+from raymix.recipe.describe import FieldSpec, describe, tag_of
 from raymix.recipe.document import Recipe
 
 SCHEMA_FILE = "raymix.schema.json"
@@ -30,7 +30,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def commented_recipe(name: str) -> str:
-    """Return a recipe as YAML in which every field stands with its meaning, type and default.
+    """Return a recipe as YAML with every field, its description, type and default.
 
     Args:
         name: The run's name; the files it names (`data/books/*.parquet`, ...) are placeholders.
@@ -67,7 +67,7 @@ def commented_recipe(name: str) -> str:
 
 
 def _model_lines(
-    model: type[BaseModel], values: Mapping[str, Any], indent: str, kinds: Spot | None = None
+    model: type[BaseModel], values: Mapping[str, Any], indent: str, kinds: FieldSpec | None = None
 ) -> Iterator[str]:
     """Yield the lines of a mapping: each field of `model` with its comment above it.
 
@@ -78,28 +78,28 @@ def _model_lines(
         kinds: The union that `model` was chosen from, if it was.
     """
     for name, field in model.model_fields.items():
-        spot = Spot.of_field(field)
+        spec = FieldSpec.of_field(field)
         value = values.get(name, _plain_default(field))
-        inner = _member(spot, value)
+        inner = _member(spec, value)
         if not indent:
             yield ""
         yield from _comment(field.description or "", indent)
         if inner is None:
-            yield from _comment(f"  {_allowed(field, spot, kinds, name)}", indent, hang=2)
+            yield from _comment(f"  {_allowed(field, spec, kinds, name)}", indent, hang=2)
         if inner is not None:
             yield f"{indent}{name}:"
-            yield from _kinds(spot, value, indent + "  ")
-            yield from _model_lines(inner, value, indent + "  ", spot)
+            yield from _kinds(spec, value, indent + "  ")
+            yield from _model_lines(inner, value, indent + "  ", spec)
         elif name == "domains" and value:  # models; those of `specialists` are names, none given
             yield f"{indent}{name}:"
-            yield from _domain_lines(spot, value, indent + "  ")
+            yield from _domain_lines(spec, value, indent + "  ")
         else:
             yield f"{indent}{name}: {_flow(value)}"
 
 
-def _domain_lines(spot: Spot, domains: list[dict[str, Any]], indent: str) -> Iterator[str]:
+def _domain_lines(spec: FieldSpec, domains: list[dict[str, Any]], indent: str) -> Iterator[str]:
     """Yield a list whose first entry is commented field by field, the others brief."""
-    item = spot.child(0)
+    item = spec.child(0)
     assert item is not None, "domains is a list"
     assert item.model is not None, "domains is a list of models"
     lines = list(_model_lines(item.model, domains[0], indent + "  "))
@@ -111,29 +111,29 @@ def _domain_lines(spot: Spot, domains: list[dict[str, Any]], indent: str) -> Ite
         yield f"{indent}- {_flow(domain)}"
 
 
-def _kinds(spot: Spot, value: Mapping[str, Any], indent: str) -> Iterator[str]:
+def _kinds(spec: FieldSpec, value: Mapping[str, Any], indent: str) -> Iterator[str]:
     """Yield, where a section comes in kinds, what the other kinds are."""
-    others = [m for m in spot.members() if m is not _chosen(spot, value)]
+    others = [m for m in spec.members() if m is not _chosen(spec, value)]
     for member in others:
         if member.model is None:
             continue
-        key, tag = spot.discriminator or "kind", tag_of(member, spot)
+        key, tag = spec.discriminator or "kind", tag_of(member, spec)
         fields = [name for name in member.model.model_fields if name != key]
-        known = _chosen(spot, value).model
+        known = _chosen(spec, value).model
         new = [name for name in fields if known is None or name not in known.model_fields]
         extra = f" Adds: {', '.join(new)}." if new else ""
         yield from _comment(f"{key}: {tag} - {_first_line(member.model)}{extra}", indent, hang=4)
 
 
-def _chosen(spot: Spot, value: Mapping[str, Any]) -> Spot:
-    members = spot.members()
-    tag = value.get(spot.discriminator or "")
-    return next((m for m in members if tag_of(m, spot) == tag), members[0])
+def _chosen(spec: FieldSpec, value: Mapping[str, Any]) -> FieldSpec:
+    members = spec.members()
+    tag = value.get(spec.discriminator or "")
+    return next((m for m in members if tag_of(m, spec) == tag), members[0])
 
 
-def _member(spot: Spot, value: Any) -> type[BaseModel] | None:
-    """Return the model whose fields are written out at `spot`, or None for a plain value."""
-    return _chosen(spot, value).model if isinstance(value, dict) else None
+def _member(spec: FieldSpec, value: Any) -> type[BaseModel] | None:
+    """Return the model whose fields are written out at `spec`, or None for a plain value."""
+    return _chosen(spec, value).model if isinstance(value, dict) else None
 
 
 def _plain_default(field: FieldInfo) -> Any:
@@ -143,13 +143,13 @@ def _plain_default(field: FieldInfo) -> Any:
     return list(default) if isinstance(default, tuple) else default
 
 
-def _allowed(field: FieldInfo, spot: Spot, kinds: Spot | None, name: str) -> str:
+def _allowed(field: FieldInfo, spec: FieldSpec, kinds: FieldSpec | None, name: str) -> str:
     """Return what the comment above a field says of its type and default."""
     if kinds is not None and name == kinds.discriminator:
         return ", ".join(tag_of(member, kinds) for member in kinds.members())
     if field.is_required():
-        return f"{describe(spot)}; required"
-    return f"{describe(spot)}; default {_flow(_plain_default(field))}"
+        return f"{describe(spec)}; required"
+    return f"{describe(spec)}; default {_flow(_plain_default(field))}"
 
 
 def _flow(value: Any) -> str:

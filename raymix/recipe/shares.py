@@ -1,4 +1,4 @@
-"""What the recipe models of all mixers have in common: shares by domain name, and targets."""
+"""Base of the mixers' recipe models: shares by domain name, and targets."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from raymix.recipe.base import Fault, FieldWords, Real, RecipeModel
+from raymix.recipe.base import Fault, FieldDescription, Number, RecipeModel
 
-Weights = dict[str, Annotated[Real, Field(ge=0)]]
+Weights = dict[str, Annotated[Number, Field(ge=0)]]
 SUM_TOLERANCE = 1e-6
 
 
@@ -22,12 +22,12 @@ Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[
     tuple[Name, ...],
     BeforeValidator(_listed, json_schema_input_type=tuple[Name, ...] | Name),
-    FieldWords("a domain or a list of domains"),
+    FieldDescription("a domain or a list of domains"),
 ]
 
 
 class MixerModel(RecipeModel):
-    """What every mixer has."""
+    """Fields of every mixer."""
 
     kind: str
     """Selects the mixer."""
@@ -45,6 +45,7 @@ class MixerModel(RecipeModel):
 
 def sum_fault(field: str, weights: dict[str, float]) -> Fault | None:
     """Return the fault of shares that do not sum to 1, if they do not."""
+    # fsum: the error of a plain sum over 10,000 domains exceeds the tolerance.
     total = math.fsum(weights.values())
     if abs(total - 1) <= SUM_TOLERANCE:
         return None

@@ -1,4 +1,4 @@
-"""Recipe model of `raymix specialists`: which domains, how they are fine-tuned, what is merged."""
+"""Recipe model of `raymix specialists`: domains, fine-tuning, merges."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from raymix.recipe.base import Fault, RecipeModel, Whole, raise_if
+from raymix.recipe.base import Fault, Integer, RecipeModel, raise_if
 
-# What would make a fine-tuned model another kind of thing than one run on one domain.
-_NOT_OF_FINETUNING = (
+# A specialist is a run of the same model on one domain: these fields would change that.
+_NOT_IN_FINETUNING = (
     "name",
     "seed",
     "corpus",
@@ -20,7 +20,7 @@ _NOT_OF_FINETUNING = (
     "tune",
     "specialists",
 )
-_FEWEST = 2
+_MIN_DOMAINS = 2
 
 
 class SpecialistsConfig(RecipeModel):
@@ -32,9 +32,9 @@ class SpecialistsConfig(RecipeModel):
     """Fields of the recipe that differ in fine-tuning, e.g. {train.steps: 60, train.lr: 1e-3}."""
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Merges by name, each `merge_method` and its options; left out, all that raymix has."""
-    trials: Annotated[Whole, Field(ge=1, le=10_000)] = 11
+    trials: Annotated[Integer, Field(ge=1, le=10_000)] = 11
     """Merges per method to choose the scale from, that of scale 1 among them."""
-    search_rows: Annotated[Whole, Field(ge=1)] | None = None
+    search_rows: Annotated[Integer, Field(ge=1)] | None = None
     """Held-out rows per domain to choose it on, from the end of the valid split; left out,
     eval.rows_per_domain. Losses that are reported are of the first rows, as anywhere else."""
 
@@ -44,7 +44,7 @@ class SpecialistsConfig(RecipeModel):
         return self
 
     def _few_fault(self) -> Fault | None:
-        if not self.domains or len(set(self.domains)) >= _FEWEST:
+        if not self.domains or len(set(self.domains)) >= _MIN_DOMAINS:
             return None
         return Fault("domains", self.domains, "nothing to merge", ("Name two domains or more",))
 
@@ -61,5 +61,5 @@ class SpecialistsConfig(RecipeModel):
         return [
             Fault(f"finetune.{key}", value, "cannot differ in fine-tuning", (advice,))
             for key, value in self.finetune.items()
-            if key.split(".")[0] in _NOT_OF_FINETUNING
+            if key.split(".")[0] in _NOT_IN_FINETUNING
         ]

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raymix.recipe.base import Fault, Faults, Real, RecipeModel, Whole, default_tag, raise_if
+from raymix.recipe.base import Fault, Faults, Integer, Number, RecipeModel, default_tag, raise_if
 
-Epochs = Annotated[Real, Field(gt=0)]
-Beta = Annotated[Real, Field(ge=0, lt=1)]
+Epochs = Annotated[Number, Field(gt=0)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class PackedData(RecipeModel):
@@ -18,17 +18,17 @@ class PackedData(RecipeModel):
 
     mode: Literal["packed"] = "packed"
     """Selects packing."""
-    sequence_length: Whole = Field(default=1024, ge=8, le=2**24)
+    sequence_length: Integer = Field(default=1024, ge=8, le=2**24)
     """Tokens per row."""
-    rows_per_step: Whole = Field(default=64, ge=1, le=1_048_576)
+    rows_per_step: Integer = Field(default=64, ge=1, le=1_048_576)
     """Rows in a global batch, over all workers."""
-    shuffle_blocks: Whole = Field(default=16, ge=1, le=65_536)
+    shuffle_blocks: Integer = Field(default=16, ge=1, le=65_536)
     """Blocks of a domain whose rows are shuffled among each other."""
     max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a domain (one number, or one per domain); at the cap others take over."""
     accept_changed_corpus: bool = False
     """Resume although the corpus' fingerprint is not that of the checkpoint."""
-    cache_bytes: Annotated[Whole, Field(ge=1_000_000)] | Literal["auto"] = "auto"
+    cache_bytes: Annotated[Integer, Field(ge=1_000_000)] | Literal["auto"] = "auto"
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
     @property
@@ -50,9 +50,9 @@ class AssignmentConfig(RecipeModel):
 
     planner: PlannerName = "refine"
     """How it is decided; see `raymix schedule simulate`."""
-    context: Whole = Field(default=1, ge=1, le=100_000)
+    context: Integer = Field(default=1, ge=1, le=100_000)
     """Workers that may share one document; they take it as a group. Divides `cluster.workers`."""
-    widths: tuple[Annotated[Whole, Field(ge=1)], ...] = ()
+    widths: tuple[Annotated[Integer, Field(ge=1)], ...] = ()
     """Smaller groups that may share a document too; each divides `context`."""
     exchange: Literal["gather", "ulysses"] = "gather"
     """`gather`: keys and values to every worker of a group; `ulysses`: heads dealt out."""
@@ -72,19 +72,19 @@ class DocumentData(RecipeModel):
 
     mode: Literal["documents"]
     """Selects whole documents."""
-    sequence_length: Whole = Field(default=1024, ge=8, le=2**24)
+    sequence_length: Integer = Field(default=1024, ge=8, le=2**24)
     """Longest document in tokens; what is longer is cut off here."""
-    tokens_per_step: Whole = Field(default=65_536, ge=8, le=2**40)
+    tokens_per_step: Integer = Field(default=65_536, ge=8, le=2**40)
     """Tokens of documents in a global batch, over all workers: the last may go beyond."""
     assign: AssignmentConfig = AssignmentConfig()
     """Which worker takes which document; the gradient is the same whatever it says."""
-    shuffle_blocks: Whole = Field(default=16, ge=1, le=65_536)
+    shuffle_blocks: Integer = Field(default=16, ge=1, le=65_536)
     """Groups of 1,024 documents of a domain that are shuffled among each other."""
     max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a domain (one number, or one per domain); at the cap others take over."""
     accept_changed_corpus: bool = False
     """Resume although the corpus' fingerprint is not that of the checkpoint."""
-    cache_bytes: Annotated[Whole, Field(ge=1_000_000)] | Literal["auto"] = "auto"
+    cache_bytes: Annotated[Integer, Field(ge=1_000_000)] | Literal["auto"] = "auto"
     """Bytes of the object store that block prefetching may fill; `auto` is 40 % of it."""
 
     @property
@@ -155,7 +155,7 @@ class ProbeConfig(RecipeModel):
 
     mode: Literal["exact", "backward", "last_layer"] = "exact"
     """`exact`: out of one backward; `backward`: one per group; `last_layer`: of the head alone."""
-    rows: Whole = Field(default=4, ge=2, multiple_of=2)
+    rows: Integer = Field(default=4, ge=2, multiple_of=2)
     """Rows of each domain (and target) per window, over all workers, two to a pass."""
     precondition: Literal["none", "adam"] = "none"
     """`adam`: in the metric of AdamW's second moment, as its updates are."""
@@ -164,29 +164,29 @@ class ProbeConfig(RecipeModel):
 class TrainConfig(RecipeModel):
     """The optimizer loop."""
 
-    steps: Whole | None = Field(default=None, ge=1, le=10**12)
+    steps: Integer | None = Field(default=None, ge=1, le=10**12)
     """Optimizer steps; give this or `tokens`."""
-    tokens: Whole | None = Field(default=None, ge=1, le=10**18)
+    tokens: Integer | None = Field(default=None, ge=1, le=10**18)
     """Training tokens; rounded up to whole steps."""
-    lr: Real = Field(default=3e-4, gt=0)
+    lr: Number = Field(default=3e-4, gt=0)
     """Peak learning rate of AdamW."""
-    min_lr_ratio: Real = Field(default=0.1, ge=0, le=1)
+    min_lr_ratio: Number = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """Shape after the warm-up; `wsd` holds, then decays linearly over `decay_ratio`."""
-    warmup_ratio: Real = Field(default=0.05, ge=0, lt=1)
+    warmup_ratio: Number = Field(default=0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly."""
-    decay_ratio: Real = Field(default=0.2, gt=0, le=1)
+    decay_ratio: Number = Field(default=0.2, gt=0, le=1)
     """Share of the steps that `wsd` decays over."""
-    weight_decay: Real = Field(default=0.1, ge=0)
+    weight_decay: Number = Field(default=0.1, ge=0)
     """AdamW's decoupled weight decay; biases and norms are left out."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moment decay rates."""
-    eps: Real = Field(default=1e-8, gt=0)
+    eps: Number = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
-    clip_norm: Real | None = Field(default=1.0, gt=0)
+    clip_norm: Number | None = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    micro_batch_rows: Annotated[Whole, Field(ge=1)] | Literal["auto"] = "auto"
+    micro_batch_rows: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows per forward pass and worker; smaller ones accumulate gradients. In document mode a row
     is what a worker must hold of the longest document: its tokens over `data.assign.context`."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -197,13 +197,13 @@ class TrainConfig(RecipeModel):
     """Compile the model with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    checkpoint_every: Whole | None = Field(default=None, ge=1)
+    checkpoint_every: Integer | None = Field(default=None, ge=1)
     """Steps between checkpoints; one is always written at the end."""
-    checkpoint_minutes: Real | None = Field(default=10.0, gt=0)
+    checkpoint_minutes: Number | None = Field(default=10.0, gt=0)
     """Minutes between checkpoints."""
-    keep_checkpoints: Whole = Field(default=2, ge=1)
+    keep_checkpoints: Integer = Field(default=2, ge=1)
     """Newest checkpoints to keep."""
-    probe_interval: Whole = Field(default=100, ge=1)
+    probe_interval: Integer = Field(default=100, ge=1)
     """Steps per window: how often an adaptive mixer may change the weights."""
     probe: ProbeConfig = ProbeConfig()
     """Gradient statistics; measured only for mixers that need them."""
@@ -239,32 +239,32 @@ def _ratio_fault(train: TrainConfig) -> Fault | None:
 class EvalConfig(RecipeModel):
     """Held-out evaluation, per domain."""
 
-    every: Whole | None = Field(default=None, ge=1)
+    every: Integer | None = Field(default=None, ge=1)
     """Steps between evaluations; at start and end it always runs."""
-    rows_per_domain: Whole = Field(default=32, ge=1)
+    rows_per_domain: Integer = Field(default=32, ge=1)
     """Rows of the valid split to score per domain, from its beginning."""
 
 
 class ClusterConfig(RecipeModel):
     """Where the work runs."""
 
-    workers: Whole = Field(default=1, ge=0, le=100_000)
+    workers: Integer = Field(default=1, ge=0, le=100_000)
     """Training workers; 0 trains in this process without Ray."""
-    min_workers: Whole | None = Field(default=None, ge=1, le=100_000)
+    min_workers: Integer | None = Field(default=None, ge=1, le=100_000)
     """Workers to make do with where nodes are lost: the run goes on from its last checkpoint with
     as many as there is room for, and grows again up to `workers`. Left out, it waits for all."""
-    workers_per_trial: Whole = Field(default=0, ge=0, le=100_000)
+    workers_per_trial: Integer = Field(default=0, ge=0, le=100_000)
     """Training workers of each of the runs that `compare` and `tune` make side by side; 0 trains
     each in one process, which starts sooner."""
     gpus_per_worker: Literal[0, 1, "auto"] = "auto"
     """0, 1, or `auto`: 1 where the cluster has a GPU for every worker."""
-    cpus_per_worker: Real = Field(default=1, gt=0)
+    cpus_per_worker: Number = Field(default=1, gt=0)
     """Logical CPUs that Ray reserves per worker."""
     address: str | None = Field(default=None, min_length=1)
     """Ray address; left out, RAY_ADDRESS or else a private cluster on this machine."""
-    object_store_bytes: Whole | None = Field(default=None, ge=80_000_000)
+    object_store_bytes: Integer | None = Field(default=None, ge=80_000_000)
     """Object store of a private cluster."""
-    max_failures: Whole = Field(default=3, ge=0)
+    max_failures: Integer = Field(default=3, ge=0)
     """Worker-group failures from which the run restarts by itself."""
 
 

@@ -1,4 +1,4 @@
-"""Pydantic's errors in the house form: one message per fault, at the path the user wrote."""
+"""Pydantic's errors as our messages: one per fault, at the path that the user wrote."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pydantic_core import ErrorDetails
 
 from raymix.errors import did_you_mean, format_problem, join_sentences
 from raymix.recipe.base import Fault, Faults
-from raymix.recipe.describe import Spot, describe, field_paths, tag_of
-from raymix.recipe.plugins import OpenTo
+from raymix.recipe.describe import FieldSpec, describe, field_paths, tag_of
+from raymix.recipe.plugins import OpenUnion
 
 _Path = tuple[str | int, ...]
 
 
 class _Missing:
-    """Stands for the value of a key that is not there."""
+    """Stands for the value of a missing key."""
 
     def __repr__(self) -> str:
         return "(missing)"
@@ -55,17 +55,17 @@ _WRONG = {
     "tuple_type": "not a list",
     "union_tag_not_found": "required",
 }
-# Of several errors of one value (a union tries every alternative), the one that says most.
-_TELLING = ("value_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
+# A union reports an error of every alternative; these say most about what the user meant.
+_INFORMATIVE = ("value_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 @dataclass(frozen=True, slots=True)
 class _ErrorLocation:
-    """A pydantic error with the path as written in the recipe and what may stand there."""
+    """A pydantic error, its path as written in the recipe, and the field's specification."""
 
     path: _Path
-    spot: Spot
-    parent: Spot
+    spec: FieldSpec
+    parent: FieldSpec
     branch: _Path | None
     error: ErrorDetails
 
@@ -77,8 +77,10 @@ def translate(errors: Iterable[ErrorDetails], root: type[BaseModel]) -> list[str
         errors: What `ValidationError.errors()` gave for a validation of `root`.
         root: The model that was validated.
     """
-    located = [_locate(error, Spot(root)) for error in errors]
-    return [message for item in _one_per_place(located) for message in _message(item, Spot(root))]
+    located = [_locate(error, FieldSpec(root)) for error in errors]
+    return [
+        message for item in _one_per_place(located) for message in _message(item, FieldSpec(root))
+    ]
 
 
 def fault_message(fault: Fault, prefix: _Path = ()) -> str:
@@ -107,47 +109,47 @@ class _Short:
         return self.text
 
 
-def _locate(error: ErrorDetails, spot: Spot) -> _ErrorLocation:
-    """Walk the error's location along the models, leaving out the tags of unions."""
+def _locate(error: ErrorDetails, spec: FieldSpec) -> _ErrorLocation:
+    """Walk the error's location along the models; pydantic puts tags of unions into it."""
     path: list[str | int] = []
-    parent = spot
+    parent = spec
     branch: _Path | None = None
     keys = list(error["loc"])
     while keys:
-        members = spot.members()
+        members = spec.members()
         if len(members) > 1:
             tag = str(keys.pop(0))
-            if not spot.tagged:
+            if not spec.tagged:
                 branch = tuple(path)
             if not keys:
                 break
-            if spot.tagged:
-                spot = next((m for m in members if tag_of(m, spot) == tag), members[0])
+            if spec.tagged:
+                spec = next((m for m in members if tag_of(m, spec) == tag), members[0])
             else:
-                spot = next((m for m in members if m.child(keys[0]) is not None), members[0])
+                spec = next((m for m in members if m.child(keys[0]) is not None), members[0])
             continue
         key = keys.pop(0)
         path.append(key)
-        parent, spot = members[0], members[0].child(key) or Spot(Any)
-    return _ErrorLocation(tuple(path), spot, parent, branch, error)
+        parent, spec = members[0], members[0].child(key) or FieldSpec(Any)
+    return _ErrorLocation(tuple(path), spec, parent, branch, error)
 
 
 def _one_per_place(located: Sequence[_ErrorLocation]) -> list[_ErrorLocation]:
     """Keep one error per value where an untagged union reported every alternative."""
-    kept: list[_ErrorLocation] = []
+    selected: list[_ErrorLocation] = []
     for item in located:
         if item.branch is None:
             # A list whose entries are at fault counts as too short: that says nothing new.
             inner = any(_is_below(other.path, item.path) for other in located)
-            kept.extend([] if inner and item.error["type"] == "too_short" else [item])
+            selected.extend([] if inner and item.error["type"] == "too_short" else [item])
             continue
         rivals = [other for other in located if other.branch == item.branch]
         deeper = [other for other in rivals if other.path != item.branch]
         if deeper:
-            kept.extend([item] if item in deeper else [])
+            selected.extend([item] if item in deeper else [])
         elif item is min(rivals, key=lambda other: _rank(other.error["type"])):
-            kept.append(item)
-    return kept
+            selected.append(item)
+    return selected
 
 
 def _is_below(path: _Path, above: _Path) -> bool:
@@ -155,10 +157,10 @@ def _is_below(path: _Path, above: _Path) -> bool:
 
 
 def _rank(kind: str) -> int:
-    return _TELLING.index(kind) if kind in _TELLING else len(_TELLING)
+    return _INFORMATIVE.index(kind) if kind in _INFORMATIVE else len(_INFORMATIVE)
 
 
-def _message(item: _ErrorLocation, root: Spot) -> list[str]:
+def _message(item: _ErrorLocation, root: FieldSpec) -> list[str]:
     error, kind, value = item.error, item.error["type"], item.error["input"]
     name = dotted(item.path)
     if kind == "extra_forbidden":
@@ -167,18 +169,19 @@ def _message(item: _ErrorLocation, root: Spot) -> list[str]:
         return [_unknown_kind(item, name)]
     raised = error.get("ctx", {}).get("error")
     if isinstance(raised, Faults):
-        allowed = (f"Allowed: {describe(item.spot)}",)
+        allowed = (f"Allowed: {describe(item.spec)}",)
         faults = (f if f.field or f.advice else replace(f, advice=allowed) for f in raised.faults)
         return [fault_message(fault, item.path) for fault in faults]
     if kind == "missing":
         return [_missing(item, name)]
+    # pydantic reports inf and NaN as type errors; the user needs to know which number it was.
     if isinstance(value, float) and not math.isfinite(value):
         kind = "finite_number"
     wrong = _WRONG.get(kind) or _wrong_of_choice(kind, item, error)
-    near = _near_choice(item.spot, value)
+    near = _near_choice(item.spec, value)
     return [
         format_problem(
-            name, brief(value), wrong, allowed=f"Allowed: {describe(item.spot)}", fix=near
+            name, brief(value), wrong, allowed=f"Allowed: {describe(item.spec)}", fix=near
         )
     ]
 
@@ -192,17 +195,17 @@ def _wrong_of_choice(kind: str, item: _ErrorLocation, error: ErrorDetails) -> st
     return error["msg"]
 
 
-def _near_choice(spot: Spot, value: object) -> str:
+def _near_choice(spec: FieldSpec, value: object) -> str:
     choices = [
         str(arg)
-        for member in spot.members()
+        for member in spec.members()
         for arg in get_args(member.annotation)
         if isinstance(arg, str)
     ]
     return did_you_mean(value, choices) if isinstance(value, str) else ""
 
 
-def _unknown_key(item: _ErrorLocation, name: str, root: Spot) -> str:
+def _unknown_key(item: _ErrorLocation, name: str, root: FieldSpec) -> str:
     key = str(item.path[-1])
     model = item.parent.model
     known = list(model.model_fields) if model else []
@@ -217,7 +220,7 @@ def _unknown_key(item: _ErrorLocation, name: str, root: Spot) -> str:
     )
 
 
-def _elsewhere(key: str, root: Spot) -> str:
+def _elsewhere(key: str, root: FieldSpec) -> str:
     """Return `Did you mean 'train.steps'?` for a field of another section."""
     paths = {path.rpartition(".")[2]: path for path in reversed(field_paths(root))}
     near = difflib.get_close_matches(key, list(paths), n=1, cutoff=0.8)
@@ -227,8 +230,8 @@ def _elsewhere(key: str, root: Spot) -> str:
 def _unknown_kind(item: _ErrorLocation, name: str) -> str:
     context = item.error.get("ctx", {})
     key = str(context.get("discriminator", "kind")).strip("'")
-    known = [tag_of(member, item.spot) for member in item.spot.members()]
-    known += [kind for m in item.spot.metadata if isinstance(m, OpenTo) for kind in m.others()]
+    known = [tag_of(member, item.spec) for member in item.spec.members()]
+    known += [kind for m in item.spec.metadata if isinstance(m, OpenUnion) for kind in m.others()]
     name = f"{name}.{key}"
     if item.error["type"] == "union_tag_not_found":
         return format_problem(name, MISSING, "required", allowed=f"Known: {', '.join(known)}")
@@ -243,7 +246,7 @@ def _missing(item: _ErrorLocation, name: str) -> str:
     field = item.parent.model.model_fields[str(item.path[-1])] if item.parent.model else None
     meaning = field.description if field is not None and field.description else ""
     return format_problem(
-        name, MISSING, "required", allowed=f"Give {describe(item.spot)}", fix=meaning
+        name, MISSING, "required", allowed=f"Give {describe(item.spec)}", fix=meaning
     )
 
 

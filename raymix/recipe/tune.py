@@ -1,4 +1,4 @@
-"""Recipe model of `raymix tune`: which small runs, which law, what to minimize, what to verify."""
+"""Recipe model of `raymix tune`: proxy runs, law, objective, verification."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from raymix.recipe.base import Fault, Real, RecipeModel, Whole, raise_if
+from raymix.recipe.base import Fault, Integer, Number, RecipeModel, raise_if
 from raymix.recipe.shares import Weights, sum_fault
 
-Share = Annotated[Real, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 
-# What would make a small run another kind of thing than one mixture's run.
-_NOT_OF_PROXIES = ("name", "seed", "corpus", "mixer", "run", "cluster", "tune", "specialists")
+# A proxy run is a run of one mixture: these fields would make it something else.
+_NOT_IN_PROXIES = ("name", "seed", "corpus", "mixer", "run", "cluster", "tune", "specialists")
 
 
 class TuneConfig(RecipeModel):
@@ -22,22 +22,22 @@ class TuneConfig(RecipeModel):
     mode: Literal["design", "sequential", "optuna"] = "design"
     """`design`: all mixtures beforehand; `sequential`: a part of them, then each by the law's
     expected improvement; `optuna`: each by Optuna's TPE, a baseline that knows no law."""
-    runs: Whole = Field(default=16, ge=2, le=10_000)
+    runs: Integer = Field(default=16, ge=2, le=10_000)
     """Small runs of the design, or in all where each follows from those before."""
-    initial: Whole | None = Field(default=None, ge=2)
+    initial: Integer | None = Field(default=None, ge=2)
     """With `sequential` and `optuna`, runs of the design to begin with; left out, half of all."""
     design: Literal["dirichlet", "space_filling", "d_optimal"] = "dirichlet"
     """`dirichlet`: draws around `prior`; `space_filling`: evenly over all that is allowed;
     `d_optimal`: what determines the law's coefficients best."""
     prior: Literal["proportional", "uniform"] | Weights = "proportional"
     """Shares that `dirichlet` draws around and `kl` keeps near to."""
-    concentration: Real = Field(default=1.0, gt=0)
+    concentration: Number = Field(default=1.0, gt=0)
     """Of `dirichlet`: parameters concentration x domains x prior; the larger, the nearer to it."""
     vertices: bool = False
     """Add a run per domain with as much as may be of it."""
     leave_one_out: bool = False
     """Add a run per domain with the prior less that domain."""
-    seed: Whole = Field(default=0, ge=0, lt=2**31)
+    seed: Integer = Field(default=0, ge=0, lt=2**31)
     """Seeds the design; the runs themselves are seeded by the recipe."""
     law: str = Field(default="auto", min_length=1)
     """Kind of law to fit; `auto` chooses by cross-validation."""
@@ -46,22 +46,22 @@ class TuneConfig(RecipeModel):
     there are none, all domains alike."""
     minimax: bool = False
     """Minimize the largest weighted loss instead of the sum."""
-    horizon: Whole | None = Field(default=None, ge=1)
+    horizon: Integer | None = Field(default=None, ge=1)
     """Steps of a run that the optimum is for; left out, those of the small runs."""
-    floor: Real = Field(default=0.1, ge=0, lt=1)
+    floor: Number = Field(default=0.1, ge=0, lt=1)
     """Every domain has at least floor / K of K domains; many laws know no share of 0."""
     floors: dict[str, Share] = Field(default_factory=dict)
     """Least share by domain, in place of floor / K."""
     caps: dict[str, Share] = Field(default_factory=dict)
     """Largest share by domain."""
-    max_epochs: Real | None = Field(default=None, gt=0)
+    max_epochs: Number | None = Field(default=None, gt=0)
     """No share may need more passes over a domain in the recipe's own run, not the small ones; left
     out, as data.max_epochs says."""
     extrapolate: bool = False
     """Let the optimum give a domain more than any small run did: laws are often wrong there."""
-    kl: Real = Field(default=0.0, ge=0)
+    kl: Number = Field(default=0.0, ge=0)
     """Weight of KL(shares || prior), in nats, in what is minimized."""
-    verify: Whole = Field(default=3, ge=0, le=100)
+    verify: Integer = Field(default=3, ge=0, le=100)
     """Seeds, new ones, to run the optimum and what it is compared with on; 0 for none."""
     scheduler: Literal["none", "asha"] = "none"
     """With mode `design`, `asha` stops runs of high loss early (ASHA); their last losses are used
@@ -102,14 +102,14 @@ class TuneConfig(RecipeModel):
         return [
             Fault(f"proxy.{key}", value, "cannot differ in the small runs", (advice,))
             for key, value in self.proxy.items()
-            if key.split(".")[0] in _NOT_OF_PROXIES
+            if key.split(".")[0] in _NOT_IN_PROXIES
         ]
 
     def by_domain(self) -> dict[str, Mapping[str, float]]:
         """Return the mappings of domains to numbers, by field."""
-        found: dict[str, Mapping[str, float]] = {
+        values: dict[str, Mapping[str, float]] = {
             "weights": self.weights,
             "floors": self.floors,
             "caps": self.caps,
         }
-        return found | ({"prior": self.prior} if isinstance(self.prior, dict) else {})
+        return values | ({"prior": self.prior} if isinstance(self.prior, dict) else {})

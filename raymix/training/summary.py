@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raymix.corpus.console import short
+from raymix._utils.formatting import short
 from raymix.errors import RecipeError
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus

@@ -54,7 +54,7 @@ from raymix.merging.registry import (
     each,
     merge_method,
 )
-from raymix.recipe.base import Real, Whole
+from raymix.recipe.base import Integer, Number
 
 Direction = Literal["horizontal", "vertical", "auto"]
 
@@ -76,9 +76,9 @@ class _SharedOptions(Options):
     decomposition: Decomposition = "gram"
     """`gram` (fp64) or `svd` (fp64, the reference); `gram_fp32`, `svd_fp32` and `randomized`
     change the result."""
-    rank_tolerance: Annotated[Real, Field(ge=0, lt=1)] = 1e-2
+    rank_tolerance: Annotated[Number, Field(ge=0, lt=1)] = 1e-2
     """Directions with a singular value at or below this part of the largest are cut."""
-    rank: Annotated[Whole, Field(ge=1)] | None = None
+    rank: Annotated[Integer, Field(ge=1)] | None = None
     """Directions that `randomized` looks for."""
 
 
@@ -100,7 +100,7 @@ class KnotsOptions(_SharedOptions):
     """Part of each task's entries that is kept."""
     lambda_: Scale = Field(1.0, alias="lambda")
     """Factor of the merged delta."""
-    rank_tolerance: Annotated[Real, Field(ge=0, lt=1)] = 1e-5
+    rank_tolerance: Annotated[Number, Field(ge=0, lt=1)] = 1e-5
 
 
 def _other(base: Tensor | None, deltas: Sequence[Tensor], options: _SharedOptions) -> Merged:

@@ -44,7 +44,7 @@ from raymix.merging.registry import (
     each,
     merge_method,
 )
-from raymix.recipe.base import Whole
+from raymix.recipe.base import Integer
 
 Thin = Callable[[Tensor], Tensor]
 """Returns a chunk with entries set to 0, in place or not; called on the chunks in their order."""
@@ -86,7 +86,7 @@ class DareOptions(SumOptions):
     rescale: bool = True
     rescale_to: str = Field("l1", pattern="^(l1|density)$")
     """`l1`: to the L1 norm (mergekit); `density`: divide by the density (the paper)."""
-    seed: Whole = 0
+    seed: Integer = 0
     """Seed of the drops."""
 
 

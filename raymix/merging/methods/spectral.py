@@ -34,7 +34,7 @@ from raymix.merging.registry import (
     each,
     merge_method,
 )
-from raymix.recipe.base import Real
+from raymix.recipe.base import Number
 
 # The fp64 Gram matrix resolves singular values down to about this part of the largest.
 _RESOLVED = 1e-7
@@ -73,7 +73,7 @@ class IsoOptions(TsvOptions):
 class IsoCtsOptions(TsvOptions):
     """Options of `iso_cts`."""
 
-    common: Annotated[Real, Field(gt=0, le=1)] = 0.8
+    common: Annotated[Number, Field(gt=0, le=1)] = 0.8
     """Part of the directions that comes from the sum; the rest is shared out to the tasks."""
 
 

@@ -26,7 +26,7 @@ from raymix.merging.registry import (
     each,
     merge_method,
 )
-from raymix.recipe.base import Real
+from raymix.recipe.base import Number
 
 # Nearer than this to parallel, an arc is a line to fp32's precision.
 _PARALLEL = 0.9995
@@ -46,7 +46,7 @@ class MultislerpOptions(Options):
     weight: EachScale = (1.0,)
     normalize_weights: bool = True
     """Divide the weights by their sum."""
-    eps: Annotated[Real, Field(gt=0)] = _NOTHING
+    eps: Annotated[Number, Field(gt=0)] = _NOTHING
     """Norms below it count as zero."""
 
 

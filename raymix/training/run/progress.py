@@ -15,8 +15,8 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 from rich.status import Status
 
+from raymix._utils.formatting import clock, short
 from raymix._utils.json import parse_json
-from raymix.corpus.console import clock, short
 from raymix.store.remote.tail import LineTail
 
 _LINE_EVERY_S = 10.0

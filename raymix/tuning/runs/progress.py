@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from raymix.corpus.console import clock
+from raymix._utils.formatting import clock
 from raymix.training.run.progress import LiveConsole, MetricsTail, evaluation_line
 
 _LINE_EVERY_S = 30.0
