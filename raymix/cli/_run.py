@@ -1,4 +1,4 @@
-"""What every command shares: its arguments, its exit code, and the one document of `--json`."""
+"""Shared by all commands: arguments, exit codes, and the one document of `--json`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _owns_process = False
 
 
 def own_process() -> None:
-    """Let `--json` keep stdout for itself until the process ends: Ray's threads outlive `work`."""
+    """Let `--json` own stdout until the process ends: Ray's threads print after `work` is done."""
     global _owns_process
     _owns_process = True
 
@@ -83,14 +83,13 @@ def run_command(
     json: bool,
     failed: Callable[[Mapping[str, Any]], int] = lambda document: False,
 ) -> None:
-    """Run `work`; print its document when `json`; leave with the right exit code.
+    """Run `work`, print its document if `json`, and exit with the right code.
 
     Args:
-        work: Does the job, prints for people on stdout, returns the document.
+        work: Does the work, prints for people on stdout, returns the document.
         json: Print that document, and nothing else, on stdout; a failure is a document too:
             `{"error": class, "problems": [message, ...]}`.
-        failed: Says of a document that it stands for a failure: True for exit code 1, else the
-            code itself.
+        failed: Returns the exit code of a document: 0 or False for success, True for 1.
 
     Raises:
         typer.Exit: With 2 for bad input, 1 for a failure in the work, 130 when interrupted.
@@ -115,7 +114,7 @@ def run_command(
 
 
 def explain(error: BaseException) -> tuple[str, list[str], int]:
-    """Return the class name, the messages and the exit code that stand for `error`."""
+    """Return the class name, the messages and the exit code of `error`."""
     known = _raymix_error(error)
     if known is not None:
         return type(known).__name__, list(known.problems), known.exit_code
@@ -141,14 +140,14 @@ _INPUT_ERRNOS = {
 
 
 def _raymix_error(error: BaseException) -> RaymixError | None:
-    """Return the RaymixError in a chain of causes; Ray wraps what its tasks raise."""
+    """Return the RaymixError in a chain of causes: Ray wraps the errors of its tasks."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         inner = getattr(current, "cause", None)
         for candidate in (inner, current):
-            # A wrapped error inherits from the class but has lost `problems`.
+            # Ray's wrapper inherits from the error's class but has lost its `problems`.
             if isinstance(candidate, RaymixError) and "problems" in vars(candidate):
                 return candidate
         current = inner if isinstance(inner, BaseException) else current.__cause__
@@ -186,10 +185,10 @@ def _stdout_for_document(json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
         yield lambda document: None
         return
     original = sys.stdout
-    original.flush()
+    original.flush()  # what was printed before would otherwise follow the document
     saved = os.dup(1)
     os.dup2(2, 1)
-    # A stdout that is not descriptor 1 (a test's, a notebook's) gets the document as it is.
+    # In a test or a notebook sys.stdout is not descriptor 1, so both are redirected.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield lambda document: _write_document(document, original, saved)

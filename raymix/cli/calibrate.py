@@ -1,4 +1,4 @@
-"""`raymix schedule calibrate`: measures what a model costs here, and keeps it as a cost model."""
+"""`raymix schedule calibrate`: measures a model on this hardware and writes a cost model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _CPU_RANKS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What the command line said."""
+class CalibrateOptions:
+    """The options of the command line."""
 
     source: str
     """A recipe, or one of the models of `raymix.schedule.MODELS`."""
@@ -35,7 +35,7 @@ class Asked:
     """Assumed where there is one device only, and nothing to gather from."""
 
 
-def work(asked: Asked) -> dict[str, Any]:
+def work(options: CalibrateOptions) -> dict[str, Any]:
     """Measure, write the file, and return it as a document.
 
     Raises:
@@ -47,14 +47,14 @@ def work(asked: Asked) -> dict[str, Any]:
     from raymix.training.calibrate.calibrate import CalibrationBudget, calibrate, with_links
     from raymix.training.host.device import quiet_libraries
 
-    path = _path(asked.out)
+    path = _path(options.out)
     quiet_libraries()
-    setup = _setup(asked)
+    setup = _setup(options)
     console = Console(stderr=True, highlight=False)
-    effort = CalibrationBudget(seconds=asked.seconds, longest=asked.longest or _LONGEST)
-    cost, taken = calibrate(setup, effort, lambda line: console.print(line, markup=False))
+    budget = CalibrationBudget(seconds=options.seconds, longest=options.longest or _LONGEST)
+    cost, taken = calibrate(setup, budget, lambda line: console.print(line, markup=False))
     if setup.ranks == 1:
-        cost = with_links(cost, _assumed_links(setup, asked.network), asked.network)
+        cost = with_links(cost, _assumed_links(setup, options.network), options.network)
     save_cost_model(cost, path)
     _draw(cost, path, Console(highlight=False))
     return {
@@ -80,26 +80,28 @@ def _path(out: str | None) -> Path:
     return Path(out)
 
 
-def _setup(asked: Asked) -> Setup:
+def _setup(options: CalibrateOptions) -> Setup:
     from raymix.errors import ScheduleError
     from raymix.schedule import MODELS
     from raymix.training.calibrate.calibrate import Setup, preset_config, recipe_config
 
-    device = _device(asked.device)
-    if asked.source in MODELS:
-        if asked.changes:
-            raise ScheduleError.at("overrides", asked.changes, "only a recipe has fields to change")
-        config = preset_config(asked.source)
-    elif asked.source.endswith((".yaml", ".yml")) or ":" in asked.source:
-        config = recipe_config(load(asked.source, asked.changes))
+    device = _device(options.device)
+    if options.source in MODELS:
+        if options.changes:
+            raise ScheduleError.at(
+                "overrides", options.changes, "only a recipe has fields to change"
+            )
+        config = preset_config(options.source)
+    elif options.source.endswith((".yaml", ".yml")) or ":" in options.source:
+        config = recipe_config(load(options.source, options.changes))
     else:
         raise ScheduleError.at(
             "source",
-            asked.source,
+            options.source,
             "neither a recipe nor a known model",
             allowed=f"Known: {', '.join(MODELS)}",
         )
-    ranks = asked.ranks or _ranks(device)
+    ranks = options.ranks or _ranks(device)
     if device.type == "cuda" and ranks > _gpus():
         raise ScheduleError.at(
             "ranks", ranks, f"there are {_gpus()} GPUs here, and each rank needs one"
@@ -116,8 +118,8 @@ def _device(name: str) -> torch.device:
         raise ScheduleError.at("device", name, "not a device", allowed="Known: auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ScheduleError.at("device", name, "torch finds no GPU here", fix="Take cpu or auto")
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if name == "auto" else name)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(default if name == "auto" else name)
 
 
 def _gpus() -> int:

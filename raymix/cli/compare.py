@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_MOST_DOMAINS = 40
+_MAX_DOMAINS = 40
 
 
 def command(
@@ -53,7 +53,7 @@ def command(
 ) -> None:
     """Train the same model on the same tokens and seeds under several mixers, and compare.
 
-    Says, with spread over seeds, which mixer ends with the lower held-out loss per domain, in the
+    Says, with spread over seeds, which mixer ends with the lower suffix-out loss per domain, in the
     mean, in the worst domain and on targets, and what measuring for it cost. Running it again
     goes on: finished runs are not repeated. Ctrl-C stops with checkpoints.
     """
@@ -98,8 +98,8 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print(_domains(document, width=console.width, fancy=fancy))
     for run in document["runs"]:
         if run["state"] != "done":
-            told = f"{run['mixer']}, seed {run['seed']}: {run['problem']}"
-            console.print(told, markup=False, soft_wrap=True)
+            failure = f"{run['mixer']}, seed {run['seed']}: {run['problem']}"
+            console.print(failure, markup=False, soft_wrap=True)
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
 
 
@@ -128,8 +128,8 @@ def _differences(document: Mapping[str, Any], *, fancy: bool) -> Table:
     table = plain_table("mixer", *measures, fancy=fancy)
     for name, row in document["mixers"].items():
         if name != document["baseline"]:
-            found = [difference(row[measure]["difference"]) for measure in measures]
-            table.add_row(name, *found)
+            cells = [difference(row[measure]["difference"]) for measure in measures]
+            table.add_row(name, *cells)
     return table
 
 
@@ -141,13 +141,13 @@ def _domains(document: Mapping[str, Any], *, width: int, fancy: bool) -> Table:
     names = [*document["domains"], *document["targets"]]
     needed = max([0, *map(len, names)]) + 9 + sum(max(17, len(name) + 2) for name in rows)
     table = plain_table("domain", *rows, fancy=fancy)
-    for name in names[:_MOST_DOMAINS]:
-        held = " (target)" if name in document["targets"] else ""
-        found = [row["domains"][name] for row in rows.values()]
-        cells = [with_spread(item) for item in found]
+    for name in names[:_MAX_DOMAINS]:
+        suffix = " (target)" if name in document["targets"] else ""
+        results = [row["domains"][name] for row in rows.values()]
+        cells = [with_spread(item) for item in results]
         if needed > width:
             cells = [cell.partition(" ")[0] for cell in cells]
-        table.add_row(f"{name}{held}", *cells)
-    if len(names) > _MOST_DOMAINS:
-        table.add_row(f"... {len(names) - _MOST_DOMAINS} more in the files")
+        table.add_row(f"{name}{suffix}", *cells)
+    if len(names) > _MAX_DOMAINS:
+        table.add_row(f"... {len(names) - _MAX_DOMAINS} more in the files")
     return table

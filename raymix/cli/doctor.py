@@ -1,4 +1,4 @@
-"""`raymix doctor`: is this machine fit for a run?"""
+"""`raymix doctor`: checks of this machine and its Ray cluster."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the doctor: what was looked at, the verdict, what was found, what to do."""
+    """One line of the output: the check, its status, what it observed, advice."""
 
     name: str
     verdict: Verdict
-    found: str
+    observed: str
     advice: str = ""
 
 
@@ -71,7 +71,7 @@ def line(check: Check, *, color: bool) -> str:
     if color:
         verdict = typer.style(verdict, fg=_COLORS[check.verdict], bold=True)
     advice = f"\n{'':21}{check.advice}" if check.advice else ""
-    return f"{verdict} {check.name:15} {check.found}{advice}"
+    return f"{verdict} {check.name:15} {check.observed}{advice}"
 
 
 def examine(address: str | None) -> Iterator[Check]:
@@ -103,11 +103,11 @@ def _packages() -> Iterator[Check]:
         except metadata.PackageNotFoundError:
             yield Check(name, "fail", "not installed", f"pip install '{name}'")
             continue
-        wanted = needed.get(name)
-        if wanted is None or wanted.contains(version, prereleases=True):
+        required = needed.get(name)
+        if required is None or required.contains(version, prereleases=True):
             yield Check(name, "ok", version)
         else:
-            yield Check(name, "fail", version, f"pip install '{name}{wanted}'")
+            yield Check(name, "fail", version, f"pip install '{name}{required}'")
 
 
 def _cores() -> Check:
@@ -124,11 +124,11 @@ def _memory() -> Check:
     from raymix.training.host.machine import memory
 
     total, free = memory()
-    found = f"{total / _GB:.1f} GB, {free / _GB:.1f} GB available"
+    observed = f"{total / _GB:.1f} GB, {free / _GB:.1f} GB available"
     if free >= 4 * _GB:
-        return Check("memory", "ok", found)
+        return Check("memory", "ok", observed)
     advice = "Ray takes 30 % of memory for its object store; set cluster.object_store_bytes."
-    return Check("memory", "warn", found, advice)
+    return Check("memory", "warn", observed, advice)
 
 
 def _shared_memory() -> Check:
@@ -136,25 +136,25 @@ def _shared_memory() -> Check:
 
     if not SHM.exists():
         return Check("object store", "warn", f"no {SHM}", "Ray will use files in /tmp, slower.")
-    free, wanted = disk_free(str(SHM)) or 0, int(0.3 * memory()[0])
-    found = f"{SHM} has {free / _GB:.1f} GB free, Ray takes {wanted / _GB:.1f} GB by default"
-    if free >= wanted:
-        return Check("object store", "ok", found)
+    free, required = disk_free(str(SHM)) or 0, int(0.3 * memory()[0])
+    observed = f"{SHM} has {free / _GB:.1f} GB free, Ray takes {required / _GB:.1f} GB by default"
+    if free >= required:
+        return Check("object store", "ok", observed)
     advice = (
         "Set cluster.object_store_bytes below what is free, or start the container with a larger "
-        f"--shm-size ({wanted / _GB:.0f}g); else Ray uses files in /tmp, slower."
+        f"--shm-size ({required / _GB:.0f}g); else Ray uses files in /tmp, slower."
     )
-    return Check("object store", "warn", found, advice)
+    return Check("object store", "warn", observed, advice)
 
 
 def _disk() -> Check:
     from raymix.training.host.machine import disk_free
 
     here, temporary = disk_free(os.getcwd()) or 0, disk_free("/tmp/ray") or 0
-    found = f"{here / _GB:.1f} GB free here, {temporary / _GB:.1f} GB where Ray logs"
+    observed = f"{here / _GB:.1f} GB free here, {temporary / _GB:.1f} GB where Ray logs"
     if min(here, temporary) >= 5 * _GB:
-        return Check("disk", "ok", found)
-    return Check("disk", "warn", found, "Free some: corpora and checkpoints need room.")
+        return Check("disk", "ok", observed)
+    return Check("disk", "warn", observed, "Free some: corpora and checkpoints need room.")
 
 
 def _open_files() -> Check:
@@ -184,12 +184,12 @@ def _cluster(address: str | None) -> Check:
     from raymix.errors import ClusterError
     from raymix.training.host.machine import ray_address, resources
 
-    found = ray_address(address)
-    if found is None:
+    observed = ray_address(address)
+    if observed is None:
         return Check("ray cluster", "ok", "no address: runs start a private one on this machine")
     try:
-        has = resources(found)
+        has = resources(observed)
     except ClusterError as error:
         return Check("ray cluster", "fail", str(error))
     what = f"{has.cpus:g} CPUs, {has.gpus:g} GPUs, {has.memory_bytes / _GB:.1f} GB"
-    return Check("ray cluster", "ok", f"{found}: {has.nodes} nodes with {what}")
+    return Check("ray cluster", "ok", f"{observed}: {has.nodes} nodes with {what}")

@@ -1,4 +1,4 @@
-"""`raymix eval`: how well does a checkpoint predict held-out text?"""
+"""`raymix eval`: held-out loss of a checkpoint by domain."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def command(
             table.add_column(head, justify="right" if number else "left", no_wrap=True)
         for name, row in document["domains"].items():
             bits = row["bits_per_byte"]
-            said = "-" if bits is None else f"{bits:.4f}"
-            table.add_row(name, f"{row['tokens']:,}", f"{row['loss']:.4f}", said)
+            bits_text = "-" if bits is None else f"{bits:.4f}"
+            table.add_row(name, f"{row['tokens']:,}", f"{row['loss']:.4f}", bits_text)
         console = Console(highlight=False)
         console.print(table)
         console.print(

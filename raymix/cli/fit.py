@@ -62,13 +62,15 @@ def command(
     def work() -> dict[str, Any]:
         from raymix.laws import fit_law, read_table, save_law
 
-        kept = _where(where or [])
+        conditions = _where(where or [])
         names = [name for part in target or [] for name in part.split(",") if name]
-        fitted, report = fit_law(read_table(table, where=kept), law=law, targets=names or None)
+        fitted, report = fit_law(
+            read_table(table, where=conditions), law=law, targets=names or None
+        )
         document = report.document()
         if holdout is not None:
-            found = _judged(fitted, read_table(holdout, where=kept), holdout)
-            document |= found
+            holdout_scores = _score_holdout(fitted, read_table(holdout, where=conditions), holdout)
+            document |= holdout_scores
             document["judged_on"] = holdout
         else:
             document["judged_on"] = "runs left out"
@@ -84,34 +86,36 @@ def command(
 def _where(given: Sequence[str]) -> dict[str, str]:
     from raymix.errors import LawError
 
-    found: dict[str, str] = {}
+    conditions: dict[str, str] = {}
     for text in given:
         column, equals, value = text.partition("=")
         if not (column and equals):
             raise LawError.at("--where", text, "not of the form COLUMN=VALUE")
-        found[column] = value
-    return found
+        conditions[column] = value
+    return conditions
 
 
-def _judged(fitted: Any, held: Any, name: str) -> dict[str, Any]:
+def _score_holdout(fitted: Any, holdout_table: Any, name: str) -> dict[str, Any]:
     """Return the scores of a law on another table, in JSON types."""
     from raymix.errors import LawError
     from raymix.laws import mean_score, scores
 
-    if set(held.domains) != set(fitted.domains):
-        missing = sorted(set(fitted.domains) ^ set(held.domains))
+    if set(holdout_table.domains) != set(fitted.domains):
+        missing = sorted(set(fitted.domains) ^ set(holdout_table.domains))
         raise LawError.at(
             "--holdout",
             name,
             f"other domains than the table: {', '.join(missing[:5])}",
             fix="Give it the same share columns",
         )
-    held = held.with_targets(fitted.targets)
-    at = [held.domains.index(domain) for domain in fitted.domains]
-    found = scores(held, fitted.predict(held.share_RD[:, at], held.step_R))
+    holdout_table = holdout_table.with_targets(fitted.targets)
+    at = [holdout_table.domains.index(domain) for domain in fitted.domains]
+    by_target = scores(
+        holdout_table, fitted.predict(holdout_table.share_RD[:, at], holdout_table.step_R)
+    )
     return {
-        "targets": {target: score.document() for target, score in found.items()},
-        "mean": mean_score(found).document(),
+        "targets": {target: score.document() for target, score in by_target.items()},
+        "mean": mean_score(by_target).document(),
     }
 
 

@@ -1,4 +1,4 @@
-"""`raymix logs`: what a job has printed."""
+"""`raymix logs`: the output of a job."""
 
 from __future__ import annotations
 

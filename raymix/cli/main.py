@@ -158,8 +158,8 @@ class LazyCommands(TyperGroup):
                 formatter.write_dl([(name.ljust(_NAME), line) for name, line in commands.items()])
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         from raymix import __version__
 
         typer.echo(f"raymix {__version__}")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-_MOST_POINTS = 10
-_MOST_DOMAINS = 8
+_MAX_POINTS = 10
+_MAX_DOMAINS = 8
 
 _TrialsOption = Annotated[
     int | None,
@@ -176,26 +176,29 @@ def draw_search(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"\n{document['trials']} merges by {document['method']}, the best first")
     table = plain_table("point", *names, "loss to choose by", fancy=fancy)
     usable = [point for point in document["points"] if point["loss"] is not None]
-    for point in sorted(usable, key=lambda p: p["loss"])[:_MOST_POINTS]:
+    for point in sorted(usable, key=lambda p: p["loss"])[:_MAX_POINTS]:
         values = [f"{point['options'][name]:.4g}" for name in names]
         given = "as given" if point["number"] == 0 else str(point["number"])
         table.add_row(given, *values, f"{point['loss']:.4f}")
     console.print(table)
-    held = document["held_out"]
+    held_out = document["held_out"]
     console.print(
-        f"\nheld-out loss, nats per token, on the first {held['test_rows']} rows of each domain; "
-        f"none of the at most {held['search_rows']} rows chosen by is among them",
+        f"\nheld-out loss, nats per token, on the first {held_out['test_rows']} rows of each "
+        "domain; "
+        f"none of the at most {held_out['search_rows']} rows chosen by is among them",
         soft_wrap=True,
     )
-    domains = held["domains"][:_MOST_DOMAINS]
+    domains = held_out["domains"][:_MAX_DOMAINS]
     table = plain_table("model", "mean", *domains, fancy=fancy)
     for name, row in document["test"].items():
         losses = [row["mean"], *(row["domains"].get(domain) for domain in domains)]
         table.add_row(name, *("-" if loss is None else f"{loss:.4f}" for loss in losses))
     console.print(table)
-    if held["shared"]:
-        told = f"one document is all that is held out of {', '.join(held['shared'])}: both parts "
-        console.print(f"note: {told}are of it", markup=False, soft_wrap=True)
+    if held_out["shared"]:
+        note = (
+            f"one document is all that is held out of {', '.join(held_out['shared'])}: both parts "
+        )
+        console.print(f"note: {note}are of it", markup=False, soft_wrap=True)
     if document["failed_points"]:
         console.print(f"{document['failed_points']} merges could not be made; see the files")
     chosen = ", ".join(f"{name} {value:.4g}" for name, value in document["best"].items())

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from raymix.laws import Law, Objective, Optimum
 
-_MOST_ROWS = 40
-_MANY = 100
+_MAX_ROWS = 40
+_MAX_COARSE_DOMAINS = 100
 
 Numbers = list[str] | None
 
@@ -127,17 +127,17 @@ def _numbers(option: str, given: Sequence[str] | None) -> dict[str, float]:
     """
     from raymix.errors import LawError
 
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for part in given or ():
         name, _, text = part.rpartition("=")
-        if name in found:
+        if name in values:
             raise LawError.at(option, part, f"{name!r} was given before", fix="Give it once")
         try:
-            found[name or part] = float(text if name else "")
+            values[name or part] = float(text if name else "")
         except ValueError:
             wrong, advice = "not NAME=NUMBER", f"Write e.g. {option} web=0.3"
             raise LawError.at(option, part, wrong, fix=advice) from None
-    return found
+    return values
 
 
 def _prior(text: str | None, domains: Sequence[str]) -> dict[str, float] | None:
@@ -174,7 +174,7 @@ def _document(fitted: Law, objective: Objective, optimum: Optimum) -> dict[str, 
 
 def rounded(shares: Mapping[str, float]) -> dict[str, float]:
     """Return shares of few digits that sum to 1: the largest takes what rounding left."""
-    digits = 6 if len(shares) <= _MANY else 9
+    digits = 6 if len(shares) <= _MAX_COARSE_DOMAINS else 9
     short = {name: round(share, digits) for name, share in shares.items()}
     largest = max(short, key=lambda name: short[name])
     others = sum(share for name, share in short.items() if name != largest)
@@ -229,10 +229,10 @@ def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
     reference = document["reference"]
     table = plain_table("domain", "share", reference["name"], "largest in a run", fancy=fancy)
     ranked = sorted(document["shares"].items(), key=lambda item: -item[1])
-    for name, share in ranked[:_MOST_ROWS]:
+    for name, share in ranked[:_MAX_ROWS]:
         cells = (share, reference["shares"][name], document["most"][name])
         table.add_row(_plain(name), *map(percent, cells))
-    rest = ranked[_MOST_ROWS:]
+    rest = ranked[_MAX_ROWS:]
     if rest:
         before = sum(reference["shares"][name] for name, _ in rest)
         total = sum(share for _, share in rest)
@@ -248,10 +248,10 @@ def _losses(document: Mapping[str, Any], *, fancy: bool) -> Table:
     )
     rows = [(name, loss, reference["losses"][name]) for name, loss in document["losses"].items()]
     rows.sort(key=lambda row: row[1] - row[2])
-    for name, loss, before in rows[:_MOST_ROWS]:
+    for name, loss, before in rows[:_MAX_ROWS]:
         table.add_row(_plain(name), f"{loss:.4f}", f"{before:.4f}", f"{loss - before:+.4f}")
-    if len(rows) > _MOST_ROWS:
-        table.add_row(f"... {len(rows) - _MOST_ROWS} more")
+    if len(rows) > _MAX_ROWS:
+        table.add_row(f"... {len(rows) - _MAX_ROWS} more")
     return table
 
 

@@ -1,4 +1,4 @@
-"""`raymix plan`: what a run would do, or why it cannot."""
+"""`raymix plan`: a dry run with shares, epochs, steps and memory, and all preflight checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`raymix schedule`: how fast a step can be with sequences of these lengths, by planner."""
+"""`raymix schedule`: simulated step times of all planners on given sequence lengths."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def command(
         from raymix.cli import calibrate
 
         changes = [*(overrides or ()), *(set_overrides or ())]
-        asked = calibrate.Asked(source, changes, out, ranks, device, seconds, longest, network)
+        asked = calibrate.CalibrateOptions(
+            source, changes, out, ranks, device, seconds, longest, network
+        )
         return run_command(lambda: calibrate.work(asked), json=json)
 
     def work() -> dict[str, Any]:
@@ -134,12 +136,12 @@ def command(
         changes = [*(overrides or ()), *(set_overrides or ())]
         lengths = _lengths(source, changes, layout, chosen, longest, seed)
         names = tuple(name.strip() for name in planners.split(",") if name.strip())
-        found = compare_planners(
+        comparison = compare_planners(
             lengths, layout, chosen, batch=batch, steps=steps, seed=seed, planners=names
         )
-        document: dict[str, Any] = {"source": source, "files": [], **found.document()}
+        document: dict[str, Any] = {"source": source, "files": [], **comparison.document()}
         if page is not None:
-            document["files"] = _write(document, found, page)
+            document["files"] = _write(document, comparison, page)
         _draw(document, Console(highlight=False))
         return document
 
@@ -213,7 +215,7 @@ def _page(out: str) -> Path:
     return page
 
 
-def _write(document: Mapping[str, Any], found: Comparison, page: Path) -> list[str]:
+def _write(document: Mapping[str, Any], comparison: Comparison, page: Path) -> list[str]:
     """Write the page and its data; return their paths."""
     import json as json_module
 
@@ -222,7 +224,7 @@ def _write(document: Mapping[str, Any], found: Comparison, page: Path) -> list[s
     from raymix.store import atomic_write_text
 
     data = page.with_suffix(".json")
-    schedules = {name: tally.last for name, tally in found.tallies.items() if tally.last}
+    schedules = {name: tally.last for name, tally in comparison.tallies.items() if tally.last}
     html = schedule_page(document, schedules, twin=data.name)
     atomic_write_text(str(data), json_module.dumps(jsonable(document), allow_nan=False) + "\n")
     atomic_write_text(str(page), html)

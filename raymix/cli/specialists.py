@@ -92,8 +92,8 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print("\nby domain, merges at their best scale")
     console.print(_domains(document, fancy=fancy))
     if shared := ", ".join(document["held_out"]["shared"]):
-        told = f"note: one document is all that is held out of {shared}: it is chosen by, too"
-        console.print(told, markup=False, soft_wrap=True)
+        note = f"note: one document is all that is held out of {shared}: it is chosen by, too"
+        console.print(note, markup=False, soft_wrap=True)
     for name, problem in document["problems"].items():
         console.print(f"{name}: {problem}", markup=False, soft_wrap=True)
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
@@ -128,8 +128,8 @@ def _differences(document: Mapping[str, Any], first: str, *, fancy: bool) -> Tab
     table = plain_table("method", "at scale 1", "at the best scale", fancy=fancy)
     for name in document["merges"]:
         if name != first:
-            found = [document["differences"][at][name][first] for at in ("given", "best")]
-            table.add_row(name, *(difference(item) for item in found))
+            differences = [document["differences"][at][name][first] for at in ("given", "best")]
+            table.add_row(name, *(difference(item) for item in differences))
     return table
 
 

@@ -1,4 +1,4 @@
-"""`raymix status`: how a cluster's jobs stand."""
+"""`raymix status`: the state of a cluster's jobs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def command(
 
         server = JobServer(address, token_in_clear=token_in_clear)
         if job is not None:
-            found = server.look(job)
-            print(f"{found.job}: {found.status}" + _code(found))
-            if found.message:
-                print(found.message)
-            return found.document
+            details = server.look(job)
+            print(f"{details.job}: {details.status}" + _code(details))
+            if details.message:
+                print(details.message)
+            return details.document
         jobs = server.jobs()
         _draw(jobs)
         return {"address": server.address, "jobs": [item.document for item in jobs]}

@@ -1,4 +1,4 @@
-"""`raymix stop`: end a job in an orderly way."""
+"""`raymix stop`: stop a job; a run writes a checkpoint first."""
 
 from __future__ import annotations
 

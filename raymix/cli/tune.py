@@ -77,14 +77,14 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     if not console.is_terminal:
         console.width = 132
     fancy = console.is_terminal
-    told = document["judged"]
-    console.print(f"\nlaw: {document['law']}. {told['verdict']}", soft_wrap=True, markup=False)
+    judged = document["judged"]
+    console.print(f"\nlaw: {document['law']}. {judged['verdict']}", soft_wrap=True, markup=False)
     about = (
         f"\nhow well laws predict {document['rows']} losses of {len(document['runs'])} small runs; "
         "unseen: runs left out; later: the later steps, from the earlier ones"
     )
     console.print(about, soft_wrap=True)
-    console.print(_judged(told, fancy=fancy))
+    console.print(_judgment_table(judged, fancy=fancy))
     console.print(
         f"\nloss after {document['steps']:,} steps, nats per token ({_minimized(document)}): "
         f"predicted with 95 % interval, and measured over seeds {document['seeds'] or 'none'}",
@@ -111,7 +111,7 @@ def _minimized(document: Mapping[str, Any]) -> str:
     return f"{kind} over {some}"
 
 
-def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
+def _judgment_table(judged: Mapping[str, Any], *, fancy: bool) -> Table:
     from raymix.report.formatting import fixed, percent
 
     table = plain_table(
@@ -124,16 +124,16 @@ def _judged(told: Mapping[str, Any], *, fancy: bool) -> Table:
         "later: rel. error",
         fancy=fancy,
     )
-    claims = told["claims"]
+    claims = judged["claims"]
     later = f"< {percent(claims['ahead_mre'])}"
     table.add_row("BiMix as published", f"> {claims['unseen_r2']}", "", "", "", "", later)
     nothing: dict[str, None] = {"r2": None, "spearman": None, "mre": None}
-    for name, row in told["laws"].items():
+    for name, row in judged["laws"].items():
         scores = [row[key] or nothing for key in ("unseen", "unseen_last", "ahead")]
         table.add_row(name, *_cells(scores[0], scores[1]), percent(scores[2]["mre"]))
-    for name, score in told["nulls"].items():
-        last = told["nulls_last"].get(name) or nothing
-        table.add_row(f"knows less: {name}", *_cells(score, last), fixed(None, 3))
+    for name, score in judged["nulls"].items():
+        last = judged["nulls_last"].get(name) or nothing
+        table.add_row(f"null model: {name}", *_cells(score, last), fixed(None, 3))
     return table
 
 

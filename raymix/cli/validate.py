@@ -1,4 +1,4 @@
-"""`raymix validate`: is this recipe sound?"""
+"""`raymix validate`: all faults of a recipe at once."""
 
 from __future__ import annotations
 

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from raymix.errors import LawError, format_problem
 from raymix.laws.table import Floats
 
-_LEAST_CANDIDATES = 512
+_MIN_CANDIDATES = 512
 _CANDIDATES_PER_RUN = 16
 # Below it the gamma draws of a Dirichlet underflow to mixtures of one domain.
-_LEAST_ALPHA = 0.02
-_TINY = 1e-300
-_SAME = 1e-6
-_MOST_ROUNDS = 100
+_MIN_ALPHA = 0.02
+_SMALLEST_SHARE = 1e-300
+_RESOLUTION = 1e-6
+_MAX_ROUNDS = 100
 _ROUNDS_IN_VAIN = 5
-_LEAST_DRAWS = 256
+_MIN_DRAWS = 256
 _EXCHANGES = 20
 # Prior information per feature, in runs: with fewer runs than features the determinant is 0
 # without it (DuMouchel and Jones 1994, "Bayesian D-optimal designs").
@@ -42,12 +42,12 @@ def check_limits(floor_D: Floats, cap_D: Floats, names: tuple[str, ...]) -> None
     ]
     if len(names) < 2:
         faults.append(format_problem("domains", list(names), "a mixture needs two domains or more"))
-    if floor_D.sum() >= 1 - _SAME:
+    if floor_D.sum() >= 1 - _RESOLUTION:
         total = float(floor_D.sum())
         faults.append(
             format_problem("floors", round(total, 6), "they sum to 1 or more", fix="Lower some")
         )
-    if cap_D.sum() <= 1 + _SAME:
+    if cap_D.sum() <= 1 + _RESOLUTION:
         total = float(cap_D.sum())
         faults.append(
             format_problem(
@@ -67,9 +67,9 @@ def within_limits(wanted_ND: Floats, floor_D: Floats, cap_D: Floats) -> Floats:
     Among the mixtures within the limits it is the one nearest in KL(mixture || wanted). The
     limits must leave room: floors that sum to at most 1, caps to at least 1.
     """
-    wanted_ND = np.maximum(np.atleast_2d(wanted_ND), _TINY)
+    wanted_ND = np.maximum(np.atleast_2d(wanted_ND), _SMALLEST_SHARE)
     # The sum rises with c from that of the floors to that of the caps: bisection of log c.
-    low_N = np.full(len(wanted_ND), np.log(_TINY))
+    low_N = np.full(len(wanted_ND), np.log(_SMALLEST_SHARE))
     high_N = -low_N
     for _ in range(80):
         middle_N = (low_N + high_N) / 2
@@ -108,7 +108,7 @@ def dirichlet_design(
         LawError: If the limits leave no such number of different mixtures.
     """
     random = np.random.default_rng([seed, 1])
-    alpha_D = np.maximum(concentration * prior_D.size * prior_D / prior_D.sum(), _LEAST_ALPHA)
+    alpha_D = np.maximum(concentration * prior_D.size * prior_D / prior_D.sum(), _MIN_ALPHA)
     return _different(runs, lambda n: random.dirichlet(alpha_D, n), floor_D, cap_D)
 
 
@@ -186,25 +186,27 @@ def features_for(law: str) -> Callable[[Floats], Floats]:
     from the others.
     """
     if law in ("bimix", "additive", "joint", "auto"):
-        return lambda share_CD: np.log(np.maximum(share_CD, _SAME))
+        return lambda share_CD: np.log(np.maximum(share_CD, _RESOLUTION))
     return lambda share_CD: share_CD[:, :-1]
 
 
 def vertices(floor_D: Floats, cap_D: Floats) -> Floats:
     """Return the mixtures with as much as may be of one domain, shape (D, D)."""
-    return within_limits(np.eye(floor_D.size) + _SAME, floor_D, cap_D)
+    return within_limits(np.eye(floor_D.size) + _RESOLUTION, floor_D, cap_D)
 
 
 def leave_one_out(prior_D: Floats, floor_D: Floats, cap_D: Floats) -> Floats:
     """Return the prior less one domain each, which falls to its floor, shape (D, D)."""
     even_D = np.full(prior_D.size, 1 / prior_D.size)
-    base_D = np.where(prior_D > 0, prior_D, _SAME * even_D)
-    return within_limits(np.where(np.eye(prior_D.size) > 0, _TINY, base_D), floor_D, cap_D)
+    base_D = np.where(prior_D > 0, prior_D, _RESOLUTION * even_D)
+    return within_limits(
+        np.where(np.eye(prior_D.size) > 0, _SMALLEST_SHARE, base_D), floor_D, cap_D
+    )
 
 
 def _candidates(runs: int, floor_D: Floats, cap_D: Floats, seed: int) -> Floats:
     random = np.random.default_rng([seed, 2])
-    count = max(_LEAST_CANDIDATES, _CANDIDATES_PER_RUN * runs)
+    count = max(_MIN_CANDIDATES, _CANDIDATES_PER_RUN * runs)
     even_D = np.ones(floor_D.size)
     return _different(count, lambda n: random.dirichlet(even_D, n), floor_D, cap_D, enough=runs)
 
@@ -220,9 +222,9 @@ def _different(
     """Return `count` different draws within the limits, at least `enough` if there are no more."""
     found_ND = np.empty((0, floor_D.size))
     in_vain = 0
-    for _ in range(_MOST_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         known = len(found_ND)
-        free_ND = floor_D + (1 - floor_D.sum()) * draw(max(count, _LEAST_DRAWS))
+        free_ND = floor_D + (1 - floor_D.sum()) * draw(max(count, _MIN_DRAWS))
         over_N = (free_ND > cap_D).any(axis=1)
         free_ND[over_N] = within_limits(free_ND[over_N], floor_D, cap_D)
         found_ND = _distinct(np.vstack([found_ND, free_ND]))
@@ -244,7 +246,7 @@ def _different(
 
 def _distinct(share_ND: Floats) -> Floats:
     """Return the rows in their order, less those that stood before."""
-    rounded_ND = np.round(share_ND / _SAME).astype(np.int64)
+    rounded_ND = np.round(share_ND / _RESOLUTION).astype(np.int64)
     _, first = np.unique(rounded_ND, axis=0, return_index=True)
     return share_ND[np.sort(first)]
 

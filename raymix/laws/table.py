@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 SUM_TOLERANCE = 1e-3
 """How far the shares of a row may be from 1; they are then divided by their sum."""
-_MOST_FAULTS = 20
+_MAX_FAULTS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -217,7 +217,7 @@ class _TableFaults:
 
     def add(self, row: int, column: str, value: object, wrong: str, *advice: str) -> None:
         """Note a fault in a row of data, counted from 0."""
-        if len(self._found) == _MOST_FAULTS:
+        if len(self._found) == _MAX_FAULTS:
             self._more += 1
             return
         self._found.append(

@@ -31,7 +31,7 @@ _ITERATIONS = 15
 _AGAIN = 3
 _FARTHEST = 8.0
 """Deviations of the prior within which hyper-parameters are looked for."""
-_LEAST_SHARE = 1e-9
+_MIN_SHARE = 1e-9
 _potrf, _potrs, _potri = get_lapack_funcs(("potrf", "potrs", "potri"), dtype=np.float64)
 
 
@@ -218,7 +218,7 @@ class Process:
 
     def gradient(self, share_D: Floats, log_step: float) -> Floats:
         """Return derivatives of the mean by the shares, shape (D,)."""
-        share_D = np.maximum(share_D, _LEAST_SHARE)
+        share_D = np.maximum(share_D, _MIN_SHARE)
         root_D, rows, hyper = np.sqrt(share_D), self.rows, self.hyper
         scale_D = np.sqrt(5) * np.exp(-hyper.length_D)
         far_N = np.sqrt(np.square((root_D - rows.root_ND) * scale_D).sum(axis=1))

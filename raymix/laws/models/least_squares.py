@@ -22,7 +22,7 @@ DEGREES = 4.0
 """Of freedom, of the noise."""
 FIRST_SCALE = 0.01
 """Of the noise in the log loss, before any residual is known."""
-_LEAST_SCALE = 1e-5
+_MIN_SCALE = 1e-5
 _LARGEST_STEP = 2.0
 _CONVERGED = 1e-9
 _STEPS = 60
@@ -255,7 +255,7 @@ class _Problem:
         leverage_BN = np.einsum("bnp,bpn->bn", jac_BNP, solved_BPN)
         off_BN = off_BN / np.sqrt(np.clip(1 - leverage_BN, 0.05, 1))
         used_BN = np.where(use_BN > 0, np.abs(off_BN), np.nan)
-        scale_B = np.maximum(1.4826 * np.nanmedian(used_BN, axis=1), _LEAST_SCALE)
+        scale_B = np.maximum(1.4826 * np.nanmedian(used_BN, axis=1), _MIN_SCALE)
         ratio_BN = (off_BN / scale_B[:, None]) ** 2
         doubt_BN = (DEGREES + 1) / (DEGREES + ratio_BN)
         return scale_B, np.sqrt(use_BN * doubt_BN) / scale_B[:, None]

@@ -18,7 +18,7 @@ from raymix.laws.models.least_squares import Inputs
 from raymix.laws.table import Floats
 
 _PENALTIES = np.logspace(-6, 3, 19)
-_LEAST_EPS = 1e-3
+_MIN_EPS = 1e-3
 _ROUNDS = 1000
 _NUDGE = 1e-4
 
@@ -35,7 +35,7 @@ class RidgeSolver:
 
     def __init__(self) -> None:
         """Begin with nothing learned."""
-        self._eps = _LEAST_EPS
+        self._eps = _MIN_EPS
         self._steps = False
         self._mean_Q = self._size_Q = np.zeros(0)
         self._weight_VQ = np.zeros((0, 0))
@@ -50,7 +50,7 @@ class RidgeSolver:
     def learn(self, data: TrainingTable) -> None:
         """Learn from all rows."""
         share_RD = data.inputs.share_ND
-        self._eps = max(_LEAST_EPS, float(share_RD[share_RD > 0].min()) / 2)
+        self._eps = max(_MIN_EPS, float(share_RD[share_RD > 0].min()) / 2)
         self._steps = data.table.has_steps
         features_RQ = self._features(data.inputs)
         self._mean_Q, self._size_Q = features_RQ.mean(axis=0), features_RQ.std(axis=0)

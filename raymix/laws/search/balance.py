@@ -13,8 +13,8 @@ import numpy as np
 from raymix.laws.search.feasible import Region
 from raymix.laws.table import Floats
 
-_MOST_NEWTON = 30
-_MOST_SHRINKS = 40
+_MAX_NEWTON = 30
+_MAX_SHRINKS = 40
 _SHRINK = 0.03
 _INEXACT = 1e-2
 _LEAST = 1e-15
@@ -57,7 +57,7 @@ def balanced(
     q_K = 0.99 * start_K + 0.01 / n_rows
     now = reply(q_K)
     mu = max(float(now.level_K.max() - q_K @ now.level_K) / n_rows, _LEAST)
-    for _ in range(_MOST_SHRINKS):
+    for _ in range(_MAX_SHRINKS):
         q_K, now = _centred(reply, q_K, now, mu, (slope_KA, region, sigma))
         if mu * n_rows <= max(-_INEXACT * now.value, _LEAST):
             break
@@ -73,7 +73,7 @@ def _centred(
     model: tuple[Floats, Region, float],
 ) -> tuple[Floats, BalanceResult]:
     """Return the weights that maximize psi(q) + mu sum log q, and the answer to them."""
-    for _ in range(_MOST_NEWTON):
+    for _ in range(_MAX_NEWTON):
         step_K = _newton(q_K, now, mu, *model)
         slope = float((now.level_K + mu / q_K) @ step_K)
         if slope <= 1e-2 * mu:

@@ -45,7 +45,7 @@ _DECREASE = 1e-4
 # Values are this exact at best. Below it slopes go on telling the way: the gap is of first order
 # in the distance to the optimum, the value of second.
 _ROUNDING = 1e-12
-_MOST_TRIALS = 60
+_MAX_TRIALS = 60
 _EXACT = 10
 # Steps without a gap smaller by a tenth; those of several rows cost a hundred times as much.
 _PATIENCE = 300
@@ -205,7 +205,7 @@ class Descender:
     def _step(self, point: _Point, sigma: float, worst: float) -> tuple[_Point, float] | None:
         """Return the next point and the sigma it took; None where rounding hides any progress."""
         log_A = np.log(np.maximum(point.share_A, 1e-300))
-        for _ in range(_MOST_TRIALS):
+        for _ in range(_MAX_TRIALS):
             share_A = self._model_minimum(point, sigma, log_A)
             tangent_K = point.level_K + point.slope_KA @ (share_A - point.share_A)
             promised = point.value - float(tangent_K.max()) - self._pull(share_A)

@@ -24,7 +24,7 @@ _TOLERANCE_MINIMAX = 1e-7
 _AGREEING = 1e-6
 _STEPS_PER_START = 300
 _DRAWS = 512
-_MOST_CORNERS = 256
+_MAX_CORNERS = 256
 _TRACE = 1e-9
 # A share this much beyond the largest of any run is said to be beyond: relative, and in shares.
 _BEYOND = 0.05
@@ -210,7 +210,7 @@ class _DescentTask:
         draws = np.random.default_rng(0)
         sparse_RA = draws.dirichlet(np.full(size, max(0.3, 2 / size)), _DRAWS // 2)
         dense_RA = draws.dirichlet(np.ones(size), _DRAWS // 2)
-        corners_RA = 0.2 * even_A + 0.8 * np.eye(size)[:_MOST_CORNERS]
+        corners_RA = 0.2 * even_A + 0.8 * np.eye(size)[:_MAX_CORNERS]
         ranked = [self._ranked(corners_RA), self._ranked(np.vstack([sparse_RA, dense_RA]))]
         chosen = [self._region.center(even_A)] if self.problem.prior_D is not None else []
         for pair in zip(*ranked, strict=False):

@@ -70,7 +70,7 @@ def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
     found = {check.name: check for check in doctor._packages()}
     assert found["scipy"].verdict == "fail"
     assert found["scipy"].advice == "pip install 'scipy'"
-    assert (found["torch"].verdict, found["torch"].found) == ("fail", "1.0")
+    assert (found["torch"].verdict, found["torch"].observed) == ("fail", "1.0")
     assert found["torch"].advice.startswith("pip install 'torch>=")
     assert found["ray"].verdict == "ok"
 
