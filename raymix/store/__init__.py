@@ -1,16 +1,17 @@
-"""The on-disk form of a prepared corpus: what preparing writes and training reads.
+"""On-disk format of a prepared corpus: written by `raymix.corpus`, read while training.
 
 ```
 CORPUS/manifest.json                            written last: its presence means complete
 CORPUS/tokenizer/                               Hugging Face files
 CORPUS/DOMAIN/{train,valid}/shard-00000.arrow   Arrow IPC file, one row per record batch = block
 CORPUS/DOMAIN/{train,valid}/documents.arrow     tokens of each document
-CORPUS/DOMAIN/{train,valid}/loss_mask.arrow        where only answers are learned: which tokens
+CORPUS/DOMAIN/{train,valid}/loss_mask.arrow     loss mask, where only answers are learned
 CORPUS/DOMAIN/rejects.jsonl                     sample of the bad records
 ```
 
 A split is one stream of tokens: documents in order, each ended by the end-of-text token, cut
-into blocks of exactly `block_tokens` tokens; only the last block may be shorter.
+into blocks of exactly `block_tokens` tokens; only the last block may be shorter. Read `block`,
+`shard`, `manifest`, `corpus`; `remote/` has files by URL.
 """
 
 from raymix.store.block import Block, StartArray, TokenArray, block_schema

@@ -1,4 +1,4 @@
-"""The block: the unit of reading and shuffling, one row of one Arrow record batch."""
+"""The block: the unit of reading and shuffling; one row of one Arrow record batch."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ class Block:
 
 
 def _one_row(values: npt.NDArray[Any]) -> pa.Array:
+    # large_list: 64-bit offsets, as a block may hold more than 2**31 bytes of tokens.
     offsets = np.array([0, len(values)], dtype=np.int64)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
 def _values(column: pa.Array | pa.ChunkedArray, row: int) -> npt.NDArray[Any]:
-    piece = column.slice(row, 1)
-    if isinstance(piece, pa.ChunkedArray):
-        piece = next(chunk for chunk in piece.chunks if len(chunk))
-    return as_numpy(piece.flatten())
+    cell = column.slice(row, 1)
+    if isinstance(cell, pa.ChunkedArray):
+        # A slice of a chunked column keeps its empty chunks.
+        cell = next(chunk for chunk in cell.chunks if len(chunk))
+    return as_numpy(cell.flatten())
 
 
 def as_numpy(values: pa.Array) -> npt.NDArray[Any]:
-    """Return the numbers of an array without nulls, not copied.
-
-    pyarrow's own way imports pandas, which takes a process most of a second.
-    """
+    """Return the values of an array without nulls as a view."""
+    # pyarrow's to_numpy imports pandas, which costs every worker most of a second.
     dtype = np.dtype(str(values.type))
     data = values.buffers()[1]
     return np.frombuffer(data, dtype, count=len(values), offset=values.offset * dtype.itemsize)

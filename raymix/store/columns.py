@@ -1,4 +1,4 @@
-"""Columns of whole numbers, each in an Arrow IPC file of its own, written in pieces."""
+"""Integer columns, one per Arrow IPC file, written in pieces."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from raymix.store.remote import files
 
 
 def write_numbers(
-    url: str, name: str, dtype: npt.DTypeLike, pieces: Iterable[npt.NDArray[Any]]
+    url: str, name: str, dtype: npt.DTypeLike, chunks: Iterable[npt.NDArray[Any]]
 ) -> str:
-    """Write a column that comes in pieces, and return the hash of the file's bytes.
+    """Write a column from chunks, and return the hash of the file's bytes.
 
     Raises:
         CorpusError: If the disk is full.
@@ -26,34 +26,36 @@ def write_numbers(
         files.AtomicFile(url) as file,
         pa.ipc.new_file(pa.PythonFile(file, "w"), schema) as writer,
     ):
-        for piece in pieces:
-            values = pa.array(np.ascontiguousarray(piece, dtype=dtype))
+        for chunk in chunks:
+            values = pa.array(np.ascontiguousarray(chunk, dtype=dtype))
             writer.write_batch(pa.RecordBatch.from_arrays([values], schema=schema))
     return file.sha256.hexdigest()
 
 
 def read_numbers(url: str, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """Return what `write_numbers` wrote, shape (N,); a view of the file where it is one piece.
+    """Return the column that `write_numbers` wrote, shape (N,); a view of the file if possible.
 
     Raises:
         OSError: If the file is absent or not an Arrow file.
         ValueError: If it holds something else.
     """
     reader = pa.ipc.open_file(files.open_mapped(url))
+    # A file of another column would be read as numbers just the same.
     if reader.schema != _schema(name, dtype):
         raise ValueError(f"columns {reader.schema.names}, not {name} of {np.dtype(dtype)}")
     column = reader.read_all().column(name)
-    pieces = [as_numpy(chunk) for chunk in column.chunks if len(chunk)]
-    return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.empty(0, dtype)])
+    parts = [as_numpy(chunk) for chunk in column.chunks if len(chunk)]
+    # One part stays a view of the mapped file; the empty array gives no parts a dtype.
+    return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.empty(0, dtype)])
 
 
-def write_lengths(url: str, pieces: Iterable[npt.NDArray[np.integer]]) -> None:
+def write_lengths(url: str, chunks: Iterable[npt.NDArray[np.integer]]) -> None:
     """Write the tokens of each document of a split, in the stream's order.
 
     Raises:
         CorpusError: If the disk is full.
     """
-    write_numbers(url, "length", np.uint32, pieces)
+    write_numbers(url, "length", np.uint32, chunks)
 
 
 def read_lengths(url: str) -> npt.NDArray[np.uint32]:

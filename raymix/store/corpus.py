@@ -1,4 +1,4 @@
-"""The read side of a prepared corpus: cheap to open, picklable, no Ray."""
+"""Reading a prepared corpus: cheap to open, picklable, without Ray."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote, storage_errors, with_retries
 from raymix.store.shard import ShardReader
 
+# Mapped shards kept open: below the usual limit of 1,024 open files, with several per process.
 _OPEN_SHARDS = 64
 
 _Result = TypeVar("_Result")
@@ -34,12 +35,13 @@ class Corpus:
     def __init__(self, path: str, manifest: Manifest) -> None:
         """Stand for the corpus at `path`; use `Corpus.open`, which reads the manifest."""
         self.path = path
-        self._remote = is_remote(path)
+        self._remote = is_remote(path)  # retries are for stores: a local error stays
         self.manifest = manifest
         self.domain_names: tuple[str, ...] = tuple(manifest.domains)
         self._ends: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
         self._loss_mask: dict[tuple[str, str], LossMask] = {}
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        # Ranks, the evaluator and the probe read from threads of one process.
         self._lock = threading.Lock()
 
     @classmethod
@@ -115,9 +117,9 @@ class Corpus:
                 message names the shard file and the block.
         """
         file, row = self.shard_of(domain, split, block)
-        found = self._guarded(file, row, lambda: self._read(file, row))
-        self._check(found, domain, split, block)
-        return found
+        content = self._guarded(file, row, lambda: self._read(file, row))
+        self._check(content, domain, split, block)
+        return content
 
     def read_blocks(self, domain: str, split: str, blocks: Sequence[int]) -> list[Block]:
         """Return several blocks of a split in the order asked.
@@ -133,13 +135,13 @@ class Corpus:
         Raises:
             CorpusError: If the file is missing or corrupt.
         """
-        wanted = self.split(domain, split).documents
-        if not wanted:
+        expected = self.split(domain, split).documents
+        if not expected:
             return np.empty(0, dtype=np.uint32)
         file = f"{domain}/{split}/documents.arrow"
         lengths = self._guarded(file, None, lambda: read_lengths(files.join(self.path, file)))
-        if len(lengths) != wanted:
-            raise self._corrupt(file, None, f"{len(lengths)} documents, {wanted} expected")
+        if len(lengths) != expected:
+            raise self._corrupt(file, None, f"{len(lengths)} documents, {expected} expected")
         return lengths
 
     def loss_mask(self, domain: str, split: str) -> LossMask | None:
@@ -151,33 +153,35 @@ class Corpus:
         info = self.split(domain, split)
         if info.loss_mask is None:
             return None
-        kept = self._loss_mask.get((domain, split))
-        if kept is not None:
-            return kept
+        cached = self._loss_mask.get((domain, split))
+        if cached is not None:
+            return cached
         file = f"{domain}/{split}/{LOSS_MASK_FILE}"
-        found = self._guarded(file, None, lambda: read_loss_mask(files.join(self.path, file)))
-        tokens = int(found.count(np.zeros(1, np.int64), np.array([info.tokens]))[0])
+        mask = self._guarded(file, None, lambda: read_loss_mask(files.join(self.path, file)))
+        tokens = int(mask.count(np.zeros(1, np.int64), np.array([info.tokens]))[0])
         if tokens != info.loss_tokens:
             raise self._corrupt(file, None, f"{tokens} tokens, {info.loss_tokens} expected")
-        self._loss_mask[domain, split] = found
-        return found
+        self._loss_mask[domain, split] = mask
+        return mask
 
     def _read(self, file: str, row: int) -> Block:
         with self._lock:
+            # Popped and put back: the order of the dictionary is the order of use.
             reader = self._readers.pop(file, None) or ShardReader(files.join(self.path, file))
             self._readers[file] = reader
             if len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)
             return reader.read(row)
 
-    def _check(self, found: Block, domain: str, split: str, block: int) -> None:
+    def _check(self, content: Block, domain: str, split: str, block: int) -> None:
         info = self.split(domain, split)
         cut = self.manifest.block_tokens
-        wanted = min(cut, info.tokens - block * cut)
-        if len(found.tokens) != wanted or found.tokens.dtype != self.dtype:
+        # Only the last block of a split may be shorter.
+        expected = min(cut, info.tokens - block * cut)
+        if len(content.tokens) != expected or content.tokens.dtype != self.dtype:
             file, row = self.shard_of(domain, split, block)
-            said = f"{len(found.tokens)} tokens of {found.tokens.dtype}"
-            raise self._corrupt(file, row, f"{said}, {wanted} of {self.dtype} expected")
+            actual = f"{len(content.tokens)} tokens of {content.tokens.dtype}"
+            raise self._corrupt(file, row, f"{actual}, {expected} of {self.dtype} expected")
 
     def _guarded(self, file: str, row: int | None, read: Callable[[], _Result]) -> _Result:
         if not self._remote:
@@ -190,16 +194,17 @@ class Corpus:
         except FileNotFoundError as error:
             raise self._corrupt(file, row, "the file is missing") from error
         except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
+            # A store that does not answer says nothing about the file.
             if known := storage_errors(files.join(self.path, file), error):
                 raise known from error
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise self._corrupt(file, row, first) from error
 
-    def _corrupt(self, file: str, row: int | None, why: str) -> CorpusError:
+    def _corrupt(self, file: str, row: int | None, problem: str) -> CorpusError:
         where = "" if row is None else f", block {row} of the file"
         return CorpusError.at(
             "corpus.path",
             self.path,
-            f"{file}{where} is corrupt: {why}",
+            f"{file}{where} is corrupt: {problem}",
             fix="restore the file or prepare the corpus again",
         )

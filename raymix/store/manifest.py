@@ -1,4 +1,4 @@
-"""The manifest: what a prepared corpus holds, written last, so that its presence means complete."""
+"""The manifest of a prepared corpus, written last: its presence means that it is complete."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class _ManifestModel(BaseModel):
 
 
 def _inside(path: str) -> str:
-    """Return `path` if it stays in the directory that it starts at."""
+    """Return `path` if it stays inside the corpus directory."""
     parts = PurePosixPath(path.replace("\\", "/")).parts
-    # A colon starts a scheme, or names a drive.
+    # A manifest may come from a download: its paths must not reach other files. A colon starts a
+    # URL scheme, or names a drive.
     if not parts or parts[0] == "/" or ".." in parts or ":" in path or "\0" in path:
         raise ValueError(f"{path!r} leads out of the corpus; do not trust this download")
     return path
@@ -91,18 +92,18 @@ class SplitInfo(_ManifestModel):
     bigram_entropy: float
     """Entropy of the next token given the current one, nats per token."""
     loss_mask: str | None = None
-    """Hash of the file that says which tokens are learned; None: all but each document's first."""
+    """Hash of the loss mask's file; None: all tokens but each document's first are predicted."""
     loss_tokens: int | None = None
-    """How many are."""
+    """Number of tokens to predict; None: all but each document's first."""
 
 
 class DomainInfo(_ManifestModel):
-    """One domain: its splits and what became of the records that were read."""
+    """One domain: its splits, and what became of its source records."""
 
     train: SplitInfo
-    """What is trained on."""
+    """The training split."""
     valid: SplitInfo
-    """What is held out."""
+    """The held-out split."""
     records_read: int
     """Records found in the sources."""
     rejected: int
@@ -125,7 +126,7 @@ class Manifest(_ManifestModel):
     fingerprint: str
     """Hash of the content: equal for equal tokens in equal order, wherever they lie."""
     tokenizer: TokenizerInfo
-    """What made the ids."""
+    """The tokenizer that made the ids."""
     block_tokens: int
     """Tokens per block; the last block of a split may be shorter."""
     domains: dict[_Inside, DomainInfo]
@@ -139,21 +140,24 @@ class Manifest(_ManifestModel):
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     """Return uint16 where every id below `vocab_size` fits it, else uint32."""
+    # Half the bytes on disk, in memory and on the network.
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def corpus_fingerprint(
     tokenizer: TokenizerInfo, block_tokens: int, domains: Mapping[str, DomainInfo]
 ) -> str:
-    """Return the hash that stands for a corpus: names, tokenizer, cut and every shard's bytes."""
+    """Return the hash of a corpus: names, tokenizer, block size and the bytes of every shard."""
     content = {
         "tokenizer": tokenizer.fingerprint,
         "block_tokens": block_tokens,
         "domains": [
+            # Hashes of files, so that a copy elsewhere, or another compression, is the same corpus.
             [name, *(_hashes(getattr(info, split)) for split in SPLITS)]
             for name, info in domains.items()
         ],
     }
+    # Sorted keys and no spaces: the hash must not depend on how Python prints JSON.
     canonical = json.dumps(content, separators=(",", ":"), sort_keys=True)
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
@@ -179,20 +183,21 @@ def read_manifest(corpus: str) -> Manifest:
         ) from error
     except ValueError as error:
         raise _damaged(corpus, error) from error
-    if isinstance(document, dict) and isinstance(found := document.get("format"), int):
-        _check_format(corpus, found)
+    if isinstance(document, dict) and isinstance(version := document.get("format"), int):
+        # Before the fields: a newer format may lack some, and upgrading is the better advice.
+        _check_format(corpus, version)
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:
         raise _damaged(corpus, error) from error
 
 
-def _check_format(corpus: str, found: int) -> None:
-    if found > FORMAT:
+def _check_format(corpus: str, version: int) -> None:
+    if version > FORMAT:
         raise CorpusError.at(
             "corpus.path",
             corpus,
-            f"the corpus has format {found}, this raymix reads up to {FORMAT}",
+            f"the corpus has format {version}, this raymix reads up to {FORMAT}",
             fix="upgrade raymix or prepare the corpus again",
         )
 
@@ -200,8 +205,8 @@ def _check_format(corpus: str, found: int) -> None:
 def _damaged(corpus: str, error: Exception) -> CorpusError:
     first = str(error).splitlines()[0]
     if isinstance(error, ValidationError):
-        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        first = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"
+        first_error = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = f"{'.'.join(map(str, first_error['loc']))}: {first_error['msg']}"
     return CorpusError.at(
         "corpus.path", corpus, f"{MANIFEST} is damaged ({first})", fix="prepare the corpus again"
     )

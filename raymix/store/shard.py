@@ -1,8 +1,8 @@
 """Shards: consecutive blocks of a split in one uncompressed Arrow IPC file.
 
-Uncompressed, because a block is then a view of the mapped file: reading costs nothing but the
-pages touched. Arrow files carry no checksum, so each record batch holds the CRC-32 of its block
-in its metadata, and reading a block checks it: a flipped bit is found before it is trained on.
+Uncompressed, because a block is then a view of the mapped file: reading costs no more than the
+pages touched. Arrow files have no checksums, so the metadata of each record batch holds the CRC-32
+of its block, and every read verifies it: a flipped bit is found before it is trained on.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ShardWriter:
         """Open the shard `file` (a path under the directory `corpus`) for ids of type `dtype`."""
         self._name = file
         self._blocks = self._tokens = 0
+        # The hash of the manifest is computed while writing: no second pass over the file.
         self._file = files.AtomicFile(files.join(corpus, file))
         self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), block_schema(dtype))
 
@@ -78,7 +79,7 @@ class ShardReader:
     """Random access to the blocks of one shard, memory-mapped where it is local."""
 
     def __init__(self, url: str) -> None:
-        """Open the shard.
+        """Open the shard file.
 
         Raises:
             OSError: If it is absent or not an Arrow file.
@@ -96,12 +97,13 @@ class ShardReader:
             ValueError: If its content is not what was written.
         """
         batch, metadata = self._reader.get_batch_with_custom_metadata(row)
+        # A damaged offset would otherwise read outside the mapped file and end the process.
         batch.validate(full=True)
         if batch.num_rows != 1 or batch.column("tokens").null_count:
             raise ValueError("not one block in the record batch")
         block = Block.from_table(batch)
-        wanted = metadata.get(_CHECKSUM) if metadata else None
-        found = b"%08x" % checksum(block)
-        if wanted != found:
-            raise ValueError(f"checksum {found.decode()} is not the one written")
+        written = metadata.get(_CHECKSUM) if metadata else None
+        actual = b"%08x" % checksum(block)
+        if written != actual:
+            raise ValueError(f"checksum {actual.decode()} is not the one written")
         return block

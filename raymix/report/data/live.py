@@ -21,7 +21,7 @@ from raymix.report.data.losses import RECENT_STEPS, RecentLosses
 from raymix.report.data.read import LOG, METRICS, fetch_run, outline
 from raymix.report.data.steps import Document, is_step, number
 from raymix.store.remote.errors import is_remote
-from raymix.store.remote.mirror import SHORTEST_S, Mirror
+from raymix.store.remote.mirror import MIN_PAUSE_S, Mirror
 from raymix.store.remote.tail import LineTail
 
 _CURVE_POINTS = 400
@@ -71,7 +71,7 @@ class LiveRun:
     def poll(self) -> bool:
         """Read the lines added since the last poll; return whether there were any."""
         # Every request to a store costs time and money, however often one polls.
-        if self._mirror is not None and time.monotonic() - self._fetched >= SHORTEST_S:
+        if self._mirror is not None and time.monotonic() - self._fetched >= MIN_PAUSE_S:
             fetch_run(self._source, self._mirror)
             self._fetched = time.monotonic()
         lines, replaced = self._tail.read()

@@ -1,4 +1,4 @@
-"""What a store behind a URL has against being used, told from what its errors say."""
+"""Translate object-store errors: missing bucket, no permission, no answer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import TypeVar
 
 from raymix.errors import StorageError, UnreachableError
 
-# Words by which errors are told apart: pyarrow raises one type for all that a store answers.
+# pyarrow raises OSError for whatever a store answers, so only the text tells errors apart.
 _NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "Bucket '")
 _FORBIDDEN = (
     *("ACCESS_DENIED", "AccessDenied", "INVALID_ACCESS_KEY_ID", "InvalidAccessKeyId"),
     *("SIGNATURE_DOES_NOT_MATCH", "EXPIRED_TOKEN", "ExpiredToken", "INVALID_CLIENT_TOKEN_ID"),
     *("MISSING_AUTHENTICATION_TOKEN", "HTTP status 401", "HTTP status 403", "Permission denied"),
 )
-_SILENT = (
+_NO_ANSWER = (
     *("NETWORK_CONNECTION", "curlCode", "Could not connect", "Could not resolve", "timed out"),
     *("REQUEST_TIMEOUT", "SERVICE_UNAVAILABLE", "SLOW_DOWN", "INTERNAL_FAILURE", "THROTTLING"),
 )
+# Half a minute in all: longer than a store's failover, shorter than a user's patience.
 _DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 _Result = TypeVar("_Result")
@@ -31,35 +32,35 @@ def is_remote(url: str) -> bool:
 
 
 def storage_errors(url: str, error: BaseException, field: str = "path") -> StorageError | None:
-    """Return what an error says of the store behind `url`; None if it is not the store's.
+    """Return the storage error behind an OSError; None if it is not the store's.
 
     Args:
-        url: What was asked for.
-        error: What the file system raised.
-        field: What holds the URL, for the message.
+        url: The URL accessed.
+        error: The error that the file system raised.
+        field: Recipe field that holds the URL, for the message.
     """
     if not is_remote(url) or not isinstance(error, OSError) or _is_absence(error):
         return None
-    said = " ".join(str(error).split())
-    if any(word in said for word in _NO_BUCKET):
-        return StorageError.at(field, url, "there is no such bucket", fix="Make it first")
-    if isinstance(error, PermissionError) or any(word in said for word in _FORBIDDEN):
+    text = " ".join(str(error).split())
+    if any(word in text for word in _NO_BUCKET):
+        return StorageError.at(field, url, "no such bucket", fix="Create the bucket first")
+    if isinstance(error, PermissionError) or any(word in text for word in _FORBIDDEN):
         return StorageError.at(
             field,
             url,
-            "the store does not allow it",
-            fix="See to the rights, and to the credentials in the environment of every node",
+            "the store denies access",
+            fix="Check permissions, and the credentials in the environment of every node",
         )
-    silent = isinstance(error, ConnectionError | TimeoutError)
-    if silent or any(word in said for word in _SILENT):
+    no_answer = isinstance(error, ConnectionError | TimeoutError)
+    if no_answer or any(word in text for word in _NO_ANSWER):
         return UnreachableError.at(
             field,
             url,
             "the store does not answer",
-            fix="See to the network, and to AWS_ENDPOINT_URL where the store is not Amazon's",
+            fix="Check the network, and AWS_ENDPOINT_URL if the store is not Amazon's",
         )
-    if "AWS Error" in said or "google::cloud" in said:
-        return StorageError.at(field, url, f"the store refuses: {said[:300]}")
+    if "AWS Error" in text or "google::cloud" in text:
+        return StorageError.at(field, url, f"the store answers with an error: {text[:300]}")
     return None
 
 
@@ -69,7 +70,7 @@ def _is_absence(error: OSError) -> bool:
 
 @contextlib.contextmanager
 def translate_storage_errors(url: str, field: str = "path") -> Iterator[None]:
-    """Raise what the store behind `url` has against being used as a StorageError."""
+    """Raise OSErrors of the store behind `url` as StorageErrors."""
     try:
         yield
     except OSError as error:
@@ -77,10 +78,10 @@ def translate_storage_errors(url: str, field: str = "path") -> Iterator[None]:
 
 
 def with_retries(work: Callable[[], _Result]) -> _Result:
-    """Return what `work` does, tried again for half a minute while the store does not answer.
+    """Return the result of `work`, retried for half a minute while the store does not answer.
 
     Raises:
-        UnreachableError: If it does not answer for that long.
+        UnreachableError: If the store does not answer within that time.
     """
     for delay in _DELAYS_S:
         try:

@@ -1,8 +1,8 @@
 """Files by URL: one way to read, write and replace them, local or on any store.
 
-Everything raymix writes appears under its name whole or not at all: it is written to a
-temporary name in the same directory and renamed when it is complete. Where a store is and who may
-use it comes from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a URL.
+Every file that raymix writes appears under its name complete or not at all: it is written to a
+temporary name in the same directory and renamed when it is complete. Endpoints and credentials come
+from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a URL.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ from raymix.errors import CorpusError, StorageError
 from raymix.store.remote.errors import is_remote, storage_errors, translate_storage_errors
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# What is the place's fault rather than the program's: too large a file, or one may not write.
-_REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
+# Errors that another path would solve: no permission, a file too large for the file system.
+_PATH_ERRNOS = (
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
 
 _PASSWORD = re.compile(r"^[A-Za-z][\w+.-]*://[^/@]*:[^/@]*@")
 
@@ -36,11 +43,11 @@ def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
     """Return the file system of `url` and the path in it; a plain path is a local one.
 
     pyarrow's own file systems are preferred (S3, GCS, HDFS, ABFS); any other scheme goes to
-    fsspec. `field` is what holds the URL, for messages.
+    fsspec. `field` is the recipe field that holds the URL, for messages.
 
     Raises:
         CorpusError: If nothing installed understands the scheme.
-        StorageError: If the URL holds a password, or the store will not have it.
+        StorageError: If the URL holds a password, or the store refuses it.
     """
     if "://" not in url:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
@@ -53,9 +60,9 @@ def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
         )
     try:
         return pafs.FileSystem.from_uri(url)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a scheme pyarrow was built without
         return _fsspec(url, field)
-    except OSError as error:  # where a bucket is: that is asked of the store
+    except OSError as error:  # from_uri asks the store for the bucket's region
         raise storage_errors(url, error, field) or error from error
 
 
@@ -70,7 +77,7 @@ def _fsspec(url: str, field: str) -> tuple[pafs.FileSystem, str]:
 
 
 def check_store(url: str, field: str) -> None:
-    """Check that the store behind `url` answers and has the bucket; a path passes unseen.
+    """Check that the store behind `url` answers and has the bucket; local paths are not checked.
 
     Raises:
         RaymixError: If it does not; the message names `field`.
@@ -95,7 +102,7 @@ def exists(url: str) -> bool:
 
 
 def read_bytes(url: str) -> bytes:
-    """Return the whole content of the file at `url`.
+    """Return the content of the file at `url`.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -115,7 +122,7 @@ def open_mapped(url: str) -> pa.NativeFile:
 
 
 def make_directory(url: str) -> None:
-    """Make the directory `url` and its parents; one that exists is left as it is.
+    """Create the directory `url` and its parents; an existing one is left as it is.
 
     Raises:
         CorpusError: If it cannot be made.
@@ -128,7 +135,7 @@ def make_directory(url: str) -> None:
 
 
 def remove(url: str) -> None:
-    """Delete the file or the whole directory at `url`; what is absent is no error."""
+    """Delete the file or directory at `url`; nothing happens if it is absent."""
     filesystem, path = locate(url)
     with translate_storage_errors(url):
         kind = filesystem.get_file_info(path).type
@@ -139,7 +146,7 @@ def remove(url: str) -> None:
 
 
 def list_directory(url: str) -> list[str]:
-    """Return the sorted names of what lies directly in the directory `url`."""
+    """Return the sorted names of the entries of the directory `url`."""
     filesystem, path = locate(url)
     selector = pafs.FileSelector(path, allow_not_found=True)
     with translate_storage_errors(url):
@@ -151,6 +158,7 @@ def free_bytes(url: str) -> int | None:
     filesystem, path = locate(url)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         return None
+    # The directory may not exist yet; its parent is on the same disk.
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return shutil.disk_usage(path).free
@@ -170,19 +178,19 @@ def disk_full(url: str, needed: int) -> CorpusError:
 
 
 def write_error(url: str, error: OSError, needed: int) -> Exception:
-    """Return what to raise for an error of writing `needed` bytes at `url`."""
+    """Return the error to raise for an OSError while writing `needed` bytes at `url`."""
     if error.errno in _NO_SPACE:
         return disk_full(url, needed)
-    if error.errno in _REFUSED:
+    if error.errno in _PATH_ERRNOS:
         why = os.strerror(error.errno or 0)
         return CorpusError.at("path", url, f"cannot be written: {why}", fix="choose another path")
     return storage_errors(url, error) or error
 
 
 class AtomicFile:
-    """A binary file that takes its name when closed without error, and leaves nothing otherwise.
+    """A binary file that gets its name when closed without error, and leaves nothing otherwise.
 
-    Used as a context manager. `sha256` hashes what was written, `size` counts it (bytes).
+    Used as a context manager. `sha256` and `size` are of the bytes written.
     """
 
     def __init__(self, url: str) -> None:
@@ -193,6 +201,7 @@ class AtomicFile:
         self.closed = False
         self._filesystem, self._path = locate(url)
         directory, name = posixpath.split(self._path)
+        # In the same directory: a rename across file systems would be a copy.
         self._temporary = posixpath.join(directory, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             self._filesystem.create_dir(directory, recursive=True)
@@ -206,6 +215,7 @@ class AtomicFile:
         Raises:
             CorpusError: If the disk is full.
         """
+        # pyarrow hands over typed buffers, whose length would count elements.
         view = memoryview(data).cast("B")
         try:
             self._stream.write(view)
@@ -216,19 +226,20 @@ class AtomicFile:
         return len(view)
 
     def flush(self) -> None:
-        """Do nothing: bytes count only once the file has its name."""
+        """Do nothing: readers see the file only once it has its name."""
 
     def commit(self) -> None:
-        """Give the file its name; what had that name before is replaced."""
+        """Give the file its name, replacing an older file."""
         try:
             self._stream.close()
+            # rename(2) is atomic; object stores copy and delete, and a reader sees old or new.
             self._filesystem.move(self._temporary, self._path)
         except OSError as error:
             raise write_error(self.url, error, self.size) from error
         self.closed = True
 
     def abort(self) -> None:
-        """Close and delete the temporary file, unless it has its name by now."""
+        """Close and delete the temporary file, unless it has been committed."""
         if self.closed:
             return
         self.closed = True
@@ -254,7 +265,7 @@ class AtomicFile:
 
 
 def remove_quietly(filesystem: pafs.FileSystem, path: str) -> None:
-    """Delete the file at `path`; one that is gone or cannot go is left without a word."""
+    """Delete the file at `path`; errors are ignored."""
     try:
         filesystem.delete_file(path)
     except OSError:
@@ -262,7 +273,7 @@ def remove_quietly(filesystem: pafs.FileSystem, path: str) -> None:
 
 
 def atomic_write_bytes(url: str, data: bytes) -> None:
-    """Put `data` at `url` in one step.
+    """Write `data` to `url` atomically.
 
     Raises:
         CorpusError: If the disk is full.
@@ -272,7 +283,7 @@ def atomic_write_bytes(url: str, data: bytes) -> None:
 
 
 def atomic_write_text(url: str, text: str) -> None:
-    """Put `text` at `url` as UTF-8 in one step.
+    """Write `text` to `url` as UTF-8, atomically.
 
     Raises:
         CorpusError: If the disk is full.

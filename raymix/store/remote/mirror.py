@@ -1,8 +1,7 @@
-"""A directory behind a URL and its copy on this machine: files are sent and fetched as they change.
+"""Mirror of a directory behind a URL: files are sent and fetched when they change.
 
-Stores replace objects whole, so that is how files travel: one that grows is sent again. `pause`
-tells how long to wait after that, so that a large file does not take more of the network than a
-megabyte a second.
+Object stores replace objects as a whole, so a file that grows is sent again as a whole. `pause`
+grows with the bytes moved, so that large files take no more than a megabyte per second.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ import pyarrow.fs as pafs
 from raymix.store.remote import files
 from raymix.store.remote.errors import translate_storage_errors, with_retries
 
-SHORTEST_S = 5.0
-"""Seconds between two looks at files that change."""
+MIN_PAUSE_S = 5.0
+"""Minimum seconds between two synchronizations."""
 
 _BYTES_PER_S = 1e6
-_CHUNK = 8 << 20
+_CHUNK_BYTES = 8 << 20
 
-_SENDING = threading.Lock()
+_SEND_LOCK = threading.Lock()
 
 _Stamp = tuple[int, int]
 
 
 class Mirror:
-    """The directory `url` and its copy at `here`; every method says in which direction.
+    """The directory `url` and its copy at `here`.
 
-    One side is the truth for each file: whoever writes it sends it, everybody else fetches it.
+    Each file has one writer, which sends it; everybody else fetches it.
     """
 
     def __init__(self, url: str, here: Path) -> None:
-        """Begin without having sent or fetched anything."""
+        """Start with nothing sent or fetched."""
         self._url, self._here = url, here
         self._fetched: dict[str, _Stamp] = {}
         self._sent: dict[str, _Stamp] = {}
@@ -46,12 +45,12 @@ class Mirror:
     @property
     def pause(self) -> float:
         """Return the seconds to wait before sending and fetching again."""
-        return max(SHORTEST_S, self._last_bytes / _BYTES_PER_S)
+        return max(MIN_PAUSE_S, self._last_bytes / _BYTES_PER_S)
 
     def fetch(self, *names: str) -> bool:
-        """Make the copies of `names` like the originals: new where changed, gone where gone.
+        """Update the copies of `names`: download changed ones, delete those that are gone.
 
-        Returns whether any of them is there.
+        Returns whether any of them exists.
 
         Raises:
             StorageError: If the store cannot be used.
@@ -60,17 +59,17 @@ class Mirror:
         return any(name in self._fetched for name in names)
 
     def send(self, *names: str) -> None:
-        """Put the files `names`, or all in directories of that name, in the place of the originals.
+        """Upload the files `names`, or all files in directories of that name.
 
-        Those that have not changed since they were sent, or are not there, are passed over.
+        Files that have not changed since they were sent, or do not exist, are skipped.
 
         Raises:
             StorageError: If the store cannot be used.
         """
-        found = [file for name in names for file in self._files(name)]
-        # In turn, so that an older state of a file never comes after a newer one.
-        with _SENDING:
-            self._moved(sum(with_retries(partial(self._send, name)) for name in found))
+        paths = [file for name in names for file in self._files(name)]
+        # One at a time: of two uploads of one file, the older could finish last.
+        with _SEND_LOCK:
+            self._moved(sum(with_retries(partial(self._send, name)) for name in paths))
 
     def _moved(self, size: int) -> None:
         self._last_bytes = size or self._last_bytes
@@ -85,30 +84,32 @@ class Mirror:
             self._fetched.pop(name, None)
             return 0
         stamp = (info.size, info.mtime_ns or 0)
+        # Size and time stand for the content: reading it would be the download to be saved.
         if self._fetched.get(name) == stamp and here.exists():
             return 0
         here.parent.mkdir(parents=True, exist_ok=True)
+        # With the process id: ranks on one machine may fetch the same file.
         temporary = here.with_name(f".{here.name}.{os.getpid()}.fetched")
         try:
             download(url, temporary)
-        except FileNotFoundError:  # gone since a moment: the next look will tell
+        except FileNotFoundError:  # deleted after the listing: the next fetch sees it
             return 0
-        if info.mtime_ns:  # whoever watches wants to know when it was written
+        if info.mtime_ns:  # `raymix watch` shows when a file was written
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
         os.replace(temporary, here)
         self._fetched[name] = stamp
         return info.size
 
     def _send(self, name: str) -> int:
-        facts = (self._here / name).stat()
-        stamp = (facts.st_size, facts.st_mtime_ns)
+        info = (self._here / name).stat()
+        stamp = (info.st_size, info.st_mtime_ns)
         if self._sent.get(name) == stamp:
             return 0
         url = files.join(self._url, name)
         with (self._here / name).open("rb") as source, files.AtomicFile(url) as target:
-            shutil.copyfileobj(source, target, _CHUNK)
+            shutil.copyfileobj(source, target, _CHUNK_BYTES)
         self._sent[name] = stamp
-        return facts.st_size
+        return info.st_size
 
     def _files(self, name: str) -> Iterator[str]:
         here = self._here / name
@@ -132,7 +133,7 @@ def download(url: str, here: Path) -> None:
         filesystem.open_input_stream(path, compression=None) as source,
         here.open("wb") as target,
     ):
-        shutil.copyfileobj(source, target, _CHUNK)
+        shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
 
 def upload(here: Path, url: str) -> None:
@@ -147,4 +148,4 @@ def upload(here: Path, url: str) -> None:
         translate_storage_errors(url),
         filesystem.open_output_stream(path, compression=None) as target,
     ):
-        shutil.copyfileobj(source, target, _CHUNK)
+        shutil.copyfileobj(source, target, _CHUNK_BYTES)

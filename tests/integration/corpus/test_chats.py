@@ -278,7 +278,7 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     corpus = chat_corpus(tmp_path)
     file = Path(corpus.path, "chat/train/loss_mask.arrow")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CorpusError, match=r"chat/train/learned\.arrow is corrupt"):
+    with pytest.raises(CorpusError, match=r"chat/train/loss_mask\.arrow is corrupt"):
         Corpus.open(corpus.path).loss_mask("chat", "train")
 
 

@@ -120,7 +120,7 @@ def refusal(kind: type[RaymixError], path: str, texts: str) -> str:
 def test_a_bucket_that_is_not_there(store: str, texts: str) -> None:
     said = refusal(StorageError, "s3://no-such-bucket/corpus", texts)
     assert said == (
-        "corpus.path = 's3://no-such-bucket/corpus': there is no such bucket. Make it first."
+        "corpus.path = 's3://no-such-bucket/corpus': no such bucket. Create the bucket first."
     )
     said = refusal(StorageError, f"{store}/new", "s3://no-such-bucket")
     assert said.startswith("corpus.domains.0.train = 's3://no-such-bucket/train': there is no")
@@ -140,7 +140,7 @@ def test_a_store_that_does_not_allow_it(
 ) -> None:
     said = refusal(StorageError, f"s3://{buckets.BUCKET}/new", texts)
     assert said.startswith("corpus.path = ")
-    assert "does not allow it" in said
+    assert "denies access" in said
     assert buckets.SECRET not in said
 
 

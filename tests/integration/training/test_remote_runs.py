@@ -239,9 +239,9 @@ def test_stores_that_cannot_be_used_are_errors_of_the_input(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(document(corpus.path, "s3://nowhere/run")))
     done = shell.run("train", "run.yaml")
     assert done.returncode == 2
-    assert "run.dir = 's3://nowhere/run': there is no such bucket." in done.stderr
+    assert "run.dir = 's3://nowhere/run': no such bucket." in done.stderr
     assert "Traceback" not in done.stderr
-    with pytest.raises(StorageError, match=r"^run = 's3://nowhere/run': there is no such bucket"):
+    with pytest.raises(StorageError, match=r"^run = 's3://nowhere/run': no such bucket"):
         read_run("s3://nowhere/run")
     with pytest.raises(RecipeError, match="neither a run directory nor a checkpoint"):
         score(f"{store}/corpus")

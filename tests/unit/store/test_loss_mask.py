@@ -42,5 +42,5 @@ def test_what_is_written_in_pieces_is_read_as_a_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("edges", [[3], [3, 3], [5, 4], [-1, 4], [1, 4, 4, 6]])
 def test_spans_that_do_not_rise_are_refused(edges: list[int]) -> None:
-    with pytest.raises(ValueError, match="do not rise"):
+    with pytest.raises(ValueError, match="do not increase"):
         LossMask(np.array(edges, dtype=np.int64))
