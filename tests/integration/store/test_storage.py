@@ -123,7 +123,7 @@ def test_a_bucket_that_is_not_there(store: str, texts: str) -> None:
         "corpus.path = 's3://no-such-bucket/corpus': no such bucket. Create the bucket first."
     )
     said = refusal(StorageError, f"{store}/new", "s3://no-such-bucket")
-    assert said.startswith("corpus.domains.0.train = 's3://no-such-bucket/train': there is no")
+    assert said.startswith("corpus.domains.0.train = 's3://no-such-bucket/train': no such")
     with pytest.raises(CorpusError, match="no prepared corpus is here"):
         Corpus.open("s3://no-such-bucket/corpus")
 
