@@ -29,7 +29,7 @@ def command(
             return followed(server, job).document | {"logs": server.logs(job)}
         text = server.logs(job)
         print(text, end="")
-        return server.look(job).document | {"logs": text}
+        return server.state(job).document | {"logs": text}
 
     # Printing the log of a job that failed is no failure; following it to its end is one.
     run_command(work, json=json, failed=exit_code if follow else lambda document: 0)

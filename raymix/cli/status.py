@@ -28,7 +28,7 @@ def command(
 
         server = JobServer(address, token_in_clear=token_in_clear)
         if job is not None:
-            details = server.look(job)
+            details = server.state(job)
             print(f"{details.job}: {details.status}" + _code(details))
             if details.message:
                 print(details.message)

@@ -70,7 +70,7 @@ def command(
         root, count = str(submission.listing.root), len(submission.listing.files)
         print(f"project: {root}, {count:,} files, {size / 1e6:.1f} MB")
         print(f"job: {submission.name} on {server.address}", flush=True)
-        ended = followed(server, submission.name) if follow else server.look(submission.name)
+        ended = followed(server, submission.name) if follow else server.state(submission.name)
         if not follow:
             print(f"raymix logs {submission.name} --follow shows it, raymix stop ends it")
         more = {"address": server.address, "project": root, "files": count, "storage": storage}

@@ -1,8 +1,8 @@
-"""Which files of a project travel: all but what its `.gitignore` and `.rayignore` files name.
+"""Files of a project to ship: all that its `.gitignore` and `.rayignore` files do not ignore.
 
 The rules are git's: a pattern holds from the directory of its file downwards, a later pattern and
-a deeper file win, and what lies in an ignored directory stays ignored whatever is said below.
-`.git`, virtual environments and caches of Python never travel.
+a deeper file win, and the content of an ignored directory stays ignored. `.git`, virtual
+environments and Python's caches are never shipped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathspec import GitIgnoreSpec
 from raymix.errors import RecipeError
 
 _IGNORE_FILES = (".gitignore", ".rayignore")
-_NEVER = frozenset({".git", ".hg", ".venv", "venv", "__pycache__"})
-_MARKS = (".git", "pyproject.toml")
+_NEVER_SHIPPED = frozenset({".git", ".hg", ".venv", "venv", "__pycache__"})
+_PROJECT_MARKERS = (".git", "pyproject.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,9 @@ class Listing:
     root: Path
     """The project's directory."""
     files: tuple[str, ...]
-    """Files that travel, relative to the root, sorted, `/` between the parts."""
+    """Files to ship, relative to the root, sorted, with slashes."""
     left_out: tuple[str, ...]
-    """Links that lead out of the project, and what is neither file nor directory."""
+    """Links that lead out of the project, and entries that are neither file nor directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,29 +39,26 @@ class _Rules:
 
     spec: GitIgnoreSpec
     base: str = ""
-    """What paths lose in front to start at that directory, where it lies in the project."""
+    """Prefix to remove from paths, for a directory inside the project."""
     above: str = ""
-    """What they get in front to start at it, where it lies above."""
+    """Prefix to add to paths, for a directory above the project."""
 
     def verdict(self, path: str) -> bool | None:
-        """Return whether `path` is ignored, None where no pattern speaks of it."""
+        """Return whether `path` is ignored; None if no pattern matches it."""
         return self.spec.check_file(_as_bytes(self.above + path.removeprefix(self.base))).include
 
 
 def find_project(start: Path) -> Path:
-    """Return the nearest directory from `start` upwards that git or a pyproject.toml marks.
-
-    Without one it is `start` itself.
-    """
+    """Return the nearest directory from `start` upwards that git or a pyproject.toml marks."""
     start = start.resolve()
-    for place in (start, *start.parents):
-        if any((place / mark).exists() for mark in _MARKS):
-            return place
+    for folder in (start, *start.parents):
+        if any((folder / marker).exists() for marker in _PROJECT_MARKERS):
+            return folder
     return start
 
 
 def list_files(root: Path) -> Listing:
-    """Return the files of the project at `root` that travel.
+    """Return the files of the project at `root` to ship.
 
     Raises:
         RecipeError: If `root` is no directory, or one that holds more than a project.
@@ -78,19 +75,20 @@ def list_files(root: Path) -> Listing:
         )
     files: list[str] = []
     left_out: list[str] = []
-    for path, kept in _walk(root, "", _above(root)):
-        (files if kept else left_out).append(path)
+    for path, shippable in _walk(root, "", _above(root)):
+        (files if shippable else left_out).append(path)
     return Listing(root, tuple(sorted(files)), tuple(sorted(left_out)))
 
 
 def _walk(root: Path, base: str, rules: Sequence[_Rules]) -> Iterator[tuple[str, bool]]:
-    """Yield the paths below `base` that no rule ignores, and whether each can travel."""
+    """Yield the paths below `base` that no rule ignores, and whether each can be shipped."""
+    # Deepest first: the first rule with a verdict wins.
     inner = [*(_Rules(spec, base) for spec in _specs(root / base)), *rules]
     with os.scandir(root / base) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = base + entry.name
             folder = entry.is_dir(follow_symlinks=False)
-            if entry.name in _NEVER or _ignored(path + "/" * folder, inner):
+            if entry.name in _NEVER_SHIPPED or _ignored(path + "/" * folder, inner):
                 continue
             if folder:
                 yield from _walk(root, path + "/", inner)
@@ -99,9 +97,10 @@ def _walk(root: Path, base: str, rules: Sequence[_Rules]) -> Iterator[tuple[str,
 
 
 def _stays_inside(root: Path, entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a file of the project: what a link leads to must be one."""
+    """Return whether an entry is a file of the project, following links."""
     if not entry.is_symlink():
         return entry.is_file()
+    # A link out of the project would ship private files, or dangle on the cluster.
     target = Path(os.path.realpath(entry.path))
     return target.is_file() and target.is_relative_to(root)
 

@@ -1,8 +1,7 @@
-"""What files a recipe names, and whether they will be there where the job runs.
+"""Paths in a recipe, and whether they will exist where the job runs.
 
-Sources that are written relative to the recipe travel with the project, so they must be files of
-it. Absolute paths and URLs are taken as what the cluster sees. Results that are written relative
-to the working directory need a directory that outlives the job.
+Relative sources are shipped with the project, so they must be files of it. Absolute paths and URLs
+are taken as the cluster sees them. Relative results need a directory that outlives the job.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Reference:
 
     @property
     def relative(self) -> bool:
-        """Return whether the path means something else in another directory."""
+        """Return whether the path depends on the working directory."""
         is_url = absolute(self.path, "/") == self.path
         return not is_url and not os.path.isabs(os.path.expanduser(self.path))
 
@@ -54,7 +53,7 @@ def sources(recipe: Recipe) -> Iterator[Reference]:
 
 
 def inputs(recipe: Recipe) -> Iterator[Reference]:
-    """Yield the paths of what is read that start at the working directory."""
+    """Yield the input paths that start at the working directory."""
     if isinstance(recipe.model, PretrainedModel):
         yield Reference("model.path", recipe.model.path)
     if isinstance(recipe.mixer, ReplayMixer):
@@ -62,18 +61,18 @@ def inputs(recipe: Recipe) -> Iterator[Reference]:
 
 
 def results(recipe: Recipe) -> Iterator[Reference]:
-    """Yield the paths of what is written; relative ones start at the working directory."""
+    """Yield the output paths; relative ones start at the working directory."""
     yield Reference("corpus.path", recipe.corpus.path)
     yield Reference("run.dir", recipe.run.dir)
 
 
 def check_sources(recipe: Recipe, base: str, listing: Listing) -> None:
-    """Check that every relative source is among the files that travel.
+    """Check that every relative source is among the files to ship.
 
     Args:
         recipe: The recipe, its paths as they were written.
         base: The directory at which its relative sources start.
-        listing: What travels.
+        listing: The files to ship.
 
     Raises:
         RecipeError: With one message per source that would be missing.
@@ -90,30 +89,30 @@ def check_sources(recipe: Recipe, base: str, listing: Listing) -> None:
 
 
 def shipped_inputs(recipe: Recipe, listing: Listing) -> dict[str, str]:
-    """Return by field where in the project the relative inputs lie that are there on this machine.
+    """Return, by field, the path in the project of each relative input that exists here.
 
-    What is not there is taken as something that lies at the job's own working directory.
+    An input that does not exist here is assumed to exist in the job's working directory.
 
     Raises:
-        RecipeError: If one is there and does not travel.
+        RecipeError: If one exists here and is not shipped.
     """
     shipped = set(listing.files)
-    found: dict[str, str] = {}
+    locations: dict[str, str] = {}
     problems: list[str] = []
     for reference in inputs(recipe):
-        place = absolute(reference.path, os.getcwd())
-        if not reference.relative or not os.path.exists(place):
+        location = absolute(reference.path, os.getcwd())
+        if not reference.relative or not os.path.exists(location):
             continue
         problems += _missing(reference, os.getcwd(), listing, shipped)
-        with_root = os.path.relpath(os.path.realpath(place), listing.root)
-        found[reference.field] = Path(with_root).as_posix()
+        with_root = os.path.relpath(os.path.realpath(location), listing.root)
+        locations[reference.field] = Path(with_root).as_posix()
     if problems:
         raise RecipeError(*problems)
-    return found
+    return locations
 
 
 def check_results(recipe: Recipe) -> None:
-    """Check that no result is written relative to the working directory of a job.
+    """Check that no output path is relative: it would be lost with the job's directory.
 
     Raises:
         RecipeError: With one message per result that would be lost with the job's directory.
@@ -136,7 +135,7 @@ def check_results(recipe: Recipe) -> None:
 
 
 def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str]) -> list[str]:
-    """Return why the files that a relative path means will not be there; empty if they will."""
+    """Return why the files of a relative path will be missing on the cluster; empty if none."""
     pattern = os.path.join(glob.escape(base), os.path.expanduser(reference.path))
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
@@ -158,7 +157,7 @@ def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str
                 )
             ]
         name = inside.relative_to(listing.root).as_posix()
-        if not _travels(name, inside, shipped):
+        if not _is_shipped(name, inside, shipped):
             return [
                 format_problem(
                     reference.field,
@@ -170,7 +169,7 @@ def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str
     return []
 
 
-def _travels(name: str, place: Path, shipped: set[str]) -> bool:
+def _is_shipped(name: str, path: Path, shipped: set[str]) -> bool:
     if name in shipped:
         return True
-    return place.is_dir() and any(file.startswith(f"{name}/") for file in shipped)
+    return path.is_dir() and any(file.startswith(f"{name}/") for file in shipped)

@@ -1,6 +1,6 @@
-"""The job server of a Ray cluster, through Ray's own client: submit, look, follow, stop.
+"""Client of a Ray cluster's job server: submit, inspect, follow, stop.
 
-A token (RAY_AUTH_MODE=token) goes to this machine in any case, elsewhere only over TLS.
+A token (RAY_AUTH_MODE=token) is sent to this machine in any case, elsewhere only over TLS.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PORT = 8265
 _CONNECT_S = 5.0
 _POLL_S = 0.5
 _RECONNECT_S = 60.0
-# What a run may take to write its checkpoint after `stop`; Ray's own default is 3 seconds.
+# Time for a run to write its checkpoint after `stop`; Ray's default is 3 seconds.
 _STOP_S = 120
 _BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"<>,;]+")
 _ENDS = {"SUCCEEDED": 0, "STOPPED": 130}
@@ -41,7 +41,7 @@ _ENDS = {"SUCCEEDED": 0, "STOPPED": 130}
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """How a job stands, or ended."""
+    """The state of a job."""
 
     job: str
     """Its name."""
@@ -50,9 +50,9 @@ class JobEnd:
     exit_code: int | None
     """Of its command; None while it runs. 130 for a job that was stopped."""
     message: str
-    """What the cluster says about it."""
+    """The cluster's message about it."""
     document: dict[str, Any]
-    """All of it, for `--json`."""
+    """All details, for `--json`."""
 
 
 class JobServer:
@@ -67,10 +67,10 @@ class JobServer:
             token_in_clear: Allow a token to cross the network without TLS.
 
         Raises:
-            ClusterError: If the address is none, nothing answers there, or it refuses the token.
+            ClusterError: If the address is invalid, nothing answers there, or the token is refused.
         """
-        given = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-        self.address = checked_address(given, token_in_clear=token_in_clear)
+        chosen = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+        self.address = checked_address(chosen, token_in_clear=token_in_clear)
         _check_listening(self.address)
         self._client = _connect(self.address)
 
@@ -97,8 +97,8 @@ class JobServer:
                 )
         return size
 
-    def look(self, job: str) -> JobEnd:
-        """Return how `job` stands.
+    def state(self, job: str) -> JobEnd:
+        """Return the state of `job`.
 
         Raises:
             ClusterError: If there is no such job.
@@ -110,21 +110,21 @@ class JobServer:
         """Return all jobs that were submitted, the newest first."""
         with _refusals("address", self.address):
             details: list[Any] = self._client.list_jobs()
-            every = [_ended(item) for item in details if item.submission_id]
-        return sorted(every, key=lambda item: -(item.document["started"] or 0.0))
+            submitted = [_ended(item) for item in details if item.submission_id]
+        return sorted(submitted, key=lambda item: -(item.document["started"] or 0.0))
 
     def logs(self, job: str) -> str:
-        """Return what `job` has printed so far."""
+        """Return the output of `job` so far."""
         with _refusals("job", job):
             return str(self._client.get_job_logs(job))
 
     def follow(self, job: str, write: Callable[[str], object]) -> JobEnd:
-        """Hand everything that `job` prints to `write` until it has ended; return how.
+        """Pass the output of `job` to `write` until it ends, and return its final state.
 
-        A connection that breaks is made again; nothing is printed twice.
+        Reconnects after a lost connection; nothing is passed twice.
 
         Raises:
-            ClusterError: If the server stays away for a minute; the job is not touched by that.
+            ClusterError: If the server is unreachable for a minute; the job goes on.
         """
         done, lost_at = 0, None
         while True:
@@ -132,7 +132,7 @@ class JobServer:
                 for text in _stream(self._client, job, skip=done):
                     write(text)
                     done, lost_at = done + len(text), None
-                ended = self.look(job)
+                ended = self.state(job)
                 if ended.exit_code is not None:
                     return ended
                 lost_at = None
@@ -148,14 +148,14 @@ class JobServer:
             time.sleep(_POLL_S)
 
     def stop(self, job: str) -> JobEnd:
-        """Ask `job` to stop, which lets a run write a checkpoint; return how it ended.
+        """Stop `job`, waiting for a run to write its checkpoint, and return its final state.
 
         A job that has ended is left as it is.
         """
         with _refusals("job", job):
             self._client.stop_job(job)
         deadline = time.monotonic() + _STOP_S + 30
-        while (ended := self.look(job)).exit_code is None and time.monotonic() < deadline:
+        while (ended := self.state(job)).exit_code is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         return ended
 
@@ -168,8 +168,8 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
         token_in_clear: Allow a token to cross the network without TLS.
 
     Raises:
-        ClusterError: If it is no such address, holds a password, or a token would go to another
-            machine over plain HTTP.
+        ClusterError: If it is invalid, holds a password, or a token would go to another machine
+            over plain HTTP.
     """
     url = _split(address if "://" in address else f"http://{address}")
     if url is None:
@@ -213,7 +213,7 @@ def _split(address: str) -> SplitResult | None:
 
 
 def _public(address: str) -> str:
-    """Return an address without what stands before its `@`."""
+    """Return an address without user name and password."""
     scheme, mark, rest = address.rpartition("://")
     return scheme + mark + rest.rpartition("@")[2]
 

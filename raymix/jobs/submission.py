@@ -1,4 +1,4 @@
-"""A job made ready: what travels, and the shell line that runs it where it lands."""
+"""Submissions: the files to ship, and the shell line that runs the command on the cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raymix.recipe import Recipe, read_recipe, recipe_files
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 
-# Command, and whether it leaves results behind.
+# Commands that run as jobs, and whether they write results.
 COMMANDS = {
     "validate": False,
     "plan": False,
@@ -28,23 +28,23 @@ COMMANDS = {
     "compare": True,
     "tune": True,
 }
-_MANY_RUNS = ("compare", "tune")
+_MULTI_RUN_COMMANDS = ("compare", "tune")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A job that can be sent."""
+    """A job that is ready to be sent."""
 
     name: str
-    """Its name on the cluster: one of a kind."""
+    """Its unique name on the cluster."""
     command: str
     """The `raymix` command that it runs."""
     entrypoint: str
     """The shell line that runs it in the directory of the project."""
     listing: Listing
-    """What travels."""
+    """The files to ship."""
     storage: str | None
-    """The cluster's directory or URL of its results; None where the recipe gives absolute ones."""
+    """The cluster's directory or URL for results; None where the recipe has absolute ones."""
 
 
 def prepare_submission(
@@ -55,19 +55,19 @@ def prepare_submission(
     project: str | os.PathLike[str] | None = None,
     storage: str | None = None,
 ) -> Submission:
-    """Return the job that runs `raymix COMMAND RECIPE` on a cluster, all its input checked.
+    """Return the job that runs `raymix COMMAND RECIPE` on a cluster, with all inputs checked.
 
     Args:
         command: One of `COMMANDS`.
         recipe: A recipe's file, or `module:function`.
-        arguments: What follows the recipe: `FIELD=VALUE` and options of the command.
-        project: The directory that travels; left out, the nearest from the recipe upwards that
-            git or a pyproject.toml marks, else the recipe's own.
+        arguments: Arguments after the recipe: `FIELD=VALUE` and options of the command.
+        project: The directory to ship; left out, the nearest one from the recipe upwards with a
+            .git or pyproject.toml, else the recipe's own.
         storage: A directory that all nodes of the cluster see, or a URL for commands of one run.
-            Relative results go below it.
+            Relative output paths go below it.
 
     Raises:
-        RecipeError: If the command or the recipe cannot work there; names every fault found.
+        RecipeError: If the command or the recipe cannot work there; names every fault.
     """
     if command not in COMMANDS:
         near = did_you_mean(command, COMMANDS)
@@ -85,16 +85,16 @@ def prepare_submission(
     moved = shipped_inputs(model, listing)
     if COMMANDS[command] and storage is None:
         check_results(model)
-    below = _below(command, model, storage) if storage is not None else []
-    words = [*arguments, *below]
+    overrides_below = _storage_overrides(command, model, storage) if storage is not None else []
+    words = [*arguments, *overrides_below]
     directory = storage if storage is not None and storage.startswith("/") else None
-    line = _entrypoint(command, _place(recipe, listing), words, moved, directory)
+    line = _entrypoint(command, _recipe_word(recipe, listing), words, moved, directory)
     name = f"raymix-{command}-{model.name}-{secrets.token_hex(4)}"
     return Submission(name=name, command=command, entrypoint=line, listing=listing, storage=storage)
 
 
-def _below(command: str, recipe: Recipe, storage: str) -> list[str]:
-    """Return the changes to a recipe that put its relative results below a URL; none for a path.
+def _storage_overrides(command: str, recipe: Recipe, storage: str) -> list[str]:
+    """Return the overrides that put relative results below a URL; none for a path.
 
     Raises:
         RecipeError: If it is neither a path nor a URL, or the command needs a directory.
@@ -104,7 +104,7 @@ def _below(command: str, recipe: Recipe, storage: str) -> list[str]:
     advice = "Name a directory that all nodes of the cluster see"
     if not is_remote(storage):
         raise RecipeError.at("storage", storage, "neither an absolute path nor a URL", fix=advice)
-    if command in _MANY_RUNS:
+    if command in _MULTI_RUN_COMMANDS:
         raise RecipeError.at(
             "storage",
             storage,
@@ -118,11 +118,11 @@ def _below(command: str, recipe: Recipe, storage: str) -> list[str]:
     ]
 
 
-def _place(recipe: str, listing: Listing) -> str:
+def _recipe_word(recipe: str, listing: Listing) -> str:
     """Return the recipe as a word of the job's shell line.
 
     Raises:
-        RecipeError: If it is a file that does not travel, or extends one that does not.
+        RecipeError: If it, or a file that it extends, is not shipped.
     """
     if not os.path.exists(recipe):
         return shlex.quote(recipe)
@@ -131,10 +131,10 @@ def _place(recipe: str, listing: Listing) -> str:
 
 
 def _inside(path: str, listing: Listing) -> str:
-    """Return where in the project a file of the recipe lies.
+    """Return the path in the project of a file of the recipe.
 
     Raises:
-        RecipeError: If it does not travel.
+        RecipeError: If it is not shipped.
     """
     inside: str | None = None
     with suppress(ValueError):
@@ -157,11 +157,11 @@ def _entrypoint(
     storage: str | None,
 ) -> str:
     words = [shlex.quote(word) for word in arguments]
-    words += [f'{field}="$project"/{shlex.quote(place)}' for field, place in moved.items()]
-    # The job's own cluster, whichever the recipe names; RAY_ADDRESS is set for it there.
+    words += [f'{field}="$project"/{shlex.quote(path)}' for field, path in moved.items()]
+    # The cluster that runs the job, whatever the recipe names: Ray sets RAY_ADDRESS in jobs.
     words.append("cluster.address=auto")
     work = " ".join(["exec python -m raymix", command, recipe, *words])
     if storage is None:
         return f'project="$PWD"; {work}'
-    place = shlex.quote(storage)
-    return f'project="$PWD"; mkdir -p {place} && cd {place} && {work}'
+    directory = shlex.quote(storage)
+    return f'project="$PWD"; mkdir -p {directory} && cd {directory} && {work}'

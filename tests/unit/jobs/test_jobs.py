@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from raymix.errors import ClusterError, RecipeError
 from raymix.jobs import Submission, prepare_submission
 from raymix.jobs.files import find_project, list_files
-from raymix.jobs.package import MOST_BYTES, pack
+from raymix.jobs.package import MAX_ARCHIVE_BYTES, pack
 from raymix.jobs.server import checked_address
 from tests.support.recipes import DOCUMENT
 
@@ -217,7 +217,7 @@ def test_equal_projects_give_equal_archives(project: Path, tmp_path: Path) -> No
 
 def test_data_is_no_project(project: Path, tmp_path: Path) -> None:
     with (project / "big.bin").open("wb") as file:
-        file.truncate(MOST_BYTES + 1)
+        file.truncate(MAX_ARCHIVE_BYTES + 1)
     with pytest.raises(RecipeError, match=r"the largest are big\.bin \(256 MB\)"):
         pack(list_files(project), tmp_path / "x.zip")
     assert not (tmp_path / "x.zip").exists()
