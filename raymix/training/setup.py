@@ -47,8 +47,8 @@ from raymix.training.run.checkpoint import TrainingState, load_optimizer
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.remote_run import (
-    STOP,
-    WORKERS,
+    STOP_FILE,
+    WORKER_FILES,
     clear_checkpoints,
     fetch_checkpoint,
     newest_checkpoint_of,
@@ -133,7 +133,7 @@ def resume(job: Job, world: World) -> ResumePoint:
         start = ResumePoint(uuid.uuid4().hex[:12], path, state, rows)
         if job.run.url is not None:
             job.run.path.mkdir(parents=True, exist_ok=True)
-            job.run.mirror().fetch(*WORKERS, STOP)
+            job.run.mirror().fetch(*WORKER_FILES, STOP_FILE)
             clear_checkpoints(job.run, but=path)
         # Steps after the checkpoint are done again, so their lines would stand twice.
         cut_metrics(job.run.metrics, state.step if state else -1)

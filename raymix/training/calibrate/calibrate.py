@@ -35,9 +35,9 @@ from torch.nn.attention.bias import causal_lower_right
 from raymix.errors import ScheduleError
 from raymix.schedule import MODELS, CostModel, Link, Measurement, fit_cost_model
 from raymix.store import Corpus
-from raymix.training.calibrate.collective_benchmark import gather_times
+from raymix.training.calibrate.collective_benchmark import benchmark_collectives
 from raymix.training.host.machine import cores, memory
-from raymix.training.model.hf_model import resolve_config, skeleton
+from raymix.training.model.hf_model import model_from_config, resolve_config
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.memory import Batch, count_memory
 from raymix.training.plan.preflight import corpus_facts
@@ -75,7 +75,7 @@ class CalibrationBudget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class CalibrationSetup:
     """What is measured, and on what."""
 
     config: PreTrainedConfig
@@ -144,7 +144,9 @@ def recipe_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def calibrate(
-    setup: Setup, effort: CalibrationBudget, report: Callable[[str], None] = lambda line: None
+    setup: CalibrationSetup,
+    effort: CalibrationBudget,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[CostModel, list[Measurement]]:
     """Return the cost model that fits what was measured, and the measurements.
 
@@ -173,7 +175,7 @@ def calibrate(
         report(f"{item.kind}: {item.tokens} tokens, width {item.width}: {1e3 * item.value:.3f} ms")
     cost = fit_cost_model(
         [*taken, *kept],
-        hardware=hardware(setup),
+        hardware=describe_hardware(setup),
         date=datetime.now(UTC).date().isoformat(),
         memory_bytes=budget,
     )
@@ -185,7 +187,7 @@ def with_links(cost: CostModel, links: tuple[Link, ...], of: str) -> CostModel:
     return replace(cost, links=links, hardware=f"{cost.hardware}; communication assumed: {of}")
 
 
-def hardware(setup: Setup) -> str:
+def describe_hardware(setup: CalibrationSetup) -> str:
     """Return device, ranks, type and versions in words."""
     if setup.device.type == "cuda":
         name = torch.cuda.get_device_name(setup.device)
@@ -196,7 +198,7 @@ def hardware(setup: Setup) -> str:
     return f"{name}; {model}, {kind}; {setup.ranks} ranks; torch {torch.__version__}"
 
 
-def _attention(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]:
+def _attention(setup: CalibrationSetup, effort: CalibrationBudget) -> Iterator[Measurement]:
     layers = setup.config.num_hidden_layers
     for width in _widths(setup.ranks):
         spent = 0.0
@@ -207,7 +209,9 @@ def _attention(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]
             yield Measurement("attention", tokens, layers * seconds, width)
 
 
-def _kernel(setup: Setup, tokens: int, width: int, documents: int = 1) -> Callable[[], None]:
+def _kernel(
+    setup: CalibrationSetup, tokens: int, width: int, documents: int = 1
+) -> Callable[[], None]:
     """Return the attention of one rank of a team of `width`, forward and backward."""
     heads = Heads.of(setup.config)
 
@@ -241,7 +245,7 @@ def _kernel(setup: Setup, tokens: int, width: int, documents: int = 1) -> Callab
     return shards
 
 
-def _linear(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]:
+def _linear(setup: CalibrationSetup, effort: CalibrationBudget) -> Iterator[Measurement]:
     layers = setup.config.num_hidden_layers
     depths = _depths(setup)
     models = {depth: _model(setup, depth) for depth in depths}
@@ -270,7 +274,7 @@ def _sizes(first: int, longest: int) -> Iterator[int]:
         first *= 2
 
 
-def _depths(setup: Setup) -> tuple[int, ...]:
+def _depths(setup: CalibrationSetup) -> tuple[int, ...]:
     """Return the layers of the models that are measured."""
     layers = setup.config.num_hidden_layers
     if layers <= 2:
@@ -299,16 +303,16 @@ def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 def _parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in skeleton(config).parameters())
+        return sum(parameter.numel() for parameter in model_from_config(config).parameters())
 
 
-def _model(setup: Setup, layers: int) -> PackedLoss:
+def _model(setup: CalibrationSetup, layers: int) -> PackedLoss:
     with setup.device:
-        model = skeleton(_shallow(setup.config, layers)).train()
+        model = model_from_config(_shallow(setup.config, layers)).train()
     return PackedLoss(model, linear_head=True)
 
 
-def _pass(setup: Setup, model: PackedLoss, tokens: int) -> Callable[[], None]:
+def _pass(setup: CalibrationSetup, model: PackedLoss, tokens: int) -> Callable[[], None]:
     shape = (tokens // _SHORT, _SHORT)
     ids_BL = torch.randint(0, setup.config.vocab_size, shape, device=setup.device)
     positions_BL = torch.arange(_SHORT, device=setup.device).expand(shape)
@@ -321,19 +325,19 @@ def _pass(setup: Setup, model: PackedLoss, tokens: int) -> Callable[[], None]:
     return run
 
 
-def _gathers(setup: Setup) -> Iterator[Measurement]:
+def _gathers(setup: CalibrationSetup) -> Iterator[Measurement]:
     heads, layers = Heads.of(setup.config), setup.config.num_hidden_layers
     row = 2 * heads.keys * heads.width
     sizes = [1 << power for power in range(8, 15, 2)]
     widths = _widths(setup.ranks)[1:]
-    times = gather_times(
+    times = benchmark_collectives(
         setup.ranks, setup.device.type, widths=widths, sizes=sizes, row=row, bf16=setup.bf16
     )
     for (width, tokens), seconds in times.items():
         yield Measurement("gather", tokens, layers * seconds, width)
 
 
-def _memory(setup: Setup) -> tuple[list[Measurement], float]:
+def _memory(setup: CalibrationSetup) -> tuple[list[Measurement], float]:
     """Return what passes of two sizes keep, and the bytes that there are for them."""
     on_gpu = setup.device.type == "cuda"
     taken: list[Measurement] = []
@@ -344,7 +348,7 @@ def _memory(setup: Setup) -> tuple[list[Measurement], float]:
     return taken, _room(setup) - _STATES * _parameters(setup.config)
 
 
-def _room(setup: Setup) -> float:
+def _room(setup: CalibrationSetup) -> float:
     """Return the bytes a rank may use."""
     if setup.device.type == "cuda":
         return _GPU_SHARE * torch.cuda.get_device_properties(setup.device).total_memory

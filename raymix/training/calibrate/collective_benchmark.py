@@ -31,7 +31,7 @@ class _BenchmarkTask:
     out: str
 
 
-def gather_times(
+def benchmark_collectives(
     ranks: int,
     device: str,
     *,

@@ -14,7 +14,12 @@ from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 from raymix.store.remote.mirror import download
 from raymix.training.run.checkpoint import TrainingState, newest_checkpoint, read_state
-from raymix.training.run.remote_run import LOGS, RECIPES, fetch_checkpoint, newest_checkpoint_of
+from raymix.training.run.remote_run import (
+    LOG_FILES,
+    RECIPE_FILES,
+    fetch_checkpoint,
+    newest_checkpoint_of,
+)
 from raymix.training.run.rundir import RunDirectory
 
 
@@ -81,7 +86,7 @@ def _fetched(url: str) -> CheckpointRef:
     if "config.json" in names:
         return _fetched_checkpoint(url, names, here)
     run = RunDirectory(here / url.rsplit("/", 1)[-1], url)
-    run.mirror().fetch(*RECIPES, *LOGS)
+    run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
     if not run.resolved.is_file():
         raise _neither(url, there=bool(names))
     found = newest_checkpoint_of(run)
@@ -99,7 +104,7 @@ def _fetched_checkpoint(url: str, names: list[str], here: Path) -> CheckpointRef
     state = read_state(place) if "state.json" in names else None
     above = url.rsplit("/", 2)[0]
     run = RunDirectory(here / above.rsplit("/", 1)[-1], above)
-    run.mirror().fetch(*RECIPES, *LOGS)
+    run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
     return CheckpointRef(place, state, run if run.resolved.is_file() else None, url)
 
 

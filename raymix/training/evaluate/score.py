@@ -41,7 +41,7 @@ def score(
         sequence_length=used.data.sequence_length,
         rows_per_domain=rows_per_domain or used.eval.rows_per_domain,
     )
-    table = score_on(rows, target.checkpoint, corpus)
+    table = score_checkpoint(rows, target.checkpoint, corpus)
     return {
         "checkpoint": target.where,
         "step": target.state.step if target.state else None,
@@ -51,7 +51,7 @@ def score(
     }
 
 
-def score_on(
+def score_checkpoint(
     rows: HeldOutRows, checkpoint: str | Path, corpus: Corpus, *, threads: int | None = None
 ) -> LossTable:
     """Return the losses of a model in Hugging Face format on rows of a corpus.

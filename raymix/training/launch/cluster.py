@@ -168,7 +168,7 @@ def _join(config: ClusterConfig) -> None:
     ray.init(address=address, namespace="raymix", log_to_driver=False, logging_level=logging.ERROR)
 
 
-def free_resources() -> str:
+def describe_resources() -> str:
     """Return in words what the cluster has and what of it is free."""
     import ray
 
@@ -181,12 +181,12 @@ def free_resources() -> str:
     return "; ".join(parts) or "no CPUs"
 
 
-def no_capacity(workers: int, seconds: float) -> ClusterError:
+def capacity_error(workers: int, seconds: float) -> ClusterError:
     """Return the error of workers that found no place within `seconds`."""
     return ClusterError.at(
         "cluster.workers",
         workers,
-        f"the cluster gave them no place for {seconds:g} s; it has {free_resources()}",
+        f"the cluster gave them no place for {seconds:g} s; it has {describe_resources()}",
         fix="Wait for what else runs there, or take fewer workers",
     )
 

@@ -25,7 +25,7 @@ from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.controller.client import start_controller
 from raymix.streaming.sequences.actor import start_sequence_scheduler
-from raymix.training.launch.cluster import no_capacity, worker_environment
+from raymix.training.launch.cluster import capacity_error, worker_environment
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.launch.worker import FailFastPolicy, train_worker
@@ -128,7 +128,7 @@ def user_error(error: BaseException, job: Job) -> BaseException:
             return inner
         if isinstance(inner, WorkerGroupStartupTimeoutError):
             seconds = float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
-            return no_capacity(job.recipe.cluster.workers, seconds * (_START_TRIES + 1))
+            return capacity_error(job.recipe.cluster.workers, seconds * (_START_TRIES + 1))
     where = _write(job.run.path / "error.log", str(error))
     inner = list(_inside(error))[-1]
     said = (str(inner).strip().splitlines() or [""])[-1]

@@ -31,7 +31,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerPlaces:
+class WorkerPlacement:
     """What to ask of Ray for the workers of a run."""
 
     strategy: Strategy
@@ -45,7 +45,7 @@ class WorkerPlaces:
 
 def place_workers(
     nodes: Sequence[Node], per_worker: Mapping[str, float], *, group_size: int, groups: int
-) -> WorkerPlaces:
+) -> WorkerPlacement:
     """Return how to place the workers of a run.
 
     Groups of several workers: all on one node where one has room for all; else each group on one
@@ -72,22 +72,22 @@ def place_workers(
         )
     bundles = tuple(dict(per_worker) for _ in range(workers))
     if group_size > 1 and max(room) >= workers:
-        return WorkerPlaces("STRICT_PACK", bundles, (), split_groups=False)
+        return WorkerPlacement("STRICT_PACK", bundles, (), split_groups=False)
     whole = [count // group_size for count in room]
     if sum(whole) < groups:
-        return WorkerPlaces("PACK", bundles, (), split_groups=True)
+        return WorkerPlacement("PACK", bundles, (), split_groups=True)
     if group_size == 1 or all(count % group_size == 0 for count in room):
-        return WorkerPlaces("PACK", bundles, (), split_groups=False)
+        return WorkerPlacement("PACK", bundles, (), split_groups=False)
     selectors: list[Mapping[str, str]] = []
     left = groups
     for at in sorted(range(len(nodes)), key=lambda at: (-whole[at], at)):
         here = min(left, whole[at])
         selectors += [{NODE_LABEL: nodes[at].id}] * (here * group_size)
         left -= here
-    return WorkerPlaces("PACK", bundles, tuple(selectors), split_groups=False)
+    return WorkerPlacement("PACK", bundles, tuple(selectors), split_groups=False)
 
 
-def free_nodes() -> list[Node]:
+def alive_nodes() -> list[Node]:
     """Return the nodes of the cluster this process is joined to, with all that they have."""
     import ray
 
@@ -102,14 +102,14 @@ def placement_options(
     Nothing where there is no room as yet: nodes may still come, and Ray Train waits for them.
     """
     try:
-        return scaling(
-            place_workers(free_nodes(), per_worker, group_size=group_size, groups=groups)
+        return scaling_options(
+            place_workers(alive_nodes(), per_worker, group_size=group_size, groups=groups)
         )
     except ClusterError:
         return {}
 
 
-def scaling(places: WorkerPlaces) -> dict[str, Any]:
+def scaling_options(places: WorkerPlacement) -> dict[str, Any]:
     """Return what `ray.train.ScalingConfig` is told of it."""
     found: dict[str, Any] = {"placement_strategy": places.strategy}
     if places.selectors:

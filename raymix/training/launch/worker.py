@@ -23,8 +23,8 @@ from raymix.training.launch.local import run_loop
 from raymix.training.model.parallel import World
 from raymix.training.run.checkpoint import disk_full
 from raymix.training.run.remote_run import (
-    STOP,
-    WORKERS,
+    STOP_FILE,
+    WORKER_FILES,
     RunSync,
     remove_working_copy,
     upload_checkpoint,
@@ -58,9 +58,9 @@ def _train(job: Job) -> None:
         on_checkpoint=_reporter(job, world),
         stop_requested=job.run.stop_request.exists,
     )
-    kept = (*WORKERS, "tensorboard") if world.is_writer else ()
+    kept = (*WORKER_FILES, "tensorboard") if world.is_writer else ()
     try:
-        with RunSync(job.run, send=kept, fetch=(STOP,) if world.is_writer else ()):
+        with RunSync(job.run, send=kept, fetch=(STOP_FILE,) if world.is_writer else ()):
             end = run_loop(parts)
         if world.is_writer and not end.stopped:
             remove_working_copy(job.run)

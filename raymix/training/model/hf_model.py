@@ -183,13 +183,13 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = skeleton(config)
+            built = model_from_config(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         raise RecipeError.at("model.config", model.config, _one_line(error)) from error
     return built.train()
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a new model of a configuration, on the device of the caller's device context."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -229,7 +229,7 @@ def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
     """Return what the model of a recipe weighs without making its weights."""
     config = resolve_config(model, facts)
     with torch.device("meta"):
-        built = skeleton(config)
+        built = model_from_config(config)
     return measure_model(built, facts.sequence_length)
 
 
@@ -242,10 +242,10 @@ def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     attention = 6.0 * layers * width * sequence_length
-    return ModelSize(parameters, 6.0 * multiplied_parameters(model) + attention)
+    return ModelSize(parameters, 6.0 * matmul_parameters(model) + attention)
 
 
-def multiplied_parameters(model: PreTrainedModel) -> int:
+def matmul_parameters(model: PreTrainedModel) -> int:
     """Return how many parameters multiply a token; a table that is only looked up has none."""
     head = getattr(model.get_output_embeddings(), "weight", None)
     # One tied to the head is multiplied there.

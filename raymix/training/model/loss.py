@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a position that has none."""
 
-LOGIT_BYTES = 256 * 1024**2
+MAX_LOGIT_BYTES = 256 * 1024**2
 """Most bytes of float32 logits alive at once; beyond that the head is applied in pieces."""
 
 
@@ -26,7 +26,7 @@ class PackedLoss(nn.Module):
     """Wraps a causal LM; `forward` gives the summed loss, so that DDP and FSDP see one call."""
 
     def __init__(
-        self, model: PreTrainedModel, *, linear_head: bool, logit_bytes: int = LOGIT_BYTES
+        self, model: PreTrainedModel, *, linear_head: bool, logit_bytes: int = MAX_LOGIT_BYTES
     ) -> None:
         """Wrap `model`.
 

@@ -22,8 +22,8 @@ from raymix.context_parallel import (
     register,
 )
 from raymix.recipe import ModelConfig, TrainConfig
-from raymix.training.model.hf_model import CorpusFacts, resolve_config, skeleton
-from raymix.training.model.loss import LOGIT_BYTES
+from raymix.training.model.hf_model import CorpusFacts, model_from_config, resolve_config
+from raymix.training.model.loss import MAX_LOGIT_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -102,7 +102,7 @@ def worker_memory(
     held = parameters * _FP32
     share = held if train.parallel == "ddp" else -(-held // max(1, workers))
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * facts.vocab_size * _FP32,
-                 _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
+                 _LOGIT_COPIES * MAX_LOGIT_BYTES)  # fmt: skip
     return (
         MemoryPart("process", _PROCESS_BYTES),
         MemoryPart("weights", share),
@@ -123,7 +123,7 @@ def checkpoint_bytes(parameters: int) -> int:
 def count_memory(config: PreTrainedConfig, batch: Batch) -> int:
     """Return the bytes that a pass keeps for its backward pass, the logits' pieces among them."""
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * config.vocab_size * _FP32,
-                 _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
+                 _LOGIT_COPIES * MAX_LOGIT_BYTES)  # fmt: skip
     kept = _count(config, batch)[1] + logits
     return kept if batch.on_gpu else int((1 + _HEAP_SLACK) * kept)
 
@@ -163,7 +163,7 @@ _counted: dict[tuple[str, Batch], tuple[int, int]] = {}
 def _count(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
     """Return the parameters and the bytes kept for backward, all activations among them."""
     with fake_tensors():
-        fake = skeleton(config).train()
+        fake = model_from_config(config).train()
         parameters = sum(parameter.numel() for parameter in fake.parameters())
         try:
             return parameters, _saved_bytes(fake, batch)

@@ -209,7 +209,7 @@ class PendingSum:
         return self._vector
 
 
-def gathered(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+def full_tensors(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
     """Return whole CPU copies on the writing rank, an empty dict elsewhere; all ranks call it."""
     whole: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -219,7 +219,7 @@ def gathered(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str, tor
     return whole
 
 
-def like_parameter(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return `whole` placed as `parameter` is: on its device, sharded where it is sharded."""
     moved = whole.to(parameter.device)
     if isinstance(parameter, DTensor):

@@ -79,7 +79,7 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
     return found
 
 
-def empty_domains(supply: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
+def empty_domain_problems(supply: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
     """Return the domains that hold nothing, or not one row."""
     found = []
     for number, domain in enumerate(supply):
@@ -113,7 +113,7 @@ def probe_problems(recipe: Recipe, supply: Sequence[DomainSizes], mixer: Mixer) 
     ]
 
 
-def caps_per_domain(recipe: Recipe, supply: Sequence[DomainSizes]) -> list[float | None]:
+def max_epochs_by_domain(recipe: Recipe, supply: Sequence[DomainSizes]) -> list[float | None]:
     """Return `data.max_epochs` of every domain."""
     cap = recipe.data.max_epochs
     return [cap.get(domain.name) if isinstance(cap, dict) else cap for domain in supply]
@@ -153,7 +153,7 @@ def cap_problems(
     ]
 
 
-def room_problems(
+def memory_problems(
     recipe: Recipe, parts: Sequence[MemoryPart], resources: Resources, *, on_gpu: bool
 ) -> list[str]:
     """Return why the weights and optimizer states do not fit into memory."""

@@ -47,7 +47,7 @@ class Forecast:
     """Step at which every domain with a share has reached its cap; infinite if never."""
 
 
-def segments(mixer: Mixer, context: MixerContext, window: int) -> list[Segment]:
+def mixture_segments(mixer: Mixer, context: MixerContext, window: int) -> list[Segment]:
     """Return the mixtures that `mixer` will ask for, covering all steps.
 
     A mixer that decides during the run is forecast at its initial shares. One that moves all the

@@ -39,16 +39,16 @@ from raymix.training.model.memory import (
 )
 from raymix.training.plan.checks import (
     cap_problems,
-    caps_per_domain,
     cluster_problems,
     corpus_problems,
     disk_problems,
-    empty_domains,
+    empty_domain_problems,
+    max_epochs_by_domain,
+    memory_problems,
     probe_problems,
-    room_problems,
 )
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
-from raymix.training.plan.forecast import Forecast, Segment, forecast, segments
+from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
@@ -96,13 +96,13 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         else:
             found.problems += corpus_problems(recipe, corpus)
             supply = prepared_sizes(corpus, recipe.data)
-    empty = empty_domains(supply, recipe)
+    empty = empty_domain_problems(supply, recipe)
     found.problems += empty
     shape = _BatchShape.of(recipe, has)
     mixture = weight = None
     with found.guard():
         weight = _Weight.of(recipe, corpus, shape, has)
-        found.problems += room_problems(recipe, weight.parts, has, on_gpu=shape.on_gpu)
+        found.problems += memory_problems(recipe, weight.parts, has, on_gpu=shape.on_gpu)
     with found.guard():
         mixture = _Mixture.of(recipe, corpus, supply, shape) if supply and not empty else None
     if mixture is not None:
@@ -228,8 +228,8 @@ class _Mixture:
         few = probe_problems(recipe, supply, mixer)
         if few:
             raise RecipeError(*few)
-        asked = segments(mixer, context, recipe.train.probe_interval)
-        caps = [np.inf if cap is None else cap for cap in caps_per_domain(recipe, supply)]
+        asked = mixture_segments(mixer, context, recipe.train.probe_interval)
+        caps = [np.inf if cap is None else cap for cap in max_epochs_by_domain(recipe, supply)]
         cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, supply, strict=True)])
         return cls(
             describe(mixer), asked, forecast(asked, tokens_per_step=shape.tokens, cap_D=cap_D)
@@ -303,7 +303,7 @@ def _pretrained_facts(tokenizer: PretrainedTokenizer, length: int) -> CorpusFact
 def _domain_plans(
     recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast
 ) -> Iterator[DomainPlan]:
-    caps = caps_per_domain(recipe, supply)
+    caps = max_epochs_by_domain(recipe, supply)
     for at, domain in enumerate(supply):
         capped = found.capped_D[at]
         yield DomainPlan(

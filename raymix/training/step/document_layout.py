@@ -14,7 +14,7 @@ from raymix.errors import RecipeError, ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import CostModel, Layout, Link, load_cost_model
 from raymix.streaming.sequences.step_plans import SchedulingConfig
-from raymix.training.model.hf_model import multiplied_parameters, switch_attention
+from raymix.training.model.hf_model import matmul_parameters, switch_attention
 from raymix.training.step.documents import ContextParallel
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) ->
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = config.num_attention_heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * width // heads
-    linear_s = 6 * multiplied_parameters(model) / speed["linear"]
+    linear_s = 6 * matmul_parameters(model) / speed["linear"]
     quadratic_s = 7 * layers * width / speed["attention"]
     travel = 2 * layers * speed["latency_s"], 2 * layers * 2 * keys * 4 * speed["byte_s"]
     return CostModel(

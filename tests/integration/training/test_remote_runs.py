@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
 def test_a_run_is_worked_on_by_one_machine_at_a_time(
     kept: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymix.training.run.heartbeat_lock.BEAT_S", 0.3)
+    monkeypatch.setattr("raymix.training.run.heartbeat_lock.HEARTBEAT_INTERVAL_S", 0.3)
     url = f"{store}/runs/claimed"
     buckets.copy(kept, url)
     said: list[str] = []

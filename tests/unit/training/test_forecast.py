@@ -14,7 +14,7 @@ from raymix.errors import CorpusError
 from raymix.mixers import MixerContext, build_mixer
 from raymix.recipe import ProportionalMixer, ScheduleMixer, SchedulePiece, UniformMixer
 from raymix.sampling import NO_LIMIT, Allocator, fixed_point
-from raymix.training.plan.forecast import Segment, forecast, segments
+from raymix.training.plan.forecast import Segment, forecast, mixture_segments
 
 INF = np.inf
 
@@ -31,7 +31,7 @@ def schedule(interpolate: Literal["linear", "hold"], *pieces: tuple[int, float])
 
 def test_fixed_shares_are_one_segment() -> None:
     where = context(1, 3)
-    (only,) = segments(build_mixer(ProportionalMixer(), where), where, window=7)
+    (only,) = mixture_segments(build_mixer(ProportionalMixer(), where), where, window=7)
     assert (only.start, only.stop) == (0, 100)
     assert only.share_D.tolist() == [0.25, 0.75]
 
@@ -39,14 +39,14 @@ def test_fixed_shares_are_one_segment() -> None:
 def test_a_schedule_is_cut_at_its_pieces() -> None:
     where = context(1, 1)
     config = schedule("hold", (0, 1.0), (30, 0.5), (400, 0.0))
-    found = segments(build_mixer(config, where), where, window=7)
+    found = mixture_segments(build_mixer(config, where), where, window=7)
     assert [(s.start, s.stop, s.share_D[0]) for s in found] == [(0, 30, 1.0), (30, 100, 0.5)]
 
 
 def test_a_linear_schedule_is_followed_window_by_window() -> None:
     where = context(1, 1)
     config = schedule("linear", (0, 1.0), (80, 0.0))
-    found = segments(build_mixer(config, where), where, window=20)
+    found = mixture_segments(build_mixer(config, where), where, window=20)
     assert [s.start for s in found] == [0, 20, 40, 60, 80]
     assert [s.share_D[0] for s in found] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
@@ -54,7 +54,7 @@ def test_a_linear_schedule_is_followed_window_by_window() -> None:
 def test_a_long_linear_schedule_has_few_segments() -> None:
     where = context(1, 1, steps=10**9)
     config = schedule("linear", (0, 1.0), (10**9, 0.0))
-    found = segments(build_mixer(config, where), where, window=1)
+    found = mixture_segments(build_mixer(config, where), where, window=1)
     assert len(found) <= 2001
     assert found[-1].stop == 10**9
 
@@ -144,7 +144,7 @@ def test_the_forecast_agrees_with_the_sampler(
 
 def test_uniform_over_one_domain() -> None:
     where = context(5)
-    asked = segments(build_mixer(UniformMixer(kind="uniform"), where), where, window=1)
+    asked = mixture_segments(build_mixer(UniformMixer(kind="uniform"), where), where, window=1)
     found = forecast(asked, tokens_per_step=2)
     assert found.asked_D.tolist() == [1.0]
     assert found.read_D.tolist() == [200.0]
