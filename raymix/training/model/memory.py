@@ -61,12 +61,12 @@ class Batch:
     """Whether it runs on a GPU."""
     documents: bool = False
     """Whether its rows are documents one after the other, which need no mask of all pairs."""
-    sharing: int = 1
+    context_parallel: int = 1
     """Workers that may share a document: each gathers the keys and values of all of them."""
 
 
 def auto_micro_batch_rows(
-    most_rows: int, sequence_length: int, *, row_bytes: int, room_bytes: int, on_gpu: bool
+    max_rows: int, sequence_length: int, *, row_bytes: int, capacity_bytes: int, on_gpu: bool
 ) -> int:
     """Return the rows per forward pass that `train.micro_batch_rows: auto` stands for.
 
@@ -74,16 +74,16 @@ def auto_micro_batch_rows(
     that all passes of a step are alike.
 
     Args:
-        most_rows: Rows of the worker that has most in a step.
+        max_rows: Rows of the worker that has most in a step.
         sequence_length: Tokens per row.
         row_bytes: Memory that each row takes.
-        room_bytes: Memory there is for rows.
+        capacity_bytes: Memory there is for rows.
         on_gpu: Whether the worker has a GPU.
     """
     enough = (_ENOUGH_TOKENS_GPU if on_gpu else _ENOUGH_TOKENS_CPU) // sequence_length
-    rows = max(1, min(enough, room_bytes // max(1, row_bytes)))
-    passes = -(-most_rows // rows)
-    return -(-most_rows // passes)
+    rows = max(1, min(enough, capacity_bytes // max(1, row_bytes)))
+    passes = -(-max_rows // rows)
+    return -(-max_rows // passes)
 
 
 def worker_memory(
@@ -130,13 +130,13 @@ def count_memory(config: PreTrainedConfig, batch: Batch) -> int:
 
 def _gathered_bytes(model: ModelConfig, facts: CorpusFacts, batch: Batch) -> int:
     """Return the bytes of keys and values from other workers, where all that is held is shared."""
-    if batch.sharing == 1:
+    if batch.context_parallel == 1:
         return 0
     config = resolve_config(model, facts)
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     width = keys * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    tokens = batch.rows * batch.length * batch.sharing
+    tokens = batch.rows * batch.length * batch.context_parallel
     return 2 * config.num_hidden_layers * tokens * width * (2 if batch.bf16 else _FP32)
 
 

@@ -62,7 +62,7 @@ class Recorder:
             # Unbuffered and in append mode: each line is one write(2), so the driver that reads
             # along sees whole lines, and a killed worker loses none.
             self._file = run.metrics.open("ab", buffering=0)
-            # Imported only if wanted: protobuf takes half a second.
+            # Imported only if wanted: protobuf is slow to import.
             if tensorboard:
                 from raymix.training.run.event_file import EventFileWriter
 
@@ -72,7 +72,7 @@ class Recorder:
         """Write the metrics of one step."""
         record = dict(line)
         shares: Mapping[str, float] = record.get("shares", {})
-        # Ten thousand shares would make a line of 300 kB, the same one until the mixture changes.
+        # Ten thousand shares would make a line of 250 kB, the same one until the mixture changes.
         if len(shares) > _MAX_SHARES_PER_LINE and record["mixture_version"] == self._version:
             del record["shares"]
         self._version = record.get("mixture_version")

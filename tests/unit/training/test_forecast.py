@@ -62,29 +62,29 @@ def test_a_long_linear_schedule_has_few_segments() -> None:
 def test_without_caps_shares_are_read_as_asked() -> None:
     found = forecast([Segment(0, 100, np.array([0.2, 0.8]))], tokens_per_step=10)
     assert found.read_D.tolist() == pytest.approx([200, 800])
-    assert found.exhausted == INF
-    assert np.isinf(found.capped_D).all()
+    assert found.exhausted_step == INF
+    assert np.isinf(found.cap_step_D).all()
 
 
 def test_at_its_cap_a_domain_leaves_its_share_to_the_others() -> None:
     asked = [Segment(0, 100, np.array([0.5, 0.3, 0.2]))]
     found = forecast(asked, tokens_per_step=10, cap_D=np.array([100.0, INF, INF]))
-    assert found.capped_D.tolist() == [20.0, INF, INF]
+    assert found.cap_step_D.tolist() == [20.0, INF, INF]
     assert found.read_D.tolist() == pytest.approx([100, 540, 360])
-    assert found.asked_D.tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert found.share_D.tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_when_all_are_capped_the_run_ends_early() -> None:
     asked = [Segment(0, 100, np.array([0.5, 0.5, 0.0]))]
     found = forecast(asked, tokens_per_step=10, cap_D=np.array([100.0, 300.0, 1e9]))
-    assert found.exhausted == pytest.approx(40)
+    assert found.exhausted_step == pytest.approx(40)
     assert found.read_D.tolist() == pytest.approx([100, 300, 0])
 
 
 def test_caps_met_exactly_at_the_end_are_no_shortage() -> None:
     asked = [Segment(0, 100, np.array([0.3, 0.7]))]
     found = forecast(asked, tokens_per_step=10, cap_D=np.array([300.0, 700.0]))
-    assert found.exhausted == INF
+    assert found.exhausted_step == INF
 
 
 def test_many_domains_cost_no_more_than_their_caps() -> None:
@@ -93,9 +93,9 @@ def test_many_domains_cost_no_more_than_their_caps() -> None:
     cap_D = np.where(np.arange(n_domains) % 100 == 0, 50.0 + np.arange(n_domains), INF)
     asked = [Segment(0, 10**9, share_D)]
     found = forecast(asked, tokens_per_step=16_384, cap_D=cap_D)
-    assert found.exhausted == INF
+    assert found.exhausted_step == INF
     assert found.read_D.sum() == pytest.approx(16_384 * 10**9)
-    assert np.isfinite(found.capped_D).sum() == 100
+    assert np.isfinite(found.cap_step_D).sum() == 100
 
 
 def simulate(
@@ -135,7 +135,7 @@ def test_the_forecast_agrees_with_the_sampler(
     limit_D = np.array([NO_LIMIT if limit is None else limit for limit in limits])
     found = forecast(asked, tokens_per_step=rows, cap_D=cap_D)
     count_D, done = simulate(asked, rows, limit_D)
-    reached = steps if np.isinf(found.exhausted) else found.exhausted
+    reached = steps if np.isinf(found.exhausted_step) else found.exhausted_step
     # Whole rows: at each change of mixture or cap a domain may be a few rows before or behind.
     slack = 4 * (len(weights) + 1)
     assert abs(done - reached) <= 1 + slack / rows
@@ -146,5 +146,5 @@ def test_uniform_over_one_domain() -> None:
     where = context(5)
     asked = mixture_segments(build_mixer(UniformMixer(kind="uniform"), where), where, window=1)
     found = forecast(asked, tokens_per_step=2)
-    assert found.asked_D.tolist() == [1.0]
+    assert found.share_D.tolist() == [1.0]
     assert found.read_D.tolist() == [200.0]
