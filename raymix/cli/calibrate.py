@@ -51,8 +51,8 @@ def work(asked: Asked) -> dict[str, Any]:
     quiet_libraries()
     setup = _setup(asked)
     console = Console(stderr=True, highlight=False)
-    effort = CalibrationBudget(seconds=asked.seconds, longest=asked.longest or _LONGEST)
-    cost, taken = calibrate(setup, effort, lambda line: console.print(line, markup=False))
+    budget = CalibrationBudget(seconds=asked.seconds, longest=asked.longest or _LONGEST)
+    cost, taken = calibrate(setup, budget, lambda line: console.print(line, markup=False))
     if setup.ranks == 1:
         cost = with_links(cost, _assumed_links(setup, asked.network), asked.network)
     save_cost_model(cost, path)

@@ -137,7 +137,7 @@ def resume(job: Job, world: World) -> ResumePoint:
             clear_checkpoints(job.run, but=path)
         # Steps after the checkpoint are done again, so their lines would stand twice.
         cut_metrics(job.run.metrics, state.step if state else -1)
-    agreed = world.agree(start)
+    agreed = world.broadcast(start)
     if agreed.checkpoint is None:
         return agreed
     return replace(agreed, checkpoint=fetch_checkpoint(job.run, agreed.checkpoint))
@@ -248,7 +248,9 @@ def _evaluator(
     )
     batch_rows = full_length_rows(recipe, start.micro_batch_rows)
     by_document = isinstance(recipe.data, DocumentData) and context.own_attention
-    return Evaluator(corpus, rows, world=world, rows_at_once=batch_rows, by_document=by_document)
+    return Evaluator(
+        corpus, rows, world=world, micro_batch_rows=batch_rows, by_document=by_document
+    )
 
 
 def _model(
@@ -319,7 +321,7 @@ def _prober(
         n_domains=len(corpus.domain_names),
         targets=targets,
         group_ND=getattr(mixer, "probe_groups", None),
-        rows_at_once=full_length_rows(recipe, start.micro_batch_rows),
+        micro_batch_rows=full_length_rows(recipe, start.micro_batch_rows),
         precision=partial(
             training_precision, device, bf16=recipe.train.uses_bf16(on_gpu=device == "cuda")
         ),

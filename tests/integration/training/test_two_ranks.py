@@ -109,7 +109,7 @@ def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
         (parallel, rows): one_step(world, parallel, rows, directory / f"{parallel}{rows}")
         for parallel, rows in CASES
     }
-    return {**found, "agreed": world.agree({"rank": world.rank})}
+    return {**found, "agreed": world.broadcast({"rank": world.rank})}
 
 
 @pytest.fixture(scope="module")
