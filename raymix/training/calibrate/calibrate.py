@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from raymix.recipe import Recipe
 
 # Tokens per document when linear layers are measured: so few that attention hardly counts.
-_SHORT_DOCUMENT_TOKENS = 16
+_SHORT_TOKENS = 16
 # And when memory is counted: usual for packed documents.
-_MEMORY_DOCUMENT_TOKENS = 512
+_MEMORY_TOKENS = 512
 _REPEATS = 3
 # Sizes double until the measurement of one takes more than this fraction of the time budget.
 _SIZE_TIME_FRACTION = 0.1
@@ -258,10 +258,8 @@ def _measure_linear(setup: CalibrationSetup, budget: CalibrationBudget) -> Itera
     for index, tokens in enumerate(_sizes(_MIN_TOKENS, budget.longest)):
         if index >= _MIN_SIZES and spent_s > _SIZE_TIME_FRACTION * budget.seconds:
             break
-        attention, _ = _time(
-            _attention_kernel(setup, _SHORT_DOCUMENT_TOKENS, 1, tokens // _SHORT_DOCUMENT_TOKENS),
-            setup.device,
-        )
+        kernel = _attention_kernel(setup, _SHORT_TOKENS, 1, tokens // _SHORT_TOKENS)
+        attention, _ = _time(kernel, setup.device)
         seconds_by_depth = {}
         spent_s = 0.0
         for depth, model in models.items():
@@ -328,9 +326,9 @@ def _model(setup: CalibrationSetup, layers: int) -> PackedLoss:
 
 
 def _pass(setup: CalibrationSetup, model: PackedLoss, tokens: int) -> Callable[[], None]:
-    shape = (tokens // _SHORT_DOCUMENT_TOKENS, _SHORT_DOCUMENT_TOKENS)
+    shape = (tokens // _SHORT_TOKENS, _SHORT_TOKENS)
     ids_BL = torch.randint(0, setup.config.vocab_size, shape, device=setup.device)
-    positions_BL = torch.arange(_SHORT_DOCUMENT_TOKENS, device=setup.device).expand(shape)
+    positions_BL = torch.arange(_SHORT_TOKENS, device=setup.device).expand(shape)
 
     def run() -> None:
         with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.bf16):
@@ -360,9 +358,9 @@ def _measure_memory(setup: CalibrationSetup) -> tuple[list[Measurement], float]:
     for rows in (2, 8):
         # Documents of one length: the mask of a long one would count (L, L) bytes, which the
         # kernel of a rank does not need.
-        batch = Batch(rows=rows, length=_MEMORY_DOCUMENT_TOKENS, bf16=setup.bf16, on_gpu=on_gpu)
+        batch = Batch(rows=rows, length=_MEMORY_TOKENS, bf16=setup.bf16, on_gpu=on_gpu)
         measurements.append(
-            Measurement("memory", rows * _MEMORY_DOCUMENT_TOKENS, count_memory(setup.config, batch))
+            Measurement("memory", rows * _MEMORY_TOKENS, count_memory(setup.config, batch))
         )
     return measurements, _capacity_bytes(setup) - _STATE_BYTES * _parameters(setup.config)
 

@@ -51,7 +51,7 @@ def test_groups_larger_than_a_node_go_across() -> None:
 
 
 def test_too_many_workers_are_refused_with_the_numbers() -> None:
-    with pytest.raises(ClusterError, match=r"cluster.workers = 20: .* room for 16 .* 1 GPU each"):
+    with pytest.raises(ClusterError, match=r"cluster.workers = 20: .* can take 16 .* 1 GPU each"):
         place_workers(nodes(8, 8), WORKER, group_size=4, groups=5)
 
 
