@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from raymix.schedule import CostModel
-    from raymix.training.calibrate.calibrate import Setup
+    from raymix.training.calibrate.calibrate import CalibrationSetup
 
 _LONGEST = 32_768
 _CPU_RANKS = 2
@@ -80,10 +80,10 @@ def _path(out: str | None) -> Path:
     return Path(out)
 
 
-def _setup(options: CalibrateOptions) -> Setup:
+def _setup(options: CalibrateOptions) -> CalibrationSetup:
     from raymix.errors import ScheduleError
     from raymix.schedule import MODELS
-    from raymix.training.calibrate.calibrate import Setup, preset_config, recipe_config
+    from raymix.training.calibrate.calibrate import CalibrationSetup, preset_config, recipe_config
 
     device = _device(options.device)
     if options.source in MODELS:
@@ -106,7 +106,7 @@ def _setup(options: CalibrateOptions) -> Setup:
         raise ScheduleError.at(
             "ranks", ranks, f"there are {_gpus()} GPUs here, and each rank needs one"
         )
-    return Setup(config=config, device=device, ranks=ranks, bf16=device.type == "cuda")
+    return CalibrationSetup(config=config, device=device, ranks=ranks, bf16=device.type == "cuda")
 
 
 def _device(name: str) -> torch.device:
@@ -132,7 +132,7 @@ def _ranks(device: torch.device) -> int:
     return _gpus() if device.type == "cuda" else _CPU_RANKS
 
 
-def _assumed_links(setup: Setup, network: str) -> Any:
+def _assumed_links(setup: CalibrationSetup, network: str) -> Any:
     from raymix.schedule.cost.presets import assumed_links
     from raymix.training.calibrate.calibrate import Heads
 

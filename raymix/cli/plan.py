@@ -59,7 +59,7 @@ def draw(plan: RunPlan, console: Console) -> None:
     console.print()
     fancy = console.is_terminal
     console.print(_mixture(plan, fancy=fancy))
-    if len(plan.pieces) > 1:
+    if len(plan.segments) > 1:
         console.print()
         console.print(_pieces(plan, fancy=fancy))
     console.print()
@@ -71,28 +71,28 @@ def draw(plan: RunPlan, console: Console) -> None:
 
 def _mixture(plan: RunPlan, *, fancy: bool) -> Table:
     """Return the domains, largest share first."""
-    bytes_known = any(d.supply.bytes_per_token for d in plan.domains)
+    bytes_known = any(d.sizes.bytes_per_token for d in plan.domains)
     head = ["mixture", "share", "tokens", "read", "epochs", "documents"]
     table = plain_table(*head, *(["bytes/token"] if bytes_known else []), "entropy", fancy=fancy)
     rows = sorted(plan.domains, key=lambda domain: -domain.share)
     about = "~" if plan.estimated else ""
     for domain in rows[:_MOST_DOMAINS]:
-        supply = domain.supply
+        sizes = domain.sizes
         cells = [
-            supply.name,
+            sizes.name,
             percent(domain.share),
-            about + amount(supply.tokens),
+            about + amount(sizes.tokens),
             amount(domain.read),
             about + epochs(domain),
-            "-" if supply.documents is None else f"{supply.documents:,}",
+            "-" if sizes.documents is None else f"{sizes.documents:,}",
         ]
         if bytes_known:
-            known = supply.bytes_per_token
+            known = sizes.bytes_per_token
             cells.append(f"{known:.2f}" if known else "-")
-        entropy = supply.unigram_entropy
+        entropy = sizes.unigram_entropy
         table.add_row(*cells, "-" if entropy is None else f"{entropy:.2f}")
     _add_rest(table, rows[_MOST_DOMAINS:])
-    total = sum(domain.supply.tokens for domain in plan.domains)
+    total = sum(domain.sizes.tokens for domain in plan.domains)
     read = sum(domain.read for domain in plan.domains)
     table.add_section()
     table.add_row(f"{len(rows)} domains", "100 %", about + amount(total), amount(read))
@@ -102,27 +102,27 @@ def _mixture(plan: RunPlan, *, fancy: bool) -> Table:
 def _add_rest(table: Table, rest: Sequence[DomainPlan]) -> None:
     if rest:
         share = sum(domain.share for domain in rest)
-        tokens = sum(domain.supply.tokens for domain in rest)
+        tokens = sum(domain.sizes.tokens for domain in rest)
         read = sum(domain.read for domain in rest)
         table.add_row(f"... {len(rest)} more", percent(share), amount(tokens), amount(read))
 
 
 def _pieces(plan: RunPlan, *, fancy: bool) -> Table:
     """Return the shares of each domain at the steps where they change."""
-    pieces = plan.pieces
+    pieces = plan.segments
     if len(pieces) > _MOST_PIECES:
         stride = (len(pieces) - 1) / (_MOST_PIECES - 1)
         pieces = tuple(pieces[round(at * stride)] for at in range(_MOST_PIECES))
     table = plain_table("share from step", *(f"{piece.start:,}" for piece in pieces), fancy=fancy)
     for at, domain in enumerate(plan.domains[:_MOST_DOMAINS]):
-        table.add_row(domain.supply.name, *(percent(float(piece.share_D[at])) for piece in pieces))
+        table.add_row(domain.sizes.name, *(percent(float(piece.share_D[at])) for piece in pieces))
     return table
 
 
 def _load(plan: RunPlan) -> str:
     """Return in words what a worker does in a step."""
     if not plan.packed:
-        shared = f"; {plan.sharing} may share one" if plan.sharing > 1 else ""
+        shared = f"; {plan.context_parallel} may share one" if plan.context_parallel > 1 else ""
         return f"documents of up to {plan.micro_batch_tokens:,} tokens at once on each{shared}"
     fewest, most = plan.rows_per_worker
     rows = f"{most}" if fewest == most else f"{fewest} or {most}"

@@ -34,10 +34,10 @@ from raymix.training.plan.runplan import RunPlan
 from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.progress import RunProgress
 from raymix.training.run.remote_run import (
-    LOGS,
-    RECIPES,
-    STOP,
-    WORKERS,
+    LOG_FILES,
+    RECIPE_FILES,
+    STOP_FILE,
+    WORKER_FILES,
     RunSync,
     newest_checkpoint_of,
     remove_working_copy,
@@ -81,7 +81,7 @@ def train(
     plan = preflight(loaded, corpus, available)
     with run_lock(run, note=_say):
         if run.url is not None:
-            run.mirror().fetch(*RECIPES, *LOGS)
+            run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
         if not _finished(run, plan.steps, corpus, loaded):
             _write_run(run, loaded, plan)
             _train(loaded, run, plan)
@@ -121,8 +121,8 @@ def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
     about = environment(steps=plan.steps, parameters=plan.parameters, workers=plan.workers)
     atomic_write_text(str(run.path / "environment.json"), json.dumps(about, indent=1))
     if run.url is not None:
-        files.remove(files.join(run.url, STOP))
-        run.mirror().send(*RECIPES)
+        files.remove(files.join(run.url, STOP_FILE))
+        run.mirror().send(*RECIPE_FILES)
 
 
 def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
@@ -164,12 +164,12 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
 
 def _run_sync(run: RunDirectory, *, on_ray: bool) -> RunSync:
     """Return the sync of a run at a URL: sends what this process writes, fetches the rest."""
-    written = [*LOGS, "tensorboard", "error.log"]
+    written = [*LOG_FILES, "tensorboard", "error.log"]
     if not on_ray:
         return RunSync(run, send=written)
     # On Ray the first worker writes the metrics, maybe on another machine.
-    by_driver = [name for name in written if name not in WORKERS]
-    return RunSync(run, send=[*by_driver, STOP], fetch=WORKERS)
+    by_driver = [name for name in written if name not in WORKER_FILES]
+    return RunSync(run, send=[*by_driver, STOP_FILE], fetch=WORKER_FILES)
 
 
 def _show(run: RunDirectory, document: dict[str, Any], *, report: bool) -> None:

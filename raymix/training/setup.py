@@ -47,8 +47,8 @@ from raymix.training.run.checkpoint import TrainingState, load_optimizer
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.remote_run import (
-    STOP,
-    WORKERS,
+    STOP_FILE,
+    WORKER_FILES,
     clear_checkpoints,
     fetch_checkpoint,
     newest_checkpoint_of,
@@ -138,11 +138,11 @@ def resume(job: Job, world: World) -> ResumePoint:
         start = ResumePoint(uuid.uuid4().hex[:12], path, state, rows)
         if job.run.url is not None:
             job.run.path.mkdir(parents=True, exist_ok=True)
-            job.run.mirror().fetch(*WORKERS, STOP)
+            job.run.mirror().fetch(*WORKER_FILES, STOP_FILE)
             clear_checkpoints(job.run, but=path)
         # Steps after the checkpoint are done again, so their lines would stand twice.
         cut_metrics(job.run.metrics, state.step if state else -1)
-    agreed = world.agree(start)
+    agreed = world.broadcast(start)
     if agreed.checkpoint is None:
         return agreed
     return replace(agreed, checkpoint=fetch_checkpoint(job.run, agreed.checkpoint))
@@ -250,7 +250,9 @@ def _evaluator(
     )
     batch_rows = full_length_rows(recipe, start.micro_batch_rows)
     by_document = isinstance(recipe.data, DocumentData) and context.own_attention
-    return Evaluator(corpus, rows, world=world, rows_at_once=batch_rows, by_document=by_document)
+    return Evaluator(
+        corpus, rows, world=world, micro_batch_rows=batch_rows, by_document=by_document
+    )
 
 
 def _model(
@@ -321,7 +323,7 @@ def _prober(
         n_domains=len(corpus.domain_names),
         targets=targets,
         group_ND=getattr(mixer, "probe_groups", None),
-        rows_at_once=full_length_rows(recipe, start.micro_batch_rows),
+        micro_batch_rows=full_length_rows(recipe, start.micro_batch_rows),
         precision=partial(
             training_precision, device, bf16=recipe.train.uses_bf16(on_gpu=device == "cuda")
         ),

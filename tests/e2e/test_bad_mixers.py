@@ -150,7 +150,7 @@ def test_train_refuses_and_leaves_the_run_as_it_was(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "says"), [(0, "holds no tokens"), (20, "20 tokens do not fill one row of 32")]
+    ("tokens", "says"), [(0, "has no tokens"), (20, "20 tokens do not fill one row of 32")]
 )
 def test_an_empty_target_is_refused(
     tokens: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

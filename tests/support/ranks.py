@@ -37,7 +37,7 @@ def on_ranks(size: int, work: Callable[[World, Path], Any]) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(out.with_suffix(".store")), size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    found = work(World(rank=rank, size=size, neighbors=size), out.parent)
+    found = work(World(rank=rank, size=size, local_size=size), out.parent)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if rank:

@@ -1,20 +1,21 @@
-"""Measuring what a model costs on the devices at hand, for plans of long and short sequences.
+"""Calibration: measure a model's costs on this machine's devices, and fit a cost model.
 
-Every figure is of forward and backward, all layers, as `raymix.schedule.cost.fit` wants them:
+All measurements are of forward and backward, over all layers, as `raymix.schedule.cost.fit`
+takes them:
 
-* attention: the kernel alone, with the model's heads, for a sequence on one rank, and for the
-  share of a rank in a team: the i-th and the i-th last of 2 w equal pieces, so that all ranks work
-  alike; here the first and the last.
-* linear: the model on many documents of few tokens, less the attention of these.
+* attention: the kernel alone, with the model's heads, for a sequence on one rank, and for one rank
+  of a context-parallel group of width w. Rank i has the i-th and the i-th last of 2 w equal
+  segments, so that all ranks have the same work; here the first and the last.
+* linear: the model on many short documents, minus their attention.
 * gather: an all-gather of keys and values and a reduce-scatter of their gradients over gloo or
-  NCCL, in as many processes as there are ranks.
-* memory: what autograd keeps of a pass, counted (see `memory`), beside weights, gradients and
-  moments.
+  NCCL, in one process per rank.
+* memory: the bytes that autograd saves in a pass, counted (see `training.model.memory`), beside
+  weights, gradients and moments.
 
-Models too deep to fit, or too slow, are measured with one layer and with two; what one layer adds
-counts for all others.
+Models that do not fit, or are too slow, are measured with one layer and with two; the difference
+counts for each further layer.
 
-Legend: B documents, L tokens of each, H heads, D their width.
+Legend: B documents, L tokens of each.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from torch.nn.attention.bias import causal_lower_right
 from raymix.errors import ScheduleError
 from raymix.schedule import MODELS, CostModel, Link, Measurement, fit_cost_model
 from raymix.store import Corpus
-from raymix.training.calibrate.collective_benchmark import gather_times
+from raymix.training.calibrate.collective_benchmark import benchmark_collectives
 from raymix.training.host.machine import cores, memory
-from raymix.training.model.hf_model import resolve_config, skeleton
+from raymix.training.model.hf_model import model_from_config, resolve_config
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.memory import Batch, count_memory
 from raymix.training.plan.preflight import corpus_facts
@@ -47,48 +48,48 @@ if TYPE_CHECKING:
 
     from raymix.recipe import Recipe
 
-# Documents of the measurement of linear layers: so short that attention hardly counts.
-_SHORT = 16
-# And of that of memory.
-_COUNTED = 512
+# Tokens per document when linear layers are measured: so few that attention hardly counts.
+_SHORT_TOKENS = 16
+# And when memory is counted: usual for packed documents.
+_MEMORY_TOKENS = 512
 _REPEATS = 3
-# Sizes double up to the one whose measurement would take this part of all the time there is.
-_PART = 0.1
-_FIRST = 64
-# Sizes that are measured however long they take.
-_LEAST = 3
-# Weights, gradients, AdamW's two moments, in float32.
-_STATES = 4 * 4
-# Hidden width from which on a model counts as large.
-_WIDE = 2048
-_GPU_SHARE, _CPU_SHARE = 0.8, 0.5
+# Sizes double until the measurement of one takes more than this fraction of the time budget.
+_SIZE_TIME_FRACTION = 0.1
+_MIN_TOKENS = 64
+# Sizes measured whatever they take: a quadratic needs three points.
+_MIN_SIZES = 3
+# Bytes per parameter: weights, gradients and AdamW's two moments in float32.
+_STATE_BYTES = 4 * 4
+# Hidden width from which on Qwen2.5 models have wider heads and an untied output embedding.
+_LARGE_MODEL_WIDTH = 2048
+_GPU_MEMORY_FRACTION, _CPU_MEMORY_FRACTION = 0.8, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationBudget:
-    """How long and how far is measured."""
+    """Time and sequence lengths of a calibration."""
 
     seconds: float = 60.0
-    """About how long all of it may take."""
+    """Approximate total time."""
     longest: int = 32_768
-    """Tokens of the longest sequence that is measured."""
+    """Tokens of the longest sequence measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What is measured, and on what."""
+class CalibrationSetup:
+    """The model and the devices to measure."""
 
     config: PreTrainedConfig
-    """The model's; attention in the usual fields of transformers."""
+    """The model's configuration, with attention in the usual fields of transformers."""
     device: torch.device
     ranks: int
-    """Processes that gather from each other."""
+    """Processes of the collectives."""
     bf16: bool
     """Whether it runs under bf16 autocast."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the type of activations."""
+        """Return the data type of activations."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
@@ -103,6 +104,7 @@ class Heads:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Heads:
         """Return the heads of a configuration."""
+        # Older types have neither grouped keys nor a head width of their own.
         queries = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or queries
         width = getattr(config, "head_dim", None) or config.hidden_size // queries
@@ -110,18 +112,18 @@ class Heads:
 
 
 def preset_config(name: str) -> PreTrainedConfig:
-    """Return the configuration of one of `raymix.schedule.MODELS`: Qwen2 of that shape.
+    """Return the configuration of a model of `raymix.schedule.MODELS`, as a Qwen2 of that shape.
 
     Raises:
-        ScheduleError: If there is none of that name.
+        ScheduleError: If the name is unknown.
     """
     from transformers import Qwen2Config
 
     if name not in MODELS:
-        raise ScheduleError.at("model", name, "not known", allowed=f"Known: {', '.join(MODELS)}")
+        raise ScheduleError.at("model", name, "unknown", allowed=f"Known: {', '.join(MODELS)}")
     shape = MODELS[name]
     # Qwen2.5's heads: 64 wide in the small models, 128 in the large ones.
-    width = 64 if shape.hidden < _WIDE else 128
+    width = 64 if shape.hidden < _LARGE_MODEL_WIDTH else 128
     return Qwen2Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -129,12 +131,12 @@ def preset_config(name: str) -> PreTrainedConfig:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.hidden // width,
         num_key_value_heads=shape.key_values // width,
-        tie_word_embeddings=shape.hidden < _WIDE,
+        tie_word_embeddings=shape.hidden < _LARGE_MODEL_WIDTH,
     )
 
 
 def recipe_config(recipe: Recipe) -> PreTrainedConfig:
-    """Return the configuration of a recipe's model; its corpus need not be prepared.
+    """Return the configuration of a recipe's model; the corpus need not be prepared.
 
     Raises:
         RaymixError: If the model cannot be used.
@@ -144,122 +146,132 @@ def recipe_config(recipe: Recipe) -> PreTrainedConfig:
 
 
 def calibrate(
-    setup: Setup, effort: CalibrationBudget, report: Callable[[str], None] = lambda line: None
+    setup: CalibrationSetup,
+    budget: CalibrationBudget,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[CostModel, list[Measurement]]:
-    """Return the cost model that fits what was measured, and the measurements.
+    """Return the fitted cost model and the measurements.
 
     Args:
-        setup: What is measured.
-        effort: How long.
-        report: Told what is being done, line by line.
+        setup: The model and the devices.
+        budget: Time and sequence lengths.
+        report: Gets a line of text for each step of the work.
 
     Raises:
-        ScheduleError: If the model does not fit into memory, or processes cannot reach each other.
+        ScheduleError: If the model does not fit into memory, or the processes cannot communicate.
     """
-    if effort.longest < (shortest := _FIRST << (_LEAST - 1)):
+    if budget.longest < (shortest := _MIN_TOKENS << (_MIN_SIZES - 1)):
         raise ScheduleError.at(
-            "longest", effort.longest, f"too short to see how time grows; at least {shortest}"
+            "longest", budget.longest, f"too short to fit the growth of time; at least {shortest}"
         )
-    taken: list[Measurement] = []
+    times: list[Measurement] = []
     report("attention")
-    taken += _attention(setup, effort)
+    times += _measure_attention(setup, budget)
     report("linear layers")
-    taken += _linear(setup, effort)
+    times += _measure_linear(setup, budget)
     if setup.ranks > 1:
         report(f"communication of {setup.ranks} ranks")
-        taken += _gathers(setup)
-    kept, budget = _memory(setup)
-    for item in taken:
+        times += _measure_collectives(setup)
+    memory_use, capacity = _measure_memory(setup)
+    for item in times:
         report(f"{item.kind}: {item.tokens} tokens, width {item.width}: {1e3 * item.value:.3f} ms")
     cost = fit_cost_model(
-        [*taken, *kept],
-        hardware=hardware(setup),
+        [*times, *memory_use],
+        hardware=describe_hardware(setup),
         date=datetime.now(UTC).date().isoformat(),
-        memory_bytes=budget,
+        memory_bytes=capacity,
     )
-    return cost, [*taken, *kept]
+    return cost, [*times, *memory_use]
 
 
-def with_links(cost: CostModel, links: tuple[Link, ...], of: str) -> CostModel:
-    """Return a cost model with communication that is assumed, not measured; its name says so."""
-    return replace(cost, links=links, hardware=f"{cost.hardware}; communication assumed: {of}")
+def with_links(cost: CostModel, links: tuple[Link, ...], network: str) -> CostModel:
+    """Return a cost model with assumed communication; its description says so."""
+    hardware = f"{cost.hardware}; communication assumed: {network}"
+    return replace(cost, links=links, hardware=hardware)
 
 
-def hardware(setup: Setup) -> str:
-    """Return device, ranks, type and versions in words."""
+def describe_hardware(setup: CalibrationSetup) -> str:
+    """Return a description of device, model, data type, ranks and version."""
     if setup.device.type == "cuda":
         name = torch.cuda.get_device_name(setup.device)
     else:
         name = f"CPU, {cores()} cores, {torch.get_num_threads()} threads"
-    kind = "bf16" if setup.bf16 else "fp32"
+    dtype = "bf16" if setup.bf16 else "fp32"
     model = f"{setup.config.model_type}, {setup.config.num_hidden_layers} layers"
-    return f"{name}; {model}, {kind}; {setup.ranks} ranks; torch {torch.__version__}"
+    return f"{name}; {model}, {dtype}; {setup.ranks} ranks; torch {torch.__version__}"
 
 
-def _attention(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]:
+def _measure_attention(setup: CalibrationSetup, budget: CalibrationBudget) -> Iterator[Measurement]:
     layers = setup.config.num_hidden_layers
     for width in _widths(setup.ranks):
-        spent = 0.0
-        for turn, tokens in enumerate(_sizes(_FIRST * width, effort.longest)):
-            if turn >= _LEAST and spent > _PART * effort.seconds:
+        spent_s = 0.0
+        for index, tokens in enumerate(_sizes(_MIN_TOKENS * width, budget.longest)):
+            if index >= _MIN_SIZES and spent_s > _SIZE_TIME_FRACTION * budget.seconds:
                 break
-            seconds, spent = _timed(_kernel(setup, tokens, width), setup.device)
+            # All layers have the same attention, so one is measured.
+            seconds, spent_s = _time(_attention_kernel(setup, tokens, width), setup.device)
             yield Measurement("attention", tokens, layers * seconds, width)
 
 
-def _kernel(setup: Setup, tokens: int, width: int, documents: int = 1) -> Callable[[], None]:
-    """Return the attention of one rank of a team of `width`, forward and backward."""
+def _attention_kernel(
+    setup: CalibrationSetup, tokens: int, width: int, documents: int = 1
+) -> Callable[[], None]:
+    """Return forward and backward of the attention of one rank in a group of `width`."""
     heads = Heads.of(setup.config)
 
-    def made(n_heads: int, length: int) -> torch.Tensor:
+    def random_heads(n_heads: int, length: int) -> torch.Tensor:
         shape = (documents, n_heads, length, heads.width)
         return torch.randn(shape, dtype=setup.dtype, device=setup.device, requires_grad=True)
 
-    key, value = made(heads.keys, tokens), made(heads.keys, tokens)
+    key, value = random_heads(heads.keys, tokens), random_heads(heads.keys, tokens)
     if width == 1:
-        query = made(heads.queries, tokens)
+        query = random_heads(heads.queries, tokens)
 
-        def whole() -> None:
+        def full_sequence() -> None:
             functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=heads.keys != heads.queries
             ).sum().backward()
 
-        return whole
-    piece = tokens // (2 * width)
-    parts = [(made(heads.queries, piece), end) for end in (piece, tokens)]
+        return full_sequence
+    segment = tokens // (2 * width)
+    # A short and a long segment: causal attention of one alone would be far from a rank's mean.
+    segments = [(random_heads(heads.queries, segment), end) for end in (segment, tokens)]
 
-    def shards() -> None:
-        for query, end in parts:
+    def rank_share() -> None:
+        for query, end in segments:
             functional.scaled_dot_product_attention(
                 query,
                 key[:, :, :end],
                 value[:, :, :end],
-                attn_mask=causal_lower_right(piece, end),
+                attn_mask=causal_lower_right(segment, end),
                 enable_gqa=heads.keys != heads.queries,
             ).sum().backward()
 
-    return shards
+    return rank_share
 
 
-def _linear(setup: Setup, effort: CalibrationBudget) -> Iterator[Measurement]:
+def _measure_linear(setup: CalibrationSetup, budget: CalibrationBudget) -> Iterator[Measurement]:
     layers = setup.config.num_hidden_layers
     depths = _depths(setup)
     models = {depth: _model(setup, depth) for depth in depths}
-    spent = 0.0
-    for turn, tokens in enumerate(_sizes(_FIRST, effort.longest)):
-        if turn >= _LEAST and spent > _PART * effort.seconds:
+    spent_s = 0.0
+    for index, tokens in enumerate(_sizes(_MIN_TOKENS, budget.longest)):
+        if index >= _MIN_SIZES and spent_s > _SIZE_TIME_FRACTION * budget.seconds:
             break
-        attention, _ = _timed(_kernel(setup, _SHORT, 1, tokens // _SHORT), setup.device)
-        found = {}
-        spent = 0.0
+        kernel = _attention_kernel(setup, _SHORT_TOKENS, 1, tokens // _SHORT_TOKENS)
+        attention, _ = _time(kernel, setup.device)
+        seconds_by_depth = {}
+        spent_s = 0.0
         for depth, model in models.items():
-            whole, more = _timed(_pass(setup, model, tokens), setup.device)
-            found[depth] = max(whole - depth * attention, 0.1 * whole)
-            spent += more
-        value = found[depths[0]]
+            total, elapsed = _time(_pass(setup, model, tokens), setup.device)
+            # At least a tenth: attention timed alone may take longer than within the model.
+            seconds_by_depth[depth] = max(total - depth * attention, 0.1 * total)
+            spent_s += elapsed
+        value = seconds_by_depth[depths[0]]
         if len(depths) > 1:
-            # What the second layer adds; a head that takes longer than both may hide it.
-            value += (layers - 1) * max(found[2] - found[1], 0.0)
+            # The second layer's time. With a large vocabulary it can be below the noise of the
+            # head's, so the difference may be negative.
+            value += (layers - 1) * max(seconds_by_depth[2] - seconds_by_depth[1], 0.0)
         yield Measurement("linear", tokens, value)
 
 
@@ -270,48 +282,53 @@ def _sizes(first: int, longest: int) -> Iterator[int]:
         first *= 2
 
 
-def _depths(setup: Setup) -> tuple[int, ...]:
-    """Return the layers of the models that are measured."""
+def _depths(setup: CalibrationSetup) -> tuple[int, ...]:
+    """Return the numbers of layers of the models to measure."""
     layers = setup.config.num_hidden_layers
     if layers <= 2:
         return (layers,)
-    room = _room(setup)
-    if _STATES / 2 * _parameters(setup.config) < 0.5 * room and (
+    capacity = _capacity_bytes(setup)
+    # Half the states: weights and gradients, as no optimizer runs. Half the capacity is left for
+    # activations. On a CPU also the time counts: beyond 20 million parameters a pass takes seconds.
+    if _STATE_BYTES / 2 * _parameters(setup.config) < 0.5 * capacity and (
         setup.device.type == "cuda" or _parameters(setup.config) < 2e7
     ):
         return (layers,)
-    if _STATES / 2 * _parameters(_shallow(setup.config, 3)) > room:
+    # Three, because the models of one and of two layers are alive together.
+    if _STATE_BYTES / 2 * _parameters(_shallow(setup.config, 3)) > capacity:
         raise ScheduleError.at(
             "model",
             setup.config.model_type,
-            f"not even three layers fit into the {room} bytes there are",
+            f"three of its layers do not fit into {capacity} bytes of memory",
         )
     return (1, 2)
 
 
 def _shallow(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    fewer = copy.deepcopy(config)
-    fewer.num_hidden_layers = layers
-    if getattr(fewer, "layer_types", None):
-        fewer.layer_types = list(fewer.layer_types)[:layers]
-    return fewer
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = layers
+    # transformers checks that the list of layer types is as long as the model is deep.
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = list(shallow.layer_types)[:layers]
+    return shallow
 
 
 def _parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in skeleton(config).parameters())
+        return sum(parameter.numel() for parameter in model_from_config(config).parameters())
 
 
-def _model(setup: Setup, layers: int) -> PackedLoss:
+def _model(setup: CalibrationSetup, layers: int) -> PackedLoss:
+    # Made on the device: a large model may not fit into the host's memory.
     with setup.device:
-        model = skeleton(_shallow(setup.config, layers)).train()
+        model = model_from_config(_shallow(setup.config, layers)).train()
     return PackedLoss(model, linear_head=True)
 
 
-def _pass(setup: Setup, model: PackedLoss, tokens: int) -> Callable[[], None]:
-    shape = (tokens // _SHORT, _SHORT)
+def _pass(setup: CalibrationSetup, model: PackedLoss, tokens: int) -> Callable[[], None]:
+    shape = (tokens // _SHORT_TOKENS, _SHORT_TOKENS)
     ids_BL = torch.randint(0, setup.config.vocab_size, shape, device=setup.device)
-    positions_BL = torch.arange(_SHORT, device=setup.device).expand(shape)
+    positions_BL = torch.arange(_SHORT_TOKENS, device=setup.device).expand(shape)
 
     def run() -> None:
         with torch.autocast(setup.device.type, torch.bfloat16, enabled=setup.bf16):
@@ -321,58 +338,63 @@ def _pass(setup: Setup, model: PackedLoss, tokens: int) -> Callable[[], None]:
     return run
 
 
-def _gathers(setup: Setup) -> Iterator[Measurement]:
+def _measure_collectives(setup: CalibrationSetup) -> Iterator[Measurement]:
     heads, layers = Heads.of(setup.config), setup.config.num_hidden_layers
     row = 2 * heads.keys * heads.width
     sizes = [1 << power for power in range(8, 15, 2)]
     widths = _widths(setup.ranks)[1:]
-    times = gather_times(
+    times = benchmark_collectives(
         setup.ranks, setup.device.type, widths=widths, sizes=sizes, row=row, bf16=setup.bf16
     )
     for (width, tokens), seconds in times.items():
         yield Measurement("gather", tokens, layers * seconds, width)
 
 
-def _memory(setup: Setup) -> tuple[list[Measurement], float]:
-    """Return what passes of two sizes keep, and the bytes that there are for them."""
+def _measure_memory(setup: CalibrationSetup) -> tuple[list[Measurement], float]:
+    """Return the bytes saved in passes of two sizes, and the bytes available for them."""
     on_gpu = setup.device.type == "cuda"
-    taken: list[Measurement] = []
+    measurements: list[Measurement] = []
+    # Two sizes give the bytes per token and the constant.
     for rows in (2, 8):
-        # Documents of one length: a long one's mask is not what a rank's kernel needs.
-        batch = Batch(rows=rows, length=_COUNTED, bf16=setup.bf16, on_gpu=on_gpu)
-        taken.append(Measurement("memory", rows * _COUNTED, count_memory(setup.config, batch)))
-    return taken, _room(setup) - _STATES * _parameters(setup.config)
+        # Documents of one length: the mask of a long one would count (L, L) bytes, which the
+        # kernel of a rank does not need.
+        batch = Batch(rows=rows, length=_MEMORY_TOKENS, bf16=setup.bf16, on_gpu=on_gpu)
+        measurements.append(
+            Measurement("memory", rows * _MEMORY_TOKENS, count_memory(setup.config, batch))
+        )
+    return measurements, _capacity_bytes(setup) - _STATE_BYTES * _parameters(setup.config)
 
 
-def _room(setup: Setup) -> float:
-    """Return the bytes a rank may use."""
+def _capacity_bytes(setup: CalibrationSetup) -> float:
+    """Return the bytes of memory that a rank may use."""
     if setup.device.type == "cuda":
-        return _GPU_SHARE * torch.cuda.get_device_properties(setup.device).total_memory
-    return _CPU_SHARE * memory()[0] / setup.ranks
+        return _GPU_MEMORY_FRACTION * torch.cuda.get_device_properties(setup.device).total_memory
+    return _CPU_MEMORY_FRACTION * memory()[0] / setup.ranks
 
 
 def _widths(ranks: int) -> list[int]:
-    """Return 1, 2, 4, ... up to all ranks."""
+    """Return the group widths 1, 2, 4, ... and the number of ranks."""
     widths = [1]
     while 2 * widths[-1] <= ranks:
         widths.append(2 * widths[-1])
     return widths if widths[-1] == ranks else [*widths, ranks]
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Return the median seconds of some repeats, and of all of them with the first."""
-    begun = time.perf_counter()
+def _time(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Return the median seconds of the repeats, and the total seconds with the warm-up."""
+    start_s = time.perf_counter()
+    # Not counted: the first call allocates, and on a GPU it chooses kernels.
     work()
-    _wait(device)
+    _synchronize(device)
     seconds = []
     for _ in range(_REPEATS):
-        start = time.perf_counter()
+        repeat_start_s = time.perf_counter()
         work()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), time.perf_counter() - begun
+        _synchronize(device)
+        seconds.append(time.perf_counter() - repeat_start_s)
+    return statistics.median(seconds), time.perf_counter() - start_s
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,7 @@
-"""What gathering keys and values costs: measured in processes of their own, over gloo or NCCL."""
+"""Benchmark of the collectives of context parallelism, over gloo or NCCL.
+
+One process per rank: a process group needs them, and the caller may have one of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import torch.multiprocessing
 
 from raymix.errors import ScheduleError
 
+# Collectives vary more than kernels, as they wait for the slowest rank.
 _REPEATS = 5
 
 
@@ -31,7 +35,7 @@ class _BenchmarkTask:
     out: str
 
 
-def gather_times(
+def benchmark_collectives(
     ranks: int,
     device: str,
     *,
@@ -40,13 +44,13 @@ def gather_times(
     row: int,
     bf16: bool = False,
 ) -> dict[tuple[int, int], float]:
-    """Return seconds of an all-gather and a reduce-scatter by team width and tokens.
+    """Return the seconds of an all-gather and a reduce-scatter, by group width and tokens.
 
     Args:
-        ranks: Processes; on GPUs one for each.
+        ranks: Processes; on GPUs one per GPU.
         device: "cpu" or "cuda".
-        widths: Ranks of the teams; teams lie side by side and gather at once.
-        sizes: Tokens sharded over a team.
+        widths: Ranks of a group; all groups of a width run at once, as in training.
+        sizes: Tokens sharded over a group.
         row: Values per token: keys and values of one layer.
         bf16: Whether values are bfloat16.
 
@@ -71,20 +75,20 @@ def gather_times(
             torch.multiprocessing.ProcessExitedException,
         ) as error:
             last = str(error).strip().splitlines()[-1]
-            raise ScheduleError.at(
-                "ranks", ranks, f"they could not gather from each other: {last}"
-            ) from error
+            raise ScheduleError.at("ranks", ranks, f"they could not communicate: {last}") from error
         rows: list[tuple[int, int, float]] = json.loads(out.read_text())
     return {(width, tokens): seconds for width, tokens, seconds in rows}
 
 
 def _rank(rank: int, task: _BenchmarkTask) -> None:
-    """Measure as one of the processes; rank 0 writes what it found."""
+    """Run the benchmark as one of the processes; rank 0 writes the times."""
+    # Ranks share the cores; threads of a copy in memory would disturb each other.
     torch.set_num_threads(1)
     ranks, device, out = task.ranks, task.device, task.out
-    place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    rank_device = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(rank_device)
+    # A file needs no free port and opens none.
     store = dist.FileStore(f"{out}.store", ranks)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks
@@ -92,13 +96,13 @@ def _rank(rank: int, task: _BenchmarkTask) -> None:
     dtype = torch.bfloat16 if task.bf16 else torch.float32
     times: dict[tuple[int, int], float] = {}
     for width in task.widths:
-        begins = range(0, ranks - width + 1, width)
-        # Every process makes every group, or they would wait for each other.
-        groups = {first: dist.new_group(list(range(first, first + width))) for first in begins}
+        first_ranks = range(0, ranks - width + 1, width)
+        # `new_group` is a collective of all processes, also of those outside the group.
+        groups = {first: dist.new_group(list(range(first, first + width))) for first in first_ranks}
         first = rank // width * width
         for tokens in task.sizes:
-            part = torch.zeros(-(-tokens // width), task.row, dtype=dtype, device=place)
-            seconds = _timed(_exchange(part, width, groups.get(first)), place)
+            shard = torch.zeros(-(-tokens // width), task.row, dtype=dtype, device=rank_device)
+            seconds = _time(_exchange(shard, width, groups.get(first)), rank_device)
             times[width, tokens] = seconds
     if rank == 0:
         rows = [(width, tokens, seconds) for (width, tokens), seconds in times.items()]
@@ -106,29 +110,30 @@ def _rank(rank: int, task: _BenchmarkTask) -> None:
     dist.destroy_process_group()
 
 
-def _exchange(part: torch.Tensor, width: int, group: Any) -> Callable[[], None]:
-    """Return what a team does for one layer; nothing for a rank that is left over."""
-    whole = part.new_empty(width * part.shape[0], part.shape[1])
+def _exchange(shard: torch.Tensor, width: int, group: Any) -> Callable[[], None]:
+    """Return the collectives of one layer; they do nothing for a rank without a group."""
+    gathered = shard.new_empty(width * shard.shape[0], shard.shape[1])
     # Torch 2.13 renames these two; older versions know the old names only.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
     def run() -> None:
         if group is not None:
-            gather(whole, part, group=group)
-            scatter(part, whole, group=group)
+            gather(gathered, shard, group=group)
+            scatter(shard, gathered, group=group)
 
     return run
 
 
-def _timed(work: Callable[[], None], device: torch.device) -> float:
-    """Return the median seconds of some repeats, all processes beginning together."""
+def _time(work: Callable[[], None], device: torch.device) -> float:
+    """Return the median seconds of the repeats; all processes start each repeat together."""
     seconds = []
     for _ in range(_REPEATS + 1):
         dist.barrier()
-        begin = time.perf_counter()
+        start_s = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.perf_counter() - start_s)
+    # The first repeat sets up connections.
     return statistics.median(seconds[1:])

@@ -1,4 +1,4 @@
-"""Exporting a checkpoint as a Hugging Face model directory with a card: `raymix export`."""
+"""Export of a checkpoint as a Hugging Face model directory with a model card (`raymix export`)."""
 
 from __future__ import annotations
 
@@ -14,79 +14,83 @@ from raymix.training.host.environment import raymix_version
 from raymix.training.run.checkpoint import disk_full
 from raymix.training.summary import summary
 
-_NOT_FOR_EXPORT = ("optimizer.safetensors", "state.json")
+# Twice the size of the weights, and of use only to resume a run.
+_TRAINING_FILES = ("optimizer.safetensors", "state.json")
 
 
 def export(path: str | Path, out: str | Path) -> dict[str, Any]:
-    """Return what was written to the new directory `out`: model, tokenizer and a card.
+    """Write model, tokenizer and model card to the directory `out`, and return a summary.
 
     Args:
         path: A run directory (its newest checkpoint) or a checkpoint.
-        out: Where to write; it must not exist, or be empty.
+        out: Directory to write; it must not exist, or be empty.
 
     Raises:
-        RecipeError: If `out` is taken, the checkpoint cannot be used, or the disk is full.
+        RecipeError: If `out` is not empty, the checkpoint cannot be used, or the disk is full.
     """
-    target = find_checkpoint(path)
-    place = Path(os.path.abspath(out))
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    reference = find_checkpoint(path)
+    directory = Path(os.path.abspath(out))
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise RecipeError.at(
             "out", str(out), "it exists, and nothing is overwritten", fix="Name a new directory"
         )
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    # Renamed when complete: an interrupted export leaves no directory that loads.
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        for file in sorted(target.checkpoint.iterdir()):
-            if file.is_file() and file.name not in _NOT_FOR_EXPORT:
+        for file in sorted(reference.checkpoint.iterdir()):
+            if file.is_file() and file.name not in _TRAINING_FILES:
                 shutil.copyfile(file, temporary / file.name)
-        (temporary / "README.md").write_text(_card(target), encoding="utf-8")
-        if place.exists():
-            place.rmdir()
-        os.replace(temporary, place)
+        (temporary / "README.md").write_text(_card(reference), encoding="utf-8")
+        # `rmdir` and not `rmtree`: it refuses a directory that has been filled meanwhile.
+        if directory.exists():
+            directory.rmdir()
+        os.replace(temporary, directory)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_full(error, place) from error
+        raise disk_full(error, directory) from error
     return {
-        "out": str(place),
-        "checkpoint": target.where,
-        "step": target.state.step if target.state else None,
-        "files": sorted(file.name for file in place.iterdir()),
+        "out": str(directory),
+        "checkpoint": reference.where,
+        "step": reference.state.step if reference.state else None,
+        "files": sorted(file.name for file in directory.iterdir()),
     }
 
 
-def _card(target: CheckpointRef) -> str:
-    """Return the model card: what the model is, what it read, how well it does."""
+def _card(reference: CheckpointRef) -> str:
+    """Return the model card: training data, held-out losses, recipe and use."""
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["raymix"],
         "license": "other",
     }
-    name = target.run.path.name if target.run else target.checkpoint.name
+    name = reference.run.path.name if reference.run else reference.checkpoint.name
     parts = [f"---\n{dump_yaml(head)}---\n", f"# {name}\n"]
-    if target.run is None or target.state is None:
+    if reference.run is None or reference.state is None:
         parts.append("A causal language model in Hugging Face format.\n")
         return "\n".join(parts)
-    document = summary(target.run)
-    recipe = target.run.recipe()
+    document = summary(reference.run)
+    recipe = reference.run.recipe()
     parts += [
         f"A causal language model trained with raymix {raymix_version()}: "
         f"{document['steps']:,} steps, {document['tokens']:,} tokens.\n",
         "## What it read\n",
-        f"Corpus fingerprint `{target.state.corpus_fingerprint}`. Shares are of tokens; losses "
+        f"Corpus fingerprint `{reference.state.corpus_fingerprint}`. Shares are of tokens; losses "
         "are of held-out text, in nats per token.\n",
         _table(document["domains"]),
         "## Licence\n",
         "The licence of these weights is for whoever publishes them to state: replace `other` "
         "above, and see to it that it fits the licences of the texts.\n",
         "## Recipe\n",
-        "```yaml\n" + (target.run.path / "recipe.yaml").read_text("utf-8").rstrip() + "\n```\n",
+        "```yaml\n" + (reference.run.path / "recipe.yaml").read_text("utf-8").rstrip() + "\n```\n",
         "## Use\n",
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(PATH)\n"
         "tokenizer = AutoTokenizer.from_pretrained(PATH)\n"
         "```\n",
+        # Users who pack rows without that mask, or add a start token, get other losses than these.
         f"Rows of {recipe.data.sequence_length:,} tokens; documents did not see each other, and "
         "each began at position 0 without a token before its first.\n",
     ]

@@ -1,4 +1,4 @@
-"""Scoring a checkpoint on held-out text, outside a run: `raymix eval`."""
+"""Held-out losses of a checkpoint outside a run (`raymix eval`)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from raymix.training.model.hf_model import CorpusFacts, build_model, probe_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.parallel import SingleReplica, World
 
+_MICRO_BATCH_ROWS = 8
+
 
 def score(
     path: str | Path, *, recipe: Recipe | None = None, rows_per_domain: int | None = None
@@ -27,40 +29,41 @@ def score(
 
     Args:
         path: A run directory, or a checkpoint in Hugging Face format.
-        recipe: Where corpus, sequence length and rows come from; left out, the run's own.
-        rows_per_domain: Rows to score; left out, the recipe's.
+        recipe: Gives corpus, sequence length and rows; default: the run's own.
+        rows_per_domain: Rows to score; default: the recipe's.
 
     Raises:
         RaymixError: If checkpoint or corpus cannot be used, or do not fit each other.
     """
-    target = find_checkpoint(path)
-    used = target.recipe(recipe)
-    corpus = Corpus.open(used.corpus.path)
+    reference = find_checkpoint(path)
+    recipe = reference.recipe(recipe)
+    corpus = Corpus.open(recipe.corpus.path)
     rows = held_out_rows(
         corpus,
-        sequence_length=used.data.sequence_length,
-        rows_per_domain=rows_per_domain or used.eval.rows_per_domain,
+        sequence_length=recipe.data.sequence_length,
+        rows_per_domain=rows_per_domain or recipe.eval.rows_per_domain,
     )
-    table = score_on(rows, target.checkpoint, corpus)
+    table = score_checkpoint(rows, reference.checkpoint, corpus)
     return {
-        "checkpoint": target.where,
-        "step": target.state.step if target.state else None,
-        "corpus": used.corpus.path,
+        "checkpoint": reference.where,
+        "step": reference.state.step if reference.state else None,
+        "corpus": recipe.corpus.path,
         "domains": table,
+        # Unweighted, so that it does not change with the rows that each domain has.
         "mean": sum(float(row["loss"] or 0.0) for row in table.values()) / max(1, len(table)),
     }
 
 
-def score_on(
+def score_checkpoint(
     rows: HeldOutRows, checkpoint: str | Path, corpus: Corpus, *, threads: int | None = None
 ) -> LossTable:
     """Return the losses of a model in Hugging Face format on rows of a corpus.
 
     Args:
-        rows: What to score it on.
+        rows: The rows to score.
         checkpoint: The model's directory.
-        corpus: Where the rows are from.
-        threads: Threads to use; left out, one per core.
+        corpus: The corpus of the rows.
+        threads: Threads to use; default: one per core.
 
     Raises:
         RaymixError: If the model cannot be loaded, or does not fit the corpus.
@@ -72,5 +75,6 @@ def score_on(
     facts = CorpusFacts(info.vocab_size, info.eos_id, length)
     model = build_model(PretrainedModel(kind="pretrained", path=str(checkpoint)), facts, seed=0)
     loss = PackedLoss(model, linear_head=probe_model(model).linear_head).to(world.device)
-    evaluator = Evaluator(corpus, rows, world=world, rows_at_once=8)
+    evaluator = Evaluator(corpus, rows, world=world, micro_batch_rows=_MICRO_BATCH_ROWS)
+    # float32 also for runs in bf16, so that losses of different machines can be compared.
     return evaluator.evaluate(SingleReplica(loss, world), contextlib.nullcontext())

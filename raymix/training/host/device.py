@@ -1,4 +1,4 @@
-"""The device of a rank: which one, how many threads, how fast at best, and libraries kept quiet."""
+"""The device of a rank: peak FLOP/s, threads, seeds, and the log levels of libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from raymix.training.host.machine import cores
 from raymix.training.model.parallel import World
 
-# Dense bf16 operations per second, from the makers' data sheets (without sparsity).
+# Dense bf16 FLOP/s from the vendors' data sheets (without sparsity). A name matches the first key
+# that it contains, so longer keys stand before their prefixes ("H100 PCIe" before "H100").
 _PEAK_BF16 = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -33,7 +34,7 @@ _PEAK_BF16 = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the most bf16 operations per second of a GPU; None if it is no known one."""
+    """Return the peak bf16 FLOP/s of a GPU; None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -41,31 +42,35 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def use_threads(threads: int | None, world: World) -> None:
-    """Give this process `threads` threads, or its share of the machine's cores."""
-    share = max(1, cores() // max(1, world.neighbors))
+    """Set torch's threads to `threads`, or by default to this rank's share of the cores."""
+    # torch would take all cores in every rank, and their threads would compete.
+    share = max(1, cores() // max(1, world.local_size))
     torch.set_num_threads(threads or share)
 
 
 def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Seed what dropout draws from, so that a step is the same whether the run was resumed."""
+    """Seed dropout from the step, so that a resumed run repeats the steps of an unbroken one."""
+    # SeedSequence mixes: seeds that differ in one bit would give correlated streams.
     mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
     torch.default_generator.manual_seed(mixed)
+    # Not `torch.manual_seed`, which would also seed every other GPU of the machine.
     if device.type == "cuda":
         torch.cuda.manual_seed(mixed)
 
 
 def requested_threads() -> int | None:
-    """Return the threads per process that the user set by OMP_NUM_THREADS, if so."""
+    """Return the threads per process that the user set by OMP_NUM_THREADS; None if not set."""
+    # Read in the driver: Ray sets the variable in its workers, so there it is not the user's.
     value = os.environ.get("OMP_NUM_THREADS", "")
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 def quiet_libraries() -> None:
-    """Keep advice and progress bars of libraries out of a run's output; errors still show."""
+    """Suppress advice and progress bars of libraries; errors still show."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    # What will change in torch and transformers is for us to read, in the tests, not for users.
+    # Users cannot act on announced changes of torch and transformers; the tests show them to us.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine, code revision; written beside its results."""
+"""Environment of a run: versions, machine and code revision; written beside its results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _PACKAGES = ("raymix", "ray", "torch", "transformers", "tokenizers", "numpy", "p
 
 
 def environment(**more: object) -> dict[str, object]:
-    """Return the environment as a JSON-able document, with `more` appended."""
+    """Return the environment as a document of JSON types, with `more` appended."""
     return {
+        # With the zone: a run that is resumed elsewhere has starts in several.
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "host": socket.gethostname(),
@@ -31,7 +32,7 @@ def environment(**more: object) -> dict[str, object]:
 
 
 def raymix_version() -> str:
-    """Return the version of raymix that is installed."""
+    """Return the installed version of raymix."""
     return _version("raymix") or "of a source tree"
 
 
@@ -43,7 +44,9 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """Return the commit of the working directory's repository, `-dirty` if files differ."""
+    """Return the commit of the working directory's repository, with `-dirty` if files differ."""
+    # No repository and no git are the common cases of an installed package, so neither is an error.
+    # The time limit is for repositories on network file systems.
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -1,4 +1,4 @@
-"""What there is to run on: this machine's cores, memory and disk, or a Ray cluster's resources."""
+"""Resources of a run: this machine's cores, memory and disk, or those of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ SHM = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What a run may use."""
+    """Resources that a run may use."""
 
     where: str
-    """In words: `this machine`, or the cluster's address."""
+    """Text for messages: `this machine`, or the cluster's address."""
     cpus: float
-    """Logical CPUs that Ray hands out."""
+    """Logical CPUs, as Ray counts them."""
     gpus: float
-    """GPUs that Ray hands out."""
+    """GPUs, as Ray counts them."""
     memory_bytes: int
-    """Memory, of all nodes together."""
+    """Memory of all nodes together."""
     object_store_bytes: int
-    """Object stores, of all nodes together."""
+    """Object stores of all nodes together."""
     gpu_memory_bytes: int | None = None
-    """Memory of one GPU; None where that is not known from here."""
+    """Memory of one GPU; None if unknown on this machine."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
 
 
 def cores() -> int:
     """Return the cores this process may use: its affinity, or a container's quota if lower."""
+    # `os.cpu_count` counts the host's cores, whatever a container or batch system allows.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     count = allowed or os.cpu_count() or 1
     with suppress(OSError, ValueError):
         quota, period = (_CGROUP / "cpu.max").read_text().split()[:2]
+        # Microseconds of CPU time per period: a quota of half a core still has to be one thread.
         if quota != "max":
             count = min(count, max(1, math.ceil(int(quota) / int(period))))
     return count
 
 
 def memory() -> tuple[int, int]:
-    """Return the bytes of memory in all and still available, a container's limit considered."""
+    """Return the total and the available bytes of memory, within a container's limit."""
     lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
     total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     with suppress(OSError, ValueError):
@@ -62,34 +64,35 @@ def memory() -> tuple[int, int]:
 
 
 def disk_free(path: str) -> int | None:
-    """Return the free bytes of the disk that `path` lies or will lie on; None for a URL."""
+    """Return the free bytes of the disk of `path`, which need not exist; None for a URL."""
     if "://" in path:
         return None
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def ray_address(address: str | None) -> str | None:
     """Return the cluster to use: the recipe's, else RAY_ADDRESS, else None for a private one."""
-    found = address or os.environ.get("RAY_ADDRESS") or None
-    return None if found == "local" else found
+    chosen = address or os.environ.get("RAY_ADDRESS") or None
+    return None if chosen == "local" else chosen
 
 
 def resources(address: str | None, object_store_bytes: int | None = None) -> Resources:
-    """Return what the cluster at `address` has; without one, what this machine has.
+    """Return the resources of the cluster at `address`, or of this machine without one.
 
     Raises:
         ClusterError: If there is an address and no cluster answers there within seconds.
     """
-    found = ray_address(address)
-    if found is not None:
-        return _cluster(found)
+    cluster = ray_address(address)
+    if cluster is not None:
+        return _cluster(cluster)
+    # Imported here: torch takes seconds, and a cluster's resources need none of it.
     import torch
 
     total, _ = memory()
-    # Ray's own default for the store of a private cluster: 30 % of memory.
+    # 30 % of memory is Ray's default for the store of a private cluster.
     return Resources(
         where="this machine",
         cpus=cores(),
@@ -110,8 +113,8 @@ def _gpu_memory() -> int | None:
 
 def check_reachable(address: str, timeout_s: float = 5.0) -> None:
     """Raise ClusterError unless something listens at `address` (HOST:PORT or ray://HOST:PORT)."""
+    # `ray.init` would retry for minutes before it reports that nothing listens.
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    advice = "Start one with `ray start --head`, or leave the address out for a private one"
     if address == "auto":
         return
     if not host or not port.isdecimal():
@@ -128,7 +131,7 @@ def check_reachable(address: str, timeout_s: float = 5.0) -> None:
             "cluster.address",
             address,
             f"no Ray cluster answers there ({error.strerror or error})",
-            fix=advice,
+            fix="Start one with `ray start --head`, or leave the address out for a private one",
         ) from None
 
 
@@ -136,8 +139,9 @@ def _cluster(address: str) -> Resources:
     import ray
 
     check_reachable(address)
-    joined = not ray.is_initialized()
-    if joined:
+    # A process that has joined a cluster already stays in it: `ray.shutdown` would end its work.
+    joins = not ray.is_initialized()
+    if joins:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -153,8 +157,9 @@ def _cluster(address: str) -> Resources:
             memory_bytes=int(total.get("memory", 0)),
             object_store_bytes=int(total.get("object_store_memory", 0)),
             gpu_memory_bytes=_gpu_memory(),
+            # Each node has a resource "node:ADDRESS", the head also "node:__internal_head__".
             nodes=sum(key.startswith("node:") and "internal" not in key for key in total),
         )
     finally:
-        if joined:
+        if joins:
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""Starting or joining Ray for a run, without its noise."""
+"""Starting or joining Ray for a run, with its output redirected; environments of processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from raymix.errors import ClusterError, TrainingError
 from raymix.recipe import ClusterConfig
 from raymix.training.host.machine import check_reachable, cores, ray_address
 
-# Read by Ray's processes when they start; what the user set stays.
-_ENVIRONMENT = {
+# Read by Ray's processes when they start; variables that the user set are kept. By default Ray
+# polls rarely and prints much: a health check every 0.5 s notices a dead worker soon, and a worker
+# group that gets no resources fails after a minute.
+_RAY_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
@@ -31,10 +33,9 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
-
-# For a cluster of our own on this machine: training is not to yield the cores to everything else,
-# nobody takes the machine away, and nobody reads what Ray's processes would report of themselves.
-_PRIVATE = {
+# For a private cluster on this machine: its workers run at normal priority, there is no preemption
+# to watch for, and nothing collects the metrics and events of Ray's processes, which cost CPU time.
+_PRIVATE_CLUSTER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -44,27 +45,28 @@ _PRIVATE = {
     "RAY_task_events_report_interval_ms": "0",
 }
 
-# The processes of a cluster without which it is none, by Ray's names and in words.
-_NEEDED = {"raylet": "node manager (raylet)", "gcs_server": "head (gcs_server)"}
+# Processes that a cluster cannot lose: Ray's names, and names for messages.
+_ESSENTIAL_PROCESSES = {"raylet": "node manager (raylet)", "gcs_server": "head (gcs_server)"}
 
-# GNU OpenMP's threads wait for each other by spinning for milliseconds, which slows training
-# down ten times and more where other processes want the cores too, as Ray's own do.
-_SPIN = {"GOMP_SPINCOUNT": "1000"}
+# GNU OpenMP's threads wait for each other by spinning for milliseconds. With more runnable threads
+# than cores, as beside Ray's own processes, this slows training down ten times and more.
+_OPENMP_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 
 
 def thread_environment() -> dict[str, str]:
-    """Return variables that must stand before torch is imported, less those the user set."""
+    """Return the variables to set before torch is imported; those the user set are kept."""
+    # An explicit wait policy is the user's decision about spinning.
     if "OMP_WAIT_POLICY" in os.environ:
         return {}
-    return {name: os.environ.get(name, value) for name, value in _SPIN.items()}
+    return {name: os.environ.get(name, value) for name, value in _OPENMP_ENVIRONMENT.items()}
 
 
-# glibc gives large pieces of freed memory back to the system, to take, map and zero them again in
-# the next step: a tenth and more of a step on a CPU. Only its main arena can do otherwise, and the
-# loop runs in a thread that is not the main one, so there must be no other arena. With the names of
-# the same settings in malloc.h, for a process that runs already.
+# glibc returns large freed blocks to the system, which maps and zeroes them again in the next step:
+# a tenth and more of a step on a CPU. Only its main arena can retain them, and the loop runs in a
+# thread that is not the main one, so there must be no other arena. The values are the parameters of
+# mallopt(3), for a process that runs already.
 _MAX_INT = (1 << 31) - 1
-_HEAP = {
+_MALLOC_SETTINGS = {
     "MALLOC_ARENA_MAX": (native.M_ARENA_MAX, 1),
     "MALLOC_MMAP_THRESHOLD_": (native.M_MMAP_THRESHOLD, _MAX_INT),
     "MALLOC_TRIM_THRESHOLD_": (native.M_TRIM_THRESHOLD, _MAX_INT),
@@ -72,37 +74,43 @@ _HEAP = {
 
 
 def worker_environment(*, on_gpu: bool) -> dict[str, str]:
-    """Return variables that training workers start with, less those the user set."""
+    """Return the variables that training workers start with; those the user set are kept."""
+    # On a GPU tensors are in the memory of torch's own caching allocator.
     if on_gpu:
         return thread_environment()
-    heap = {name: os.environ.get(name, str(value)) for name, (_, value) in _HEAP.items()}
-    return thread_environment() | heap
+    malloc = {
+        name: os.environ.get(name, str(value)) for name, (_, value) in _MALLOC_SETTINGS.items()
+    }
+    return thread_environment() | malloc
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, as `worker_environment` has workers do.
+    """Make this process retain freed memory, as `worker_environment` does for workers.
 
-    Only threads that start later are served. What the user set stays; elsewhere than in glibc
-    nothing happens.
+    Affects only threads that start later. Settings of the user are kept; does nothing with a C
+    library other than glibc.
     """
-    for name, (parameter, value) in _HEAP.items():
+    for name, (parameter, value) in _MALLOC_SETTINGS.items():
         if name not in os.environ:
             native.mallopt(parameter, value)
 
 
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Be joined to the recipe's Ray cluster, or to a private one that ends with the context.
+    """Join the recipe's Ray cluster, or start a private one that ends with the context.
 
-    A Ray that this process is joined to already is used as it is and left running.
+    If this process has joined a cluster already, that one is used and left running.
 
     Raises:
         ClusterError: If no cluster answers at the address.
     """
-    for name, value in _ENVIRONMENT.items():
+    # Before `import ray`, which reads some of them.
+    for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     private = ray_address(config.address) is None
-    with _set_for_now(_PRIVATE if private and not _in_ray() else {}):
+    with _temporary_environment(
+        _PRIVATE_CLUSTER_ENVIRONMENT if private and not _joined_ray() else {}
+    ):
         import ray
 
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
@@ -119,43 +127,50 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         try:
             yield
         finally:
-            with _RayFilteredStream.at_end():
+            # Ray prints the repeated messages that it has held back, in whichever thread runs then.
+            with _RayFilteredStream.redirect_all():
                 ray.shutdown()
 
 
 def check_private_cluster() -> None:
-    """Raise where a private cluster of this process has lost what it cannot go on without.
+    """Raise if a private cluster of this process has lost an essential process.
 
-    Ray itself would end this process some seconds later, without a word. Of a cluster that was
-    joined nothing is known here.
+    Does nothing for a cluster that was joined: its processes belong to others.
 
     Raises:
-        TrainingError: That names what died.
+        TrainingError: If one has died; the message names it.
     """
+    # Ray itself would end this process some seconds later, without a message.
     from raymix._utils.compat.ray_core import dead_processes
 
-    dead = [kind for kind in dead_processes() if kind in _NEEDED]
+    dead = [kind for kind in dead_processes() if kind in _ESSENTIAL_PROCESSES]
     if dead:
-        wrong = f"Ray's {_NEEDED[dead[0]]} was killed, or crashed"
-        advice = "A machine that runs out of memory kills. The same command goes on from the last"
-        raise TrainingError.at("cluster.address", "local", wrong, fix=f"{advice} checkpoint")
+        raise TrainingError.at(
+            "cluster.address",
+            "local",
+            f"Ray's {_ESSENTIAL_PROCESSES[dead[0]]} was killed, or crashed",
+            allowed="Linux kills processes when memory runs out",
+            fix="Run the same command again: it resumes from the last checkpoint",
+        )
 
 
-def _in_ray() -> bool:
-    """Return whether this process is joined to a Ray, which it does not import to find out."""
+def _joined_ray() -> bool:
+    """Return whether this process has joined a Ray cluster."""
+    # Without importing Ray, which takes seconds and reads the environment.
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 
 
 @contextmanager
-def _set_for_now(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set what the user left unset: a Ray that this process starts later is not to inherit it."""
-    ours = [name for name in variables if name not in os.environ]
-    os.environ.update({name: variables[name] for name in ours})
+def _temporary_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set the variables that the user left unset, and unset them at the end."""
+    # Unset again, because a cluster that this process joins later must not inherit them.
+    unset = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in unset})
     try:
         yield
     finally:
-        for name in ours:
+        for name in unset:
             os.environ.pop(name, None)
 
 
@@ -168,8 +183,8 @@ def _join(config: ClusterConfig) -> None:
     ray.init(address=address, namespace="raymix", log_to_driver=False, logging_level=logging.ERROR)
 
 
-def free_resources() -> str:
-    """Return in words what the cluster has and what of it is free."""
+def describe_resources() -> str:
+    """Return the total and free CPUs and GPUs of the cluster, for messages."""
     import ray
 
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -181,54 +196,55 @@ def free_resources() -> str:
     return "; ".join(parts) or "no CPUs"
 
 
-def no_capacity(workers: int, seconds: float) -> ClusterError:
-    """Return the error of workers that found no place within `seconds`."""
+def capacity_error(workers: int, seconds: float) -> ClusterError:
+    """Return the error of workers that got no resources within `seconds`."""
     return ClusterError.at(
         "cluster.workers",
         workers,
-        f"the cluster gave them no place for {seconds:g} s; it has {free_resources()}",
-        fix="Wait for what else runs there, or take fewer workers",
+        f"they got no resources for {seconds:g} s; the cluster has {describe_resources()}",
+        fix="Wait for other work there to end, or use fewer workers",
     )
 
 
 @contextmanager
 def redirect_ray_output(path: Path) -> Iterator[None]:
-    """Send what Ray's own threads print to a file: notices that no option turns off."""
-    before = sys.stdout, sys.stderr
+    """Redirect the output of Ray's own threads to a file: no option of Ray turns it off."""
+    original = sys.stdout, sys.stderr
+    # Line-buffered, so that the file is complete when the process is killed.
     with path.open("a", encoding="utf-8", buffering=1) as file:
         sys.stdout, sys.stderr = (
-            cast(TextIO, _RayFilteredStream(stream, file)) for stream in before
+            cast(TextIO, _RayFilteredStream(stream, file)) for stream in original
         )
         try:
             yield
         finally:
-            sys.stdout, sys.stderr = before
+            sys.stdout, sys.stderr = original
 
 
 class _RayFilteredStream:
-    """A stream that passes on everything but what Ray's threads write."""
+    """A stream that passes on the output of all threads but Ray's, which goes to a file."""
 
-    _ending = False
-    """Whether Ray is being left: what it held back as repeated is printed then, in any thread."""
+    _redirect_all = False
 
-    def __init__(self, stream: TextIO, notices: TextIO) -> None:
+    def __init__(self, stream: TextIO, ray_file: TextIO) -> None:
         self._stream = stream
-        self._notices = notices
+        self._ray_file = ray_file
 
     def write(self, text: str) -> int:
-        """Write `text` where the present thread may."""
-        ray = self._ending or threading.current_thread().name.startswith("ray_")
-        return (self._notices if ray else self._stream).write(text)
+        """Write `text` to the stream of the current thread."""
+        # Ray's threads have no other mark, and print with plain `print`.
+        from_ray = self._redirect_all or threading.current_thread().name.startswith("ray_")
+        return (self._ray_file if from_ray else self._stream).write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @classmethod
     @contextmanager
-    def at_end(cls) -> Iterator[None]:
-        """Take everything that is printed for Ray's."""
-        cls._ending = True
+    def redirect_all(cls) -> Iterator[None]:
+        """Treat the output of all threads as Ray's."""
+        cls._redirect_all = True
         try:
             yield
         finally:
-            cls._ending = False
+            cls._redirect_all = False

@@ -17,13 +17,14 @@ def run_in_process(job: Job, *, stop_requested: Callable[[], bool]) -> LoopEnd:
     """Train in this process, and return how the loop ended.
 
     Args:
-        job: The job; it names no actors.
+        job: The job, without actors.
         stop_requested: Whether a clean stop has been requested.
 
     Raises:
         RaymixError: If the job cannot be done.
     """
     keep = job.recipe.train.keep_checkpoints
+    # One rank: no process group is set up, and collectives are skipped.
     world = World(device=torch.device("cuda" if job.on_gpu else "cpu"))
     start = resume(job, world)
     components = build_components(
@@ -38,7 +39,7 @@ def run_in_process(job: Job, *, stop_requested: Callable[[], bool]) -> LoopEnd:
 
 
 def run_loop(components: TrainerComponents) -> LoopEnd:
-    """Run the loop of a rank, close its files, and return how it ended.
+    """Run the training loop of a rank, close its files, and return how it ended.
 
     Raises:
         RaymixError: If the job cannot be done.
@@ -46,5 +47,6 @@ def run_loop(components: TrainerComponents) -> LoopEnd:
     try:
         return TrainingLoop(components).run()
     finally:
+        # Also after an error: TensorBoard's file is buffered, and its last points tell why.
         if components.recorder is not None:
             components.recorder.close()

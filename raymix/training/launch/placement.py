@@ -1,9 +1,9 @@
-"""Where the workers of a run go: each group that shares sequences on one node, where it fits.
+"""Placement of a run's workers: each context-parallel group on one node, if it fits.
 
 Ray Train reserves one bundle per worker, by one strategy for all, and numbers the workers node by
-node. So consecutive workers share a node unless a node gets a number of them that the group's size
-does not divide. Where that could happen, bundles are tied to nodes by their labels: then a group
-never straddles two nodes, at the price that a node that is lost must come back.
+node. So consecutive workers share a node unless a node gets a number of them that the group size
+does not divide. Where that could happen, bundles are bound to nodes by label selectors. Then no
+group is split, but the run cannot move: a lost node must come back.
 
 Legend: nodes in the order given, workers in the order of their ranks.
 """
@@ -18,77 +18,82 @@ from raymix.errors import ClusterError
 
 Strategy = Literal["STRICT_PACK", "PACK"]
 NODE_LABEL = "ray.io/node-id"
-"""The label by which Ray tells nodes apart."""
+"""Ray's label with the id of a node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one node has to give."""
+    """A node of the cluster."""
 
     id: str
     resources: Mapping[str, float]
-    """All that workers may take."""
+    """Resources for workers, by Ray's names."""
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerPlaces:
-    """What to ask of Ray for the workers of a run."""
+class WorkerPlacement:
+    """Resource bundles of a run's workers and how Ray places them."""
 
     strategy: Strategy
     bundles: tuple[Mapping[str, float], ...]
     """One per worker."""
     selectors: tuple[Mapping[str, str], ...]
-    """Labels of the node of each worker; none where the strategy alone is enough."""
+    """Label selector of each worker's node; empty if the strategy alone is enough."""
     split_groups: bool
-    """Whether groups may lie across nodes, as none can hold one."""
+    """Whether groups may span nodes, because no placement avoids it."""
 
 
 def place_workers(
     nodes: Sequence[Node], per_worker: Mapping[str, float], *, group_size: int, groups: int
-) -> WorkerPlaces:
-    """Return how to place the workers of a run.
+) -> WorkerPlacement:
+    """Return the placement of a run's workers.
 
-    Groups of several workers: all on one node where one has room for all; else each group on one
-    node, as many on a node as it holds, the roomiest first; else, where the nodes cannot hold the
-    groups whole, packed. Single workers are left to Ray.
+    Groups of several workers: all groups on one node if one has the capacity; else each group on
+    one node, filling the largest nodes first; else, if the nodes cannot take all groups unsplit,
+    packed. Single workers are left to Ray.
 
     Args:
-        nodes: The nodes, with what is free on each.
-        per_worker: What one worker needs.
-        group_size: Workers that share sequences, consecutive in rank.
-        groups: How many such groups there are.
+        nodes: The nodes, with their resources.
+        per_worker: Resources of one worker.
+        group_size: Workers of a context-parallel group, consecutive in rank.
+        groups: Number of groups.
 
     Raises:
-        ClusterError: If all nodes together have no room.
+        ClusterError: If all nodes together have too little capacity.
     """
     workers = group_size * groups
-    room = [_room(node, per_worker) for node in nodes]
-    if sum(room) < workers:
+    # Workers that each node can take.
+    capacity = [_capacity(node, per_worker) for node in nodes]
+    if sum(capacity) < workers:
         raise ClusterError.at(
             "cluster.workers",
             workers,
-            f"the nodes have room for {sum(room)} of them, at {_words(per_worker)} each",
-            fix="Take fewer workers",
+            f"the nodes can take {sum(capacity)} of them, at {_describe(per_worker)} each",
+            fix="Use fewer workers",
         )
     bundles = tuple(dict(per_worker) for _ in range(workers))
-    if group_size > 1 and max(room) >= workers:
-        return WorkerPlaces("STRICT_PACK", bundles, (), split_groups=False)
-    whole = [count // group_size for count in room]
-    if sum(whole) < groups:
-        return WorkerPlaces("PACK", bundles, (), split_groups=True)
-    if group_size == 1 or all(count % group_size == 0 for count in room):
-        return WorkerPlaces("PACK", bundles, (), split_groups=False)
+    if group_size > 1 and max(capacity) >= workers:
+        return WorkerPlacement("STRICT_PACK", bundles, (), split_groups=False)
+    groups_per_node = [count // group_size for count in capacity]
+    if sum(groups_per_node) < groups:
+        return WorkerPlacement("PACK", bundles, (), split_groups=True)
+    # PACK fills node after node. If the group size divides every node's capacity, no group is split
+    # and the run may still move to other nodes.
+    if group_size == 1 or all(count % group_size == 0 for count in capacity):
+        return WorkerPlacement("PACK", bundles, (), split_groups=False)
     selectors: list[Mapping[str, str]] = []
-    left = groups
-    for at in sorted(range(len(nodes)), key=lambda at: (-whole[at], at)):
-        here = min(left, whole[at])
-        selectors += [{NODE_LABEL: nodes[at].id}] * (here * group_size)
-        left -= here
-    return WorkerPlaces("PACK", bundles, tuple(selectors), split_groups=False)
+    remaining = groups
+    # Largest first, so the run takes as few nodes as possible; ties in the given order.
+    for node in sorted(range(len(nodes)), key=lambda node: (-groups_per_node[node], node)):
+        placed = min(remaining, groups_per_node[node])
+        selectors += [{NODE_LABEL: nodes[node].id}] * (placed * group_size)
+        remaining -= placed
+    return WorkerPlacement("PACK", bundles, tuple(selectors), split_groups=False)
 
 
-def free_nodes() -> list[Node]:
-    """Return the nodes of the cluster this process is joined to, with all that they have."""
+def alive_nodes() -> list[Node]:
+    """Return the nodes of the joined cluster with all their resources, used ones included."""
+    # Total and not free: Ray Train queues for resources that other work frees later.
     import ray
 
     return [Node(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
@@ -97,27 +102,26 @@ def free_nodes() -> list[Node]:
 def placement_options(
     per_worker: Mapping[str, float], *, group_size: int, groups: int
 ) -> dict[str, Any]:
-    """Return what `ray.train.ScalingConfig` is told, for the cluster this process is joined to.
-
-    Nothing where there is no room as yet: nodes may still come, and Ray Train waits for them.
-    """
+    """Return the placement arguments of `ray.train.ScalingConfig`, for the joined cluster."""
+    # Too little capacity is no error yet: an autoscaler may add nodes, for which Ray Train waits.
     try:
-        return scaling(
-            place_workers(free_nodes(), per_worker, group_size=group_size, groups=groups)
+        return scaling_options(
+            place_workers(alive_nodes(), per_worker, group_size=group_size, groups=groups)
         )
     except ClusterError:
         return {}
 
 
-def scaling(places: WorkerPlaces) -> dict[str, Any]:
-    """Return what `ray.train.ScalingConfig` is told of it."""
-    found: dict[str, Any] = {"placement_strategy": places.strategy}
-    if places.selectors:
-        found["label_selector"] = [dict(selector) for selector in places.selectors]
-    return found
+def scaling_options(placement: WorkerPlacement) -> dict[str, Any]:
+    """Return the placement arguments of `ray.train.ScalingConfig`."""
+    options: dict[str, Any] = {"placement_strategy": placement.strategy}
+    if placement.selectors:
+        options["label_selector"] = [dict(selector) for selector in placement.selectors]
+    return options
 
 
-def _room(node: Node, per_worker: Mapping[str, float]) -> int:
+def _capacity(node: Node, per_worker: Mapping[str, float]) -> int:
+    # Resources may be fractions: without the slack, 3 / 0.1 in floats would be 29 workers.
     counts = [
         int((node.resources.get(name, 0.0) + 1e-9) // need)
         for name, need in per_worker.items()
@@ -126,5 +130,5 @@ def _room(node: Node, per_worker: Mapping[str, float]) -> int:
     return min(counts, default=0)
 
 
-def _words(resources: Mapping[str, float]) -> str:
+def _describe(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

@@ -1,8 +1,9 @@
 """Rendezvous of a private cluster's workers, on the loopback address only.
 
 PyTorch's TCPStore listens on all addresses of the first worker's machine, and gloo binds the
-address of the host name. Workers that are all on this machine need neither, so the store gets a
-socket that listens on 127.0.0.1, the way torchrun hands its workers a store that exists already.
+address of the host name: both would be reachable from the network. Workers that are all on this
+machine need neither, so the store gets a socket on 127.0.0.1, handed to the workers in the way in
+which torchrun hands out a store that exists already.
 """
 
 from __future__ import annotations
@@ -24,26 +25,28 @@ from raymix._utils.compat.ray_train import (
 from raymix._utils.private_cluster import LOOPBACK, on_loopback
 
 _INTERFACE = "lo"
-# Held for the life of a worker's process.
+# References for the life of the worker's process: a collected store closes its socket.
 _stores: list[dist.TCPStore] = []
 
 
 class LoopbackTorch(TorchConfig):
-    """Ray Train's settings of PyTorch, for workers that are all on this machine."""
+    """Ray Train's PyTorch configuration for workers that are all on this machine."""
 
     @property
     def backend_cls(self) -> type[_LoopbackBackend]:
-        """Return what starts the process group."""
+        """Return the class that starts the process group."""
         return _LoopbackBackend
 
 
 class _LoopbackBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        port = worker_group.execute_single(0, _serve, backend_config.timeout_s)
-        worker_group.execute(_find, port)
+        # In this order: the store must listen before any worker connects to it.
+        port = worker_group.execute_single(0, _start_store, backend_config.timeout_s)
+        worker_group.execute(_use_store, port)
         worker_group.execute(set_torch_environment)
         size = len(worker_group)
-        started = [
+        # Asynchronously: each call blocks until all ranks have joined the group.
+        pending = [
             worker_group.execute_single_async(
                 rank,
                 set_up_process_group,
@@ -55,20 +58,21 @@ class _LoopbackBackend(TorchBackend):
             )
             for rank in range(size)
         ]
-        ray.get(started)
+        ray.get(pending)
 
 
 def torch_config(backend: str) -> TorchConfig:
-    """Return how the workers of the cluster that this process has joined find each other.
+    """Return the PyTorch configuration of the joined cluster's workers.
 
     Args:
-        backend: Of the process group, such as `gloo`.
+        backend: Backend of the process group, such as `gloo`.
     """
     return (LoopbackTorch if on_loopback() else TorchConfig)(backend=backend)
 
 
-def _serve(timeout_s: int) -> int:
-    """Start the store of all workers in this process, and return its port."""
+def _start_store(timeout_s: int) -> int:
+    """Start the workers' store in this process, and return its port."""
+    # Port 0: the kernel chooses a free one, without a race between looking and binding.
     listener = socket.create_server((LOOPBACK, 0))
     port: int = listener.getsockname()[1]
     store = dist.TCPStore(
@@ -83,14 +87,14 @@ def _serve(timeout_s: int) -> int:
     return port
 
 
-def _find(port: int) -> None:
-    """Have this worker's process group use the store there is; what the user set stays."""
+def _use_store(port: int) -> None:
+    """Make this worker's process group use the store; interfaces that the user set are kept."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, _INTERFACE)
     os.environ |= {
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
-        # What torchrun says to its workers: the store is there, none of them starts it.
+        # torchrun's sign to its workers that a store exists, so that rank 0 starts none.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }

@@ -1,7 +1,7 @@
-"""Supervision of a run from the main thread: progress, Ctrl-C, an orderly end.
+"""Supervision of a run from the main thread: progress and Ctrl-C.
 
-The work runs in a background thread, because only the main thread receives signals. The first
-Ctrl-C requests a checkpoint and a clean end, the second does not wait.
+The work runs in a background thread, because Python runs signal handlers in the main thread only.
+The first Ctrl-C requests a checkpoint and a clean end, the second does not wait.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def watch(
     """Run `work` in a background thread and show `progress` until it has ended.
 
     Args:
-        work: Trains in `run`.
-        run: Its run directory, where a stop request is left.
+        work: The training.
+        run: Its run directory, in which a stop is requested.
         progress: Shows the run's metrics.
-        starting: Named to the user until the first step.
-        check: Called a few times a second; raises where the work cannot go on.
+        starting: Shown to the user until the first step.
+        check: Called a few times a second; raises if the work cannot go on.
 
     Raises:
         BaseException: Whatever `work` raised, or `check`.
@@ -42,17 +42,18 @@ def watch(
     """
     with count_interrupts() as pressed:
         thread = BackgroundWork(work)
-        began = time.monotonic()
+        start_s = time.monotonic()
         stop_requested = False
         while not thread.wait(_POLL_S):
             progress.poll()
             check()
-            progress.waiting(f"starting {starting} ({time.monotonic() - began:.0f} s)")
-            # Before the first step there is nothing worth a checkpoint.
+            progress.waiting(f"starting {starting} ({time.monotonic() - start_s:.0f} s)")
+            # Before the first step there is nothing to save.
             if pressed() > 1 or (pressed() and progress.last_step is None):
                 raise KeyboardInterrupt
             if pressed() and not stop_requested:
                 stop_requested = True
+                # A file, because the workers may be on other machines; rank 0 polls for it.
                 run.stop_request.touch()
                 progress.say("Stopping with a checkpoint; Ctrl-C again stops at once.")
     thread.end()
@@ -65,6 +66,7 @@ class BackgroundWork:
         """Start the thread."""
         self._error: BaseException | None = None
         self._call = call
+        # A daemon: at the second Ctrl-C the process ends without waiting for it.
         self._thread = threading.Thread(target=self._run, name="raymix-work", daemon=True)
         self._thread.start()
 
@@ -88,22 +90,24 @@ class BackgroundWork:
 
 @contextmanager
 def count_interrupts() -> Iterator[Callable[[], int]]:
-    """Yield a count of the interrupts (Ctrl-C or SIGTERM) so far; none is raised meanwhile.
+    """Yield a function that returns the interrupts (Ctrl-C or SIGTERM) so far; none is raised.
 
     The count stays 0 outside the main thread, where Python refuses to install signal handlers.
     """
     count = 0
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def increment(number: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: count
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    original = {
+        number: signal.signal(number, increment) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: count
     finally:
-        for number, handler in before.items():
+        for number, handler in original.items():
             signal.signal(number, handler)

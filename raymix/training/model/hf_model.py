@@ -1,8 +1,10 @@
-"""Models: from a Hugging Face configuration or a checkpoint directory, checked before training.
+"""Hugging Face models: from a configuration or a checkpoint directory, checked before training.
 
-Documents packed into one row are kept apart by `position_ids` that start again at each document:
-`transformers` derives the block-diagonal attention mask from them where no mask and no cache is
-given. Not every architecture does, so `probe_model` tries it on the model at hand.
+Documents packed into one row are isolated by `position_ids` that restart at each document:
+`transformers` derives the block-diagonal attention mask from them if neither mask nor cache is
+given. Not every architecture does, so `probe_model` tests it on the given model.
+
+Legend: L tokens per row, V vocabulary, H hidden width.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Accepted by transformers for older configurations; they end up in `rope_parameters`.
+# Accepted by transformers for older configurations; it moves them to `rope_parameters`.
 _LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling"})
+# Float32 kernels differ by some 1e-6; a model that mixes documents differs by more than 0.01.
 _PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusFacts:
-    """What a model takes from the corpus and the recipe's batch."""
+    """The model's inputs from the corpus and the recipe's batch."""
 
     vocab_size: int
     """Tokens in the tokenizer's vocabulary."""
@@ -49,12 +52,12 @@ class CorpusFacts:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What a model weighs and works."""
+    """Parameters and arithmetic of a model."""
 
     parameters: int
-    """Trainable parameters, tied ones once."""
+    """Trainable parameters; tied ones count once."""
     flops_per_token: float
-    """Floating-point operations of forward and backward per token, attention counted causal."""
+    """Floating-point operations of forward and backward per token, with causal attention."""
 
 
 def resolve_config(model: ModelConfig, facts: CorpusFacts) -> PreTrainedConfig:
@@ -110,10 +113,11 @@ def _instantiate(config_class: Any, model: ConfigModel, facts: CorpusFacts) -> P
         "bos_token_id": None,
         "pad_token_id": None,
     }
-    # A copy: transformers writes into nested values such as rope parameters.
+    # A deep copy: transformers writes into nested values such as rope parameters.
     fields = {**defaults, **copy.deepcopy(model.config)}
-    with _refusing("model.config", model.config):
+    with _recipe_errors("model.config", model.config):
         config = config_class(**fields)
+    # A default of the architecture is raised to the row length; a value of the user is checked.
     given = {"max_position_embeddings", "n_positions"} & set(model.config)
     if not given and getattr(config, "max_position_embeddings", None) is not None:
         longest = max(config.max_position_embeddings, facts.sequence_length)
@@ -132,16 +136,17 @@ def _checkpoint_config(model: PretrainedModel) -> PreTrainedConfig:
             "not a directory with a config.json",
             fix="Give a checkpoint directory in Hugging Face format",
         )
-    with _refusing("model.path", model.path):
+    with _recipe_errors("model.path", model.path):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
 
 @contextmanager
-def _refusing(path: str, value: object) -> Iterator[None]:
-    """Tell of whatever transformers runs into as of what is wrong with its input."""
+def _recipe_errors(path: str, value: object) -> Iterator[None]:
+    """Raise any error of transformers as a RecipeError about its input."""
     try:
         yield
-    except Exception as error:  # it divides, looks up and calls what it was given
+    # It divides by, looks up and calls the given values, so an error may be of any type.
+    except Exception as error:
         raise RecipeError.at(path, value, _one_line(error)) from error
 
 
@@ -172,7 +177,7 @@ def _check_fit(config: PreTrainedConfig, facts: CorpusFacts, path: str) -> None:
 
 
 def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrainedModel:
-    """Return the model in float32 on the CPU, in training mode; new weights depend on `seed` only.
+    """Return the model in float32 on the CPU, in training mode; new weights depend only on `seed`.
 
     Raises:
         RecipeError: If the configuration or the checkpoint cannot be used.
@@ -181,19 +186,22 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
     if isinstance(model, PretrainedModel):
         return load_model(model.path)
     try:
+        # Forked, so that the caller's generator is unchanged; on the CPU, so that weights are the
+        # same on any device.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            built = skeleton(config)
+            built = model_from_config(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
         raise RecipeError.at("model.config", model.config, _one_line(error)) from error
     return built.train()
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a new model of a configuration, on the device of the caller's device context."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    # Private, yet the only way to ask: a few types have no fused attention and raise when told to.
+    # A few types have no fused attention and raise if it is requested; only a private attribute
+    # tells.
     fused = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_supports_sdpa", False)
     return AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa" if fused else "eager", dtype=torch.float32
@@ -218,7 +226,8 @@ def load_model(path: str | Path) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # any of a dozen libraries may object to the files
+    # Any of a dozen libraries may object to the files.
+    except Exception as error:
         raise RecipeError.at(
             "model.path", str(path), f"cannot be loaded: {_one_line(error)}"
         ) from error
@@ -226,15 +235,16 @@ def load_model(path: str | Path) -> PreTrainedModel:
 
 
 def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
-    """Return what the model of a recipe weighs without making its weights."""
+    """Return the size of a recipe's model without allocating its weights."""
     config = resolve_config(model, facts)
+    # Tensors on the meta device have shapes and no memory.
     with torch.device("meta"):
-        built = skeleton(config)
+        built = model_from_config(config)
     return measure_model(built, facts.sequence_length)
 
 
 def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
-    """Return what a model weighs and works on rows of `sequence_length` tokens.
+    """Return parameters and arithmetic of a model on rows of `sequence_length` tokens.
 
     Six operations per parameter that multiplies a token (Kaplan et al. 2020, table 1: forward 2,
     backward 4), and 6 * layers * width * length for causal attention scores and values.
@@ -242,13 +252,13 @@ def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     attention = 6.0 * layers * width * sequence_length
-    return ModelSize(parameters, 6.0 * multiplied_parameters(model) + attention)
+    return ModelSize(parameters, 6.0 * matmul_parameters(model) + attention)
 
 
-def multiplied_parameters(model: PreTrainedModel) -> int:
-    """Return how many parameters multiply a token; a table that is only looked up has none."""
+def matmul_parameters(model: PreTrainedModel) -> int:
+    """Return the parameters in matrix products with a token: all but lookup tables."""
     head = getattr(model.get_output_embeddings(), "weight", None)
-    # One tied to the head is multiplied there.
+    # An embedding that is tied to the head is multiplied there.
     looked_up = sum(
         module.weight.numel()
         for module in model.modules()
@@ -259,69 +269,72 @@ def multiplied_parameters(model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """What `probe_model` found out by trying."""
+    """Properties of a model, tested by `probe_model`."""
 
     isolates_documents: bool
-    """Documents packed into a row do not see each other."""
+    """Whether documents packed into a row do not attend to each other."""
     linear_head: bool
-    """The logits are the output embedding of the last hidden state and nothing else."""
+    """Whether the logits are the output embedding of the last hidden state and nothing else."""
 
 
 @torch.no_grad()
 def probe_model(model: PreTrainedModel) -> ModelTraits:
-    """Return the model's traits, found by scoring a row of two four-token documents."""
+    """Return the model's traits, tested on a row of two four-token documents."""
     was_training = model.training
     model.eval()
     try:
         tokens_L, positions_L = _two_documents(model)
         packed_LV = _logits(model, tokens_L, positions_L)
-        alone_LV = torch.cat(
+        separate_LV = torch.cat(
             [_logits(model, tokens_L[s : s + 4], positions_L[s : s + 4]) for s in (0, 4)]
         )
         hidden_LH = model.base_model(
             input_ids=tokens_L[None], position_ids=positions_L[None], use_cache=False
         ).last_hidden_state[0]
+        # Some types scale or cap the logits (Gemma 2), or have no head module at all.
         head = model.get_output_embeddings()
         linear = head is not None and _close(head(hidden_LH), packed_LV)
-        return ModelTraits(_close(packed_LV, alone_LV), linear)
+        return ModelTraits(_close(packed_LV, separate_LV), linear)
     finally:
         model.train(was_training)
 
 
 @torch.no_grad()
 def switch_attention(model: PreTrainedModel, *, longest: int) -> bool:
-    """Return whether the model now runs the attention of `raymix.context_parallel`.
+    """Switch the model to the attention of `raymix.context_parallel`; return whether it can.
 
-    It is tried on a row of two four-token documents, told that they might be of `longest` tokens:
-    in training mode for what only that has (dropout), in evaluation mode for the numbers, and as
-    one document, which must give others. A model that computes anything else keeps its own.
+    Tested on a row of two four-token documents, declared to be up to `longest` tokens long, so
+    that a sliding window shorter than these counts. A model whose logits change keeps its own.
     """
-    before, was_training = model.config._attn_implementation, model.training
-    two, one = (
+    original, was_training = model.config._attn_implementation, model.training
+    two_documents, one_document = (
         LocalShards([DocumentPart(4, (0,))] * 2, 0, ContextParallelGroups()),
         LocalShards([DocumentPart(8, (0,))], 0, ContextParallelGroups()),
     )
-    two.longest = longest
+    two_documents.longest = longest
     row = _two_documents(model)
     try:
         expected_LV = _logits(model.eval(), *row)
         model.set_attn_implementation(register())
-        with attending(two):
+        with attending(two_documents):
+            # In training mode for dropout, which the new attention refuses.
             _logits(model.train(), *row)
             same = _close(_logits(model.eval(), *row), expected_LV)
-        with attending(one):
+        # As one document the logits must differ; else the model ignores the new attention.
+        with attending(one_document):
             same = same and not _close(_logits(model, *row), expected_LV)
     except (TrainingError, ValueError, KeyError):
         same = False
     finally:
         model.train(was_training)
-    if not same and before is not None:
-        model.set_attn_implementation(before)
+    if not same and original is not None:
+        model.set_attn_implementation(original)
     return same
 
 
 def _two_documents(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and positions of a row of two four-token documents."""
+    # Modulo: a test's vocabulary may have fewer than eight tokens.
     numbers_L = torch.arange(8, device=next(model.parameters()).device)
     return numbers_L % model.config.vocab_size, numbers_L % 4
 
@@ -341,8 +354,8 @@ def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    said = " ".join(lines)[:400]
+    message = " ".join(lines)[:400]
     if isinstance(error, ArithmeticError | LookupError | AttributeError):
-        # What these say means little without what they are.
-        return f"{type(error).__name__}: {said}"
-    return said or type(error).__name__
+        # Their messages mean little without the type: a KeyError's is the bare key.
+        return f"{type(error).__name__}: {message}"
+    return message or type(error).__name__

@@ -1,6 +1,9 @@
-"""The loss of packed rows: a sum over label tokens, never all logits of a big vocabulary at once.
+"""The loss of packed rows: cross-entropy summed over label tokens, with the head in chunks.
 
-Letters: B rows, L tokens per row, N = B * L, H hidden width, V vocabulary.
+The logits of a large vocabulary take more memory than the rest of a forward pass, so they are
+computed for a chunk of tokens at a time, and again in the backward pass.
+
+Legend: B rows, L tokens per row, N = B * L, H hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,29 +19,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100
-"""The label of a position that has none."""
+"""The label of a position without one; -100 is `ignore_index`' default in torch."""
 
-LOGIT_BYTES = 256 * 1024**2
-"""Most bytes of float32 logits alive at once; beyond that the head is applied in pieces."""
+MAX_LOGIT_BYTES = 256 * 1024**2
+"""Maximum bytes of float32 logits at once; beyond that the head is applied in chunks."""
 
 
 class PackedLoss(nn.Module):
-    """Wraps a causal LM; `forward` gives the summed loss, so that DDP and FSDP see one call."""
+    """A causal LM with its loss, in one `forward`, where DDP and FSDP2 have their hooks."""
 
     def __init__(
-        self, model: PreTrainedModel, *, linear_head: bool, logit_bytes: int = LOGIT_BYTES
+        self, model: PreTrainedModel, *, linear_head: bool, logit_bytes: int = MAX_LOGIT_BYTES
     ) -> None:
         """Wrap `model`.
 
         Args:
             model: The causal LM.
-            linear_head: Its logits are the output embedding of the last hidden state; without
-                that the logits cannot be made in pieces.
-            logit_bytes: Most bytes of float32 logits alive at once.
+            linear_head: Whether its logits are the output embedding of the last hidden state;
+                if not, they cannot be computed in chunks.
+            logit_bytes: Maximum bytes of float32 logits at once.
         """
         super().__init__()
         self.model = model
         self._linear_head = linear_head
+        # At least 64: smaller matrix products would be slower than the memory is worth.
         self._chunk_tokens = max(64, logit_bytes // (4 * model.config.vocab_size))
 
     def forward(
@@ -46,7 +50,7 @@ class PackedLoss(nn.Module):
         tokens_BL: torch.Tensor,
         positions_BL: torch.Tensor,
         labels_BL: torch.Tensor,
-        factor_BL: torch.Tensor | None = None,
+        loss_weight_BL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss summed over all labels (nats) and, without gradient, per token (B, L).
 
@@ -54,11 +58,12 @@ class PackedLoss(nn.Module):
             tokens_BL: Token ids, int64.
             positions_BL: Position of each token in its document, int64, starting at 0.
             labels_BL: The next token of the same document, or `IGNORED`, int64.
-            factor_BL: What each token's loss counts in the sum; the losses per token are without.
+            loss_weight_BL: Factor of each token's loss in the sum; losses per token are without.
         """
         loss_N = self._token_losses(tokens_BL, positions_BL, labels_BL.reshape(-1))
-        counted_N = loss_N if factor_BL is None else loss_N * factor_BL.reshape(-1)
-        return counted_N.sum(), loss_N.detach().view(labels_BL.shape)
+        # A sum and not a mean: the loop divides by the labels of the global batch.
+        weighted_N = loss_N if loss_weight_BL is None else loss_N * loss_weight_BL.reshape(-1)
+        return weighted_N.sum(), loss_N.detach().view(labels_BL.shape)
 
     def _token_losses(
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_N: torch.Tensor
@@ -72,23 +77,25 @@ class PackedLoss(nn.Module):
         hidden_NH = hidden_BLH.flatten(0, 1)
         if len(labels_N) <= self._chunk_tokens:
             return self._head_loss(hidden_NH, labels_N)
-        # The logits of a piece are made again in the backward pass instead of being kept.
-        pieces = [
+        # Checkpointed: the logits of a chunk are recomputed in the backward pass, not stored.
+        losses = [
             checkpoint(self._head_loss, hidden, labels, use_reentrant=False)
             for hidden, labels in zip(
                 hidden_NH.split(self._chunk_tokens), labels_N.split(self._chunk_tokens), strict=True
             )
         ]
-        return torch.cat([piece for piece in pieces if isinstance(piece, torch.Tensor)])
+        return torch.cat([loss for loss in losses if isinstance(loss, torch.Tensor)])
 
     def _head_loss(self, hidden_NH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         head = self.model.get_output_embeddings()
-        assert head is not None  # a linear head is one
+        assert head is not None
         return _cross_entropy(head(hidden_NH), labels_N)
 
 
 def _cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    exact = torch.promote_types(logits_NV.dtype, torch.float32)
+    # At least float32: a log-sum-exp over a vocabulary in bf16 has three digits. Promoted and not
+    # cast, so that float64 models of the tests stay exact.
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     return functional.cross_entropy(
-        logits_NV.to(exact), labels_N, ignore_index=IGNORED, reduction="none"
+        logits_NV.to(dtype), labels_N, ignore_index=IGNORED, reduction="none"
     )

@@ -1,8 +1,8 @@
-"""How much memory a run takes, part by part, without allocating any of it.
+"""Memory of a training worker, part by part, without allocating any of it.
 
-Weights, gradients and optimizer states follow from the parameter count. What the forward pass
-keeps for the backward pass is counted on fake tensors: the model runs without data, and every
-tensor that autograd saves is added up, so the count holds for any architecture.
+Weights, gradients and optimizer states follow from the parameter count. Activations are counted
+on fake tensors: the model runs without data, and all tensors that autograd saves for the backward
+pass are added up, so the count holds for any architecture.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from raymix.context_parallel import (
     register,
 )
 from raymix.recipe import ModelConfig, TrainConfig
-from raymix.training.model.hf_model import CorpusFacts, resolve_config, skeleton
-from raymix.training.model.loss import LOGIT_BYTES
+from raymix.training.model.hf_model import CorpusFacts, model_from_config, resolve_config
+from raymix.training.model.loss import MAX_LOGIT_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _FP32 = 4
-# Logits, their gradient, and the softmax in between.
+# Logits, their softmax and their gradient.
 _LOGIT_COPIES = 3
-# Python, torch, transformers and Ray in one worker, before there is a model; measured.
+# Python, torch, transformers and Ray in one worker without a model; measured.
 _PROCESS_BYTES = 600_000_000
-_ENOUGH_TOKENS_CPU = 8192
-_ENOUGH_TOKENS_GPU = 32_768
-# What the C library's heap keeps of freed tensors on a CPU: measured 0.5 to 0.85 of them.
+# Tokens per forward pass beyond which larger passes are no faster.
+_SATURATING_TOKENS_CPU = 8192
+_SATURATING_TOKENS_GPU = 32_768
+# Freed tensors that the C library's heap retains on a CPU, as a fraction: measured 0.5 to 0.85.
 _HEAP_SLACK = 0.7
 
 
@@ -49,7 +50,7 @@ class MemoryPart:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one forward pass of a worker holds."""
+    """Shape and device of one forward pass of a worker."""
 
     rows: int
     """Rows per pass."""
@@ -60,30 +61,31 @@ class Batch:
     on_gpu: bool = False
     """Whether it runs on a GPU."""
     documents: bool = False
-    """Whether its rows are documents one after the other, which need no mask of all pairs."""
-    sharing: int = 1
-    """Workers that may share a document: each gathers the keys and values of all of them."""
+    """Whether rows are sequences of documents, which need no (L, L) attention mask."""
+    context_parallel: int = 1
+    """Workers that may share a document; each gathers the keys and values of all of them."""
 
 
 def auto_micro_batch_rows(
-    most_rows: int, sequence_length: int, *, row_bytes: int, room_bytes: int, on_gpu: bool
+    max_rows: int, sequence_length: int, *, row_bytes: int, capacity_bytes: int, on_gpu: bool
 ) -> int:
-    """Return the rows per forward pass that `train.micro_batch_rows: auto` stands for.
+    """Return the rows per forward pass for `train.micro_batch_rows: auto`.
 
-    As many as fit, up to the tokens beyond which larger passes are no faster; then evened out, so
-    that all passes of a step are alike.
+    As many as fit, up to the tokens beyond which larger passes are no faster; then reduced so
+    that all passes of a step have about the same size.
 
     Args:
-        most_rows: Rows of the worker that has most in a step.
+        max_rows: Rows of the worker with the most rows in a step.
         sequence_length: Tokens per row.
-        row_bytes: Memory that each row takes.
-        room_bytes: Memory there is for rows.
+        row_bytes: Memory of each row.
+        capacity_bytes: Memory available for rows.
         on_gpu: Whether the worker has a GPU.
     """
-    enough = (_ENOUGH_TOKENS_GPU if on_gpu else _ENOUGH_TOKENS_CPU) // sequence_length
-    rows = max(1, min(enough, room_bytes // max(1, row_bytes)))
-    passes = -(-most_rows // rows)
-    return -(-most_rows // passes)
+    tokens = _SATURATING_TOKENS_GPU if on_gpu else _SATURATING_TOKENS_CPU
+    # At least one row, even if it does not fit: the estimate may be wrong, and the run may work.
+    rows = max(1, min(tokens // sequence_length, capacity_bytes // max(1, row_bytes)))
+    passes = -(-max_rows // rows)
+    return -(-max_rows // passes)
 
 
 def worker_memory(
@@ -92,22 +94,23 @@ def worker_memory(
     """Return the parts of the memory of one worker.
 
     Args:
-        model: The model.
-        facts: What it takes from the corpus.
-        train: How it is trained.
-        batch: What a worker passes through it at once.
-        workers: Workers over which FSDP2 spreads weights, gradients and optimizer states.
+        model: The model's recipe.
+        facts: The model's inputs from the corpus.
+        train: The training recipe.
+        batch: One forward pass.
+        workers: Workers over which FSDP2 shards weights, gradients and optimizer states.
     """
     parameters, activations = _measure(model, facts, train, batch)
-    held = parameters * _FP32
-    share = held if train.parallel == "ddp" else -(-held // max(1, workers))
+    weights = parameters * _FP32
+    shard = weights if train.parallel == "ddp" else -(-weights // max(1, workers))
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * facts.vocab_size * _FP32,
-                 _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
+                 _LOGIT_COPIES * MAX_LOGIT_BYTES)  # fmt: skip
     return (
         MemoryPart("process", _PROCESS_BYTES),
-        MemoryPart("weights", share),
-        MemoryPart("gradients", share),
-        MemoryPart("optimizer", 2 * share),
+        MemoryPart("weights", shard),
+        MemoryPart("gradients", shard),
+        # AdamW's two moments.
+        MemoryPart("optimizer", 2 * shard),
         MemoryPart("activations", activations),
         MemoryPart("gathered keys", _gathered_bytes(model, facts, batch)),
         MemoryPart("logits", logits),
@@ -121,83 +124,86 @@ def checkpoint_bytes(parameters: int) -> int:
 
 
 def count_memory(config: PreTrainedConfig, batch: Batch) -> int:
-    """Return the bytes that a pass keeps for its backward pass, the logits' pieces among them."""
+    """Return the bytes that a forward pass saves for its backward pass, with a chunk of logits."""
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * config.vocab_size * _FP32,
-                 _LOGIT_COPIES * LOGIT_BYTES)  # fmt: skip
-    kept = _count(config, batch)[1] + logits
-    return kept if batch.on_gpu else int((1 + _HEAP_SLACK) * kept)
+                 _LOGIT_COPIES * MAX_LOGIT_BYTES)  # fmt: skip
+    saved = _count(config, batch)[1] + logits
+    return saved if batch.on_gpu else int((1 + _HEAP_SLACK) * saved)
 
 
 def _gathered_bytes(model: ModelConfig, facts: CorpusFacts, batch: Batch) -> int:
-    """Return the bytes of keys and values from other workers, where all that is held is shared."""
-    if batch.sharing == 1:
+    """Return the bytes of gathered keys and values, if all documents are shared by the group."""
+    if batch.context_parallel == 1:
         return 0
     config = resolve_config(model, facts)
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     width = keys * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    tokens = batch.rows * batch.length * batch.sharing
+    tokens = batch.rows * batch.length * batch.context_parallel
     return 2 * config.num_hidden_layers * tokens * width * (2 if batch.bf16 else _FP32)
 
 
 def _measure(
     model: ModelConfig, facts: CorpusFacts, train: TrainConfig, batch: Batch
 ) -> tuple[int, int]:
-    """Return the parameters and the bytes that autograd keeps for one backward pass."""
+    """Return the parameters and the bytes that autograd saves for one backward pass."""
     config = resolve_config(model, facts)
     layers, width = config.num_hidden_layers, config.hidden_size
-    # A comparison plans a run for each mixer, all of one model.
+    # Cached: a comparison plans one run per mixer, all with the same model. A configuration is not
+    # hashable, so its JSON with all fields is the key.
     key = config.to_json_string(use_diff=False), batch
-    if key not in _counted:
-        _counted[key] = _count(config, batch)
-    parameters, kept = _counted[key]
+    if key not in _count_cache:
+        _count_cache[key] = _count(config, batch)
+    parameters, saved = _count_cache[key]
     if train.activation_checkpointing:
-        # Each layer's input stays, and one layer at a time is computed again.
-        kept = kept // layers + layers * batch.rows * batch.length * width * _FP32
-    return parameters, kept
+        # The inputs of all layers are saved, and one layer at a time is recomputed.
+        saved = saved // layers + layers * batch.rows * batch.length * width * _FP32
+    return parameters, saved
 
 
-_counted: dict[tuple[str, Batch], tuple[int, int]] = {}
+_count_cache: dict[tuple[str, Batch], tuple[int, int]] = {}
 
 
 def _count(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
-    """Return the parameters and the bytes kept for backward, all activations among them."""
+    """Return the parameters and the bytes saved for the backward pass without checkpointing."""
     with fake_tensors():
-        fake = skeleton(config).train()
+        fake = model_from_config(config).train()
         parameters = sum(parameter.numel() for parameter in fake.parameters())
         try:
             return parameters, _saved_bytes(fake, batch)
-        except Exception:  # noqa: BLE001 - whatever a model does that fake tensors cannot
+        except Exception:  # noqa: BLE001 - models may read values, which fake tensors do not have
             layers, width = config.num_hidden_layers, config.hidden_size
             inner = getattr(config, "intermediate_size", None) or 4 * width
-            # Roughly what a Llama layer keeps: norms, attention, gated MLP.
-            kept = layers * batch.rows * batch.length * (16 * width + 4 * inner) * _FP32
-            return parameters, kept
+            # About what a Llama layer saves: norms, attention, gated MLP.
+            saved = layers * batch.rows * batch.length * (16 * width + 4 * inner) * _FP32
+            return parameters, saved
 
 
 def _saved_bytes(model: PreTrainedModel, batch: Batch) -> int:
-    """Return the bytes of the distinct storages saved for backward, parameters left out."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    """Return the bytes of the distinct storages saved for backward, without parameters."""
+    parameter_storages = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    # By storage, as views of one tensor are saved many times. The storages are referenced here so
+    # that none is freed and its address used again.
+    saved: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if storage._cdata not in parameter_storages:
+            saved[storage._cdata] = storage
         return tensor
 
     ids_BL = torch.zeros(batch.rows, batch.length, dtype=torch.int64)
-    # Positions that start again, as in packed rows, bring in the mask that keeps documents apart.
+    # Positions that restart, as in packed rows, make transformers build its document mask.
     positions_BL = (torch.arange(batch.length) % max(2, batch.length // 2)).expand_as(ids_BL)
     mixed = torch.autocast("cpu", torch.bfloat16) if batch.bf16 else contextlib.nullcontext()
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    attends: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if batch.documents:
         model.set_attn_implementation(register())
-        ids_BL, positions_BL = (part.reshape(1, -1) for part in (ids_BL, positions_BL))
-        attends = attending(
+        ids_BL, positions_BL = (tensor.reshape(1, -1) for tensor in (ids_BL, positions_BL))
+        attention = attending(
             LocalShards([DocumentPart(batch.length, (0,))] * batch.rows, 0, ContextParallelGroups())
         )
-    with hooks, mixed, attends:
+    with hooks, mixed, attention:
         model.base_model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in saved.values())

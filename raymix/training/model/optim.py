@@ -16,9 +16,10 @@ def learning_rate(step: int, *, steps: int, config: TrainConfig) -> float:
 
     Linear warm-up over W = ceil(warmup_ratio * steps) steps, reaching the peak at step W - 1.
     Then `cosine` falls to `min_lr_ratio` of the peak along half a cosine (Loshchilov and Hutter
-    2017, eq. 5), `wsd` holds and falls linearly over the last `decay_ratio` of the steps (Hu et
-    al. 2024), `constant` holds.
+    2017, eq. 5), `wsd` stays at the peak and falls linearly over the last `decay_ratio` of the
+    steps (Hu et al. 2024), `constant` stays at the peak.
     """
+    # "step + 1" throughout: a rate of 0 would waste the first step.
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -35,6 +36,7 @@ def learning_rate(step: int, *, steps: int, config: TrainConfig) -> float:
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Return AdamW's two groups: matrices and embeddings decay, biases and norms do not."""
+    # By dimension and not by name, so it holds for any architecture.
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -48,9 +50,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, *, sharded: bool) -> 
 
     Args:
         model: The model, wrapped or not.
-        config: Rates and decay.
-        sharded: The parameters are DTensors (FSDP2), for which the fused kernel needs a GPU.
+        config: Learning rate, betas and weight decay.
+        sharded: Whether the parameters are DTensors (FSDP2).
     """
+    # The fused kernel does not take DTensors on a CPU; None leaves the choice to torch.
     on_gpu = next(model.parameters()).is_cuda
     return torch.optim.AdamW(
         decay_groups(model, config.weight_decay),
@@ -62,17 +65,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig, *, sharded: bool) -> 
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of `optimizer` the learning rate `rate`."""
+    """Set the learning rate of all groups of `optimizer`."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], clip_norm: float | None) -> torch.Tensor:
-    """Return the global gradient norm (a scalar on the device) from before clipping to `clip_norm`.
+    """Clip gradients to `clip_norm`, and return the global norm before (a scalar on the device).
 
-    Without a limit the gradients stay as they are; the norm is measured all the same.
+    With None the gradients are unchanged; the norm is measured all the same.
     """
     tensors = [parameter for parameter in parameters if parameter.grad is not None]
     limit = math.inf if clip_norm is None else clip_norm
     norm = torch.nn.utils.clip_grad_norm_(tensors, limit)
+    # Under FSDP2 the norm is a DTensor with a partial sum on each rank.
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

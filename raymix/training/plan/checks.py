@@ -1,4 +1,7 @@
-"""What cannot work, said before it is tried: one function per reason, each returning messages."""
+"""Preflight checks: one function per reason why a run cannot work, each returning messages.
+
+They return instead of raising, so that a user sees all problems of a recipe at once.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,28 @@ from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Forecast
 
 _GB = 1e9
-# What a worker holds for certain; the rest is an estimate.
-_STATES = ("weights", "gradients", "optimizer")
+# Parts of the memory that are exact. Activations and the rest are estimates, and no run is refused
+# because of an estimate.
+_EXACT_PARTS = ("weights", "gradients", "optimizer")
 
 
 def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
-    """Return why the cluster cannot seat the workers."""
-    cluster, found = recipe.cluster, list[str]()
+    """Return why the cluster's CPUs and GPUs do not suffice for the workers."""
+    cluster, problems = recipe.cluster, list[str]()
     cpus = cluster.workers * cluster.cpus_per_worker
     if cpus > resources.cpus:
-        wrong = f"with cpus_per_worker = {cluster.cpus_per_worker:g} that takes {cpus:g} CPUs"
-        found.append(
+        needed = f"with cpus_per_worker = {cluster.cpus_per_worker:g} that takes {cpus:g} CPUs"
+        problems.append(
             format_problem(
                 "cluster.workers",
                 cluster.workers,
-                f"{wrong}, {resources.where} has {resources.cpus:g}",
-                fix="Take fewer workers, or a larger cluster",
+                f"{needed}, {resources.where} has {resources.cpus:g}",
+                fix="Use fewer workers, or a larger cluster",
             )
         )
+    # Without workers the training process itself takes one GPU.
     if cluster.gpus_per_worker == 1 and max(1, cluster.workers) > resources.gpus:
-        found.append(
+        problems.append(
             format_problem(
                 "cluster.gpus_per_worker",
                 1,
@@ -45,20 +50,21 @@ def cluster_problems(recipe: Recipe, resources: Resources) -> list[str]:
                     f"{max(1, cluster.workers)} "
                     f"GPUs, {resources.where} has {resources.gpus:g}"
                 ),
-                fix="Take fewer workers, or set it to 0",
+                fix="Use fewer workers, or set it to 0",
             )
         )
-    return found
+    return problems
 
 
 def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
-    """Return in what the prepared corpus is not one that the recipe can train on."""
+    """Return why the recipe cannot train on the prepared corpus."""
     from raymix.corpus import differences
 
-    found = differences(recipe.corpus)
+    problems = differences(recipe.corpus)
     block_tokens = corpus.manifest.block_tokens
+    # Rows do not straddle blocks, which are read and cached one by one.
     if isinstance(recipe.data, PackedData) and recipe.data.sequence_length > block_tokens:
-        found.append(
+        problems.append(
             format_problem(
                 "data.sequence_length",
                 recipe.data.sequence_length,
@@ -66,38 +72,39 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
                 fix="Shorten it, or prepare the corpus with a larger corpus.block_tokens",
             )
         )
-    answers = [name for name, info in corpus.manifest.domains.items() if info.train.loss_mask]
-    if isinstance(recipe.data, PackedData) and answers:
-        found.append(
+    masked = [name for name, info in corpus.manifest.domains.items() if info.train.loss_mask]
+    if isinstance(recipe.data, PackedData) and masked:
+        problems.append(
             format_problem(
                 "data.mode",
                 recipe.data.mode,
-                f"of {answers[0]!r} only answers are learned, which packed rows do not tell",
+                f"{masked[0]!r} has a loss mask (only answers are learned), packed rows have none",
                 allowed="allowed here: documents",
             )
         )
-    return found
+    return problems
 
 
-def empty_domains(supply: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
-    """Return the domains that hold nothing, or not one row."""
-    found = []
-    for number, domain in enumerate(supply):
+def empty_domain_problems(sizes: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
+    """Return a message per domain with no tokens, or with less than one row."""
+    problems = []
+    for number, domain in enumerate(sizes):
         path = f"corpus.domains.{number}.name"
         if domain.tokens == 0:
-            wrong, advice = "the domain holds no tokens", "Give it text, or leave it out"
+            problem, fix = "the domain has no tokens", "Give it text, or leave it out"
         elif domain.usable == 0:
             length = recipe.data.sequence_length
-            wrong = f"the domain's {domain.tokens:,} tokens do not fill one row of {length:,}"
-            advice = "Shorten data.sequence_length, give it more text, or leave it out"
+            problem = f"the domain's {domain.tokens:,} tokens do not fill one row of {length:,}"
+            fix = "Shorten data.sequence_length, give it more text, or leave it out"
         else:
             continue
-        found.append(format_problem(path, domain.name, wrong, fix=advice))
-    return found
+        problems.append(format_problem(path, domain.name, problem, fix=fix))
+    return problems
 
 
-def probe_problems(recipe: Recipe, supply: Sequence[DomainSizes], mixer: Mixer) -> list[str]:
-    """Return the domains whose gradients the mixer needs and that do not have two rows."""
+def probe_problems(recipe: Recipe, sizes: Sequence[DomainSizes], mixer: Mixer) -> list[str]:
+    """Return a message per domain that has too few rows for the mixer's gradient statistics."""
+    # Unbiased estimates of squared norms need the product of two independent gradients.
     if not GRADIENT_STATISTICS & mixer.needs:
         return []
     length = recipe.data.sequence_length
@@ -108,57 +115,64 @@ def probe_problems(recipe: Recipe, supply: Sequence[DomainSizes], mixer: Mixer) 
             f"has one row of {length:,} tokens; {recipe.mixer.kind} measures gradients on two",
             fix="Shorten data.sequence_length, give it more text, or leave it out",
         )
-        for number, domain in enumerate(supply)
+        for number, domain in enumerate(sizes)
+        # Domains without a single row have a message of their own.
         if length <= domain.tokens < 2 * length
     ]
 
 
-def caps_per_domain(recipe: Recipe, supply: Sequence[DomainSizes]) -> list[float | None]:
-    """Return `data.max_epochs` of every domain."""
+def max_epochs_by_domain(recipe: Recipe, sizes: Sequence[DomainSizes]) -> list[float | None]:
+    """Return `data.max_epochs` of each domain; None for a domain without a cap."""
     cap = recipe.data.max_epochs
-    return [cap.get(domain.name) if isinstance(cap, dict) else cap for domain in supply]
+    return [cap.get(domain.name) if isinstance(cap, dict) else cap for domain in sizes]
 
 
 def cap_problems(
-    recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast, *, steps: int, tokens: int
+    recipe: Recipe,
+    sizes: Sequence[DomainSizes],
+    forecast: Forecast,
+    *,
+    steps: int,
+    tokens_per_step: int,
 ) -> list[str]:
     """Return why the caps on epochs leave nothing to read before the last step.
 
     Args:
         recipe: The recipe.
-        supply: What the domains hold.
-        found: What the run would read.
+        sizes: Tokens of the domains.
+        forecast: Tokens the run would read.
         steps: Steps of the run.
-        tokens: Tokens of a step.
+        tokens_per_step: Tokens of a global batch.
     """
-    if math.isinf(found.exhausted):
+    if math.isinf(forecast.exhausted_step):
         return []
-    done = int(found.exhausted)
-    used = found.asked_D > 0
-    held = float(np.array([domain.usable for domain in supply])[used].sum())
-    total = steps * tokens
+    done = int(forecast.exhausted_step)
+    used_D = forecast.share_D > 0
+    usable = float(np.array([domain.usable for domain in sizes])[used_D].sum())
+    total = steps * tokens_per_step
     return [
         format_problem(
             "data.max_epochs",
             recipe.data.max_epochs,
             (
-                f"every domain with a share is used up after {done:,} of {steps:,} steps: the caps "
-                f"allow {found.read_D.sum():,.0f} of {total:,} tokens"
+                f"every domain with a share is exhausted after {done:,} of {steps:,} steps: the "
+                f"caps allow {forecast.read_D.sum():,.0f} of {total:,} tokens"
             ),
             fix=(
-                f"Raise the caps (all domains read equally often would need {total / held:.3g} "
+                f"Raise the caps (all domains read equally often would need {total / usable:.3g} "
                 f"epochs), train at most {done:,} steps, add data, or give other domains a share"
             ),
         )
     ]
 
 
-def room_problems(
+def memory_problems(
     recipe: Recipe, parts: Sequence[MemoryPart], resources: Resources, *, on_gpu: bool
 ) -> list[str]:
-    """Return why the weights and optimizer states do not fit into memory."""
-    states = sum(part.bytes for part in parts if part.name in _STATES)
+    """Return why weights, gradients and optimizer states do not fit into memory."""
+    states = sum(part.bytes for part in parts if part.name in _EXACT_PARTS)
     workers = max(1, recipe.cluster.workers)
+    # The memory of the workers' GPUs may not be visible here: on a GPU the first step tells.
     if on_gpu or states * workers <= resources.memory_bytes:
         return []
     return [
@@ -170,15 +184,16 @@ def room_problems(
                 f"{resources.where} has "
                 f"{resources.memory_bytes / _GB:.1f} GB of memory"
             ),
-            fix="Make the model smaller, or take fewer workers",
+            fix="Make the model smaller, or use fewer workers",
         )
     ]
 
 
-def disk_problems(recipe: Recipe, checkpoint: int, free: int | None) -> list[str]:
-    """Return why the checkpoints do not fit on the disk; one more than is kept exists at times."""
-    needed = (recipe.train.keep_checkpoints + 1) * checkpoint
-    if free is None or needed <= free:
+def disk_problems(recipe: Recipe, checkpoint_bytes: int, free_bytes: int | None) -> list[str]:
+    """Return why the checkpoints do not fit on the disk; `free_bytes` is None if unknown."""
+    # One more than `keep_checkpoints`: the oldest is removed after the newest is complete.
+    needed = (recipe.train.keep_checkpoints + 1) * checkpoint_bytes
+    if free_bytes is None or needed <= free_bytes:
         return []
     return [
         format_problem(
@@ -186,8 +201,8 @@ def disk_problems(recipe: Recipe, checkpoint: int, free: int | None) -> list[str
             recipe.run_dir,
             (
                 f"{recipe.train.keep_checkpoints + 1} checkpoints take {needed / _GB:.1f} GB, "
-                f"the disk has {free / _GB:.1f} GB free"
+                f"the disk has {free_bytes / _GB:.1f} GB free"
             ),
-            fix="Free some, choose another run.dir, or lower train.keep_checkpoints",
+            fix="Free some space, choose another run.dir, or lower train.keep_checkpoints",
         )
     ]

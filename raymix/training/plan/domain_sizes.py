@@ -1,4 +1,4 @@
-"""What each domain has to give: counted in a prepared corpus, or estimated from its sources."""
+"""Tokens of each domain: counted in a prepared corpus, or estimated from its sources."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from raymix.recipe import (
 from raymix.store import Corpus
 from raymix.streaming.blocks.geometry import epoch_rows
 
-# A token id in a file of ready ids: between uint16 and int64, mostly int32.
+# Bytes of a token id in a file of ready ids: uint16 to int64, mostly int32.
 _ID_BYTES = 4
+# Bytes per token of the usual pretrained vocabularies (32,000 to 150,000 tokens) on mixed text.
+_PRETRAINED_BYTES_PER_TOKEN = 4.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainSizes:
-    """What one domain holds for training."""
+    """Tokens and documents of one domain."""
 
     name: str
     tokens: int
@@ -34,30 +36,31 @@ class DomainSizes:
     valid_tokens: int
     """Tokens of the held-out split."""
     documents: int | None = None
-    """Documents of the training split; None where it is not prepared."""
+    """Documents of the training split; None if it is not prepared."""
     bytes_per_token: float | None = None
-    """UTF-8 bytes per token; None where it is not known."""
+    """UTF-8 bytes per token; None if unknown."""
     unigram_entropy: float | None = None
-    """Nats per token; None where it is not prepared."""
+    """Nats per token; None if the corpus is not prepared."""
 
     @property
     def dropped(self) -> int:
-        """Return the tokens that an epoch leaves out."""
+        """Return the tokens that an epoch does not read."""
         return self.tokens - self.usable
 
 
 def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
-    """Return what the domains of a prepared corpus hold, in its order."""
-    found = []
+    """Return the sizes of the domains of a prepared corpus, in its order."""
+    sizes = []
     for name in corpus.domain_names:
         train, valid = corpus.split(name, "train"), corpus.split(name, "valid")
         if isinstance(data, PackedData):
             rows = epoch_rows(train.tokens, corpus.manifest.block_tokens, data.sequence_length)
+            # An incomplete row at the end of a block is dropped, at each block.
             usable = rows * data.sequence_length
         else:
             lengths = corpus.document_lengths(name, "train")
             usable = int(np.minimum(lengths, data.sequence_length).sum(dtype=np.int64))
-        found.append(
+        sizes.append(
             DomainSizes(
                 name=name,
                 tokens=train.tokens,
@@ -68,11 +71,11 @@ def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
                 unigram_entropy=train.unigram_entropy,
             )
         )
-    return found
+    return sizes
 
 
 def estimated_sizes(config: CorpusConfig, data: DataConfig) -> list[DomainSizes]:
-    """Return what the sources of a recipe may hold, from file sizes alone.
+    """Return estimated sizes of a recipe's domains, from the sizes of the source files alone.
 
     Raises:
         CorpusError: If a glob matches nothing, or a file lacks the column.
@@ -81,36 +84,41 @@ def estimated_sizes(config: CorpusConfig, data: DataConfig) -> list[DomainSizes]
     from raymix.corpus.read.sources import find_sources
 
     parts = plan_parts(config.domains, find_sources(config))
-    found = []
+    sizes = []
     for domain in config.domains:
-        sizes = {"yes": 0, "no": 0, "by hash": 0}
+        # Files are held out, or not, or split by a hash of each document.
+        bytes_by_split = {"yes": 0, "no": 0, "by hash": 0}
         for part in parts[domain.name]:
-            sizes[part.held_out] += part.size
-        held_out = sizes["yes"] + config.valid_fraction * sizes["by hash"]
-        train = sizes["no"] + (1 - config.valid_fraction) * sizes["by hash"]
-        per_token = _bytes_per_token(config, domain)
-        tokens = _three_digits(train / per_token)
+            bytes_by_split[part.held_out] += part.size
+        hashed = bytes_by_split["by hash"]
+        valid_bytes = bytes_by_split["yes"] + config.valid_fraction * hashed
+        train_bytes = bytes_by_split["no"] + (1 - config.valid_fraction) * hashed
+        bytes_per_token = _bytes_per_token(config, domain)
+        # More digits would look like a count.
+        tokens = _three_digits(train_bytes / bytes_per_token)
+        # Lengths of documents are unknown here, so in document mode none is taken to be cut.
         length = data.sequence_length if isinstance(data, PackedData) else 1
-        found.append(
+        sizes.append(
             DomainSizes(
                 name=domain.name,
                 tokens=tokens,
                 usable=tokens // length * length,
-                valid_tokens=_three_digits(held_out / per_token),
+                valid_tokens=_three_digits(valid_bytes / bytes_per_token),
             )
         )
-    return found
+    return sizes
 
 
 def _bytes_per_token(config: CorpusConfig, domain: DomainConfig) -> float:
-    """Return a guess: on mixed text a BPE gains about 0.4 bytes per token with each doubling."""
+    """Return an estimate of the UTF-8 bytes per token of a domain."""
     if domain.tokens_column is not None:
         return _ID_BYTES
     if isinstance(config.tokenizer, ByteTokenizer):
         return 1.0
     if isinstance(config.tokenizer, TrainedTokenizer):
+        # On mixed text a BPE gains about 0.4 bytes per token with each doubling of its vocabulary.
         return min(4.6, 0.4 * math.log2(config.tokenizer.vocab_size) - 1.6)
-    return 4.4
+    return _PRETRAINED_BYTES_PER_TOKEN
 
 
 def _three_digits(value: float) -> int:

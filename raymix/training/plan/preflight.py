@@ -1,8 +1,8 @@
-"""What a run would do, worked out before it starts, and a refusal of what cannot work.
+"""Preflight: the plan of a run before it starts, and all reasons why it cannot work.
 
-`preflight` looks at the recipe, the prepared corpus (or the sizes of its sources), the model's
-configuration and the machine. It trains nothing, allocates nothing and needs no GPU. Everything
-wrong is reported at once.
+`preflight` reads the recipe, the prepared corpus (or the sizes of its sources), the model's
+configuration and the resources. It trains nothing, allocates nothing and needs no GPU. All
+problems are reported at once.
 """
 
 from __future__ import annotations
@@ -39,30 +39,34 @@ from raymix.training.model.memory import (
 )
 from raymix.training.plan.checks import (
     cap_problems,
-    caps_per_domain,
     cluster_problems,
     corpus_problems,
     disk_problems,
-    empty_domains,
+    empty_domain_problems,
+    max_epochs_by_domain,
+    memory_problems,
     probe_problems,
-    room_problems,
 )
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
-from raymix.training.plan.forecast import Forecast, Segment, forecast, segments
+from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.step.document_layout import context_parallel_size, tokens_per_rank
 
 # Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
-_MANY_EPOCHS = 4.0
-_MUCH_DROPPED = 0.05
-# What a GPU is taken to have where the workers' GPUs cannot be seen from here.
-_USUAL_GPU_BYTES = 16 * 10**9
+_WARN_EPOCHS = 4.0
+_WARN_DROPPED_FRACTION = 0.05
+# Assumed where the workers' GPUs are on other machines: the smallest in common use (T4), so a plan
+# fits on larger ones, too.
+_ASSUMED_GPU_BYTES = 16 * 10**9
+# Parts of the memory that a worker may fill; the rest is for fragmentation on a GPU, and on a CPU
+# for Ray's object store and page cache.
+_GPU_MEMORY_FRACTION, _CPU_MEMORY_FRACTION = 0.8, 0.5
 
 
 def plan_run(recipe: Recipe) -> RunPlan:
-    """Return what a run of `recipe` would do on the cluster it names, or else this machine.
+    """Return the plan of `recipe` on the cluster that it names, or else on this machine.
 
     Raises:
         RaymixError: If the run cannot work.
@@ -72,48 +76,50 @@ def plan_run(recipe: Recipe) -> RunPlan:
     corpus = Corpus.open(recipe.corpus.path) if prepared or not recipe.corpus.domains else None
     cluster = recipe.cluster
     # Without workers no cluster is used, wherever RAY_ADDRESS points.
-    has = resources(cluster.address if cluster.workers else "local", cluster.object_store_bytes)
-    return preflight(recipe, corpus, has)
+    address = cluster.address if cluster.workers else "local"
+    return preflight(recipe, corpus, resources(address, cluster.object_store_bytes))
 
 
-def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
-    """Return what a run of `recipe` would do.
+def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> RunPlan:
+    """Return the plan of a run.
 
     Args:
         recipe: The recipe, its paths resolved.
-        corpus: The prepared corpus; None where there is none yet: then tokens are estimated from
-            the sources.
-        has: What the run may use.
+        corpus: The prepared corpus; None if it is not prepared, and tokens are estimated from the
+            sources.
+        available: Resources of the machine or cluster.
 
     Raises:
         RecipeError: If the run cannot work, with one message per reason.
     """
-    found = _Findings(cluster_problems(recipe, has))
-    supply: list[DomainSizes] = []
-    with found.guard():
+    checks = _Checks(cluster_problems(recipe, available))
+    sizes: list[DomainSizes] = []
+    with checks.collect_errors():
         if corpus is None:
-            supply = estimated_sizes(recipe.corpus, recipe.data)
+            sizes = estimated_sizes(recipe.corpus, recipe.data)
         else:
-            found.problems += corpus_problems(recipe, corpus)
-            supply = prepared_sizes(corpus, recipe.data)
-    empty = empty_domains(supply, recipe)
-    found.problems += empty
-    shape = _BatchShape.of(recipe, has)
-    mixture = weight = None
-    with found.guard():
-        weight = _Weight.of(recipe, corpus, shape, has)
-        found.problems += room_problems(recipe, weight.parts, has, on_gpu=shape.on_gpu)
-    with found.guard():
-        mixture = _Mixture.of(recipe, corpus, supply, shape) if supply and not empty else None
+            checks.problems += corpus_problems(recipe, corpus)
+            sizes = prepared_sizes(corpus, recipe.data)
+    empty = empty_domain_problems(sizes, recipe)
+    checks.problems += empty
+    shape = _BatchShape.of(recipe, available)
+    mixture = cost = None
+    with checks.collect_errors():
+        cost = _ModelCost.of(recipe, corpus, shape, available)
+        checks.problems += memory_problems(recipe, cost.parts, available, on_gpu=shape.on_gpu)
+    with checks.collect_errors():
+        # An empty domain has no epochs to forecast; its own message is enough.
+        mixture = _Mixture.of(recipe, corpus, sizes, shape) if sizes and not empty else None
     if mixture is not None:
-        found.problems += cap_problems(
-            recipe, supply, mixture.forecast, steps=shape.steps, tokens=shape.tokens
+        checks.problems += cap_problems(
+            recipe, sizes, mixture.forecast, steps=shape.steps, tokens_per_step=shape.tokens
         )
     free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
-    if weight is not None:
-        found.problems += disk_problems(recipe, checkpoint_bytes(weight.parameters), free)
-    if found.problems or mixture is None or weight is None:
-        raise RecipeError(*dict.fromkeys(found.problems))
+    if cost is not None:
+        checks.problems += disk_problems(recipe, checkpoint_bytes(cost.parameters), free)
+    if checks.problems or mixture is None or cost is None:
+        # A dict drops repeated messages and keeps their order: two checks may meet one fault.
+        raise RecipeError(*dict.fromkeys(checks.problems))
     return RunPlan(
         name=recipe.name,
         run_dir=recipe.run_dir,
@@ -123,36 +129,36 @@ def preflight(recipe: Recipe, corpus: Corpus | None, has: Resources) -> RunPlan:
         sequence_length=recipe.data.sequence_length,
         packed=isinstance(recipe.data, PackedData),
         row_tokens=shape.row_tokens,
-        sharing=shape.sharing,
+        context_parallel=shape.context_parallel,
         rows_per_step=shape.rows,
         workers=recipe.cluster.workers,
         rows_per_worker=shape.rows_per_worker,
-        micro_batch_rows=weight.micro_batch_rows,
+        micro_batch_rows=cost.micro_batch_rows,
         on_gpu=shape.on_gpu,
         estimated=corpus is None,
         corpus_path=recipe.corpus.path,
-        domains=tuple(_domain_plans(recipe, supply, mixture.forecast)),
+        domains=tuple(_domain_plans(recipe, sizes, mixture.forecast)),
         mixer=mixture.summary,
-        pieces=tuple(mixture.asked),
-        parameters=weight.parameters,
-        flops_per_token=weight.flops_per_token,
-        worker_memory=weight.parts,
-        cache_bytes=_cache_bytes(recipe, has),
-        checkpoint_bytes=checkpoint_bytes(weight.parameters),
+        segments=tuple(mixture.segments),
+        parameters=cost.parameters,
+        flops_per_token=cost.flops_per_token,
+        worker_memory=cost.parts,
+        cache_bytes=_cache_bytes(recipe, available),
+        checkpoint_bytes=checkpoint_bytes(cost.parameters),
         keep_checkpoints=recipe.train.keep_checkpoints,
         disk_free=free,
-        resources=has,
-        notes=tuple(_notes(recipe, supply, mixture.forecast, shape)),
+        resources=available,
+        notes=tuple(_notes(recipe, sizes, mixture.forecast, shape)),
     )
 
 
 @dataclass(slots=True)
-class _Findings:
+class _Checks:
     problems: list[str] = field(default_factory=list)
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Keep the problems of an error raised inside, and go on."""
+    def collect_errors(self) -> Iterator[None]:
+        """Add the problems of an error raised inside, and suppress it."""
         try:
             yield
         except RaymixError as error:
@@ -161,39 +167,42 @@ class _Findings:
 
 @dataclass(frozen=True, slots=True)
 class _BatchShape:
-    """The run in numbers that follow from the recipe alone."""
+    """Steps and batches of the run, as far as the recipe and the device determine them."""
 
     steps: int
     tokens: int
-    """Per step."""
+    """Tokens per step."""
     rows: int
-    """Per step; of packed documents about as many."""
+    """Rows per step; approximate in document mode."""
     rows_per_worker: tuple[int, int]
+    """Minimum and maximum rows of a worker in a step, of `row_tokens` each."""
     row_tokens: int
-    """What a worker holds of a row: of documents that workers share, a part."""
-    sharing: int
+    """Tokens of a row on one worker: the sequence length over the context-parallel size."""
+    context_parallel: int
+    """Workers that may share a document."""
     on_gpu: bool
     bf16: bool
 
     @classmethod
-    def of(cls, recipe: Recipe, has: Resources) -> _BatchShape:
+    def of(cls, recipe: Recipe, available: Resources) -> _BatchShape:
         data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
-        row_tokens, sharing, shared_rows = data.sequence_length, 1, data.step_rows
+        row_tokens, context_parallel, rank_rows = data.sequence_length, 1, data.step_rows
         if isinstance(data, DocumentData):
             row_tokens = tokens_per_rank(data, recipe.cluster.workers)
-            sharing = context_parallel_size(data, recipe.cluster.workers)
-            # A worker holds a part of each document that several share, so it holds more of them.
-            shared_rows = -(-data.step_tokens // row_tokens)
+            context_parallel = context_parallel_size(data, recipe.cluster.workers)
+            # A worker has a part of each document that its group shares, so its rows are shorter
+            # and it has more of them: the tokens per worker are the same.
+            rank_rows = -(-data.step_tokens // row_tokens)
         on_gpu = recipe.cluster.gpus_per_worker == 1 or (
-            recipe.cluster.gpus_per_worker == "auto" and has.gpus >= workers
+            recipe.cluster.gpus_per_worker == "auto" and available.gpus >= workers
         )
         return cls(
             steps=train.steps or -(-(train.tokens or 0) // data.step_tokens),
             tokens=data.step_tokens,
             rows=data.step_rows,
-            rows_per_worker=(shared_rows // workers, -(-shared_rows // workers)),
+            rows_per_worker=(rank_rows // workers, -(-rank_rows // workers)),
             row_tokens=row_tokens,
-            sharing=sharing,
+            context_parallel=context_parallel,
             on_gpu=on_gpu,
             bf16=train.uses_bf16(on_gpu=on_gpu),
         )
@@ -201,10 +210,11 @@ class _BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """What the mixer asks for and what that reads."""
+    """The mixer's requested shares and the tokens they read."""
 
     summary: str
-    asked: list[Segment]
+    """The mixer in words."""
+    segments: list[Segment]
     forecast: Forecast
 
     @classmethod
@@ -212,12 +222,12 @@ class _Mixture:
         cls,
         recipe: Recipe,
         corpus: Corpus | None,
-        supply: Sequence[DomainSizes],
+        sizes: Sequence[DomainSizes],
         shape: _BatchShape,
     ) -> _Mixture:
         context = MixerContext(
-            domains=tuple(domain.name for domain in supply),
-            tokens_D=np.array([domain.tokens for domain in supply], dtype=np.int64),
+            domains=tuple(domain.name for domain in sizes),
+            tokens_D=np.array([domain.tokens for domain in sizes], dtype=np.int64),
             total_tokens=shape.steps * shape.tokens,
             total_steps=shape.steps,
             rows_per_step=shape.rows,
@@ -225,20 +235,21 @@ class _Mixture:
             nearest_D=target_domain_counts(recipe, corpus) if corpus is not None else None,
         )
         mixer = build_mixer(recipe.mixer, context)
-        few = probe_problems(recipe, supply, mixer)
-        if few:
-            raise RecipeError(*few)
-        asked = segments(mixer, context, recipe.train.probe_interval)
-        caps = [np.inf if cap is None else cap for cap in caps_per_domain(recipe, supply)]
-        cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, supply, strict=True)])
+        problems = probe_problems(recipe, sizes, mixer)
+        if problems:
+            raise RecipeError(*problems)
+        segments = mixture_segments(mixer, context, recipe.train.probe_interval)
+        caps = [np.inf if cap is None else cap for cap in max_epochs_by_domain(recipe, sizes)]
+        # A cap is a whole number of tokens, never more than the epochs allow.
+        cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, sizes, strict=True)])
         return cls(
-            describe(mixer), asked, forecast(asked, tokens_per_step=shape.tokens, cap_D=cap_D)
+            describe(mixer), segments, forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Weight:
-    """What the model weighs and works."""
+class _ModelCost:
+    """Size, arithmetic and memory of the model."""
 
     parameters: int
     flops_per_token: float
@@ -247,48 +258,52 @@ class _Weight:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, corpus: Corpus | None, shape: _BatchShape, has: Resources
-    ) -> _Weight:
+        cls, recipe: Recipe, corpus: Corpus | None, shape: _BatchShape, available: Resources
+    ) -> _ModelCost:
         facts = corpus_facts(recipe, corpus)
         size = model_size(recipe.model, facts)
 
         def parts(rows: int) -> tuple[MemoryPart, ...]:
             batch = Batch(rows, shape.row_tokens, shape.bf16, shape.on_gpu)
             if isinstance(recipe.data, DocumentData):
-                batch = replace(batch, documents=True, sharing=shape.sharing)
+                batch = replace(batch, documents=True, context_parallel=shape.context_parallel)
             workers = recipe.cluster.workers
             return worker_memory(recipe.model, facts, recipe.train, batch, workers=workers)
 
-        rows, most = recipe.train.micro_batch_rows, max(1, shape.rows_per_worker[1])
+        rows, max_rows = recipe.train.micro_batch_rows, max(1, shape.rows_per_worker[1])
         if rows == "auto":
+            # Memory is linear in the rows: two points give the bytes per row and the constant.
             one, two = (sum(part.bytes for part in parts(n)) for n in (1, 2))
+            capacity = _worker_capacity(recipe, available, on_gpu=shape.on_gpu)
             rows = auto_micro_batch_rows(
-                most,
+                max_rows,
                 shape.row_tokens,
                 row_bytes=two - one,
-                room_bytes=_room(recipe, has, on_gpu=shape.on_gpu) - (2 * one - two),
+                capacity_bytes=capacity - (2 * one - two),
                 on_gpu=shape.on_gpu,
             )
-        rows = min(rows, most)
+        rows = min(rows, max_rows)
         return cls(size.parameters, size.flops_per_token, parts(rows), rows)
 
 
-def _room(recipe: Recipe, has: Resources, *, on_gpu: bool) -> int:
-    """Return the memory that one worker may fill: most of its GPU, or half its share of memory."""
+def _worker_capacity(recipe: Recipe, available: Resources, *, on_gpu: bool) -> int:
+    """Return the bytes of memory that one worker may fill."""
     if on_gpu:
-        return int(0.8 * (has.gpu_memory_bytes or _USUAL_GPU_BYTES))
-    return int(0.5 * has.memory_bytes / max(1, recipe.cluster.workers))
+        return int(_GPU_MEMORY_FRACTION * (available.gpu_memory_bytes or _ASSUMED_GPU_BYTES))
+    return int(_CPU_MEMORY_FRACTION * available.memory_bytes / max(1, recipe.cluster.workers))
 
 
 def corpus_facts(recipe: Recipe, corpus: Corpus | None) -> CorpusFacts:
-    """Return what a model takes from the corpus, from the recipe where it is not prepared."""
+    """Return the model's inputs from the corpus, or from the recipe if it is not prepared."""
     length, tokenizer = recipe.data.sequence_length, recipe.corpus.tokenizer
     if corpus is not None:
         info = corpus.manifest.tokenizer
         return CorpusFacts(info.vocab_size, info.eos_id, length)
     if isinstance(tokenizer, ByteTokenizer):
+        # 256 bytes and the end of a document.
         return CorpusFacts(257, 256, length)
     if isinstance(tokenizer, TrainedTokenizer):
+        # Trained tokenizers number the end of a document first.
         return CorpusFacts(tokenizer.vocab_size, 0, length)
     return _pretrained_facts(tokenizer, length)
 
@@ -301,49 +316,51 @@ def _pretrained_facts(tokenizer: PretrainedTokenizer, length: int) -> CorpusFact
 
 
 def _domain_plans(
-    recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast
+    recipe: Recipe, sizes: Sequence[DomainSizes], forecast: Forecast
 ) -> Iterator[DomainPlan]:
-    caps = caps_per_domain(recipe, supply)
-    for at, domain in enumerate(supply):
-        capped = found.capped_D[at]
+    caps = max_epochs_by_domain(recipe, sizes)
+    for index, domain in enumerate(sizes):
+        cap_step = forecast.cap_step_D[index]
         yield DomainPlan(
-            supply=domain,
-            share=float(found.asked_D[at]),
-            read=round(found.read_D[at]),
-            epochs=float(found.read_D[at]) / domain.usable,
-            max_epochs=caps[at],
-            capped_at=None if np.isinf(capped) else int(capped),
+            sizes=domain,
+            share=float(forecast.share_D[index]),
+            read=round(forecast.read_D[index]),
+            epochs=float(forecast.read_D[index]) / domain.usable,
+            max_epochs=caps[index],
+            capped_at=None if np.isinf(cap_step) else int(cap_step),
         )
 
 
-def _cache_bytes(recipe: Recipe, has: Resources) -> int:
+def _cache_bytes(recipe: Recipe, available: Resources) -> int:
+    # Without Ray blocks are read in the training process, with no object store.
     if recipe.cluster.workers == 0:
         return 0
-    asked = recipe.data.cache_bytes
-    return int(AUTO_CACHE_SHARE * has.object_store_bytes) if asked == "auto" else asked
+    size = recipe.data.cache_bytes
+    return int(AUTO_CACHE_SHARE * available.object_store_bytes) if size == "auto" else size
 
 
 def _notes(
-    recipe: Recipe, supply: Sequence[DomainSizes], found: Forecast, shape: _BatchShape
+    recipe: Recipe, sizes: Sequence[DomainSizes], forecast: Forecast, shape: _BatchShape
 ) -> Iterator[str]:
-    """Yield what works but may not be what was meant."""
+    """Yield warnings about settings that work but may not be intended."""
     length = recipe.data.sequence_length
-    for at, domain in enumerate(supply):
-        epochs = found.read_D[at] / domain.usable
-        if np.isfinite(found.capped_D[at]) and found.capped_D[at] < shape.steps:
-            step = int(found.capped_D[at])
+    for index, domain in enumerate(sizes):
+        epochs = forecast.read_D[index] / domain.usable
+        cap_step = forecast.cap_step_D[index]
+        if np.isfinite(cap_step) and cap_step < shape.steps:
+            step = int(cap_step)
             yield f"{domain.name} reaches its max_epochs at step {step:,}; the others take over."
-        elif epochs > _MANY_EPOCHS:
+        elif epochs > _WARN_EPOCHS:
             yield f"{domain.name} is read {epochs:.1f} times; data.max_epochs would cap that."
-        if domain.dropped > _MUCH_DROPPED * domain.tokens:
+        if domain.dropped > _WARN_DROPPED_FRACTION * domain.tokens:
             packed = isinstance(recipe.data, PackedData)
-            why = "do not fill rows" if packed else "are beyond the longest document"
+            reason = "do not fill rows" if packed else "are beyond the longest document"
             yield (
                 f"{domain.dropped:,} of {domain.tokens:,} tokens of {domain.name} are never read: "
-                f"they {why} of {length:,} tokens."
+                f"they {reason} of {length:,} tokens."
             )
         if domain.valid_tokens < length:
-            yield f"{domain.name} has less than a row of held-out text: its held-out loss is rough."
+            yield f"{domain.name} has less than a row of held-out text: its held-out loss is noisy."
     if isinstance(recipe.mixer, ScheduleMixer):
         for number, piece in enumerate(recipe.mixer.pieces):
             if piece.step >= shape.steps:

@@ -1,1 +1,7 @@
-"""The run directory: files, lock, remote copy, checkpoints, metrics and progress."""
+"""The run directory: files, locks, remote copy, checkpoints, metrics and progress.
+
+Read in this order: `rundir` (paths, local lock, cutting metrics at a resume), `checkpoint`
+(format, writing, reading), `recorder` (metrics of a step, with `event_file` for TensorBoard and
+`gauges` for Prometheus), `progress` (console output, read from the metrics), `remote_run` and
+`heartbeat_lock` (runs that are stored at a URL).
+"""

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face model, the optimizer's state, and what the data order needs.
+"""Checkpoints: a Hugging Face model, the optimizer's state, and the state of the data order.
 
 ```
 checkpoints/step-00000100/config.json, model.safetensors, tokenizer files
@@ -6,9 +6,9 @@ checkpoints/step-00000100/optimizer.safetensors     `NAME.exp_avg`, `NAME.exp_av
 checkpoints/step-00000100/state.json                 the rest, and the size of every other file
 ```
 
-One is written under a temporary name and renamed once whole; nothing in it depends on the number
-of ranks or on how parameters were sharded. `state.json` lists the files' sizes, so a checkpoint
-that was cut short afterwards (a full disk, a half-done copy) is recognized and passed over.
+A checkpoint is written under a temporary name and renamed when complete. Nothing in it depends on
+the number of ranks or on how parameters were sharded. `state.json` lists the files' sizes, so a
+checkpoint that was truncated later (a full disk, an interrupted copy) is detected and skipped.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from safetensors.torch import load_file, save_file
 from raymix._utils.json import parse_json
 from raymix.errors import RecipeError, TrainingError
 from raymix.store.remote import files
-from raymix.training.model.parallel import Replica, gathered, like_parameter
+from raymix.training.model.parallel import Replica, full_tensors, shard_like
 
 _FORMAT = 1
-STATE = "state.json"
+STATE_FILE = "state.json"
 """The file that makes a directory a checkpoint."""
 _OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What a checkpoint holds besides tensors; everything is in JSON types."""
+    """The part of a checkpoint that is not tensors, in JSON types."""
 
     step: int
     """Optimizer steps done."""
@@ -47,23 +47,27 @@ class TrainingState:
     controller: dict[str, Any] | None
     """The controller's snapshot."""
     corpus_fingerprint: str
-    """Stands for the content of the corpus."""
+    """Hash of the corpus' content."""
     recipe_hash: str
-    """Stands for the fields of the recipe that make the run what it is."""
+    """Hash of the identifying recipe fields."""
     world_size: int
-    """Workers that wrote it; any number may go on."""
+    """Workers that wrote it; any number may resume from it."""
     micro_batch_rows: int
-    """Rows per forward pass; kept on the same number of workers, so that rounding is too."""
+    """Rows per forward pass; reused on as many workers, so that rounding is the same."""
     seed: int
     """Seed of the run: random numbers of a step follow from seed, step and rank."""
     tokens: dict[str, int]
     """Tokens trained on, by domain."""
     window: dict[str, list[float | None]]
-    """Losses (`nats`) and label counts (`labels`) by domain since the window began."""
+    """Losses (`nats`) and label counts (`labels`) by domain since the window began.
+
+    None stands for NaN, which JSON does not have.
+    """
 
 
 def checkpoint_name(step: int) -> str:
     """Return the directory name of the checkpoint after `step` steps."""
+    # Zero-padded, so that sorting names sorts steps.
     return f"step-{step:08d}"
 
 
@@ -79,14 +83,16 @@ def save_checkpoint(
     """Return the path of a new checkpoint in `directory`; all ranks call it, rank 0 writes.
 
     Raises:
-        RecipeError: If the disk is full; nothing half-written is left behind.
+        RecipeError: If the disk is full; no partial checkpoint is left.
     """
     final = directory / checkpoint_name(state.step)
     model = replica.model.model
-    weights = gathered(model.state_dict(), replica.world)
-    moments = gathered(_optimizer_tensors(replica, optimizer), replica.world)
+    # Collectives under FSDP2: every rank takes part before all but the writer return.
+    weights = full_tensors(model.state_dict(), replica.world)
+    moments = full_tensors(_optimizer_tensors(replica, optimizer), replica.world)
     if not replica.world.is_writer:
         return final
+    # In the same directory, because a rename is atomic only within one file system.
     temporary = directory / f".{final.name}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
@@ -94,8 +100,11 @@ def save_checkpoint(
         save_file(moments, temporary / _OPTIMIZER)
         _copy_tokenizer(tokenizer_path, temporary)
         sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+        # Nothing is fsynced: after a power failure the rename may be on disk and the data not. The
+        # sizes show that, and the next older checkpoint serves.
         document = {"format": _FORMAT, **_fields(state), "files": sizes}
-        (temporary / STATE).write_text(json.dumps(document))
+        (temporary / STATE_FILE).write_text(json.dumps(document))
+        # rename(2) replaces no directory that has files in it.
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     except Exception as error:
@@ -106,18 +115,19 @@ def save_checkpoint(
 
 
 def disk_full(error: Exception, directory: Path) -> Exception:
-    """Return a RecipeError in place of `error` where that says the disk is full, else `error`."""
+    """Return a RecipeError if `error` means that the disk is full, else `error` itself."""
+    # ENOSPC: the disk; EDQUOT: the user's quota; EFBIG: the process' file size limit (ulimit).
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors raises its own type, with the operating system's words in the message.
+    # safetensors raises a type of its own that carries no errno, only Rust's text for it.
     if not full and not any(
-        words in str(error) for words in ("No space left", "os error 28", "os error 27")
+        text in str(error) for text in ("No space left", "os error 28", "os error 27")
     ):
         return error
     return RecipeError.at(
         "run.dir",
         str(directory),
         "the disk is full",
-        fix="Free space there and run the same command again: it goes on from the last checkpoint",
+        fix="Free space there and run the same command again: it resumes from the last checkpoint",
     )
 
 
@@ -128,19 +138,19 @@ def read_state(checkpoint: Path) -> TrainingState:
         TrainingError: If the checkpoint is damaged or of a newer format.
     """
     try:
-        raw = (checkpoint / STATE).read_bytes()
+        raw = (checkpoint / STATE_FILE).read_bytes()
     except OSError as error:
         raise _damaged(str(checkpoint), error) from error
     return parse_state(raw, lambda name: (checkpoint / name).stat().st_size, str(checkpoint))
 
 
-def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingState:
-    """Return the state that `state.json` holds, where all files beside it are as it says.
+def parse_state(raw: bytes, size: Callable[[str], int], location: str) -> TrainingState:
+    """Return the state in `state.json`, after checking the sizes of the files beside it.
 
     Args:
-        raw: The content of the file.
+        raw: Content of `state.json`.
         size: Returns the bytes of a file beside it; raises OSError or KeyError if there is none.
-        place: The checkpoint, for messages.
+        location: Path or URL of the checkpoint, for messages.
 
     Raises:
         TrainingError: If the checkpoint is damaged or of a newer format.
@@ -150,55 +160,59 @@ def parse_state(raw: bytes, size: Callable[[str], int], place: str) -> TrainingS
         if document["format"] > _FORMAT:
             raise TrainingError.at(
                 "checkpoint",
-                place,
+                location,
                 f"format {document['format']}, this raymix reads up to {_FORMAT}",
                 fix="Upgrade raymix",
             )
         sizes: dict[str, int] = document.pop("files")
-        for name, wanted in sizes.items():
+        for name, expected in sizes.items():
+            # `state.json` may come from a store that others write to: no `../` into other files.
             if Path(name).name != name:
-                raise ValueError(f"{name!r} is no name of a file in it")
-            if size(name) != wanted:
-                raise ValueError(f"{name} is not {wanted} bytes long")
+                raise ValueError(f"{name!r} is not a file name")
+            if size(name) != expected:
+                raise ValueError(f"{name} is not {expected} bytes long")
         del document["format"]
         return TrainingState(**document)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(place, error) from error
+        raise _damaged(location, error) from error
 
 
-def _damaged(place: str, error: Exception) -> TrainingError:
-    return TrainingError.at("checkpoint", place, f"damaged: {error}")
+def _damaged(location: str, error: Exception) -> TrainingError:
+    return TrainingError.at("checkpoint", location, f"damaged: {error}")
 
 
 def newest_checkpoint(
     directory: Path, *, note: Callable[[str], None] | None = None
 ) -> tuple[Path, TrainingState] | None:
-    """Return the newest whole checkpoint and its state; `note` is told of damaged ones."""
+    """Return the newest complete checkpoint and its state; `note` gets a line per damaged one."""
     for path in sorted(_checkpoints(directory), reverse=True):
         try:
             return path, read_state(path)
         except TrainingError as error:
             if note is not None:
-                note(f"passed over {error}")
+                note(f"skipped {error}")
     return None
 
 
 def load_optimizer(checkpoint: Path, replica: Replica, optimizer: torch.optim.Optimizer) -> None:
-    """Give `optimizer` the state in `checkpoint`, placed and sharded as its parameters are.
+    """Load the optimizer state in `checkpoint`, placed and sharded as the parameters are.
 
     Raises:
         TrainingError: If the file does not fit the model.
     """
     tensors = load_file(checkpoint / _OPTIMIZER)
+    # By parameter name. `Optimizer.load_state_dict` goes by position in the parameter groups, which
+    # would tie a checkpoint to their order.
     for name, parameter in replica.model.model.named_parameters():
         if f"{name}.step" not in tensors:
             raise TrainingError.at("checkpoint", str(checkpoint), f"no moments of {name}")
         step = tensors[f"{name}.step"]
+        # The fused kernel reads the step count on the GPU; the others would synchronize for it.
         fused_on_gpu = parameter.is_cuda and optimizer.defaults.get("fused")
         optimizer.state[parameter] = {
             "step": step.to(parameter.device) if fused_on_gpu else step,
-            "exp_avg": like_parameter(tensors[f"{name}.exp_avg"], parameter),
-            "exp_avg_sq": like_parameter(tensors[f"{name}.exp_avg_sq"], parameter),
+            "exp_avg": shard_like(tensors[f"{name}.exp_avg"], parameter),
+            "exp_avg_sq": shard_like(tensors[f"{name}.exp_avg_sq"], parameter),
         }
 
 
@@ -221,7 +235,7 @@ def _checkpoints(directory: Path) -> Iterator[Path]:
 
 
 def _remove_old(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed writer left behind."""
+    """Remove all but the newest `keep` checkpoints, and temporary directories of killed writers."""
     for path in sorted(_checkpoints(directory))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in directory.glob(".step-*"):
@@ -229,5 +243,6 @@ def _remove_old(directory: Path, keep: int) -> None:
 
 
 def _copy_tokenizer(source: str, target: Path) -> None:
+    # The corpus may be at a URL, and its tokenizer with it.
     for name in files.list_directory(source):
         (target / name).write_bytes(files.read_bytes(files.join(source, name)))

@@ -1,7 +1,7 @@
-"""A run's numbers as gauges of the Ray cluster, which Prometheus scrapes and Grafana draws.
+"""A run's metrics as gauges of the Ray cluster, for Prometheus and Grafana.
 
-`cluster/grafana.json` draws all of them. The writing rank sets them, every second at most; in a
-private cluster, whose processes report nothing, there are none.
+`cluster/grafana.json` is a dashboard of all of them. The writing rank sets them, at most once a
+second. A private cluster reports no metrics, so it has no gauges.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 _INTERVAL_S = 1.0
-_MOST_DOMAINS = 100
-_REPORTED = "RAY_enable_metrics_collection"
+# Prometheus stores a series per label value and gauge; beyond this only the run's own are set.
+_MAX_DOMAINS = 100
+_METRICS_VARIABLE = "RAY_enable_metrics_collection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +24,13 @@ class Metric:
     """One gauge: `ray_NAME` to Prometheus, labeled by run, and by domain where it has one."""
 
     name: str
-    """Name as Ray is given it."""
+    """Name in Ray, without Prometheus' prefix `ray_`."""
     description: str
-    """What it says, with its unit."""
+    """Description with its unit, shown by Prometheus."""
     key: str
-    """Where a line of `metrics.jsonl` holds it; a mapping by domain where it is one of domains."""
+    """Key in a line of `metrics.jsonl`; the value is a mapping by domain if `by_domain`."""
     by_domain: bool = False
-    """Whether it has a value for each domain."""
+    """Whether it has one value per domain."""
 
 
 METRICS = (
@@ -48,19 +49,19 @@ METRICS = (
     Metric("raymix_domain_epochs", "Passes over the domain", "domain_epochs", True),
     Metric("raymix_heldout_loss", "Its held-out loss, nats per token", "heldout", True),
 )  # fmt: skip
-"""All gauges there are."""
+"""All gauges of a run."""
 
 
 class Gauge(Protocol):
-    """What `ray.util.metrics.Gauge` does."""
+    """The interface of `ray.util.metrics.Gauge`."""
 
     def set(self, value: float, tags: dict[str, str]) -> None:
-        """Set the value under labels."""
+        """Set the value for one combination of labels."""
         ...
 
 
 class Gauges:
-    """Sets a run's gauges, the values of the newest step."""
+    """Sets a run's gauges to the values of the newest step."""
 
     def __init__(
         self,
@@ -70,39 +71,40 @@ class Gauges:
         read: Mapping[str, int],
         make: Callable[[Metric], Gauge] | None = None,
     ) -> None:
-        """Begin.
+        """Create the gauges.
 
         Args:
-            run: Name of the run, its label.
-            domain_tokens: Training tokens that each domain holds.
-            read: Tokens read of each domain before.
-            make: Makes a gauge; left out, one of Ray's.
+            run: Name of the run, used as a label.
+            domain_tokens: Training tokens in each domain.
+            read: Tokens of each domain read before this attempt.
+            make: Factory of a gauge; default: Ray's.
         """
         self._run = run
-        self._held = dict(domain_tokens)
+        self._domain_tokens = dict(domain_tokens)
         self._read = dict.fromkeys(domain_tokens, 0) | dict(read)
-        # More label values than these would drown whatever keeps them.
-        self._few = len(domain_tokens) <= _MOST_DOMAINS
-        self._gauges = {metric.key: (make or _of_ray)(metric) for metric in METRICS}
-        self._due = 0.0
+        self._with_domains = len(domain_tokens) <= _MAX_DOMAINS
+        self._gauges = {metric.key: (make or _ray_gauge)(metric) for metric in METRICS}
+        self._due_s = 0.0
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Take a step's line of `metrics.jsonl`."""
-        if self._few:
+        """Set the gauges from a step's line of `metrics.jsonl`."""
+        # Counted at every step, also at those whose values are not set.
+        if self._with_domains:
             for name, tokens in line.get("counts", {}).items():
                 self._read[name] = self._read.get(name, 0) + tokens
         now = time.monotonic()
-        if now < self._due:
+        if now < self._due_s:
             return
-        self._due = now + _INTERVAL_S
-        held = self._held
-        epochs = {name: n / held[name] for name, n in self._read.items() if held.get(name)}
-        everything = {**line, "domain_tokens": self._read, "domain_epochs": epochs}
+        # Ray exports every few seconds and Prometheus scrapes less often: more would be lost work.
+        self._due_s = now + _INTERVAL_S
+        sizes = self._domain_tokens
+        epochs = {name: n / sizes[name] for name, n in self._read.items() if sizes.get(name)}
+        values = {**line, "domain_tokens": self._read, "domain_epochs": epochs}
         for metric in METRICS:
-            self._set(metric, everything.get(metric.key))
+            self._set(metric, values.get(metric.key))
 
     def evaluation(self, table: Mapping[str, Mapping[str, float | int | None]]) -> None:
-        """Take the held-out losses."""
+        """Set the held-out losses."""
         for metric in METRICS:
             if metric.key == "heldout":
                 self._set(metric, {name: row.get("loss") for name, row in table.items()})
@@ -112,32 +114,33 @@ class Gauges:
         if not metric.by_domain:
             if value is not None:
                 gauge.set(float(value), {"run": self._run})
-        elif self._few:
-            for name, one in (value or {}).items():
-                if one is not None:
-                    gauge.set(float(one), {"run": self._run, "domain": name})
+        elif self._with_domains:
+            for name, number in (value or {}).items():
+                if number is not None:
+                    gauge.set(float(number), {"run": self._run, "domain": name})
 
 
 def cluster_gauges(
     run: str, domain_tokens: Mapping[str, int], *, read: Mapping[str, int]
 ) -> Gauges | None:
-    """Return the gauges of a run, None where no cluster would report them.
+    """Return the gauges of a run; None if no cluster would report them.
 
     Args:
         run: Name of the run.
-        domain_tokens: Training tokens that each domain holds.
-        read: Tokens read of each domain before.
+        domain_tokens: Training tokens in each domain.
+        read: Tokens of each domain read before this attempt.
     """
+    # Not imported: a run without Ray must not pay the seconds that its import takes.
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    # The processes of a private cluster inherit this of the driver.
-    if os.environ.get(_REPORTED, "1").lower() in ("0", "false"):
+    # A private cluster's workers inherit this from the driver, which switches its metrics off.
+    if os.environ.get(_METRICS_VARIABLE, "1").lower() in ("0", "false"):
         return None
     return Gauges(run, domain_tokens, read=read)
 
 
-def _of_ray(metric: Metric) -> Gauge:
+def _ray_gauge(metric: Metric) -> Gauge:
     from ray.util.metrics import Gauge as RayGauge
 
     labels = ("run", "domain") if metric.by_domain else ("run",)

@@ -1,4 +1,8 @@
-"""What a person sees while a run trains: read from the run's own metrics, so it works anywhere."""
+"""Console output of a run: a live line or lines now and then, read from the run's metrics.
+
+It needs nothing but the metrics file, so it is the same for a run in this process, on Ray, and on
+other machines.
+"""
 
 from __future__ import annotations
 
@@ -19,47 +23,52 @@ from raymix._utils.formatting import clock, short
 from raymix._utils.json import parse_json
 from raymix.store.remote.tail import LineTail
 
-_LINE_EVERY_S = 10.0
-_FIRST_LINES = 3
-_MOST_SHARES = 4
-_MOST_DOMAINS = 12
-_PACE_STEPS = 50
+_LINE_INTERVAL_S = 10.0
+_INITIAL_LINES = 3
+_MAX_SHARES = 4
+_MAX_DOMAINS = 12
+# Steps over which throughput is averaged: enough to smooth an evaluation, few enough to follow a
+# change of speed.
+_THROUGHPUT_STEPS = 50
 
 
 class MetricsTail:
-    """Reads the lines that were added to a metrics file since the last look.
+    """Reads the lines that were added to a metrics file since the last read.
 
-    A run that is started again puts a new file in the place of the old one: its first lines are
-    the old ones up to a checkpoint, and what follows them is new.
+    A restarted run replaces the file: the new one begins with the old lines up to a checkpoint,
+    and the lines after these are new.
     """
 
     def __init__(self, path: Path) -> None:
-        """Begin after the present lines of the file at `path`."""
+        """Start after the present lines of the file at `path`."""
         self._tail = LineTail(path)
-        self._seen = array("I")  # a number per line: a long run has millions
+        # Four bytes per line instead of its text: a long run has millions of lines.
+        self._seen = array("I")
         lines, _ = self._tail.read()
         self._seen.extend(map(zlib.crc32, lines))
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """Return the new lines, and whether a new file took the place of one with more lines."""
+        """Return the new lines, and whether a new file replaced one with more lines."""
         lines, replaced = self._tail.read()
-        before = self._seen if replaced else array("I")
+        previous = self._seen if replaced else array("I")
         if replaced:
             self._seen = array("I")
         new: list[dict[str, Any]] = []
-        kept = 0
+        n_common = 0
         for line in lines:
-            mark = zlib.crc32(line)
-            self._seen.append(mark)
-            if not new and kept < len(before) and before[kept] == mark:
-                kept += 1
+            checksum = zlib.crc32(line)
+            self._seen.append(checksum)
+            # By content and not by step: the restarted run writes the same steps again, and the
+            # lines of these differ in their times.
+            if not new and n_common < len(previous) and previous[n_common] == checksum:
+                n_common += 1
             else:
                 new.append(parse_json(line))
-        return new, kept < len(before)
+        return new, n_common < len(previous)
 
 
 class LiveConsole:
-    """Lines that stay and, on a terminal, one below them that changes; a context manager."""
+    """Permanent lines and, on a terminal, one live line below them; a context manager."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         """Print to `stream`, standard output by default."""
@@ -82,20 +91,22 @@ class LiveConsole:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
+        # Names of domains and paths may have square brackets, which rich would take for markup.
         self.console.print(text, markup=False, soft_wrap=True)
 
     def show(self, text: str) -> bool:
-        """Put `text`, cut to one line, in the live line; return whether there is one."""
+        """Set the live line to `text`, cut to one line; return whether there is a live line."""
         if self._live is None:
             return False
-        room = self.console.width - 4
-        self._live.update(text if len(text) <= room else f"{text[: room - 1]}…")
+        # The spinner and its margin take the rest; a wrapped live line would leave copies behind.
+        width = self.console.width - 4
+        self._live.update(text if len(text) <= width else f"{text[: width - 1]}…")
         return True
 
 
 class RunProgress(LiveConsole):
-    """Shows a run: a live line on a terminal, else a line now and then.
+    """Shows a run: a live line on a terminal, else a line every ten seconds.
 
     `poll` is called a few times a second.
     """
@@ -105,9 +116,9 @@ class RunProgress(LiveConsole):
         super().__init__(stream)
         self._tail = MetricsTail(metrics)
         self._steps = steps
-        self._recent: deque[dict[str, Any]] = deque(maxlen=_PACE_STEPS)
-        self._printed = 0
-        self._due = 0.0
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_THROUGHPUT_STEPS)
+        self._lines_printed = 0
+        self._due_s = 0.0
         self._shown_step = self._first_step = -1
         self.last_step: int | None = None
         """The newest step seen, None before the first."""
@@ -125,16 +136,16 @@ class RunProgress(LiveConsole):
             self._print(newest)
 
     def waiting(self, text: str) -> None:
-        """Show what is being waited for, where there is a live line."""
+        """Show `text` in the live line, if there is one, until the first step."""
         if self.last_step is None:
             self.show(text)
 
     def poll(self) -> None:
-        """Show what is new."""
+        """Show the lines added to the metrics since the last call."""
         lines, replaced = self._tail.read()
         if replaced and self.last_step is not None:
             self._recent.clear()
-            self.say("The workers were started again and go on from the last checkpoint.")
+            self.say("The workers were restarted and resume from the last checkpoint.")
         for line in lines:
             if "eval" in line:
                 self.say(evaluation_line(line["step"], line["eval"]))
@@ -151,17 +162,19 @@ class RunProgress(LiveConsole):
         if self.show(self._text(line)):
             return
         now = time.monotonic()
-        if self._printed < _FIRST_LINES or now >= self._due:
+        # The first lines show soon that the run works; then one at an interval keeps logs short.
+        if self._lines_printed < _INITIAL_LINES or now >= self._due_s:
             self._print(line)
-            self._due = now + _LINE_EVERY_S
+            self._due_s = now + _LINE_INTERVAL_S
 
     def _print(self, line: dict[str, Any]) -> None:
-        self._printed += 1
+        self._lines_printed += 1
         self._shown_step = line["step"]
         self.say(self._text(line))
 
     def _text(self, line: Mapping[str, Any]) -> str:
-        # The first step of an attempt waits for the first blocks and warms up: no pace to judge by.
+        # The first step of an attempt waits for the first blocks and for kernels to be compiled, so
+        # its duration says nothing about the steps to come.
         warm = [step for step in self._recent if step["step"] != self._first_step]
         if not warm:
             return step_line(line, steps=self._steps, tokens_per_s=None, eta_s=None)
@@ -183,13 +196,13 @@ def step_line(
     Args:
         line: The step's object in the metrics.
         steps: Steps of the whole run.
-        tokens_per_s: Throughput over the last steps, None where there were none.
-        eta_s: Seconds to go, None where there is no telling.
+        tokens_per_s: Throughput over the last steps; None before there are any.
+        eta_s: Estimated seconds left; None if unknown.
     """
     width = len(f"{steps:,}")
     parts = [
         f"step {line['step']:>{width},}/{steps:,}",
-        f"loss {line['loss']:.4f}",
+        f"train loss {line['loss']:.4f}",
         f"lr {line['lr']:.2e}",
         f"took {line['seconds']:.3g} s" if tokens_per_s is None else f"{short(tokens_per_s)} tok/s",
     ]
@@ -204,12 +217,13 @@ def step_line(
 
 
 def shares_text(shares: Mapping[str, float]) -> str:
-    """Return the largest shares in words, all where they are few."""
+    """Return the largest shares as text, and the number of those left out."""
     ranked = sorted(shares.items(), key=lambda item: -item[1])
-    shown = ranked if len(ranked) <= _MOST_SHARES + 1 else ranked[:_MOST_SHARES]
-    words = [f"{name} {100 * share:.3g}%" for name, share in shown]
-    left = len(ranked) - len(shown)
-    return " ".join([*words, *([f"+{left}"] if left else [])])
+    # "+1" would be no shorter than the one share that it stands for.
+    shown = ranked if len(ranked) <= _MAX_SHARES + 1 else ranked[:_MAX_SHARES]
+    parts = [f"{name} {100 * share:.3g}%" for name, share in shown]
+    n_omitted = len(ranked) - len(shown)
+    return " ".join([*parts, *([f"+{n_omitted}"] if n_omitted else [])])
 
 
 def evaluation_line(step: int, table: Mapping[str, Mapping[str, Any]]) -> str:
@@ -219,8 +233,8 @@ def evaluation_line(step: int, table: Mapping[str, Mapping[str, Any]]) -> str:
     losses = {name: float(row["loss"]) for name, row in table.items()}
     mean = sum(losses.values()) / len(losses)
     head = f"held-out loss after {step:,} steps: mean {mean:.4f}"
-    if len(losses) <= _MOST_DOMAINS:
+    if len(losses) <= _MAX_DOMAINS:
         return f"{head}; " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     best, worst = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    ends = f"{best} {losses[best]:.3f} to {worst} {losses[worst]:.3f}"
-    return f"{head} over {len(losses)} domains, {ends}"
+    extremes = f"{best} {losses[best]:.3f} to {worst} {losses[worst]:.3f}"
+    return f"{head} over {len(losses)} domains, {extremes}"

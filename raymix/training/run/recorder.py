@@ -1,4 +1,4 @@
-"""Where a run's numbers go: one JSON object per step, TensorBoard, the cluster's gauges."""
+"""Records a run's metrics: one JSON object per step, TensorBoard files, gauges of the cluster."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from raymix.training.run.rundir import RunDirectory
 if TYPE_CHECKING:
     from raymix.training.run.event_file import EventFileWriter
 
-_BOARD_INTERVAL_S = 0.2
-_MOST_SHARES_EACH_STEP = 100
+# Each point is encoded in Python; a small model has hundreds of steps per second.
+_TENSORBOARD_INTERVAL_S = 0.2
+_MAX_SHARES_PER_LINE = 100
 
 
 class Recorder:
-    """Appends to `metrics.jsonl`, a line as soon as it is known, and to TensorBoard's files.
+    """Appends to `metrics.jsonl` at once, and to TensorBoard's files.
 
-    Under more than 100 domains the shares are left out of lines that have the same mixture
-    version as the line before.
+    With more than 100 domains, a line leaves out the shares if its mixture version is that of the
+    line before.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class Recorder:
         """Append to the files of `run`.
 
         Args:
-            run: Its directory.
-            start_step: The step that a resumed run starts from.
-            tensorboard: Whether to write for TensorBoard.
-            scheduled: Planner, layout and cost model that documents are dealt out by.
-            gauges: What tells the cluster; None where there is none that listens.
+            run: The run directory.
+            start_step: Optimizer steps done before; 0 for a new run.
+            tensorboard: Whether to write TensorBoard files.
+            scheduled: Planner, layout and cost model of the document schedule, for reports.
+            gauges: Gauges of the Ray cluster; None if nothing collects them.
 
         Raises:
             RecipeError: If the disk is full; so do all methods.
@@ -54,37 +55,41 @@ class Recorder:
         self._run = run
         self._gauges = gauges
         self._scheduled = dict(scheduled or {})
-        self._board: EventFileWriter | None = None
-        self._board_due = 0.0
+        self._events: EventFileWriter | None = None
+        self._events_due_s = 0.0
         self._version: int | None = None
-        with self._told():
-            # Unbuffered: the driver reads along, and a killed worker loses nothing.
+        with self._disk_errors():
+            # Unbuffered and in append mode: each line is one write(2), so the driver that reads
+            # along sees whole lines, and a killed worker loses none.
             self._file = run.metrics.open("ab", buffering=0)
+            # Imported only if wanted: protobuf is slow to import.
             if tensorboard:
                 from raymix.training.run.event_file import EventFileWriter
 
-                self._board = EventFileWriter(run.path / "tensorboard", start_step=start_step)
+                self._events = EventFileWriter(run.path / "tensorboard", start_step=start_step)
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Write the numbers of one step."""
-        kept = dict(line)
-        shares: Mapping[str, float] = kept.get("shares", {})
-        if len(shares) > _MOST_SHARES_EACH_STEP and kept["mixture_version"] == self._version:
-            del kept["shares"]
-        self._version = kept.get("mixture_version")
-        self._write(kept)
+        """Write the metrics of one step."""
+        record = dict(line)
+        shares: Mapping[str, float] = record.get("shares", {})
+        # Ten thousand shares would make a line of 250 kB, the same one until the mixture changes.
+        if len(shares) > _MAX_SHARES_PER_LINE and record["mixture_version"] == self._version:
+            del record["shares"]
+        self._version = record.get("mixture_version")
+        self._write(record)
         if self._gauges is not None:
             self._gauges.step(line)
-        if self._board is not None and time.monotonic() >= self._board_due:
-            self._board_due = time.monotonic() + _BOARD_INTERVAL_S
-            numbers = {
+        if self._events is not None and time.monotonic() >= self._events_due_s:
+            self._events_due_s = time.monotonic() + _TENSORBOARD_INTERVAL_S
+            scalars = {
                 f"train/{key}": line[key]
                 for key in ("loss", "lr", "tokens_per_s", "data_wait", "grad_norm", "mfu")
                 if line.get(key) is not None
             }
-            if len(shares) <= _MOST_SHARES_EACH_STEP:
-                numbers |= {f"shares/{name}": share for name, share in shares.items()}
-            self._show(line["step"], numbers)
+            # TensorBoard draws one chart per name.
+            if len(shares) <= _MAX_SHARES_PER_LINE:
+                scalars |= {f"shares/{name}": share for name, share in shares.items()}
+            self._add_scalars(line["step"], scalars)
 
     def evaluation(self, step: int, table: Mapping[str, Mapping[str, float | int | None]]) -> None:
         """Write the held-out losses after `step` steps."""
@@ -92,50 +97,53 @@ class Recorder:
         if self._gauges is not None:
             self._gauges.evaluation(table)
         losses = {f"eval/{name}": row["loss"] for name, row in table.items()}
-        self._show(step, {name: loss for name, loss in losses.items() if loss is not None})
+        self._add_scalars(step, {name: loss for name, loss in losses.items() if loss is not None})
 
     def lengths(self, step: int, length_N: npt.NDArray[np.integer]) -> None:
-        """Write the documents of a step where reports show its schedule: steps 1, 2, 4, 8, ..."""
+        """Write the document lengths, shape (N,), of steps 1, 2, 4, 8, ..., for reports."""
+        # Powers of two: a long run's file stays small, and the first steps are all in it.
         if step & (step - 1):
             return
         line = {**self._scheduled, "step": step, "lengths": length_N.tolist()}
-        text = json.dumps(line, separators=(",", ":"), default=_finite)
-        with self._told(), self._run.schedule.open("a", encoding="utf-8") as file:
+        text = json.dumps(line, separators=(",", ":"), default=_python_scalar)
+        with self._disk_errors(), self._run.schedule.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     def probe(self, step: int, seconds: float) -> None:
-        """Write what measuring gradients after `step` steps took."""
+        """Write the seconds that the gradient probe after `step` steps took."""
         self._write({"step": step, "probe": {"seconds": rounded(seconds)}})
-        self._show(step, {"train/probe_seconds": seconds})
+        self._add_scalars(step, {"train/probe_seconds": seconds})
 
     def close(self) -> None:
         """Flush and close the files."""
-        with self._told():
+        with self._disk_errors():
             self._file.close()
-            if self._board is not None:
-                self._board.close()
+            if self._events is not None:
+                self._events.close()
 
-    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
-        if self._board is not None:
-            with self._told():
-                for name, value in numbers.items():
-                    self._board.scalar(name, value, step)
+    def _add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._events is not None:
+            with self._disk_errors():
+                for name, value in scalars.items():
+                    self._events.scalar(name, value, step)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        text = json.dumps(line, separators=(",", ":"), allow_nan=False, default=_finite)
-        with self._told():
+        # `allow_nan=False`: Python would write NaN, which is not JSON and which other tools reject
+        text = json.dumps(line, separators=(",", ":"), allow_nan=False, default=_python_scalar)
+        with self._disk_errors():
             self._file.write(text.encode() + b"\n")
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Have a full disk told in the words of the house."""
+    def _disk_errors(self) -> Iterator[None]:
+        """Raise a full disk as a RecipeError."""
         try:
             yield
         except OSError as error:
             raise disk_full(error, self._run.path) from error
 
 
-def _finite(value: object) -> object:
+def _python_scalar(value: object) -> object:
+    # NumPy scalars, which `json` does not know.
     if hasattr(value, "item"):
         return value.item()
     raise TypeError(f"{type(value).__name__} in a line of metrics")

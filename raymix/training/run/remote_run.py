@@ -1,15 +1,15 @@
-"""Runs that are kept at a URL: worked on in a directory of this machine, sent there as they go.
+"""Runs at a URL: a local working directory, synchronized with an object store.
 
 ```
-driver    sends recipes, the mixture log, the controller's state, a request to stop, the report
-          fetches the metrics, where workers on other machines write them
-rank 0    sends the metrics, and each checkpoint: its `state.json` last, which makes it one
-          fetches a request to stop
+driver    sends recipes, the mixture log, the controller's state, stop requests, the report
+          fetches the metrics, which workers on other machines write
+rank 0    sends the metrics and each checkpoint, whose `state.json` goes last and completes it
+          fetches stop requests
 ```
 
-What is at the URL is the truth: a run goes on from it alone, on any machine. A checkpoint there is
-whole if its `state.json` is there and every file has the size that this says. Metrics and log are
-sent before a checkpoint, so they are never behind one.
+The URL is authoritative: a run resumes from it alone, on any machine. A checkpoint there is
+complete if its `state.json` exists and every file has the size that this lists. Metrics and
+mixture log are sent before a checkpoint, so they always reach at least as far.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from raymix.store.remote import files
 from raymix.store.remote.errors import translate_storage_errors, with_retries
 from raymix.store.remote.mirror import Mirror, download, upload
 from raymix.training.run.checkpoint import (
-    STATE,
+    STATE_FILE,
     TrainingState,
     newest_checkpoint,
     parse_state,
@@ -39,21 +39,26 @@ from raymix.training.run.checkpoint import (
 )
 from raymix.training.run.rundir import RunDirectory
 
-RECIPES = ("recipe.yaml", "environment.json", "resolved.yaml")
-WORKERS = ("metrics.jsonl", "schedule.jsonl")
-"""Files that the first worker writes."""
-LOGS = (*WORKERS, "mixture_log.jsonl", "controller.json")
-STOP = ".stop"
-_WRITTEN = (*LOGS, "tensorboard")
-_AT_ONCE = 4
+RECIPE_FILES = ("recipe.yaml", "environment.json", "resolved.yaml")
+WORKER_FILES = ("metrics.jsonl", "schedule.jsonl")
+"""Files that rank 0 writes."""
+LOG_FILES = (*WORKER_FILES, "mixture_log.jsonl", "controller.json")
+STOP_FILE = ".stop"
+_BEFORE_CHECKPOINT = (*LOG_FILES, "tensorboard")
+# A single stream does not fill the line to a store; more than a few only compete for it.
+_PARALLEL_TRANSFERS = 4
 
 
 def newest_checkpoint_of(
     run: RunDirectory, *, note: Callable[[str], None] | None = None
 ) -> tuple[Path, TrainingState] | None:
-    """Return the newest whole checkpoint of a run and its state; `note` is told of damaged ones.
+    """Return the newest complete checkpoint of a run and its state.
 
-    Where the run is kept at a URL, the path is where `fetch_checkpoint` puts the files.
+    For a run at a URL, the path is the one to which `fetch_checkpoint` downloads the files.
+
+    Args:
+        run: The run.
+        note: Gets a line per damaged checkpoint.
 
     Raises:
         StorageError: If the store cannot be used.
@@ -61,88 +66,95 @@ def newest_checkpoint_of(
     if run.url is None:
         return newest_checkpoint(run.checkpoints, note=note)
     for name, sizes in sorted(_checkpoints(run).items(), reverse=True):
-        place = files.join(run.url, "checkpoints", name)
+        url = files.join(run.url, "checkpoints", name)
         try:
-            raw = with_retries(lambda place=place: files.read_bytes(files.join(place, STATE)))
-            return run.checkpoints / name, parse_state(raw, sizes.__getitem__, place)
-        except FileNotFoundError:  # its writer was killed
+            raw = with_retries(lambda url=url: files.read_bytes(files.join(url, STATE_FILE)))
+            return run.checkpoints / name, parse_state(raw, sizes.__getitem__, url)
+        except FileNotFoundError:
+            # Its writer was killed before it sent `state.json`.
             continue
         except TrainingError as error:
             if note is not None:
-                note(f"passed over {error}")
+                note(f"skipped {error}")
     return None
 
 
 def _checkpoints(run: RunDirectory) -> dict[str, dict[str, int]]:
-    """Return the sizes of the files of each checkpoint at the run's URL, by their names."""
+    """Return the file sizes of each checkpoint at the run's URL, by checkpoint and file name."""
     assert run.url is not None
     url = files.join(run.url, "checkpoints")
     filesystem, base = files.locate(url)
+    # One recursive listing, not one per checkpoint: a store charges a round trip for each request.
     selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
     with translate_storage_errors(url):
         infos = filesystem.get_file_info(selector)
-    found: dict[str, dict[str, int]] = {}
+    checkpoints: dict[str, dict[str, int]] = {}
     for info in infos:
         name, _, file = info.path.removeprefix(base).strip("/").partition("/")
         if file and info.type == pafs.FileType.File and name.startswith("step-"):
-            found.setdefault(name, {})[file] = info.size
-    return found
+            checkpoints.setdefault(name, {})[file] = info.size
+    return checkpoints
 
 
 def fetch_checkpoint(run: RunDirectory, checkpoint: Path) -> Path:
-    """Return the directory with the files of a checkpoint, on this machine; fetch what is not.
+    """Return the local directory of a checkpoint, downloading it if needed.
 
-    One process of a machine fetches, the others wait for it.
+    One process per machine downloads, the others wait for it.
 
     Raises:
-        TrainingError: If it is not whole.
+        TrainingError: If the checkpoint is incomplete.
         StorageError: If the store cannot be used.
     """
     if run.url is None:
         return checkpoint
-    here = run.checkpoints / checkpoint.name
-    there = files.join(run.url, "checkpoints", checkpoint.name)
-    here.parent.mkdir(parents=True, exist_ok=True)
-    with (here.parent / ".lock").open("w") as lock:
+    local = run.checkpoints / checkpoint.name
+    url = files.join(run.url, "checkpoints", checkpoint.name)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    # All ranks of a machine share the directory; the kernel drops the lock of a killed one.
+    with (local.parent / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        wanted = with_retries(lambda: files.read_bytes(files.join(there, STATE)))
-        if _is_here(here, wanted):
-            return here
-        shutil.rmtree(here, ignore_errors=True)
-        temporary = here.with_name(f".{here.name}.{os.getpid()}")
+        state = with_retries(lambda: files.read_bytes(files.join(url, STATE_FILE)))
+        if _is_downloaded(local, state):
+            return local
+        shutil.rmtree(local, ignore_errors=True)
+        # Renamed when complete, so a killed download is not taken for a checkpoint.
+        temporary = local.with_name(f".{local.name}.{os.getpid()}")
         temporary.mkdir()
-        names = [name for name in files.list_directory(there) if name != STATE]
-        _each(names, lambda name: download(files.join(there, name), temporary / name))
-        (temporary / STATE).write_bytes(wanted)
-        os.replace(temporary, here)
-        read_state(here)
-    return here
+        names = [name for name in files.list_directory(url) if name != STATE_FILE]
+        _transfer(names, lambda name: download(files.join(url, name), temporary / name))
+        (temporary / STATE_FILE).write_bytes(state)
+        os.replace(temporary, local)
+        # Raises if a file changed at the store while it was downloaded.
+        read_state(local)
+    return local
 
 
-def _is_here(here: Path, state: bytes) -> bool:
+def _is_downloaded(local: Path, state: bytes) -> bool:
     with suppress(OSError, TrainingError):
-        if (here / STATE).read_bytes() == state:
-            read_state(here)
+        # Same bytes, not same step: another attempt may have written the step anew.
+        if (local / STATE_FILE).read_bytes() == state:
+            read_state(local)
             return True
     return False
 
 
 def clear_checkpoints(run: RunDirectory, but: Path | None) -> None:
-    """Delete the copies of checkpoints on this machine: they may be of a run that was not kept."""
+    """Delete local copies of checkpoints of a run at a URL, except that named as `but`."""
+    # They may be of an attempt whose upload failed; the store decides which checkpoints exist.
     for path in run.checkpoints.glob("step-*") if run.url else ():
         if but is None or path.name != but.name:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def upload_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None:
-    """Send a checkpoint to the run's URL, and delete all there but the newest `keep`.
+    """Upload a checkpoint to the run's URL, and delete all but the newest `keep` there.
 
-    Metrics and logs go first. A run without a URL is left as it is.
+    Metrics and logs are sent first. Does nothing for a run without a URL.
 
     Raises:
-        StorageError: If the store cannot be used; what was there before is still there.
+        StorageError: If the store cannot be used; earlier checkpoints are still there.
         TrainingError: If the run's metrics are gone from this machine; nothing is sent then, as
-            a checkpoint without them would leave a gap.
+            a checkpoint without them would leave a gap in the metrics.
     """
     if run.url is None:
         return
@@ -150,52 +162,56 @@ def upload_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None
         raise TrainingError.at(
             "run.dir",
             run.url,
-            f"its files were removed from {run.path} while it was working on them",
-            fix="Give the same command again",
+            f"its files were removed from {run.path} while it was running",
+            fix="Run the same command again",
         )
-    run.mirror().send(*_WRITTEN)
-    above = files.join(run.url, "checkpoints")
-    there = files.join(above, checkpoint.name)
-    files.remove(files.join(there, STATE))
-    names = [path.name for path in checkpoint.iterdir() if path.name != STATE]
-    _each(names, lambda name: upload(checkpoint / name, files.join(there, name)))
-    state = (checkpoint / STATE).read_bytes()
-    with_retries(lambda: files.atomic_write_bytes(files.join(there, STATE), state))
-    found = _checkpoints(run)
-    whole = sorted(name for name, sizes in found.items() if STATE in sizes)
-    for name in set(found) - set(whole[-keep:]):
-        files.remove(files.join(above, name, STATE))
-        files.remove(files.join(above, name))
+    run.mirror().send(*_BEFORE_CHECKPOINT)
+    parent = files.join(run.url, "checkpoints")
+    url = files.join(parent, checkpoint.name)
+    # A store has no directory rename, so `state.json` decides: gone before the first file changes,
+    # back after the last. A reader never takes a mixture of two attempts for a checkpoint.
+    files.remove(files.join(url, STATE_FILE))
+    names = [path.name for path in checkpoint.iterdir() if path.name != STATE_FILE]
+    _transfer(names, lambda name: upload(checkpoint / name, files.join(url, name)))
+    state = (checkpoint / STATE_FILE).read_bytes()
+    with_retries(lambda: files.atomic_write_bytes(files.join(url, STATE_FILE), state))
+    checkpoints = _checkpoints(run)
+    complete = sorted(name for name, sizes in checkpoints.items() if STATE_FILE in sizes)
+    # Also removes what killed uploads left, which count for nothing in `keep`.
+    for name in set(checkpoints) - set(complete[-keep:]):
+        files.remove(files.join(parent, name, STATE_FILE))
+        files.remove(files.join(parent, name))
 
 
 def remove_working_copy(run: RunDirectory) -> None:
-    """Delete the files on this machine of a run that is finished and kept elsewhere."""
+    """Delete the local files of a finished run at a URL."""
     if run.url is not None:
         shutil.rmtree(run.path, ignore_errors=True)
 
 
-def _each(names: Sequence[str], move: Callable[[str], None]) -> None:
-    """Call `move` for every name, some at a time."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(with_retries, lambda name=name: move(name)) for name in names]:
-            done.result()
+def _transfer(names: Sequence[str], move: Callable[[str], None]) -> None:
+    """Call `move` for every name, a few in parallel."""
+    with ThreadPoolExecutor(_PARALLEL_TRANSFERS) as pool:
+        transfers = [pool.submit(with_retries, lambda name=name: move(name)) for name in names]
+        for transfer in transfers:
+            transfer.result()
 
 
 class RunSync:
-    """Sends and fetches files of a run now and then, and once more at the end: a context manager.
+    """Sends and fetches files of a run periodically and at its end; a context manager.
 
-    Does nothing for a run without a URL. A store that fails for a while does no harm: the work is
-    tried again, and only the last time must succeed.
+    Does nothing for a run without a URL. A store that fails for a while does no harm: the
+    transfer is tried again, and only the last one must succeed.
     """
 
     def __init__(
         self, run: RunDirectory, *, send: Sequence[str] = (), fetch: Sequence[str] = ()
     ) -> None:
-        """Keep the files `send` at the run's URL like those here, and those here like `fetch`."""
+        """Prepare to copy the files `send` to the run's URL, and the files `fetch` from it."""
         self._send, self._fetch = tuple(send), tuple(fetch)
         self._mirror = run.mirror() if run.url is not None else None
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="raymix-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._repeat, name="raymix-sync", daemon=True)
 
     def __enter__(self) -> Self:
         if self._mirror is not None:
@@ -206,19 +222,20 @@ class RunSync:
         if self._mirror is None:
             return
         self._ended.set()
+        # The second Ctrl-C does not wait for a transfer.
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            return  # the second Ctrl-C does not wait
+            return
         self._thread.join()
-        # What ended the work is the better error.
+        # An error of the store must not hide the error that ended the work.
         with suppress(*(() if kind is None else (StorageError, OSError))):
-            self._look(self._mirror)
+            self._sync(self._mirror)
 
-    def _keep(self) -> None:
+    def _repeat(self) -> None:
         assert self._mirror is not None
         while not self._ended.wait(self._mirror.pause):
             with suppress(StorageError, OSError):
-                self._look(self._mirror)
+                self._sync(self._mirror)
 
-    def _look(self, mirror: Mirror) -> None:
+    def _sync(self, mirror: Mirror) -> None:
         mirror.send(*self._send)
         mirror.fetch(*self._fetch)

@@ -1,19 +1,18 @@
-"""The run directory: who may use it, what it holds, and how a resumed run starts clean.
+"""The run directory: its files, its lock, and the metrics of a resumed run.
 
 ```
-RUN/recipe.yaml           what the user wrote: fields left at their defaults are absent
+RUN/recipe.yaml           the user's recipe: fields left at their defaults are absent
 RUN/resolved.yaml         every field; its presence makes the directory a run
 RUN/environment.json      versions, machine, code revision of the last start
-RUN/mixture_log.jsonl     the weights and the steps they start at (written by the controller)
+RUN/mixture_log.jsonl     the shares and the steps they start at (written by the controller)
 RUN/metrics.jsonl         one object per step; `step` counts the optimizer steps done
-RUN/schedule.jsonl        in document mode: lengths of some steps, and what deals them out
+RUN/schedule.jsonl        in document mode: lengths of some steps, their planner and cost model
 RUN/checkpoints/step-XXXXXXXX/
 RUN/tensorboard/
 RUN/report.html, report.json
 ```
 
-A run whose place is a URL is worked on in a directory of this machine; see
-`raymix.training.run.remote_run`.
+A run at a URL has a working directory on each machine; see `raymix.training.run.remote_run`.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from raymix.store.remote.mirror import Mirror
 
 IfExists = Literal["resume", "fail", "new"]
 
-# What may differ between the runs of one directory: it changes neither batches nor mathematics
-# beyond rounding. The corpus is known by its fingerprint, which every checkpoint holds.
+# Fields that may change when a run is resumed: they change neither batches nor mathematics beyond
+# rounding. The corpus is identified by its fingerprint, which is in every checkpoint, not by paths.
 _FREE_FIELDS = (
     "name",
     "corpus",
@@ -68,40 +67,41 @@ class RunDirectory:
     """The paths of a run."""
 
     path: Path
-    """Where its files are on this machine."""
+    """Directory on this machine."""
     url: str | None = None
-    """Where they are kept, if that is elsewhere."""
+    """Where the run is stored, if that is a URL; `path` is then a working copy."""
 
     @classmethod
-    def at(cls, place: str, role: str = "run") -> Self:
-        """Return the run at a path or a URL; what a URL holds is worked on in a directory here.
+    def at(cls, location: str, role: str = "run") -> Self:
+        """Return the run at a path or a URL; a URL gets a working directory on this machine.
 
         Args:
-            place: The path or URL.
-            role: Names the directory here: two processes of a run may not write to the same files.
+            location: The path or URL.
+            role: Name of the working directory, one per writing process of the run.
         """
-        if not is_remote(place):
-            return cls(Path(os.path.abspath(place)))
-        url = place.rstrip("/")
+        if not is_remote(location):
+            return cls(Path(os.path.abspath(location)))
+        url = location.rstrip("/")
         return cls(_scratch(url) / role / url.rsplit("/", 1)[-1], url)
 
     def on_worker(self) -> RunDirectory:
-        """Return the same run as a worker, maybe on another machine, works on it."""
+        """Return the run with a worker's own working directory, maybe on another machine."""
+        # A worker on the driver's machine would else write to the files that the driver sends.
         return self if self.url is None else RunDirectory.at(self.url, "worker")
 
     @property
     def where(self) -> str:
-        """Return where the run is kept: its path or URL."""
+        """Return the location of the run: its path or URL."""
         return self.url or str(self.path)
 
     def mirror(self) -> Mirror:
-        """Return what sends and fetches the files of a run with a URL."""
+        """Return the mirror that sends and fetches the files of a run at a URL."""
         assert self.url is not None
         return Mirror(self.url, self.path)
 
     @property
     def metrics(self) -> Path:
-        """Return the path of the metrics."""
+        """Return the path of the metrics file."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -111,7 +111,7 @@ class RunDirectory:
 
     @property
     def schedule(self) -> Path:
-        """Return the path of the lengths of some steps, from which their schedules follow."""
+        """Return the path of the file of document lengths, from which schedules follow."""
         return self.path / "schedule.jsonl"
 
     @property
@@ -121,7 +121,7 @@ class RunDirectory:
 
     @property
     def resolved(self) -> Path:
-        """Return the path of the whole recipe."""
+        """Return the path of the recipe with all fields."""
         return self.path / "resolved.yaml"
 
     @property
@@ -147,20 +147,22 @@ class RunDirectory:
         return load_recipe(self.resolved)
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Write both forms of the recipe; `resolved.yaml` last."""
+        """Write both forms of the recipe."""
         self.path.mkdir(parents=True, exist_ok=True)
         given = recipe.model_dump(mode="json", exclude_unset=True)
         atomic_write_text(str(self.path / "recipe.yaml"), dump_yaml(given))
+        # Last, because its presence makes the directory a run.
         atomic_write_text(str(self.resolved), recipe_to_yaml(recipe))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process; the kernel lets go when the process dies.
+        """Lock the directory for this process; the kernel releases it when the process dies.
 
         Raises:
             RecipeError: If another live process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        # "a+": mode "w" would erase the holder's name before it is known whether there is one.
         with (self.path / ".lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,11 +185,12 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
     """Return the run directory that `recipe` names, or a free one beside it; writes nothing.
 
     Raises:
-        RecipeError: If the directory is taken: by anything but a run, by a run of another
+        RecipeError: If the directory is in use: by anything but a run, by a run of another
             recipe, or by any run when `if_exists` is `fail`.
     """
-    run = RunDirectory.at(_place(recipe))
-    names = _visible(run)
+    run = RunDirectory.at(_location(recipe))
+    # A start that failed its checks may have left the hidden lock file, and nothing else.
+    names = _visible_files(run)
     if not names:
         return run
     if if_exists == "new":
@@ -202,7 +205,7 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
             "run.dir",
             where,
             "a run is here already",
-            fix="Use --if-exists resume to go on, or --if-exists new for a fresh directory",
+            fix="Use --if-exists resume to continue it, or --if-exists new for a new directory",
         )
     differing = differences(identity(_stored(run)), identity(recipe.model_dump(mode="json")))
     if differing:
@@ -210,13 +213,13 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
             "run.dir",
             where,
             f"a run of another recipe is here; it differs in {'; '.join(differing)}",
-            fix="Use --if-exists new, give another run.dir, or set the recipe back",
+            fix="Use --if-exists new, give another run.dir, or restore the recipe",
         )
     return run
 
 
 def identity(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a recipe's document that make a run what it is, by dotted path."""
+    """Return the identifying fields of a recipe's document, by dotted path."""
     flat = dict(_flat(document, ""))
     return {
         path: value
@@ -236,15 +239,15 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Drop all lines after step `last_step`, and a torn last line, in a new file.
-
-    A worker that outlived its driver still has the old file open and goes on writing there,
-    where nobody reads.
-    """
+    """Drop all lines after step `last_step`, and an incomplete last line, in a new file."""
+    # A new file, because a worker that outlived its driver still has the old one open and appends
+    # to it: truncated in place, it would mix its lines into those of the resumed run.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         file.writelines(
-            line.rstrip(b"\n") + b"\n" for line, found in _lines(path) if found["step"] <= last_step
+            line.rstrip(b"\n") + b"\n"
+            for line, record in _lines(path)
+            if record["step"] <= last_step
         )
     os.replace(temporary, path)
 
@@ -252,67 +255,70 @@ def cut_metrics(path: Path, last_step: int) -> None:
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a metrics file, of which a long run has millions.
 
-    A torn last line is left out.
+    Damaged lines, such as an incomplete last one, are left out.
     """
-    return (found for _, found in _lines(path))
+    return (record for _, record in _lines(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the lines of a metrics file, as they are and parsed, less those that are damaged."""
+    """Yield the valid lines of a metrics file, raw and parsed."""
     if not path.exists():
         return
     with path.open("rb") as file:
         for line in file:
             try:
-                found = parse_json(line)
-                whole = type(found["step"]) is int
+                record = parse_json(line)
+                # Not `isinstance`: True is an int to it.
+                valid = type(record["step"]) is int
             except (ValueError, KeyError, TypeError):
                 continue
-            if whole:
-                yield line, found
+            if valid:
+                yield line, record
 
 
-def _place(recipe: Recipe) -> str:
+def _location(recipe: Recipe) -> str:
     template = recipe.run.dir
     try:
-        filled = template.format(name=recipe.name, seed=recipe.seed)
+        return template.format(name=recipe.name, seed=recipe.seed)
     except (KeyError, IndexError, ValueError) as error:
         raise RecipeError.at(
             "run.dir", template, f"{error} is unknown", allowed="Allowed in braces: name, seed"
         ) from error
-    return filled
 
 
 def _scratch(url: str) -> Path:
-    """Return the directory of this machine for what is kept at `url`, which only we can read.
+    """Return the local directory for a run at `url`, readable by this user only.
 
     Raises:
-        RecipeError: If somebody else made it.
+        RecipeError: If another user made it.
     """
-    above = Path(tempfile.gettempdir()) / f"raymix-{os.getuid()}"
-    above.mkdir(mode=0o700, parents=True, exist_ok=True)
-    facts = above.lstat()
-    if facts.st_uid != os.getuid() or not above.is_dir() or above.is_symlink():
+    parent = Path(tempfile.gettempdir()) / f"raymix-{os.getuid()}"
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The temporary directory is shared: another user may have made the name first, or a symbolic
+    # link of that name, to read or redirect what is written. `lstat` does not follow links.
+    status = parent.lstat()
+    if status.st_uid != os.getuid() or not parent.is_dir() or parent.is_symlink():
         raise RecipeError.at(
             "run.dir",
             url,
-            f"{above}, where it would be worked on, belongs to somebody else",
+            f"{parent}, its working directory on this machine, belongs to another user",
             fix="Set TMPDIR to a directory of your own",
         )
-    return above / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    # Hashed: a URL has slashes, and may be longer than a file name can be.
+    return parent / hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
 
-def _visible(run: RunDirectory) -> list[str]:
-    """Return the names of what the run's place holds, hidden files left out."""
+def _visible_files(run: RunDirectory) -> list[str]:
+    """Return the names of the files in the run's directory, without hidden ones."""
     files.check_store(run.where, "run.dir")
     if run.url is None and run.path.exists() and not run.path.is_dir():
         raise RecipeError.at("run.dir", run.where, "a file, not a directory")
     return [name for name in files.list_directory(run.where) if not name.startswith(".")]
 
 
-def _next_free(place: str) -> str:
+def _next_free(location: str) -> str:
     number = 2
-    while files.exists(candidate := f"{place}-{number}"):
+    while files.exists(candidate := f"{location}-{number}"):
         number += 1
     return candidate
 
@@ -326,11 +332,12 @@ def _stored(run: RunDirectory) -> dict[str, Any]:
         raise RecipeError.at(
             "run.dir",
             run.where,
-            "resolved.yaml cannot be read; it was written by another version or damaged",
+            "resolved.yaml cannot be read: it is damaged or was written by another version",
         ) from error
 
 
 def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    # An empty mapping is a value: without it, setting the field to {} would be no difference.
     if isinstance(node, dict) and node:
         for key, item in node.items():
             yield from _flat(item, f"{path}.{key}" if path else str(key))

@@ -1,7 +1,7 @@
-"""Document mode on the ranks of a run: who holds which document, and how shared ones are met.
+"""Document mode on the ranks of a run: layout of ranks, cost model, and context parallelism.
 
-The schedule of a step follows from its lengths, the layout of the ranks and a cost model; all
-ranks work it out alike.
+The schedule of a step is a function of its lengths, the layout and the cost model; every rank
+computes the same one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from raymix.errors import RecipeError, ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import CostModel, Layout, Link, load_cost_model
 from raymix.streaming.sequences.step_plans import SchedulingConfig
-from raymix.training.model.hf_model import multiplied_parameters, switch_attention
+from raymix.training.model.hf_model import matmul_parameters, switch_attention
 from raymix.training.step.documents import ContextParallel
 
 if TYPE_CHECKING:
@@ -22,37 +22,41 @@ if TYPE_CHECKING:
 
     from raymix.training.model.parallel import World
 
-# Multiplications and additions per second of one device: a GPU of the class of an H100 in
-# bfloat16, and one core of a server in float32.
+# Assumed speeds of one device: FLOP/s, seconds per byte sent, and seconds per message. A GPU of the
+# class of an H100 in bfloat16 over InfiniBand; one core of a server in float32 over loopback.
 _GPU = {"linear": 500e12, "attention": 400e12, "byte_s": 6.3e-12, "latency_s": 44e-6}
 _CPU = {"linear": 80e9, "attention": 50e9, "byte_s": 1e-9, "latency_s": 300e-6}
-# Tokens at which a kernel reaches half its speed, and seconds to launch a layer's or a piece's.
+# Small kernels: tokens at which one reaches half its speed, seconds to launch a layer's
+# kernels, and those of one attention segment.
 _GPU_SMALL = {"attention": 128, "linear": 256, "layer_s": 240e-6, "piece_s": 0.0}
 _CPU_SMALL = {"attention": 16, "linear": 32, "layer_s": 500e-6, "piece_s": 150e-6}
 
 
 def tokens_per_rank(data: DocumentData, workers: int) -> int:
-    """Return the tokens that a rank must hold of the longest document."""
+    """Return the tokens of the longest document on one rank of a context-parallel group."""
     return -(-data.sequence_length // context_parallel_size(data, workers))
 
 
 def context_parallel_size(data: DocumentData, workers: int) -> int:
-    """Return how many of the workers may share a document; in one process none do."""
+    """Return the number of workers in a context-parallel group; 1 without workers."""
+    # A recipe for a cluster also runs in one process, which ignores `data.assign.context`.
     return data.assign.context if workers else 1
 
 
 def full_length_rows(recipe: Recipe, rows: int) -> int:
-    """Return how many rows of a whole sequence length take the room of `rows`; at least one."""
+    """Return how many full-length rows have as many tokens as `rows` rows of a rank; at least 1."""
+    # Evaluation and probes do not share documents between ranks, so their rows are longer.
     if not isinstance(recipe.data, DocumentData):
         return rows
     return max(1, rows // context_parallel_size(recipe.data, recipe.cluster.workers))
 
 
 def layout_of(recipe: Recipe, data: DocumentData) -> Layout:
-    """Return the ranks of a run in groups that may share documents."""
+    """Return the layout of a run's ranks in context-parallel groups."""
     workers = recipe.cluster.workers
     context = context_parallel_size(data, workers)
-    # Gradients travel after the last micro-batch; parameters that are spread are gathered in each.
+    # DDP reduces gradients once per step, after the last micro-batch. FSDP2 gathers parameters in
+    # each, so all ranks wait for the slowest in every micro-batch.
     barrier = "all" if recipe.train.parallel == "fsdp2" else "none"
     widths = data.assign.widths if context > 1 else ()
     return Layout(max(1, workers) // context, context, barrier=barrier, widths=widths)
@@ -61,14 +65,14 @@ def layout_of(recipe: Recipe, data: DocumentData) -> Layout:
 def scheduling_config(
     recipe: Recipe, data: DocumentData, model: PreTrainedModel, *, rows: int, on_gpu: bool
 ) -> SchedulingConfig:
-    """Return how the documents of a step are dealt out.
+    """Return the configuration of the document schedule.
 
     Args:
-        recipe: The run's.
-        data: Its `data`.
-        model: Its shape sets the costs, where no file has measured ones.
+        recipe: The run's recipe.
+        data: Its `data` section.
+        model: The model, whose shape determines the costs if no file has measured ones.
         rows: `train.micro_batch_rows`, of `tokens_per_rank` each.
-        on_gpu: What it runs on.
+        on_gpu: Whether workers run on GPUs.
 
     Raises:
         RecipeError: If the file of a measured cost model cannot be used.
@@ -77,12 +81,13 @@ def scheduling_config(
     if data.assign.cost is None:
         cost = assumed_cost(model, on_gpu=on_gpu, memory_tokens=memory)
     else:
-        cost = replace(_measured(data.assign.cost), memory_tokens=memory)
+        # The memory of this run and not of the calibration, which had no optimizer or other rows.
+        cost = replace(_measured_cost(data.assign.cost), memory_tokens=memory)
     layout = layout_of(recipe, data)
     return SchedulingConfig(seed=recipe.seed, layout=layout, cost=cost, planner=data.assign.planner)
 
 
-def _measured(path: str) -> CostModel:
+def _measured_cost(path: str) -> CostModel:
     try:
         return load_cost_model(path)
     except (ScheduleError, OSError) as error:
@@ -90,19 +95,21 @@ def _measured(path: str) -> CostModel:
 
 
 def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) -> CostModel:
-    """Return the cost of a model on a device of ordinary speed; ratios matter, not seconds.
+    """Return the cost model of a model on an assumed device; only ratios of costs matter.
 
     Linear layers take 6 operations per parameter and token, causal attention 7 per layer, width
-    and pair of tokens (its backward pass computes the scores again); keys and values travel twice.
+    and pair of tokens (its backward pass recomputes the scores). Keys and values are sent in the
+    forward pass, and their gradients in the backward pass.
     """
     speed, small = (_GPU, _GPU_SMALL) if on_gpu else (_CPU, _CPU_SMALL)
     config = model.config
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = config.num_attention_heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * width // heads
-    linear_s = 6 * multiplied_parameters(model) / speed["linear"]
+    linear_s = 6 * matmul_parameters(model) / speed["linear"]
     quadratic_s = 7 * layers * width / speed["attention"]
-    travel = 2 * layers * speed["latency_s"], 2 * layers * 2 * keys * 4 * speed["byte_s"]
+    # Latency and seconds per token: 2 passes; keys and values; 4 bytes each.
+    transfer = 2 * layers * speed["latency_s"], 2 * layers * 2 * keys * 4 * speed["byte_s"]
     return CostModel(
         quadratic_s=quadratic_s,
         edge_s=quadratic_s * small["attention"],
@@ -110,7 +117,7 @@ def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) ->
         linear_s=linear_s,
         base_s=linear_s * small["linear"],
         floor_s=layers * small["layer_s"],
-        links=(Link(1 << 20, *travel),),
+        links=(Link(1 << 20, *transfer),),
         memory_tokens=memory_tokens,
         hardware="assumed",
     )
@@ -119,35 +126,35 @@ def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) ->
 def set_up_context_parallel(
     recipe: Recipe, data: DocumentData, model: PreTrainedModel, world: World
 ) -> ContextParallel:
-    """Return how this rank attends to documents; a collective where documents can be shared.
+    """Return context parallelism of this rank; a collective if documents can be shared.
 
     Switches the model to the attention of `raymix.context_parallel` if both compute the same.
 
     Raises:
-        RecipeError: If documents are to be shared and the model cannot.
+        RecipeError: If documents are to be shared and the model does not support it.
     """
     layout = layout_of(recipe, data)
-    known = switch_attention(model, longest=data.sequence_length)
+    supported = switch_attention(model, longest=data.sequence_length)
     config = model.config
     if layout.context > 1:
-        kind, path = config.model_type, "data.assign.context"
-        if not known:
+        if not supported:
             raise RecipeError.at(
-                path,
+                "data.assign.context",
                 layout.context,
-                f"{kind} models, as this one is configured, cannot share a document",
-                fix="Set it to 1; or take a model with plain attention, without dropout or windows",
+                f"{config.model_type} models, as this one is configured, cannot share a document",
+                fix="Set it to 1; or use a model with plain attention, without dropout or windows",
             )
         heads = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or heads
-        odd = [w for w in layout.widths if not heads_fit(heads, keys, w)]
-        if data.assign.exchange == "ulysses" and odd:
+        # Ulysses exchanges sequence shards for head shards, so each worker needs as many heads.
+        unfit = [w for w in layout.widths if not heads_fit(heads, keys, w)]
+        if data.assign.exchange == "ulysses" and unfit:
             raise RecipeError.at(
                 "data.assign.exchange",
                 "ulysses",
-                f"{heads} heads and {keys} key heads cannot be dealt out to {odd[0]} workers",
-                fix="Take gather",
+                f"{heads} heads and {keys} key heads cannot be divided among {unfit[0]} workers",
+                fix="Use gather",
             )
     return ContextParallel(
-        world.rank, ContextParallelGroups.of(layout), data.assign.exchange, known
+        world.rank, ContextParallelGroups.of(layout), data.assign.exchange, supported
     )

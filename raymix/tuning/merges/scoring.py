@@ -24,7 +24,7 @@ from raymix.merging.search_space import Dimension, Point, applied
 from raymix.recipe import Recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.training.evaluate.held_out import HeldOutRows, held_out_rows, search_rows
-from raymix.training.evaluate.score import score_on
+from raymix.training.evaluate.score import score_checkpoint
 
 Part = Literal["test", "search"]
 
@@ -97,7 +97,7 @@ class HeldOut:
             RaymixError: If the model cannot be loaded, or does not fit the corpus.
         """
         corpus = Corpus.open(self.corpus)
-        table = score_on(self.rows(part), checkpoint, corpus, threads=threads)
+        table = score_checkpoint(self.rows(part), checkpoint, corpus, threads=threads)
         return {name: float(row["loss"] or 0.0) for name, row in table.items()}
 
     def document(self) -> dict[str, Any]:

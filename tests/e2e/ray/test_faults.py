@@ -108,7 +108,7 @@ def test_killed_and_run_again_it_is_the_run_that_was_not(
     assert log_of(run) == log_of(pike)
     assert_same(steps_of(run), steps_of(pike), "loss", "grad_norm", "shares", "mixture_version")
     said = (shell.cwd / "background.log").read_text()
-    assert "started again" in said
+    assert "restarted" in said
     assert "Traceback" not in said
     assert "(raylet)" not in said
 

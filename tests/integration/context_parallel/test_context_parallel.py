@@ -24,7 +24,7 @@ from raymix.schedule import CostModel, Layout, Placement, Schedule, plan_batch
 from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
-from raymix.training.model.parallel import Replica, World, gathered, place_model
+from raymix.training.model.parallel import Replica, World, full_tensors, place_model
 from raymix.training.step.documents import ContextParallel, document_micro_steps
 from raymix.training.step.metrics import StepMetrics
 from tests.support.attention import Case, dense_attention, random_case
@@ -175,7 +175,7 @@ def step_error(
         account.add(micro, one.domains, each)
     sums = account.start(checkpoint=False, stop=False).result()
     named = dict(replica.model.model.named_parameters())
-    found = gathered({name: p.grad for name, p in named.items() if p.grad is not None}, world)
+    found = full_tensors({name: p.grad for name, p in named.items() if p.grad is not None}, world)
     if not world.is_writer:
         return None
     nats, expected = alone(dtype)

@@ -270,7 +270,7 @@ def test_a_corpus_of_conversations_is_not_packed(corpus: Corpus, tmp_path: Path)
     recipe = write_recipe(
         tmp_path / "r.yaml", corpus={"path": corpus.path}, mixer={"kind": "uniform"}
     )
-    with pytest.raises(RecipeError, match=r"data\.mode = 'packed': of 'chat' only answers"):
+    with pytest.raises(RecipeError, match=r"data\.mode = 'packed': 'chat' has a loss mask"):
         raymix.plan(load_recipe(recipe))
 
 

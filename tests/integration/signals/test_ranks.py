@@ -22,7 +22,7 @@ from raymix.signals import (
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.optim import build_optimizer
-from raymix.training.model.parallel import Replica, World, gathered, place_model
+from raymix.training.model.parallel import Replica, World, full_tensors, place_model
 from tests.support.ranks import found_by_ranks, on_two_ranks
 
 K, LENGTH, VOCAB = 8, 24, 128
@@ -105,7 +105,7 @@ def gradients(
                 (replica.module(*batch)[0] * scale).backward()
             pieces = recording.pieces
     named = dict(replica.model.named_parameters())
-    whole = gathered({name: p.grad for name, p in named.items() if p.grad is not None}, World())
+    whole = full_tensors({name: p.grad for name, p in named.items() if p.grad is not None}, World())
     whole = {name: gradient.clone() for name, gradient in whole.items()}
     replica.model.zero_grad(set_to_none=True)
     return whole, pieces

@@ -76,11 +76,11 @@ def test_a_plan_in_numbers(recipe: Recipe, corpus: Corpus) -> None:
     assert not found.estimated
     assert [d.share for d in found.domains] == pytest.approx([0.5, 0.3, 0.2])
     assert [d.read for d in found.domains] == [10_240, 6_144, 4_096]
-    assert [d.supply.tokens for d in found.domains] == list(TOKENS.values())
+    assert [d.sizes.tokens for d in found.domains] == list(TOKENS.values())
     assert [d.epochs for d in found.domains] == pytest.approx(
         [10_240 / 39_936, 6_144 / 7_936, 4_096 / 2_048]
     )
-    assert [d.supply.dropped for d in found.domains] == [64, 64, 2]
+    assert [d.sizes.dropped for d in found.domains] == [64, 64, 2]
 
 
 def test_the_document_has_the_promised_keys(recipe: Recipe, corpus: Corpus) -> None:
@@ -113,7 +113,7 @@ def test_rows_are_dealt_out_over_workers(recipe: Recipe, corpus: Corpus) -> None
 )
 def test_automatic_micro_batches_fit_and_are_even(most: int, length: int, room: int) -> None:
     row = 1000 * length
-    rows = auto_micro_batch_rows(most, length, row_bytes=row, room_bytes=room, on_gpu=False)
+    rows = auto_micro_batch_rows(most, length, row_bytes=row, capacity_bytes=room, on_gpu=False)
     assert 1 <= rows <= most
     assert rows == 1 or (rows * length <= 8192 and rows * row <= room)
     passes = -(-most // rows)
@@ -141,15 +141,15 @@ def test_rows_agree_with_the_stream(corpus: Corpus, recipe: Recipe) -> None:
     for length in (8, 100, 128, 1000):
         rows = [g.units for g in row_geometry(corpus, length)]
         found = plan(recipe, corpus, f"data.sequence_length={length}")
-        assert [d.supply.usable // length for d in found.domains] == rows
+        assert [d.sizes.usable // length for d in found.domains] == rows
 
 
 def test_documents_are_cut_to_the_sequence_length(recipe: Recipe, corpus: Corpus) -> None:
     data = "data={mode: documents, sequence_length: 16, tokens_per_step: 999}"
     found = plan(recipe, corpus, data)
     for domain in found.domains:
-        lengths = corpus.document_lengths(domain.supply.name, "train")
-        assert domain.supply.usable == int(np.minimum(lengths, 16).sum())
+        lengths = corpus.document_lengths(domain.sizes.name, "train")
+        assert domain.sizes.usable == int(np.minimum(lengths, 16).sum())
     assert found.tokens == 20 * 999
 
 
@@ -174,7 +174,7 @@ def test_a_piece_after_the_end_is_noted(recipe: Recipe, corpus: Corpus) -> None:
 
 def test_caps_that_cannot_be_met_are_refused_with_numbers(recipe: Recipe, corpus: Corpus) -> None:
     assert refusals(recipe, corpus, "data.max_epochs=0.25") == [
-        "data.max_epochs = 0.25: every domain with a share is used up after 12 of 20 steps: the "
+        "data.max_epochs = 0.25: every domain with a share is exhausted after 12 of 20 steps: the "
         "caps allow 12,480 of 20,480 tokens. Raise the caps (all domains read equally often would "
         "need 0.41 epochs), train at most 12 steps, add data, or give other domains a share."
     ]
@@ -188,7 +188,7 @@ def test_unimax_that_cannot_be_met_is_refused(recipe: Recipe, corpus: Corpus) ->
 def test_more_workers_than_cores(recipe: Recipe, corpus: Corpus) -> None:
     assert refusals(recipe, corpus, "cluster.workers=3") == [
         "cluster.workers = 3: with cpus_per_worker = 1 that takes 3 CPUs, this machine has 2. "
-        "Take fewer workers, or a larger cluster."
+        "Use fewer workers, or a larger cluster."
     ]
     assert plan(recipe, corpus, "cluster.workers=0").workers == 0
     assert plan(recipe, corpus, "cluster.workers=3", "cluster.cpus_per_worker=0.5").workers == 3
@@ -198,7 +198,7 @@ def test_more_gpus_than_there_are(recipe: Recipe, corpus: Corpus) -> None:
     (message,) = refusals(recipe, corpus, "cluster.gpus_per_worker=1")
     assert message == (
         "cluster.gpus_per_worker = 1: with cluster.workers = 1 that takes 1 GPUs, this machine has "
-        "0. Take fewer workers, or set it to 0."
+        "0. Use fewer workers, or set it to 0."
     )
     two = replace(HERE, gpus=2)
     assert plan(recipe, corpus, "cluster.gpus_per_worker=1", has=two).on_gpu
@@ -270,7 +270,7 @@ def test_an_empty_domain(tmp_path: Path, recipe: Recipe) -> None:
     made = write_corpus(tmp_path / "c", domains, block_tokens=1024)
     found = refusals(recipe, made, "mixer={kind: uniform}")
     assert found == [
-        "corpus.domains.1.name = 'void': the domain holds no tokens. Give it text, or leave it out."
+        "corpus.domains.1.name = 'void': the domain has no tokens. Give it text, or leave it out."
     ]
 
 
@@ -295,12 +295,12 @@ def test_an_unprepared_corpus_is_estimated_from_its_sources(tmp_path: Path) -> N
     found = plan(unprepared(tmp_path), None)
     assert found.estimated
     for domain in found.domains:
-        file = QUICKSTART / "train" / f"{domain.supply.name}.parquet"
+        file = QUICKSTART / "train" / f"{domain.sizes.name}.parquet"
         held = sum(len(text.encode()) for text in pq.read_table(file)["text"].to_pylist())
-        assert domain.supply.tokens == pytest.approx(0.98 * held, rel=0.05)
-        assert domain.supply.documents is None
+        assert domain.sizes.tokens == pytest.approx(0.98 * held, rel=0.05)
+        assert domain.sizes.documents is None
     fewer = plan(unprepared(tmp_path, tokenizer={"train": "bpe", "vocab_size": 4096}), None)
-    assert fewer.domains[0].supply.tokens < found.domains[0].supply.tokens / 2
+    assert fewer.domains[0].sizes.tokens < found.domains[0].sizes.tokens / 2
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_estimates_are_marked(tmp_path: Path) -> None:
 def test_a_crowd_of_domains_is_summed_up(recipe: Recipe, corpus: Corpus) -> None:
     found = plan(recipe, corpus)
     many = tuple(
-        replace(found.domains[0], supply=replace(found.domains[0].supply, name=f"cluster-{n}"))
+        replace(found.domains[0], sizes=replace(found.domains[0].sizes, name=f"cluster-{n}"))
         for n in range(10_000)
     )
     shown = drawn(replace(found, domains=many))

@@ -43,7 +43,7 @@ def model(corpus: Corpus) -> PackedLoss:
 
 
 def prober(corpus: Corpus, model: PackedLoss, world: World, **changes: Any) -> Prober:
-    options: dict[str, Any] = {"needs": NEEDS, "rows_at_once": 6, "targets": [2]} | changes
+    options: dict[str, Any] = {"needs": NEEDS, "micro_batch_rows": 6, "targets": [2]} | changes
     return Prober(
         ProbeReader(corpus, sequence_length=LENGTH, seed=5),
         SingleReplica(model, world),
@@ -64,7 +64,7 @@ def test_the_halves_of_a_pass_are_never_one_row(corpus: Corpus) -> None:
     domain_B, half_B = np.repeat(np.arange(3), 2), np.tile(np.arange(2), 3)
     seen: dict[int, list[bytes]] = {domain: [] for domain in range(3)}
     for number in range(max(rows)):
-        found = reader.rows(domain_B, reader.numbers(domain_B, number, half_B))
+        found = reader.rows(domain_B, reader.row_numbers(domain_B, number, half_B))
         for domain in range(3):
             first, second = (found.tokens[2 * domain + half].tobytes() for half in range(2))
             assert first != second
@@ -104,8 +104,8 @@ def test_it_is_what_one_backward_pass_per_part_shows(corpus: Corpus, model: Pack
 
 def test_domains_may_be_measured_some_at_a_time(corpus: Corpus, model: PackedLoss) -> None:
     few = NEEDS - {"gram"}
-    together = fields(prober(corpus, model, World(), needs=few, rows_at_once=64).measure(1))
-    apart = fields(prober(corpus, model, World(), needs=few, rows_at_once=2).measure(1))
+    together = fields(prober(corpus, model, World(), needs=few, micro_batch_rows=64).measure(1))
+    apart = fields(prober(corpus, model, World(), needs=few, micro_batch_rows=2).measure(1))
     assert "gram_DD" not in together
     for name, values in together.items():
         np.testing.assert_allclose(apart[name], values, rtol=1e-4)

@@ -24,7 +24,7 @@ from raymix.store.remote import files
 from raymix.training.api import train
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.score import score
-from raymix.training.run.heartbeat_lock import claimed
+from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.remote_run import newest_checkpoint_of
 from raymix.training.run.rundir import RunDirectory
 from tests.support import buckets
@@ -211,11 +211,11 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
 def test_a_run_is_worked_on_by_one_machine_at_a_time(
     kept: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raymix.training.run.heartbeat_lock.BEAT_S", 0.3)
+    monkeypatch.setattr("raymix.training.run.heartbeat_lock.HEARTBEAT_INTERVAL_S", 0.3)
     url = f"{store}/runs/claimed"
     buckets.copy(kept, url)
     said: list[str] = []
-    with monkeypatch.context() as other, claimed(RunDirectory.at(url), note=said.append):
+    with monkeypatch.context() as other, run_lock(RunDirectory.at(url), note=said.append):
         other.setattr(tempfile, "tempdir", str(tmp_path))  # as on another machine
         with pytest.raises(
             RecipeError, match=rf"run.dir = '{url}': in use by process {os.getpid()}"
@@ -225,7 +225,7 @@ def test_a_run_is_worked_on_by_one_machine_at_a_time(
     assert not files.exists(f"{url}/.lock")
     files.atomic_write_bytes(f"{url}/.lock", left)  # of one that was killed
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with claimed(RunDirectory.at(url), note=said.append):
+    with run_lock(RunDirectory.at(url), note=said.append):
         pass
     assert len(said) == 1
     assert "still works on" in said[0]

@@ -14,7 +14,7 @@ from raymix.recipe import ConfigModel, TrainConfig
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer, clip_gradients
-from raymix.training.model.parallel import World, gathered, place_model
+from raymix.training.model.parallel import World, full_tensors, place_model
 from raymix.training.run.checkpoint import TrainingState, load_optimizer, save_checkpoint
 from raymix.training.step.batches import count_micro_batches, max_rows_per_rank, micro_batches
 from raymix.training.step.metrics import StepMetrics
@@ -65,7 +65,9 @@ def one_step(world: World, parallel: str, micro_batch_rows: int, directory: Path
     sums = account.start(checkpoint=world.rank == 0, stop=world.rank == 1).result()
     norm = clip_gradients(replica.model.parameters(), 0.05)
     named = dict(replica.model.model.named_parameters())
-    gradients = gathered({name: p.grad for name, p in named.items() if p.grad is not None}, world)
+    gradients = full_tensors(
+        {name: p.grad for name, p in named.items() if p.grad is not None}, world
+    )
     optimizer.step()
     save_checkpoint(
         directory, replica, optimizer, state(world), tokenizer_path="no/tokenizer", keep=1
@@ -80,8 +82,8 @@ def one_step(world: World, parallel: str, micro_batch_rows: int, directory: Path
     }
     return {
         "gradients": gradients,
-        "weights": gathered(named, world),
-        "moment_errors": gathered(moments, world),
+        "weights": full_tensors(named, world),
+        "moment_errors": full_tensors(moments, world),
         "norm": norm,
         "sums": (sums.loss, sums.labels_D.tolist(), sums.checkpoint, sums.stop),
     }
@@ -107,7 +109,7 @@ def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
         (parallel, rows): one_step(world, parallel, rows, directory / f"{parallel}{rows}")
         for parallel, rows in CASES
     }
-    return {**found, "agreed": world.agree({"rank": world.rank})}
+    return {**found, "agreed": world.broadcast({"rank": world.rank})}
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_a_recipe_without_held_out_text(place: Path, tmp_path: Path) -> None:
 def test_too_little_held_out_text(place: Path, corpus: Corpus, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, corpus.path, eval={"rows_per_domain": 4000})
     said = search(place, recipe, tmp_path / "out")
-    assert "leave nothing to choose by behind the first 4000 rows of 32" in said
+    assert "leave no rows for the search after the first 4000 rows of 32" in said
     assert not (tmp_path / "out-search").exists()
 
 

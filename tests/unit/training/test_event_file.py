@@ -52,7 +52,7 @@ def test_a_full_disk_is_an_error_and_not_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(RunDirectory(tmp_path), start_step=0, tensorboard=True)
-    board = recorder._board
+    board = recorder._events
     assert board is not None
     records = board._writer._py_recordio_writer
     monkeypatch.setattr(records, "_writer", FULL.open("wb", buffering=0))

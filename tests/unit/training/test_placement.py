@@ -10,9 +10,9 @@ from raymix.errors import ClusterError
 from raymix.training.launch.placement import (
     NODE_LABEL,
     Node,
-    WorkerPlaces,
+    WorkerPlacement,
     place_workers,
-    scaling,
+    scaling_options,
 )
 
 WORKER = {"CPU": 1.0, "GPU": 1.0}
@@ -24,13 +24,13 @@ def nodes(*gpus: int) -> list[Node]:
 
 def test_one_node_takes_all_where_it_can() -> None:
     found = place_workers(nodes(4, 8), WORKER, group_size=4, groups=2)
-    assert found == WorkerPlaces("STRICT_PACK", (WORKER,) * 8, (), split_groups=False)
-    assert scaling(found) == {"placement_strategy": "STRICT_PACK"}
+    assert found == WorkerPlacement("STRICT_PACK", (WORKER,) * 8, (), split_groups=False)
+    assert scaling_options(found) == {"placement_strategy": "STRICT_PACK"}
 
 
 def test_single_workers_are_left_to_ray() -> None:
     found = place_workers(nodes(4, 8), WORKER, group_size=1, groups=3)
-    assert scaling(found) == {"placement_strategy": "PACK"}
+    assert scaling_options(found) == {"placement_strategy": "PACK"}
 
 
 def test_even_nodes_need_no_ties() -> None:
@@ -42,7 +42,7 @@ def test_groups_are_tied_to_nodes_that_they_do_not_fill() -> None:
     found = place_workers(nodes(6, 4, 9), WORKER, group_size=4, groups=4)
     ids = [selector[NODE_LABEL] for selector in found.selectors]
     assert ids == ["n2"] * 8 + ["n0"] * 4 + ["n1"] * 4
-    assert scaling(found)["label_selector"][0] == {NODE_LABEL: "n2"}
+    assert scaling_options(found)["label_selector"][0] == {NODE_LABEL: "n2"}
 
 
 def test_groups_larger_than_a_node_go_across() -> None:
@@ -51,7 +51,7 @@ def test_groups_larger_than_a_node_go_across() -> None:
 
 
 def test_too_many_workers_are_refused_with_the_numbers() -> None:
-    with pytest.raises(ClusterError, match=r"cluster.workers = 20: .* room for 16 .* 1 GPU each"):
+    with pytest.raises(ClusterError, match=r"cluster.workers = 20: .* can take 16 .* 1 GPU each"):
         place_workers(nodes(8, 8), WORKER, group_size=4, groups=5)
 
 

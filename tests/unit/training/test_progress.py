@@ -100,7 +100,7 @@ def test_the_metrics_of_a_long_run_are_never_in_memory_at_once(tmp_path: Path) -
 def test_a_step_in_words() -> None:
     text = step_line(line(7, mfu=0.412), steps=1200, tokens_per_s=24_100, eta_s=125)
     assert text == (
-        "step     7/1,200  loss 4.5000  lr 1.00e-03  24.1k tok/s  mfu 41.2%  wait 1.0%  "
+        "step     7/1,200  train loss 4.5000  lr 1.00e-03  24.1k tok/s  mfu 41.2%  wait 1.0%  "
         "2:05 to go  a 75% b 25%"
     )
 
@@ -150,7 +150,7 @@ def test_a_restart_is_said(tmp_path: Path) -> None:
         cut_metrics(path, 1)
         append(path, line(2, seconds=0.75))
         progress.poll()
-    assert "started again" in stream.getvalue()
+    assert "restarted" in stream.getvalue()
 
 
 def test_watch_raises_what_the_work_raised(tmp_path: Path) -> None:

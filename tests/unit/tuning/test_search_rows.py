@@ -71,7 +71,7 @@ def test_too_little_text_is_refused_with_every_domain(corpus: Corpus) -> None:
             corpus, sequence_length=LENGTH, rows_per_domain=4, test_rows=500, domains=("a", "c")
         )
     assert len(caught.value.problems) == 2
-    assert "leave nothing to choose by behind the first 500 rows of 32" in str(caught.value)
+    assert "leave no rows for the search after the first 500 rows of 32" in str(caught.value)
 
 
 def test_a_single_long_document_is_divided_and_told(tmp_path: Path) -> None:
