@@ -1,4 +1,4 @@
-"""What a person sees while a corpus is prepared: a bar on a terminal, lines elsewhere, a table."""
+"""Console output of `raymix prepare`: a progress bar or lines, and the table of domains."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ class _Lines:
         """Print what is new."""
         if now.note:
             print(now.note, flush=True)
+        # A log file gets a line every few seconds, not one per part: there are up to thousands.
         due = time.monotonic() - self._last > _LINE_EVERY_S
         finished = now.total > 0 and now.done == now.total
         if now.stage != self._stage:
@@ -105,6 +106,7 @@ def print_manifest(path: str, manifest: Manifest) -> None:
     for name, info in manifest.domains.items():
         table.add_row(name, *_cells(info), _dropped(info))
     console = Console(file=sys.stdout)
+    # rich takes 80 columns for a pipe, too few for the table: it would wrap the numbers.
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print(table)

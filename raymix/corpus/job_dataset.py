@@ -63,6 +63,7 @@ def job_dataset(
         _Jobs(function, bundles),
         num_cpus=1,
         concurrency=min(concurrency, len(bundles)),
+        # Ray Data would otherwise split or join tasks by their estimated size.
         override_num_blocks=len(bundles),
     )
 
@@ -82,5 +83,6 @@ def run_bundle(
             outcome = error
         pickled = pa.array([pickle.dumps(outcome)], pa.binary())
         yield pa.table({"job": [index], "outcome": pickled})
+        # The run ends with this error; the rest of the bundle would be work for nothing.
         if isinstance(outcome, RaymixError):
             return

@@ -94,14 +94,14 @@ def prepare(
     files.check_store(config.path, "corpus.path")
     if not config.domains:
         return Corpus.open(config.path).manifest
-    there = state.manifest_of(config.path)
-    if if_exists == "fail" and (there or state.recorded(config.path)):
-        wrong = "a corpus is there already"
-        raise CorpusError.at("corpus.path", config.path, wrong, fix="allowed: --if-exists new")
+    existing = state.manifest_of(config.path)
+    if if_exists == "fail" and (existing or state.recorded(config.path)):
+        problem = "a corpus is there already"
+        raise CorpusError.at("corpus.path", config.path, problem, fix="allowed: --if-exists new")
     if if_exists == "resume":
         state.refuse_differences(config)
-        if there:
-            return _nothing_to_do(config, there, report)
+        if existing:
+            return _nothing_to_do(config, existing, report)
     report.begin("plan")
     sources = find_sources(config)
     parts = plan_parts(config.domains, sources)
@@ -131,7 +131,7 @@ def _nothing_to_do(config: CorpusConfig, manifest: Manifest, report: Reporter) -
 def _check_json(config: CorpusConfig, parts: Parts) -> None:
     problems: list[str] = []
     for domain in config.domains:
-        first = next((piece for part in parts[domain.name] for piece in part.slices), None)
+        first = next((cut for part in parts[domain.name] for cut in part.slices), None)
         if first is not None and first.file.format == "jsonl":
             try:
                 check_first_line(first, domain)
@@ -148,8 +148,8 @@ def _prepare(
     where: tuple[int | None, str | None],
     report: Reporter,
 ) -> Manifest:
-    size = sum(part.size for found in parts.values() for part in found)
-    count = sum(len(found.train) + len(found.valid) for found in sources.values())
+    size = sum(part.size for domain_parts in parts.values() for part in domain_parts)
+    count = sum(len(source.train) + len(source.valid) for source in sources.values())
     try:
         with choose_runner(where[0], size, where[1]) as runner:
             report.note(
@@ -180,13 +180,13 @@ class _Preparation:
     def run(self) -> Manifest:
         """Return the manifest, having written everything."""
         tokenizer, template = ready_tokenizer(self.config, self.parts, self.runner, self.report)
-        tallies = self._tokenize(tokenizer, template)
-        self._judge(tallies)
-        selections = self._select(tallies)
+        part_counts = self._tokenize(tokenizer, template)
+        self._check_rejects(part_counts)
+        selections = self._select(part_counts)
         splits, block_tokens = self._assemble(selections, tokenizer)
         domains = {
             name: _domain_info(
-                tallies[name], selections[name], splits[name, "train"], splits[name, "valid"]
+                part_counts[name], selections[name], splits[name, "train"], splits[name, "valid"]
             )
             for name in self.parts
         }
@@ -196,8 +196,8 @@ class _Preparation:
             block_tokens=block_tokens,
             domains=domains,
         )
-        text = manifest.model_dump_json(indent=1)
-        atomic_write_text(files.join(self.config.path, MANIFEST), text)
+        target = files.join(self.config.path, MANIFEST)
+        atomic_write_text(target, manifest.model_dump_json(indent=1))
         return manifest
 
     def _tokenize(self, tokenizer: TokenizerInfo, template: str) -> dict[str, list[PartCounts]]:
@@ -213,19 +213,19 @@ class _Preparation:
                 self.config.max_characters,
                 template,
             )
-            for name, found in self.parts.items()
-            for part in found
+            for name, domain_parts in self.parts.items()
+            for part in domain_parts
         ]
         # The largest first, so that no CPU is left with a large one at the end.
         jobs.sort(key=lambda job: -job.part.size)
-        found = self._run(
+        results = self._run(
             "tokenize", jobs, finished_counts, tokenize_part, lambda job: job.part.size
         )
         keys = ((job.part.domain, job.part.number) for job in jobs)
-        tallies = dict(zip(keys, found, strict=True))
+        part_counts = dict(zip(keys, results, strict=True))
         return {
-            name: [tallies[name, part.number] for part in found]
-            for name, found in self.parts.items()
+            name: [part_counts[name, part.number] for part in domain_parts]
+            for name, domain_parts in self.parts.items()
         }
 
     def _run(
@@ -237,39 +237,40 @@ class _Preparation:
         size: Callable[[_Job], int],
     ) -> list[_Result]:
         """Return the results of jobs in order; those finished in an earlier run are read."""
+        # Markers are read by threads: on an object store each is a round trip.
         with ThreadPoolExecutor(8) as pool:
             results = dict(enumerate(pool.map(finished, jobs)))
-        left = [index for index, result in results.items() if result is None]
-        sizes = [size(jobs[index]) for index in left]
-        self.report.begin(stage, len(left), sum(sizes))
-        if len(left) < len(jobs):
-            self.report.note(f"{len(jobs) - len(left)} of {len(jobs)} pieces were done before")
-        for number, result in self.runner.run(function, [jobs[index] for index in left], sizes):
-            results[left[number]] = result
-            made = (result.documents, result.tokens) if isinstance(result, PartCounts) else (0, 0)
-            self.report.advance(sizes[number], *made)
+        unfinished = [index for index, result in results.items() if result is None]
+        sizes = [size(jobs[index]) for index in unfinished]
+        self.report.begin(stage, len(unfinished), sum(sizes))
+        if done := len(jobs) - len(unfinished):
+            self.report.note(f"{done} of {len(jobs)} pieces were done before")
+        for number, result in self.runner.run(function, [jobs[i] for i in unfinished], sizes):
+            results[unfinished[number]] = result
+            produced = (result.documents, result.tokens) if isinstance(result, PartCounts) else ()
+            self.report.advance(sizes[number], *produced)
         return [result for result in results.values() if result is not None]
 
-    def _judge(self, tallies: dict[str, list[PartCounts]]) -> None:
+    def _check_rejects(self, part_counts: dict[str, list[PartCounts]]) -> None:
         """Write the samples of bad records; raise where there are too many."""
         problems: list[str] = []
-        for name, found in tallies.items():
-            shown = rejects.write_rejects(self.config.path, self.parts[name], found)
-            problems += rejects.too_many(name, found, shown, self.config.max_rejected)
+        for name, domain_counts in part_counts.items():
+            shown = rejects.write_rejects(self.config.path, self.parts[name], domain_counts)
+            problems += rejects.too_many(name, domain_counts, shown, self.config.max_rejected)
         if problems:
             raise CorpusError(*problems)
 
-    def _select(self, tallies: dict[str, list[PartCounts]]) -> dict[str, Selection]:
+    def _select(self, part_counts: dict[str, list[PartCounts]]) -> dict[str, Selection]:
         jobs = []
         answers = {domain.name: bool(domain.messages_column) for domain in self.config.domains}
-        for name, found in tallies.items():
-            keys = [tally.key for tally in found]
+        for name, domain_counts in part_counts.items():
+            keys = [counts.key for counts in domain_counts]
             options = [self.config.valid_fraction, self.config.deduplicate]
             jobs.append(
                 SelectJob(
                     domain=name,
                     held_out=tuple(part.held_out for part in self.parts[name]),
-                    documents=tuple(tally.documents for tally in found),
+                    documents=tuple(counts.documents for counts in domain_counts),
                     valid_fraction=self.config.valid_fraction,
                     deduplicate=self.config.deduplicate,
                     corpus=self.config.path,
@@ -278,27 +279,27 @@ class _Preparation:
                     answers=answers[name],
                 )
             )
-        found = self._run(
+        results = self._run(
             "select", jobs, finished_selection, select_documents, lambda job: sum(job.documents)
         )
-        selections = {job.domain: selection for job, selection in zip(jobs, found, strict=True)}
-        self._refuse_empty(tallies, selections)
+        selections = {job.domain: result for job, result in zip(jobs, results, strict=True)}
+        self._refuse_empty(part_counts, selections)
         return selections
 
     def _refuse_empty(
-        self, tallies: dict[str, list[PartCounts]], selections: dict[str, Selection]
+        self, part_counts: dict[str, list[PartCounts]], selections: dict[str, Selection]
     ) -> None:
         problems: list[str] = []
         for number, domain in enumerate(self.config.domains):
-            info = _domain_counts(tallies[domain.name], selections[domain.name])
+            info = _domain_counts(part_counts[domain.name], selections[domain.name])
             counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in info.items())
             for split in SPLITS:
                 globs = domain.train if split == "train" else domain.valid
                 if globs and not getattr(selections[domain.name], split).documents:
-                    wrong = f"no document of domain {domain.name!r} is left to use ({counts})"
-                    advice = "check the files and the cleaning limits, or leave the domain out"
                     path = f"corpus.domains.{number}.{split}"
-                    problems.append(format_problem(path, list(globs), wrong, fix=advice))
+                    problem = f"no document of domain {domain.name!r} is left to use ({counts})"
+                    fix = "check the files and the cleaning limits, or leave the domain out"
+                    problems.append(format_problem(path, list(globs), problem, fix=fix))
         if problems:
             raise CorpusError(*problems)
 
@@ -333,8 +334,7 @@ class _Preparation:
 
     def _check_space(self, jobs: Sequence[ShardJob], tokenizer: TokenizerInfo) -> None:
         """Refuse to begin writing shards that the disk cannot take."""
-        free = files.free_bytes(self.config.path)
-        if free is None:
+        if (free := files.free_bytes(self.config.path)) is None:
             return
         missing = [job for job in jobs if not files.exists(files.join(job.corpus, job.file))]
         tokens = sum(job.high - job.low for job in missing)
@@ -358,11 +358,11 @@ class _Preparation:
             for (name, split), shards in planned.items()
         ]
         sizes = [sum(shard.high - shard.low for shard in job.shards) for job in jobs]
-        found = in_order(self.runner.run(entropies, jobs, sizes), len(jobs))
+        results = in_order(self.runner.run(entropies, jobs, sizes), len(jobs))
         splits: dict[tuple[str, Split], SplitInfo] = {}
-        for ((name, split), shards), (unigram, bigram) in zip(planned.items(), found, strict=True):
+        for (name, split), (unigram, bigram) in zip(planned, results, strict=True):
             selection = getattr(selections[name], split)
-            infos = tuple(written[name, split, job.number].info for job in shards)
+            infos = tuple(written[name, split, job.number].info for job in planned[name, split])
             splits[name, split] = SplitInfo(
                 documents=selection.documents,
                 tokens=selection.tokens,
@@ -379,22 +379,22 @@ class _Preparation:
         return splits
 
 
-def _domain_counts(tallies: Sequence[PartCounts], selection: Selection) -> dict[str, int]:
+def _domain_counts(part_counts: Sequence[PartCounts], selection: Selection) -> dict[str, int]:
     return {
-        "records_read": sum(tally.records for tally in tallies),
-        "rejected": sum(rejects.by_reason(tallies).values()),
+        "records_read": sum(counts.records for counts in part_counts),
+        "rejected": sum(rejects.by_reason(part_counts).values()),
         "duplicates": selection.duplicates,
-        "too_short": sum(tally.too_short for tally in tallies),
-        "too_long": sum(tally.too_long for tally in tallies),
+        "too_short": sum(counts.too_short for counts in part_counts),
+        "too_long": sum(counts.too_long for counts in part_counts),
     }
 
 
 def _domain_info(
-    tallies: Sequence[PartCounts], selection: Selection, train: SplitInfo, valid: SplitInfo
+    part_counts: Sequence[PartCounts], selection: Selection, train: SplitInfo, valid: SplitInfo
 ) -> DomainInfo:
     return DomainInfo(
         train=train,
         valid=valid,
-        rejected_by_reason=rejects.by_reason(tallies),
-        **_domain_counts(tallies, selection),
+        rejected_by_reason=rejects.by_reason(part_counts),
+        **_domain_counts(part_counts, selection),
     )

@@ -1,4 +1,4 @@
-"""What preparing tells while it runs."""
+"""Progress of a preparation: what a listener receives, and how it is counted."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class PrepareProgress:
         """Return the seconds the stage is likely to take yet, or None while that is unknown."""
         if not self.bytes_done:
             return None
+        # By bytes, not parts: parts differ in size by a factor of ten, and the largest go first.
         return self.elapsed_s * (self.bytes_total - self.bytes_done) / self.bytes_done
 
 

@@ -21,7 +21,7 @@ from raymix.errors import ClusterError, RaymixError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 _TASKS_PER_CPU = 64
 _PRIVATE_STORE_BYTES = 150_000_000
 _QUIET_LOGGERS = ("ray", "ray.data")
@@ -52,19 +52,21 @@ class InProcess:
         self, function: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int]
     ) -> Iterator[tuple[int, Result]]:
         """Yield the index and the result of each job, in the order of completion."""
-        left = iter(enumerate(jobs))
+        pending = iter(enumerate(jobs))
         running: dict[Future[Result], int] = {}
-        threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        # Threads suffice: the tokenizer library, Arrow and NumPy let go of the interpreter lock.
         with rust_threads(False), ThreadPoolExecutor(threads) as pool:
             try:
                 while True:
-                    while len(running) < threads and (entry := next(left, None)) is not None:
+                    while len(running) < threads and (entry := next(pending, None)) is not None:
                         running[pool.submit(function, entry[1])] = entry[0]
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         yield running.pop(future), future.result()
             finally:
+                # After an error the rest is not begun; what has begun finishes and leaves markers.
                 for future in running:
                     future.cancel()
 
@@ -106,23 +108,24 @@ class OnRay:
                 concurrency=self._concurrency,
             )
             for row in dataset.iter_rows():
+                # Pickled by the task, since Arrow has no type for a result or an exception.
                 outcome = pickle.loads(row["outcome"])
                 if isinstance(outcome, RaymixError):
                     raise outcome
                 yield row["job"], outcome
 
 
-def bundled(sizes: Sequence[int], wanted: int) -> list[list[int]]:
+def bundled(sizes: Sequence[int], max_bundles: int) -> list[list[int]]:
     """Return the indices of jobs in consecutive bundles of about equal size, `wanted` or fewer."""
-    target = (sum(sizes) + len(sizes)) / wanted
+    target = (sum(sizes) + len(sizes)) / max_bundles
     bundles: list[list[int]] = []
-    room = 0.0
+    remaining = 0.0
     for index, size in enumerate(sizes):
-        if room < size + 1:
+        if remaining < size + 1:
             bundles.append([])
-            room = max(target, size + 1)
+            remaining = max(target, size + 1)
         bundles[-1].append(index)
-        room -= size + 1
+        remaining -= size + 1
     return bundles
 
 
@@ -140,6 +143,7 @@ def choose_runner(
 
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
+    # Ray itself takes "local" to mean a cluster of one's own.
     address = None if address == "local" else address
     reachable = connected or address
     if parallelism == 0 or (parallelism is None and not reachable and source_bytes < SMALL_CORPUS):
@@ -186,6 +190,7 @@ def _join(address: str) -> None:
 def _quiet_ray_data() -> Iterator[None]:
     from ray.data import DataContext
 
+    # Ray Data draws its own bars and logs its plan, in the middle of ours.
     context = DataContext.get_current()
     saved = (context.enable_progress_bars, context.print_on_execution_start)
     levels = {name: logging.getLogger(name).level for name in _QUIET_LOGGERS}
@@ -202,5 +207,5 @@ def _quiet_ray_data() -> Iterator[None]:
 
 def in_order(results: Iterable[tuple[int, Result]], count: int) -> list[Result]:
     """Return the results by the index of their jobs."""
-    found = dict(results)
-    return [found[index] for index in range(count)]
+    by_index = dict(results)
+    return [by_index[index] for index in range(count)]

@@ -1,4 +1,4 @@
-"""What a corpus directory says about how it was made: `prepare.json`, and who is at work in it.
+"""The state of a corpus directory: `prepare.json`, and the lock of the process that prepares it.
 
 `prepare.json` holds what the content depends on (tokenizer, domains, cleaning, block size) and
 the files it came from. The place of the corpus, and limits that only decide whether preparing
@@ -29,6 +29,7 @@ STATE = "prepare.json"
 WORK = ".prepare"
 """Directory of unfinished work under the corpus directory."""
 
+# These decide where the corpus lies and whether preparing fails, not what is in it.
 _NOT_CONTENT = {"path", "max_rejected", "domains"}
 
 FileStamp = tuple[str, int, int]
@@ -43,8 +44,9 @@ class Recorded:
 
 
 def identity(config: CorpusConfig) -> dict[str, Any]:
-    """Return what the content of a corpus depends on, apart from the files themselves."""
+    """Return the settings that the content of a corpus depends on, beside the files themselves."""
     document = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    # The order of domains is content: a sampled domain is an index into it.
     document["domain_order"] = [domain.name for domain in config.domains]
     document["domains"] = {
         domain.name: domain.model_dump(mode="json", exclude={"name"}) for domain in config.domains
@@ -55,15 +57,15 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
 def record(config: CorpusConfig, sources: Mapping[str, DomainSources]) -> None:
     """Write `prepare.json`."""
     stamps = {
-        name: {"train": _stamps(found.train), "valid": _stamps(found.valid)}
-        for name, found in sources.items()
+        name: {"train": _stamps(domain_sources.train), "valid": _stamps(domain_sources.valid)}
+        for name, domain_sources in sources.items()
     }
     document = {"format": 1, "config": identity(config), "sources": stamps}
     atomic_write_text(files.join(config.path, STATE), json.dumps(document, indent=1))
 
 
-def _stamps(found: Iterable[SourceFile]) -> list[FileStamp]:
-    return [(file.url, file.size, file.changed) for file in found]
+def _stamps(source_files: Iterable[SourceFile]) -> list[FileStamp]:
+    return [(file.url, file.size, file.changed) for file in source_files]
 
 
 def recorded(path: str) -> Recorded | None:
@@ -88,14 +90,14 @@ def manifest_of(path: str) -> Manifest | None:
 
 
 def differences(config: CorpusConfig) -> list[str]:
-    """Return what keeps the corpus at `config.path` from being the one the recipe describes.
+    """Return the differences between the corpus at `config.path` and the recipe's.
 
     One message per field; none when nothing has been prepared there yet. Sources under other
     names count as equal when their files have equal names and sizes, so a corpus may be moved.
     """
     before = recorded(config.path)
     manifest = manifest_of(config.path)
-    if not config.domains or not (manifest or _anything_done(config.path)):
+    if not config.domains or not (manifest or _has_results(config.path)):
         return []
     if before is None:
         return _names_differ(config, manifest) if manifest else []
@@ -105,8 +107,8 @@ def differences(config: CorpusConfig) -> list[str]:
         for path in [*now, *(key for key in then if key not in now)]
         if then.get(path) != now.get(path)
     ]
-    changed = [path for path in changed if not _same_after_all(path, config, before, manifest)]
-    found = [
+    changed = [path for path in changed if not _is_equivalent(path, config, before, manifest)]
+    problems = [
         format_problem(
             f"corpus.{path}",
             now.get(path),
@@ -114,10 +116,10 @@ def differences(config: CorpusConfig) -> list[str]:
         )
         for path in changed
     ]
-    return found + _tokenizer_changed(config, manifest)
+    return problems + _tokenizer_changed(config, manifest)
 
 
-def _anything_done(path: str) -> bool:
+def _has_results(path: str) -> bool:
     work = files.join(path, WORK)
     domains = [files.join(work, name) for name in files.list_directory(work) if name != "lock"]
     return any(
@@ -129,24 +131,27 @@ def _anything_done(path: str) -> bool:
 
 
 def _names_differ(config: CorpusConfig, manifest: Manifest) -> list[str]:
-    wanted, there = [domain.name for domain in config.domains], list(manifest.domains)
-    if wanted == there:
+    expected, actual = [domain.name for domain in config.domains], list(manifest.domains)
+    if expected == actual:
         return []
-    return [format_problem("corpus.domains", wanted, f"the corpus at {config.path} holds {there}")]
+    return [
+        format_problem("corpus.domains", expected, f"the corpus at {config.path} holds {actual}")
+    ]
 
 
 def _flat(node: object, path: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {path: node}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in node.items():
-        found |= _flat(value, f"{path}.{key}" if path else str(key))
-    return found
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat
 
 
-def _same_after_all(
+def _is_equivalent(
     path: str, config: CorpusConfig, before: Recorded, manifest: Manifest | None
 ) -> bool:
+    # Another path to the same tokenizer makes the same tokens.
     if path == "tokenizer.path":
         return manifest is not None and not _tokenizer_changed(config, manifest)
     first, *names = path.split(".")
@@ -155,9 +160,9 @@ def _same_after_all(
     *names, last = names
     domain = ".".join(names)
     with contextlib.suppress(CorpusError):
-        found = find_sources(config)
-        if domain in found and domain in before.sources:
-            now = _stamps(found[domain].train if last == "train" else found[domain].valid)
+        sources = find_sources(config)
+        if domain in sources and domain in before.sources:
+            now = _stamps(sources[domain].train if last == "train" else sources[domain].valid)
             return _sizes(now) == _sizes(before.sources[domain][last])
     return False
 
@@ -190,10 +195,10 @@ def refuse_differences(config: CorpusConfig) -> None:
     Raises:
         CorpusError: If not; it says what differs.
     """
-    found = differences(config)
-    if found:
-        advice = "prepare into another corpus.path, or replace what is there: --if-exists new"
-        raise CorpusError(*found[:-1], f"{found[-1]} To go on, {advice}.")
+    problems = differences(config)
+    if problems:
+        fix = "prepare into another corpus.path, or replace what is there: --if-exists new"
+        raise CorpusError(*problems[:-1], f"{problems[-1]} To go on, {fix}.")
 
 
 def refuse_missing_shards(path: str, manifest: Manifest) -> None:
@@ -204,10 +209,12 @@ def refuse_missing_shards(path: str, manifest: Manifest) -> None:
     """
     missing: list[str] = []
     for name, info in manifest.domains.items():
-        for split, found in (("train", info.train), ("valid", info.valid)):
-            there = files.list_directory(files.join(path, name, split)) if found.shards else []
-            names = {f"{name}/{split}/{file}" for file in there}
-            missing += [shard.file for shard in found.shards if shard.file not in names]
+        for split, split_info in (("train", info.train), ("valid", info.valid)):
+            present = (
+                files.list_directory(files.join(path, name, split)) if split_info.shards else []
+            )
+            names = {f"{name}/{split}/{file}" for file in present}
+            missing += [shard.file for shard in split_info.shards if shard.file not in names]
     if missing:
         raise CorpusError.at(
             "corpus.path",
@@ -223,10 +230,10 @@ def changed_sources(config: CorpusConfig) -> list[str]:
     if before is None:
         return []
     try:
-        found = find_sources(config)
+        sources = find_sources(config)
     except CorpusError as error:
         return [f"sources are gone: {line}" for line in error.problems]
-    now = {file.url: (file.size, file.changed) for each in found.values()
+    now = {file.url: (file.size, file.changed) for each in sources.values()
            for file in (*each.train, *each.valid)}  # fmt: skip
     then = {url: (size, changed) for splits in before.sources.values()
             for stamps in splits.values() for url, size, changed in stamps}  # fmt: skip
@@ -248,6 +255,7 @@ def clear(config: CorpusConfig) -> None:
     for name in (MANIFEST, STATE, WORK, "tokenizer"):
         files.remove(files.join(config.path, name))
     for name in sorted(names):
+        # By name, and the directory only when empty: a user may keep other files beside these.
         for content in ("train", "valid", "rejects.jsonl"):
             files.remove(files.join(config.path, name, content))
         directory = files.join(config.path, name)
@@ -273,6 +281,7 @@ def locked(path: str) -> Iterator[None]:
     """
     filesystem, base = files.locate(path)
     files.make_directory(files.join(path, WORK))
+    # Object stores have no locks. Two writers of one recipe write the same bytes.
     if not isinstance(filesystem, pafs.LocalFileSystem):
         yield
         return

@@ -32,7 +32,7 @@ from raymix.store.remote import files
 SHARD_BYTES = 64 << 20
 """Bytes of token ids in a full shard."""
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 12, 1 << 20
+MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 1 << 12, 1 << 20
 WINDOW_BLOCKS = 16
 """Blocks that training shuffles together by default; a domain should have that many."""
 
@@ -47,7 +47,7 @@ def automatic_block_tokens(train_tokens: Sequence[int]) -> int:
     2**20 tokens (2 or 4 MB) reading gains nothing more.
     """
     per_block = max(min(train_tokens) // WINDOW_BLOCKS, 1)
-    return min(max(1 << (per_block.bit_length() - 1), SMALLEST_BLOCK), LARGEST_BLOCK)
+    return min(max(1 << (per_block.bit_length() - 1), MIN_BLOCK_TOKENS), MAX_BLOCK_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def write_shard(job: ShardJob) -> ShardResult:
         CorpusError: If the disk is full.
     """
     base = job.parts[0][1]
+    # One token of the shard before, so that the pair across the border is counted once.
     before = min(job.low, 1)
     counter = PairCounter(
         job.base + ".pairs",
@@ -137,16 +138,19 @@ def write_shard(job: ShardJob) -> ShardResult:
     )
     try:
         pieces = clip(_stream(job), job.low - before - base, job.high - base)
-        own = _counted(pieces, counter, before)
+        counted = _counted(pieces, counter, before)
         dtype = token_dtype(job.vocab_size)
         with ShardWriter(job.corpus, job.file, dtype) as writer:
-            for block in cut_blocks(own, job.block_tokens):
+            for block in cut_blocks(counted, job.block_tokens):
                 writer.write(block)
         counts = counter.finish()
     finally:
         counter.abort()
-    seen = np.flatnonzero(counts.tokens)  # few of the vocabulary, in one of many small domains
-    files.atomic_write_bytes(job.base + ".tokens", np.stack([seen, counts.tokens[seen]]).tobytes())
+    # Sparse: a shard of a small domain uses few of the vocabulary's tokens.
+    token_ids = np.flatnonzero(counts.tokens)
+    files.atomic_write_bytes(
+        job.base + ".tokens", np.stack([token_ids, counts.tokens[token_ids]]).tobytes()
+    )
     return _mark(job, writer.info, counts)
 
 
@@ -201,16 +205,17 @@ def selected_pieces(job: ShardJob, number: int) -> Iterator[TokenPiece]:
     chunk = np.cumsum(lengths[rows]) // _CHUNK_TOKENS
     borders = np.flatnonzero(np.diff(chunk)) + 1
     with files.open_mapped(base + ".tokens") as source:
-        for inside in np.split(rows, borders):
-            spans = _spans(ends[inside] - lengths[inside], ends[inside])
+        for chunk_rows in np.split(rows, borders):
+            spans = _spans(ends[chunk_rows] - lengths[chunk_rows], ends[chunk_rows])
             arrays = []
+            # Only the selected ranges are read, a small part of the file for the held-out split.
             for low, high in spans:
                 source.seek(low * dtype.itemsize)
                 arrays.append(
                     np.frombuffer(source.read_buffer((high - low) * dtype.itemsize), dtype)
                 )
             tokens = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-            starts = np.cumsum(lengths[inside]) - lengths[inside]
+            starts = np.cumsum(lengths[chunk_rows]) - lengths[chunk_rows]
             yield TokenPiece(tokens, starts)
 
 
@@ -234,13 +239,13 @@ def entropies(job: EntropyJob) -> tuple[float, float]:
     """Return the unigram and the bigram entropy of a split, nats per token."""
     tokens = np.zeros(job.vocab_size, np.int64)
     for shard in job.shards:
-        seen, counts = np.frombuffer(files.read_bytes(shard.base + ".tokens"), np.int64).reshape(
-            2, -1
-        )
-        tokens[seen] += counts
+        token_ids, counts = np.frombuffer(
+            files.read_bytes(shard.base + ".tokens"), np.int64
+        ).reshape(2, -1)
+        tokens[token_ids] += counts
     runs = [
         (shard.base + ".pairs", low, high)
-        for shard, found in zip(job.shards, job.runs, strict=True)
-        for low, high in found
+        for shard, shard_runs in zip(job.shards, job.runs, strict=True)
+        for low, high in shard_runs
     ]
     return unigram_entropy(tokens), bigram_entropy(runs, job.vocab_size)

@@ -48,15 +48,18 @@ def _trained(
     report: Reporter,
 ) -> TokenizerInfo:
     job = _train_job(config, chosen, parts, template)
-    keys = [part.key() for _, found in job.domains for part in found]
+    keys = [part.key() for _, domain_parts in job.domains for part in domain_parts]
     columns = [domain.model_dump(mode="json") for domain, _ in job.domains]
     limits = [config.min_characters, config.max_characters, config.valid_fraction]
     key = digest([chosen.model_dump(), keys, columns, limits, template])
     marker = files.join(config.path, state.WORK, "tokenizer.json")
-    before = _read_marker(marker)
-    if before.get("key") == key:
-        return TokenizerInfo(**before["info"])
-    size = min(chosen.sample_bytes, sum(part.size for _, found in job.domains for part in found))
+    finished = _read_marker(marker)
+    if finished.get("key") == key:
+        return TokenizerInfo(**finished["info"])
+    size = min(
+        chosen.sample_bytes,
+        sum(part.size for _, domain_parts in job.domains for part in domain_parts),
+    )
     report.begin("tokenizer", 1, size)
     report.note(f"training a tokenizer of {chosen.vocab_size:,} tokens on {size / 1e6:,.1f} MB")
     (info,) = in_order(runner.run(train_tokenizer, [job], [size]), 1)

@@ -24,22 +24,23 @@ def cut_blocks(pieces: Iterable[TokenPiece], block_tokens: int) -> Iterator[Bloc
 
     Joined again, the blocks are the stream: every token and every start once, in order.
     """
-    held: list[TokenPiece] = []
+    pending: list[TokenPiece] = []
     size = 0
     for piece in pieces:
-        rest = piece
-        while size + len(rest.tokens) >= block_tokens:
-            head, rest = _split(rest, block_tokens - size)
-            yield _join([*held, head])
-            held, size = list[TokenPiece](), 0
-        if len(rest.tokens):
-            held.append(rest)
-            size += len(rest.tokens)
-    if held:
-        yield _join(held)
+        tail = piece
+        while size + len(tail.tokens) >= block_tokens:
+            head, tail = _split(tail, block_tokens - size)
+            yield _join([*pending, head])
+            pending, size = list[TokenPiece](), 0
+        if len(tail.tokens):
+            pending.append(tail)
+            size += len(tail.tokens)
+    if pending:
+        yield _join(pending)
 
 
 def _split(piece: TokenPiece, at: int) -> tuple[TokenPiece, TokenPiece]:
+    # side="left": a document that starts exactly at the cut belongs to the second piece.
     border = int(np.searchsorted(piece.starts, at))
     head = TokenPiece(piece.tokens[:at], piece.starts[:border])
     return head, TokenPiece(piece.tokens[at:], piece.starts[border:] - at)
@@ -48,6 +49,7 @@ def _split(piece: TokenPiece, at: int) -> tuple[TokenPiece, TokenPiece]:
 def _join(pieces: list[TokenPiece]) -> Block:
     offsets = np.cumsum([0, *(len(piece.tokens) for piece in pieces)])
     starts = [piece.starts + offset for piece, offset in zip(pieces, offsets, strict=False)]
+    # One piece is passed on as it is: concatenating would copy every token once more.
     tokens = pieces[0].tokens if len(pieces) == 1 else np.concatenate([p.tokens for p in pieces])
     return Block(np.ascontiguousarray(tokens), np.concatenate(starts).astype(np.uint32))
 
@@ -58,7 +60,7 @@ def clip(pieces: Iterable[TokenPiece], low: int, high: int) -> Iterator[TokenPie
     for piece in pieces:
         end = position + len(piece.tokens)
         if position < high and end > low:
-            inside, _ = _split(piece, min(high - position, len(piece.tokens)))
-            _, inside = _split(inside, max(low - position, 0))
-            yield inside
+            clipped, _ = _split(piece, min(high - position, len(piece.tokens)))
+            _, clipped = _split(clipped, max(low - position, 0))
+            yield clipped
         position = end

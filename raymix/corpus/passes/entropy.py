@@ -18,14 +18,14 @@ import numpy.typing as npt
 from raymix.corpus.passes.cut import TokenPiece
 from raymix.store.remote import files
 
-STRETCH = 1 << 22
+STRETCH_TOKENS = 1 << 22
 """Tokens whose pairs are counted at a time: 4 million."""
 
-MOST_PAIRS = 1 << 28
+MAX_PAIRS = 1 << 28
 """Tokens of a split up to which every pair is counted."""
 
 _RUN = np.dtype([("pair", "<u8"), ("count", "<u4")])
-_MERGED = 1 << 22
+_MERGE_RECORDS = 1 << 22
 _SAMPLES = 256
 
 Counts = npt.NDArray[np.int64]
@@ -34,7 +34,7 @@ Run = npt.NDArray[np.void]
 
 def pair_stride(split_tokens: int) -> int:
     """Return k: the pairs of every k-th stretch are counted."""
-    return max(1, math.ceil(split_tokens / MOST_PAIRS))
+    return max(1, math.ceil(split_tokens / MAX_PAIRS))
 
 
 @dataclass
@@ -64,8 +64,8 @@ class PairCounter:
             self._counts.tokens += np.bincount(
                 piece.tokens, minlength=len(self._counts.tokens)
             ).astype(np.int64)
-        for low in range(0, len(piece.tokens), STRETCH):
-            self._add_stretch(piece, low, min(low + STRETCH, len(piece.tokens)))
+        for low in range(0, len(piece.tokens), STRETCH_TOKENS):
+            self._add_stretch(piece, low, min(low + STRETCH_TOKENS, len(piece.tokens)))
 
     def _add_stretch(self, piece: TokenPiece, low: int, high: int) -> None:
         begin = self._position
@@ -74,18 +74,20 @@ class PairCounter:
         self._last = tokens[-1:]
         first = begin + 1 - (len(tokens) - (high - low))  # position of the first pair's second
         pairs = (tokens[:-1] << np.uint64(32)) | tokens[1:]
-        kept = (np.arange(first, first + len(pairs)) // STRETCH) % self._stride == 0
+        is_counted = (np.arange(first, first + len(pairs)) // STRETCH_TOKENS) % self._stride == 0
         borders = np.searchsorted(piece.starts, [low, high])
         starts = piece.starts[borders[0] : borders[1]] - low + begin - first
-        kept[starts[(starts >= 0) & (starts < len(pairs))]] = False
-        self._pending.append(pairs[kept])
+        # A pair whose second token starts a document joins two documents: not counted.
+        is_counted[starts[(starts >= 0) & (starts < len(pairs))]] = False
+        self._pending.append(pairs[is_counted])
         self._size += len(self._pending[-1])
-        if self._size >= STRETCH:
+        if self._size >= STRETCH_TOKENS:
             self._write_run()
 
     def _write_run(self) -> None:
         if not self._size:
             return
+        # Sorted and counted in memory: a run has far fewer records than the pairs it counts.
         pairs, counts = np.unique(np.concatenate(self._pending), return_counts=True)
         run = np.empty(len(pairs), dtype=_RUN)
         run["pair"], run["count"] = pairs, counts
@@ -128,6 +130,7 @@ def bigram_entropy(runs: Sequence[tuple[str, int, int]], vocab_size: int) -> flo
         within += _plain_spread(counts)
         np.add.at(currents, (pairs >> np.uint64(32)).astype(np.int64), counts)
     total = int(currents.sum())
+    # The difference of two sums of rounding errors can end a hair below zero.
     return max(0.0, (_plain_spread(currents) - within) / total) if total else 0.0
 
 
@@ -148,8 +151,8 @@ def _merged(
         return
     mapped = [_map_run(*run) for run in runs]
     for low, high in _ranges([run["pair"] for run in mapped]):
-        cuts = [run[slice(*np.searchsorted(run["pair"], [low, high]))] for run in mapped]
-        records = np.concatenate(cuts)
+        range_records = [run[slice(*np.searchsorted(run["pair"], [low, high]))] for run in mapped]
+        records = np.concatenate(range_records)
         if len(records):
             pairs, places = np.unique(records["pair"], return_inverse=True)
             weights = np.bincount(places, weights=records["count"]).astype(np.int64)
@@ -163,15 +166,17 @@ def _map_run(url: str, low: int, high: int) -> Run:
 
 
 def _ranges(runs: Iterable[npt.NDArray[np.uint64]]) -> Iterator[tuple[np.uint64, np.uint64]]:
-    """Yield ranges [low, high) of pairs that hold about `_MERGED` records each."""
+    """Yield ranges [low, high) of pairs that hold about `_MERGE_RECORDS` records each."""
     runs = list(runs)
     total = sum(map(len, runs))
+    # The ranges come from samples of every run, so each holds about as many records although
+    # pairs are far from uniform over their 64 bits.
     samples = [run[:: max(1, len(run) // _SAMPLES)] for run in runs if len(run)]
-    wanted = max(1, total // _MERGED)
+    range_count = max(1, total // _MERGE_RECORDS)
     edges = np.empty(0, np.uint64)
-    if wanted > 1:
+    if range_count > 1:
         pooled = np.sort(np.concatenate(samples))
-        edges = np.unique(pooled[np.arange(1, wanted) * len(pooled) // wanted])
+        edges = np.unique(pooled[np.arange(1, range_count) * len(pooled) // range_count])
     lows = [np.uint64(0), *edges]
     highs = [*edges, np.uint64(2**64 - 1)]
     yield from zip(lows, highs, strict=True)

@@ -17,46 +17,53 @@ from raymix.store.remote import files
 FILE = "rejects.jsonl"
 
 
-def by_reason(tallies: Iterable[PartCounts]) -> dict[str, int]:
+def by_reason(counts_of_parts: Iterable[PartCounts]) -> dict[str, int]:
     """Return the bad records of a domain by reason, the commonest first."""
     total: Counter[str] = Counter()
-    for tally in tallies:
-        total.update(tally.rejected)
+    for part_counts in counts_of_parts:
+        total.update(part_counts.rejected)
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
-def examples(parts: Sequence[Part], tallies: Sequence[PartCounts]) -> Iterator[dict[str, Any]]:
+def examples(
+    parts: Sequence[Part], counts_of_parts: Sequence[PartCounts]
+) -> Iterator[dict[str, Any]]:
     """Yield the bad records that the parts kept, in source order, numbered within their files."""
     file, before = "", 0
-    for part, tally in zip(parts, tallies, strict=True):
-        kept = iter(read_counts(tally.base).examples if tally.rejected else ())
-        example = next(kept, None)
-        for number, (piece, lines) in enumerate(zip(part.slices, tally.lines, strict=True)):
-            if piece.file.url != file:
-                file, before = piece.file.url, 0
-            unit = "row" if piece.file.format in ("parquet", "arrow") else "line"
+    for part, part_counts in zip(parts, counts_of_parts, strict=True):
+        part_examples = iter(read_counts(part_counts.base).examples if part_counts.rejected else ())
+        example = next(part_examples, None)
+        for number, (file_slice, lines) in enumerate(
+            zip(part.slices, part_counts.lines, strict=True)
+        ):
+            if file_slice.file.url != file:
+                file, before = file_slice.file.url, 0
+            unit = "row" if file_slice.file.format in ("parquet", "arrow") else "line"
             while example is not None and example["slice"] == number:
                 shown = {"reason": example["reason"], "excerpt": example["excerpt"]}
                 yield {"file": file, unit: before + example["line"], **shown}
-                example = next(kept, None)
+                example = next(part_examples, None)
             before += lines
 
 
 def write_rejects(
-    corpus: str, parts: Sequence[Part], tallies: Sequence[PartCounts]
+    corpus: str, parts: Sequence[Part], counts_of_parts: Sequence[PartCounts]
 ) -> list[dict[str, Any]]:
     """Return up to 100 bad records of a domain, some of every reason, having written them."""
-    wanted = {reason: min(count, REJECTS_KEPT) for reason, count in by_reason(tallies).items()}
-    shown: dict[str, list[dict[str, Any]]] = {reason: [] for reason in wanted}
-    for example in examples(parts, tallies) if wanted else ():
-        of_reason = shown[example["reason"]]
-        if len(of_reason) < wanted[example["reason"]]:
+    limits = {
+        reason: min(count, REJECTS_KEPT) for reason, count in by_reason(counts_of_parts).items()
+    }
+    by_kind: dict[str, list[dict[str, Any]]] = {reason: [] for reason in limits}
+    for example in examples(parts, counts_of_parts) if limits else ():
+        of_reason = by_kind[example["reason"]]
+        if len(of_reason) < limits[example["reason"]]:
             of_reason.append(example)
-            if sum(map(len, shown.values())) == sum(wanted.values()):
+            if sum(map(len, by_kind.values())) == sum(limits.values()):
                 break
-    each = REJECTS_KEPT // max(len(shown), 1)
-    first = chain.from_iterable(found[:each] for found in shown.values())
-    rest = chain.from_iterable(found[each:] for found in shown.values())
+    # An equal share per reason first, so that a rare kind is not crowded out by a common one.
+    each = REJECTS_KEPT // max(len(by_kind), 1)
+    first = chain.from_iterable(group[:each] for group in by_kind.values())
+    rest = chain.from_iterable(group[each:] for group in by_kind.values())
     chosen = list(islice(chain(first, rest), REJECTS_KEPT))
     path = files.join(corpus, parts[0].domain, FILE)
     if chosen:
@@ -68,11 +75,14 @@ def write_rejects(
 
 
 def too_many(
-    domain: str, tallies: Sequence[PartCounts], shown: Sequence[dict[str, Any]], limit: float
+    domain: str,
+    counts_of_parts: Sequence[PartCounts],
+    shown: Sequence[dict[str, Any]],
+    limit: float,
 ) -> list[str]:
     """Return the message for a domain with more than the allowed share of bad records, if so."""
-    records = sum(tally.records for tally in tallies)
-    reasons = by_reason(tallies)
+    records = sum(part_counts.records for part_counts in counts_of_parts)
+    reasons = by_reason(counts_of_parts)
     bad = sum(reasons.values())
     if bad <= limit * records:
         return []

@@ -10,7 +10,7 @@ import numpy as np
 
 from raymix.corpus.passes.select import is_held_out
 from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
-from raymix.corpus.read.parts import SMALLEST_PART, Part
+from raymix.corpus.read.parts import MIN_PART_BYTES, Part
 from raymix.corpus.read.readers import read_slice
 from raymix.corpus.tokenizers.tokenizer import LoadedTokenizer, train_bpe
 from raymix.recipe import DomainConfig, TrainedTokenizer
@@ -21,7 +21,7 @@ _PARTS = 64
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What training a tokenizer needs to know; domains with their parts, smallest first."""
+    """Input of training a tokenizer; domains with their parts, smallest domain first."""
 
     config: TrainedTokenizer
     domains: tuple[tuple[DomainConfig, tuple[Part, ...]], ...]
@@ -48,36 +48,38 @@ def sample_texts(job: TrainJob) -> Iterator[str]:
 
     A domain's share is drawn evenly from parts spread over it; held-out documents stay out.
     """
-    left = job.config.sample_bytes
+    remaining = job.config.sample_bytes
     for number, (domain, parts) in enumerate(job.domains):
-        share = left // (len(job.domains) - number)
+        # The smallest domain comes first, so what it cannot give is shared out among the rest.
+        share = remaining // (len(job.domains) - number)
         for text, size in _domain_texts(job, domain, parts, share):
-            left -= size
+            remaining -= size
             yield text
 
 
 def _domain_texts(
     job: TrainJob, domain: DomainConfig, parts: tuple[Part, ...], share: int
 ) -> Iterator[tuple[str, int]]:
-    count = min(len(parts), max(_PARTS, 2 * share // SMALLEST_PART))
+    count = min(len(parts), max(_PARTS, 2 * share // MIN_PART_BYTES))
+    # Spread over the domain, since neighboring parts often come from one source or period.
     chosen = [parts[number * len(parts) // count] for number in range(count)]
     for number, part in enumerate(chosen):
-        wanted = share // (count - number)
+        part_budget = share // (count - number)
         for text in _part_texts(job, domain, part):
             size = len(text.encode())
-            if size > wanted:
-                text = text.encode()[:wanted].decode(errors="ignore")
-                size = wanted
+            if size > part_budget:
+                text = text.encode()[:part_budget].decode(errors="ignore")
+                size = part_budget
             share -= size
-            wanted -= size
+            part_budget -= size
             yield text, size
-            if not wanted:
+            if not part_budget:
                 break
 
 
 def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str]:
-    for piece in part.slices:
-        for _, value in read_slice(piece, domain, max_characters=job.max_characters):
+    for file_slice in part.slices:
+        for _, value in read_slice(file_slice, domain, max_characters=job.max_characters):
             text = _rendered(job, value) if isinstance(value, Conversation) else value
             if not isinstance(text, str) or len(text) > job.max_characters:
                 continue
@@ -87,6 +89,7 @@ def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str
                 raw = text.encode()
             except UnicodeEncodeError:
                 continue
+            # Held-out text must not shape the tokenizer, or its loss would look too low.
             if part.held_out == "by hash" and _held_out(raw, job.valid_fraction):
                 continue
             yield text

@@ -28,7 +28,7 @@ from raymix.store.remote import files
 
 DROPPED, TRAIN, VALID = 0, 1, 2
 CODES: dict[Split, int] = {"train": TRAIN, "valid": VALID}
-"""What a document's byte in `part-N.splits` says."""
+"""Split of a document, one byte each in `part-N.splits`."""
 
 _BUCKET_DOCUMENTS = 1 << 23
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -39,7 +39,7 @@ Codes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class SelectJob:
-    """What the selection of one domain needs to know.
+    """Input of the selection of one domain.
 
     `held_out` and `documents` are per part; `key` stands for the content of all of them.
     """
@@ -53,15 +53,15 @@ class SelectJob:
     work: str
     key: str
     answers: bool = False
-    """Whether only answers are learned."""
+    """True where only the assistant's answers are in the loss."""
 
 
 @dataclass(frozen=True)
 class SplitSelection:
-    """What a split is made of; `part_tokens` are the ids that each part contributes.
+    """Content of a split; `part_tokens` are the tokens that each part contributes.
 
-    `loss_mask` is the hash of the file that says what is learned, `loss_tokens` how many tokens
-    are; None where all but the first of each document are.
+    `loss_mask` is the hash of the loss mask's file and `loss_tokens` the number of tokens in the
+    loss; None where every token but the first of each document is.
     """
 
     documents: int
@@ -76,7 +76,7 @@ class SplitSelection:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was selected of a domain."""
+    """The documents of a domain that stay, by split."""
 
     key: str
     duplicates: int
@@ -92,9 +92,9 @@ def select_documents(job: SelectJob) -> Selection:
     """
     codes, duplicates = _codes(job)
     train, valid = (_write_split(job, split, codes) for split in SPLITS)
-    for number, piece in enumerate(codes):
+    for number, part_codes in enumerate(codes):
         base = part_base(job.work, job.domain, number)
-        files.atomic_write_bytes(base + ".splits", piece.tobytes())
+        files.atomic_write_bytes(base + ".splits", part_codes.tobytes())
     selection = Selection(job.key, duplicates, train, valid)
     atomic_write_text(_marker(job), json.dumps(asdict(selection)))
     return selection
@@ -129,8 +129,8 @@ def _codes(job: SelectJob) -> tuple[list[Codes], int]:
         return read_documents(job.work, job.domain, number)["hash"]
 
     edges = np.cumsum([0, *job.documents])
-    kept = first_of_each(load, job.documents) if job.deduplicate else np.ones(edges[-1], bool)
-    codes = np.where(kept, np.uint8(TRAIN), np.uint8(DROPPED))
+    is_first = first_of_each(load, job.documents) if job.deduplicate else np.ones(edges[-1], bool)
+    codes = np.where(is_first, np.uint8(TRAIN), np.uint8(DROPPED))
     parts = np.split(codes, edges[1:-1])
     for number, (held_out, part) in enumerate(zip(job.held_out, parts, strict=True)):
         if held_out == "by hash":
@@ -139,7 +139,7 @@ def _codes(job: SelectJob) -> tuple[list[Codes], int]:
             part[part == TRAIN] = VALID
     if "by hash" in job.held_out:
         _fill_empty_split(parts, load)
-    return parts, int(np.count_nonzero(~kept))
+    return parts, int(np.count_nonzero(~is_first))
 
 
 def is_held_out(hashes: Hashes, fraction: float) -> npt.NDArray[np.bool_]:
@@ -158,25 +158,28 @@ def first_of_each(
         bucket: Hashes to compare at a time, about; bounds the memory.
     """
     starts = np.cumsum([0, *documents])
-    kept = np.ones(starts[-1], dtype=bool)
+    is_first = np.ones(starts[-1], dtype=bool)
+    # A hash falls in the same bucket wherever it occurs, so each bucket is decided on its own and
+    # only one has to fit in memory; the price is reading every part once per bucket.
     buckets = -(-int(starts[-1]) // bucket)
     for number in range(buckets):
         hashes: list[Hashes] = []
-        places: list[npt.NDArray[np.int64]] = []
+        positions: list[npt.NDArray[np.int64]] = []
         for part, start in enumerate(starts[:-1]):
-            words = load(part)
-            rows = np.flatnonzero(words[:, 1] % np.uint64(buckets) == number)
-            hashes.append(words[rows])
-            places.append(rows + start)
-        kept[_repeated(np.concatenate(hashes), np.concatenate(places))] = False
-    return kept
+            part_hashes = load(part)
+            # By the second word: the first decides the split, and is not uniform within one.
+            rows = np.flatnonzero(part_hashes[:, 1] % np.uint64(buckets) == number)
+            hashes.append(part_hashes[rows])
+            positions.append(rows + start)
+        is_first[_repeated(np.concatenate(hashes), np.concatenate(positions))] = False
+    return is_first
 
 
-def _repeated(hashes: Hashes, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _repeated(hashes: Hashes, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the places of documents whose hash came before; `places` ascend."""
     order = np.lexsort((hashes[:, 0], hashes[:, 1]))  # stable: equal hashes stay in order
     ordered = hashes[order]
-    return places[order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]]
+    return positions[order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)]]
 
 
 def _fill_empty_split(parts: Sequence[Codes], load: Callable[[int], Hashes]) -> None:
@@ -185,18 +188,20 @@ def _fill_empty_split(parts: Sequence[Codes], load: Callable[[int], Hashes]) -> 
     if counts[TRAIN] and counts[VALID]:
         return
     full, empty = (TRAIN, VALID) if counts[TRAIN] else (VALID, TRAIN)
+    # With one document to train on, none can be spared for evaluation.
     if counts[full] < 2 and full == TRAIN:
         return
-    pick, better = (np.argmin, min) if full == TRAIN else (np.argmax, max)
+    # Nearest to the border: a slightly different `valid_fraction` would have moved it as well.
+    pick, nearest_of = (np.argmin, min) if full == TRAIN else (np.argmax, max)
     nearest: list[tuple[int, int, int]] = []
     for number, part in enumerate(parts):
         rows = np.flatnonzero(part == full)
         if len(rows):
-            words = load(number)[rows, 0]
-            row = int(pick(words))
-            nearest.append((int(words[row]), number, int(rows[row])))
+            part_hashes = load(number)[rows, 0]
+            row = int(pick(part_hashes))
+            nearest.append((int(part_hashes[row]), number, int(rows[row])))
     if nearest:
-        _, number, row = better(nearest)
+        _, number, row = nearest_of(nearest)
         parts[number][row] = empty
 
 
@@ -207,13 +212,13 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
 
     def pieces() -> Iterator[npt.NDArray[np.uint32]]:
         nonlocal size
-        for number, piece in enumerate(codes):
-            chosen = read_documents(job.work, job.domain, number)[piece == CODES[split]]
-            values, counts = np.unique(chosen["tokens"], return_counts=True)
+        for number, part_codes in enumerate(codes):
+            selected = read_documents(job.work, job.domain, number)[part_codes == CODES[split]]
+            values, counts = np.unique(selected["tokens"], return_counts=True)
             lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-            part_tokens.append(int(chosen["tokens"].sum(dtype=np.int64)))
-            size += int(chosen["bytes"].sum(dtype=np.int64))
-            yield chosen["tokens"]
+            part_tokens.append(int(selected["tokens"].sum(dtype=np.int64)))
+            size += int(selected["bytes"].sum(dtype=np.int64))
+            yield selected["tokens"]
 
     directory = files.join(job.corpus, job.domain, split)
     write_lengths(files.join(directory, "documents.arrow"), pieces())
@@ -233,27 +238,27 @@ def _write_split(job: SelectJob, split: Split, codes: Sequence[Codes]) -> SplitS
 def _write_split_loss_mask(
     job: SelectJob, split: Split, codes: Sequence[Codes], directory: str
 ) -> tuple[str | None, int | None]:
-    """Write which tokens of a split's stream are learned; return the file's hash and how many."""
+    """Write the loss mask of a split; return the file's hash and the tokens in the loss."""
     if not job.answers:
         return None, None
-    before = loss_mask = 0
+    before = loss_tokens = 0
 
     def pieces() -> Iterator[npt.NDArray[np.int64]]:
-        nonlocal before, loss_mask
-        for number, piece in enumerate(codes):
+        nonlocal before, loss_tokens
+        for number, part_codes in enumerate(codes):
             documents = read_documents(job.work, job.domain, number)
-            kept_N = piece == CODES[split]
+            selected_N = part_codes == CODES[split]
             raw = files.read_bytes(part_base(job.work, job.domain, number) + ".edges")
             edge_E = np.frombuffer(raw, "<u4").astype(np.int64)
-            kept_E = np.repeat(kept_N, 2 * documents["spans"])
-            length_N = np.where(kept_N, documents["tokens"], 0).astype(np.int64)
+            selected_E = np.repeat(selected_N, 2 * documents["spans"])
+            length_N = np.where(selected_N, documents["tokens"], 0).astype(np.int64)
             start_N = before + np.cumsum(length_N) - length_N
-            edges = (edge_E + np.repeat(start_N, 2 * documents["spans"]))[kept_E]
+            edges = (edge_E + np.repeat(start_N, 2 * documents["spans"]))[selected_E]
             before += int(length_N.sum())
-            loss_mask += int((edges[1::2] - edges[::2]).sum())
+            loss_tokens += int((edges[1::2] - edges[::2]).sum())
             yield edges
 
-    return write_loss_mask(files.join(directory, LOSS_MASK_FILE), pieces()), loss_mask
+    return write_loss_mask(files.join(directory, LOSS_MASK_FILE), pieces()), loss_tokens
 
 
 def length_quantiles(lengths: Counter[int]) -> dict[str, int]:

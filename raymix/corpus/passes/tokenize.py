@@ -4,10 +4,10 @@ A part's result is some files in the work directory, written as the part is read
 memory a part needs is that of a batch:
 
 - `NAME.tokens`: the ids of all documents, end-of-text after each, little-endian;
-- `NAME.documents`: one `DOCUMENT` record each: hash, ids, bytes, stretches to learn;
-- `NAME.edges`: of conversations, the edges of the stretches to learn, counted in ids from the
+- `NAME.documents`: one `DOCUMENT` record each: hash, tokens, bytes, spans in the loss;
+- `NAME.edges`: of conversations, the edges of the spans in the loss, counted in tokens from the
   beginning of each document, uint32;
-- `NAME.json`: the tally, written last: its presence, under the right key, means done.
+- `NAME.json`: the counts, written last: their presence, under the right key, means done.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from raymix.store import TokenizerInfo, atomic_write_text, token_dtype
 from raymix.store.remote import files
 
 DOCUMENT = np.dtype([("hash", "<u8", (2,)), ("tokens", "<u4"), ("bytes", "<u4"), ("spans", "<u4")])
-"""A document of a part: BLAKE2b-128 of its content, ids (end-of-text included), UTF-8 bytes, and
-stretches to learn, of which there are none where all is."""
+"""A document of a part: BLAKE2b-128 of its content, tokens (end-of-text included), UTF-8 bytes,
+and spans in the loss: none where all of it is."""
 
 REJECTS_KEPT = 100
 """Bad records of a domain that are shown in `rejects.jsonl`."""
@@ -42,7 +42,7 @@ _BATCH_TEXTS = 4096
 
 @dataclass(frozen=True)
 class PartJob:
-    """What one task needs to know to tokenize a part."""
+    """Input of the task that tokenizes one part."""
 
     part: Part
     domain: DomainConfig
@@ -61,13 +61,14 @@ class PartJob:
 
     def key(self) -> str:
         """Return the hash of everything the result depends on."""
-        kept = self.domain.model_dump(
+        # Not the globs: the files themselves are in the part's key, under any pattern.
+        columns = self.domain.model_dump(
             include={"text_column", "tokens_column", "messages_column", "text_unit"}
         )
         limits = [self.min_characters, self.max_characters]
         if self.domain.messages_column:
             limits = [*limits, self.template]
-        return self.part.key(kept, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)
+        return self.part.key(columns, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)
 
 
 def part_base(work: str, domain: str, number: int) -> str:
@@ -77,10 +78,10 @@ def part_base(work: str, domain: str, number: int) -> str:
 
 @dataclass
 class PartCounts:
-    """What a part held; `lines` counts per slice.
+    """Counts of a part; `lines` counts per slice.
 
-    `examples` are bad records. They stay in the part's file, `base`.json: the driver reads those
-    of as many parts as it takes.
+    `examples` are bad records. They stay in the part's file, `base`.json, and the driver reads
+    those of as many parts as it needs.
     """
 
     key: str
@@ -104,16 +105,16 @@ class PartCounts:
 
 
 def finished_counts(job: PartJob) -> PartCounts | None:
-    """Return the tally of a part that was tokenized before, or None if it must be done."""
+    """Return the counts of a part that was tokenized before, or None if it must be done."""
     try:
-        tally = read_counts(job.base)
+        counts = read_counts(job.base)
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return replace(tally, examples=[]) if tally.key == job.key() else None
+    return replace(counts, examples=[]) if counts.key == job.key() else None
 
 
 def read_counts(base: str) -> PartCounts:
-    """Return the tally of a part with its examples.
+    """Return the counts of a part with its examples.
 
     Raises:
         FileNotFoundError: If the part has not been tokenized.
@@ -122,34 +123,34 @@ def read_counts(base: str) -> PartCounts:
 
 
 def tokenize_part(job: PartJob) -> PartCounts:
-    """Return the tally of a part less its examples, having tokenized it.
+    """Return the counts of a part less its examples, having tokenized it.
 
     Raises:
         CorpusError: If a file of the part is damaged, or the disk is full.
     """
-    tally = PartCounts(job.key(), job.base)
-    with _Writer(job, tally) as writer:
-        for number, piece in enumerate(job.part.slices):
-            last = 0
-            records = read_slice(piece, job.domain, max_characters=job.max_characters)
-            for last, value in records:
+    counts = PartCounts(job.key(), job.base)
+    with _Writer(job, counts) as writer:
+        for number, file_slice in enumerate(job.part.slices):
+            line = 0
+            records = read_slice(file_slice, job.domain, max_characters=job.max_characters)
+            for line, value in records:
                 if value is None:
                     continue
-                tally.records += 1
+                counts.records += 1
                 bad = writer.add(value)
                 if bad:
-                    tally.reject(bad, number, last)
-            tally.lines.append(last)
-    atomic_write_text(job.base + ".json", json.dumps(asdict(tally)))
-    return replace(tally, examples=[])
+                    counts.reject(bad, number, line)
+            counts.lines.append(line)
+    atomic_write_text(job.base + ".json", json.dumps(asdict(counts)))
+    return replace(counts, examples=[])
 
 
 class _Writer:
     """Cleans the records of a part and writes its documents batch by batch."""
 
-    def __init__(self, job: PartJob, tally: PartCounts) -> None:
+    def __init__(self, job: PartJob, counts: PartCounts) -> None:
         self._job = job
-        self._tally = tally
+        self._counts = counts
         self._encoder = saved_encoder(job.corpus, job.tokenizer)
         self._dtype = token_dtype(job.tokenizer.vocab_size)
         self._texts: list[str] = []
@@ -167,7 +168,7 @@ class _Writer:
     def add(self, value: Value) -> Reject | None:
         """Take one record; return why it is bad, if it is."""
         if value is TOO_LONG:
-            self._tally.too_long += 1
+            self._counts.too_long += 1
         elif isinstance(value, Reject):
             return value
         elif isinstance(value, str):
@@ -191,9 +192,9 @@ class _Writer:
     def _fits(self, text: str) -> bool:
         """Return whether a text is of a length that is wanted, having counted it if it is not."""
         if len(text.strip()) < self._job.min_characters:
-            self._tally.too_short += 1
+            self._counts.too_short += 1
         elif len(text) > self._job.max_characters:
-            self._tally.too_long += 1
+            self._counts.too_long += 1
         else:
             return True
         return False
@@ -207,6 +208,7 @@ class _Writer:
         except UnicodeEncodeError:
             return Reject("invalid UTF-8", excerpt(chat.messages[0]))
         if not spans:
+            # It would cost compute and teach nothing: no token of it is in the loss.
             return Reject("no answer to learn", excerpt(text))
         if self._fits(text):
             tokens, edges = self._encoder.encode_chat(text, spans)
@@ -218,7 +220,7 @@ class _Writer:
     def _add_ids(self, ids: TokenIds) -> Reject | None:
         vocabulary, eos = self._job.tokenizer.vocab_size, self._job.tokenizer.eos_id
         if not len(ids):
-            self._tally.too_short += 1
+            self._counts.too_short += 1
             return None
         if ids.dtype.kind not in "iu":
             return Reject("not a list of token ids", excerpt(ids.tolist()[:20]))
@@ -227,6 +229,7 @@ class _Writer:
             worst = low if low < 0 else high
             reason = f"token id outside 0..{vocabulary - 1}"
             return Reject(reason, f"id {worst} in {excerpt(ids[:20].tolist())}")
+        # Token ids brought along may or may not end in end-of-text; a document ends in one.
         ended = ids if ids[-1] == eos else np.append(ids, eos)
         tokens = ended.astype(self._dtype)
         self._ids.append(tokens)
@@ -257,9 +260,9 @@ class _Writer:
         self._documents.write(documents.tobytes())
         if self._loss_mask is not None:
             self._loss_mask.write(np.concatenate(self._edges).astype("<u4").tobytes())
-        self._tally.documents += len(documents)
-        self._tally.tokens += len(tokens)
-        self._tally.bytes += sum(self._sizes)
+        self._counts.documents += len(documents)
+        self._counts.tokens += len(tokens)
+        self._counts.bytes += sum(self._sizes)
         for pending in (self._texts, self._ids, self._edges, self._hashes, self._sizes):
             pending.clear()
         self._pending = 0

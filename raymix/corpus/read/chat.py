@@ -1,8 +1,8 @@
-"""Conversations: rendered by a chat template, with the stretches that the model is to answer.
+"""Conversations: rendered by a chat template, with the spans that are in the loss.
 
-Templates are Jinja, rendered by transformers as it does for inference. What is to be learned are
-the answers of the assistant up to the end of its turn, found in one of two ways: where the
-template marks them (`{% generation %}`), or as what a turn adds to the prompt that asks for it.
+Templates are Jinja, rendered by transformers as it does for inference. The loss covers the
+answers of the assistant up to the end of its turn, found in one of two ways: where the template
+marks them (`{% generation %}`), or as the text that a turn adds to the prompt before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from raymix.store.remote import files
 
 Message = dict[str, Any]
 Span = tuple[int, int]
-"""First character of a stretch, and the one behind it."""
+"""Range of characters [first, last) of a rendered conversation."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -36,11 +36,12 @@ CHATML = (
 """The ChatML form, with its answers marked."""
 
 TEMPLATE = "tokenizer/chat_template.jinja"
-"""Where a prepared corpus keeps the template, as transformers looks for it."""
+"""Path of the template in a prepared corpus, where transformers looks for it."""
 
 _ADVICE = "Name a Jinja file, or `chatml`"
 _ANSWERS = "assistant"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# ShareGPT's names for the roles.
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 # transformers compiles a template once per process, and what notes its marks is part of that.
 _RENDERING = threading.Lock()
@@ -66,8 +67,8 @@ def conversation(value: object) -> Conversation | None:
     if not isinstance(value, list) or not value:
         return None
     messages = [_message(item) for item in value]
-    found = tuple(message for message in messages if message is not None)
-    return Conversation(found) if len(found) == len(messages) else None
+    valid = tuple(message for message in messages if message is not None)
+    return Conversation(valid) if len(valid) == len(messages) else None
 
 
 def _message(item: object) -> Message | None:
@@ -78,8 +79,8 @@ def _message(item: object) -> Message | None:
         speaker = message.pop("from")
         message |= {"role": _SPEAKERS.get(speaker, speaker), "content": message.pop("value", None)}
     # A turn that only calls a tool has no content.
-    whole = isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
-    return message if whole and isinstance(message.get("role"), str) else None
+    has_content = isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
+    return message if has_content and isinstance(message.get("role"), str) else None
 
 
 class ChatTemplate:
@@ -111,11 +112,12 @@ class ChatTemplate:
         return text, _joined(spans)
 
     def _answer(self, messages: list[Message], number: int, text: str) -> Span:
-        asked = self._jinja(messages[:number], prompt=True)[0]
-        answered = self._jinja(messages[: number + 1])[0]
-        if not answered.startswith(asked) or not text.startswith(answered):
+        prompt = self._jinja(messages[:number], prompt=True)[0]
+        prompt_and_answer = self._jinja(messages[: number + 1])[0]
+        # Some templates drop the reasoning of earlier turns once a later one is rendered.
+        if not prompt_and_answer.startswith(prompt) or not text.startswith(prompt_and_answer):
             raise TemplateRefused("it rewrites earlier turns and does not mark its answers")
-        return len(asked), len(answered)
+        return len(prompt), len(prompt_and_answer)
 
     def _jinja(
         self, messages: list[Message], *, prompt: bool = False, marks: bool = False
@@ -124,30 +126,30 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            given: dict[str, Any] = {
+            options: dict[str, Any] = {
                 "chat_template": self._source,
                 "add_generation_prompt": prompt,
                 "return_assistant_tokens_mask": marks,
                 **self._special,
             }
             with _RENDERING:
-                found: Any = render_jinja_template(conversations=[messages], **given)
+                rendered: Any = render_jinja_template(conversations=[messages], **options)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise TemplateRefused(said) from error
-        (text,), marked = found
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise TemplateRefused(reason) from error
+        (text,), marked = rendered
         return text, [(int(first), int(last)) for first, last in marked[0]] if marks else []
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
     """Return the spans less empty ones, those that touch joined."""
-    found: list[Span] = []
+    joined: list[Span] = []
     for first, last in spans:
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(last, found[-1][1])
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
         elif first < last:
-            found.append((first, last))
-    return found
+            joined.append((first, last))
+    return joined
 
 
 def save_template(config: CorpusConfig) -> str:
@@ -192,16 +194,18 @@ def _template(corpus: str) -> str | None:
     try:
         return files.read_bytes(files.join(corpus, TEMPLATE)).decode()
     except (OSError, UnicodeDecodeError):
-        found = _settings(corpus).get("chat_template")
-        return found if isinstance(found, str) else None
+        template = _settings(corpus).get("chat_template")
+        return template if isinstance(template, str) else None
 
 
 def _settings(corpus: str) -> dict[str, Any]:
     try:
-        found = parse_json(files.read_bytes(files.join(corpus, "tokenizer/tokenizer_config.json")))
+        settings = parse_json(
+            files.read_bytes(files.join(corpus, "tokenizer/tokenizer_config.json"))
+        )
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 @functools.lru_cache(maxsize=2)

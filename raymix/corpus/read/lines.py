@@ -27,34 +27,35 @@ def lines_between(
     position = max(low - 1, 0)  # of the line in `pending`
     skipping = low > 0  # the line under way belongs to the range before
     pending: list[bytes] = []
-    kept = length = 0
+    kept_bytes = length = 0
     while high is None or position < high:
         chunk = read(CHUNK)
         if not chunk:
             break
         begin = 0
         while (end := chunk.find(b"\n", begin)) >= 0:
-            kept = _keep(pending, chunk, begin, end, limit - kept) + kept
+            kept_bytes = _keep(pending, chunk, begin, end, limit - kept_bytes) + kept_bytes
             length += end - begin
             if not skipping:
                 yield _line(pending, length <= limit)
             position += length + 1
-            pending, kept, length, skipping = list[bytes](), 0, 0, False
+            pending, kept_bytes, length, skipping = list[bytes](), 0, 0, False
             begin = end + 1
             if high is not None and position >= high:
                 return
-        kept += _keep(pending, chunk, begin, len(chunk), limit - kept)
+        # The chunk ends within a line: keep its beginning until the line end is found.
+        kept_bytes += _keep(pending, chunk, begin, len(chunk), limit - kept_bytes)
         length += len(chunk) - begin
     if length and not skipping and (high is None or position < high):
         yield _line(pending, length <= limit)
 
 
-def _keep(pending: list[bytes], chunk: bytes, begin: int, end: int, room: int) -> int:
-    piece = chunk[begin : min(end, begin + room)]
-    pending.append(piece)
-    return len(piece)
+def _keep(pending: list[bytes], chunk: bytes, begin: int, end: int, limit: int) -> int:
+    part = chunk[begin : min(end, begin + limit)]
+    pending.append(part)
+    return len(part)
 
 
-def _line(pending: list[bytes], whole: bool) -> tuple[bytes, bool]:
+def _line(pending: list[bytes], complete: bool) -> tuple[bytes, bool]:
     line = pending[0] if len(pending) == 1 else b"".join(pending)
-    return line.removesuffix(b"\r"), whole
+    return line.removesuffix(b"\r"), complete

@@ -23,14 +23,16 @@ from raymix.recipe import DomainConfig
 from raymix.store.remote import files
 from raymix.store.remote.errors import storage_errors
 
-SMALLEST_PART = 4 << 20
+MIN_PART_BYTES = 4 << 20
 """Bytes of text in a part of a small corpus: a few seconds of tokenizing on one core."""
 
-LARGEST_PART = 64 << 20
+MAX_PART_BYTES = 64 << 20
 """Bytes of text in a part of a huge one, so that there are not too many parts."""
 
-_PARTS_WANTED = 512
-_MOST_SLICES = 1000
+_TARGET_PARTS = 512
+# A part of very many tiny files would be a huge job description, pickled into its task.
+_MAX_SLICES = 1000
+# Text usually shrinks to a quarter; the size only orders and bundles the work.
 _COMPRESSED_RATIO = 4
 
 HeldOut = Literal["by hash", "yes", "no"]
@@ -61,15 +63,21 @@ class Part:
     @property
     def size(self) -> int:
         """Return the estimated bytes of text."""
-        return sum(piece.size for piece in self.slices)
+        return sum(file_slice.size for file_slice in self.slices)
 
     def key(self, *content: object) -> str:
         """Return a hash of the part's input and of `content`: equal means the same output."""
-        pieces = [
-            [piece.file.url, piece.file.size, piece.file.changed, piece.low, piece.high]
-            for piece in self.slices
+        ranges = [
+            [
+                file_slice.file.url,
+                file_slice.file.size,
+                file_slice.file.changed,
+                file_slice.low,
+                file_slice.high,
+            ]
+            for file_slice in self.slices
         ]
-        return digest([self.held_out, pieces, *content])
+        return digest([self.held_out, ranges, *content])
 
 
 def digest(content: object) -> str:
@@ -90,17 +98,17 @@ def plan_parts(
     """
     configs = {domain.name: domain for domain in domains}
     groups: list[tuple[DomainConfig, HeldOut, tuple[SourceFile, ...]]] = []
-    for name, found in sources.items():
-        if found.valid:
-            groups.append((configs[name], "yes", found.valid))
-        groups.append((configs[name], "no" if found.valid else "by hash", found.train))
-    sliced = [_slices(domain, found) for domain, _, found in groups]
-    total = sum(piece.size for slices in sliced for piece in slices)
-    wanted = min(max(total // _PARTS_WANTED, SMALLEST_PART), LARGEST_PART)
+    for name, group_files in sources.items():
+        if group_files.valid:
+            groups.append((configs[name], "yes", group_files.valid))
+        groups.append((configs[name], "no" if group_files.valid else "by hash", group_files.train))
+    sliced = [_slices(domain, group_files) for domain, _, group_files in groups]
+    total = sum(file_slice.size for slices in sliced for file_slice in slices)
+    part_bytes = min(max(total // _TARGET_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
     planned: dict[str, list[Part]] = {name: [] for name in sources}
     for (domain, held_out, _), slices in zip(groups, sliced, strict=True):
         parts = planned[domain.name]
-        for bundle in _bundles(_cut(slices, wanted), wanted):
+        for bundle in _bundles(_cut(slices, part_bytes), part_bytes):
             parts.append(Part(domain.name, len(parts), held_out, tuple(bundle)))
     for name, parts in planned.items():
         if not parts:  # files without a single row group or record batch
@@ -108,35 +116,36 @@ def plan_parts(
     return planned
 
 
-def _bundles(slices: Iterable[FileSlice], wanted: int) -> Iterator[list[FileSlice]]:
+def _bundles(slices: Iterable[FileSlice], part_bytes: int) -> Iterator[list[FileSlice]]:
     bundle: list[FileSlice] = []
     size = 0
-    for piece in slices:
-        if bundle and (size + piece.size > wanted or len(bundle) == _MOST_SLICES):
+    for file_slice in slices:
+        if bundle and (size + file_slice.size > part_bytes or len(bundle) == _MAX_SLICES):
             yield bundle
             bundle, size = list[FileSlice](), 0
-        bundle.append(piece)
-        size += piece.size
+        bundle.append(file_slice)
+        size += file_slice.size
     if bundle:
         yield bundle
 
 
-def _cut(slices: Iterable[FileSlice], wanted: int) -> Iterator[FileSlice]:
+def _cut(slices: Iterable[FileSlice], part_bytes: int) -> Iterator[FileSlice]:
     """Yield the slices, those of byte ranges cut to about `wanted` bytes."""
-    for piece in slices:
-        file, end = piece.file, piece.high
-        count = max(1, round(piece.size / wanted))
+    for file_slice in slices:
+        file, end = file_slice.file, file_slice.high
+        count = max(1, round(file_slice.size / part_bytes))
         if file.format not in ("jsonl", "text") or end is None or count == 1:
-            yield piece
+            yield file_slice
             continue
+        # The cuts fall anywhere; a reader takes the lines that start within its range.
         edges = [end * number // count for number in range(count + 1)]
         for low, high in itertools.pairwise(edges):
             yield FileSlice(file, low, high, high - low)
 
 
-def _slices(domain: DomainConfig, found: tuple[SourceFile, ...]) -> list[FileSlice]:
+def _slices(domain: DomainConfig, domain_files: tuple[SourceFile, ...]) -> list[FileSlice]:
     with ThreadPoolExecutor(8) as pool:
-        cuts = pool.map(_file_slices, itertools.repeat(domain), found)
+        cuts = pool.map(_file_slices, itertools.repeat(domain), domain_files)
         return list(itertools.chain.from_iterable(cuts))
 
 
@@ -148,6 +157,7 @@ def _file_slices(domain: DomainConfig, file: SourceFile) -> list[FileSlice]:
         return _guarded(file, lambda: _arrow_slices(domain, file, column))
     if file.compression:
         return [FileSlice(file, 0, None, file.size * _COMPRESSED_RATIO)]
+    # A paragraph or a whole file can span any cut, so only single lines may be cut by bytes.
     lines = file.format == "jsonl" or domain.text_unit == "line"
     return [FileSlice(file, 0, file.size if lines else None, file.size)]
 
@@ -211,41 +221,43 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
     field = f"{domain.name}.{domain.column_field}"
     if column not in schema.names:
         raise no_column(field, column, file, schema.names)
-    kind: Any = schema.field(column).type
+    column_type: Any = schema.field(column).type
     if domain.messages_column:
-        fits = _is_list(kind) and pa.types.is_struct(kind.value_type)
-        wanted = "a list of messages (role, content)"
+        fits = _is_list(column_type) and pa.types.is_struct(column_type.value_type)
+        expected = "a list of messages (role, content)"
     elif domain.tokens_column:
-        fits = _is_list(kind) and pa.types.is_integer(kind.value_type)
-        wanted = "a list of integers"
+        fits = _is_list(column_type) and pa.types.is_integer(column_type.value_type)
+        expected = "a list of integers"
     else:
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        fits = _is_text(kind)
-        wanted = "text"
+        column_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
+        fits = _is_text(column_type)
+        expected = "text"
     if not fits:
         raise CorpusError.at(
             field,
             column,
-            f"the column is of type {kind} in {file.url}, not {wanted}",
+            f"the column is of type {column_type} in {file.url}, not {expected}",
             fix=f"the columns found are {', '.join(schema.names)}",
         )
 
 
-def no_column(field: str, column: str, file: SourceFile, found: Iterable[str]) -> CorpusError:
+def no_column(field: str, column: str, file: SourceFile, columns: Iterable[str]) -> CorpusError:
     """Return the error for a column that a file lacks."""
-    names = ", ".join(found) or "none"
+    names = ", ".join(columns) or "none"
     return CorpusError.at(
         field, column, f"no such column in {file.url}", fix=f"the columns found are: {names}"
     )
 
 
-def _is_list(kind: pa.DataType) -> bool:
+def _is_list(column_type: pa.DataType) -> bool:
     return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        pa.types.is_list(column_type)
+        or pa.types.is_large_list(column_type)
+        or pa.types.is_fixed_size_list(column_type)
     )
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_text(column_type: pa.DataType) -> bool:
     text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     raw = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-    return any(check(kind) for check in (*text, *raw))
+    return any(check(column_type) for check in (*text, *raw))

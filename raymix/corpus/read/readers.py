@@ -28,10 +28,11 @@ from raymix.store.remote import files
 BATCH_BYTES = 1 << 20
 """Bytes of text decoded at a time from columnar files."""
 
-_EXCERPT = 200
-_MOST_ROWS = 4096
+_EXCERPT_CHARACTERS = 200
+# Bounds the Python objects that are alive at a time where texts are very short.
+_MAX_BATCH_ROWS = 4096
 # A character is at most six bytes of JSON (an escape) and a token id at most eight.
-_ESCAPED = 6
+_MAX_ESCAPE_BYTES = 6
 _LINE_SLACK = 1 << 20
 
 TokenIds = npt.NDArray[np.integer[Any]]
@@ -52,13 +53,13 @@ Value = str | TokenIds | Conversation | Reject
 Records = Iterator[tuple[int, Value | None]]
 
 
-def read_slice(piece: FileSlice, domain: DomainConfig, *, max_characters: int) -> Records:
+def read_slice(file_slice: FileSlice, domain: DomainConfig, *, max_characters: int) -> Records:
     """Yield the records of a slice: the line or row number in the slice (from 1) and the value.
 
     The value is None for a blank line, which is no record but has a number.
 
     Args:
-        piece: What to read.
+        file_slice: The range of a file to read.
         domain: Says which column holds what, and what a document of a text file is.
         max_characters: Longest document wanted; a line far beyond it is not read whole.
 
@@ -66,58 +67,60 @@ def read_slice(piece: FileSlice, domain: DomainConfig, *, max_characters: int) -
         CorpusError: If the file is damaged, or has changed since it was planned.
     """
     try:
-        if piece.file.format == "parquet":
-            yield from _parquet(piece, domain)
-        elif piece.file.format == "arrow":
-            yield from _arrow(piece, domain)
-        elif piece.file.format == "jsonl":
-            yield from _jsonl(piece, domain, max_characters * _ESCAPED + _LINE_SLACK)
+        if file_slice.file.format == "parquet":
+            yield from _parquet(file_slice, domain)
+        elif file_slice.file.format == "arrow":
+            yield from _arrow(file_slice, domain)
+        elif file_slice.file.format == "jsonl":
+            yield from _jsonl(file_slice, domain, max_characters * _MAX_ESCAPE_BYTES + _LINE_SLACK)
         else:
-            yield from _text(piece, domain, max_characters * 4 + 4)
+            yield from _text(file_slice, domain, max_characters * 4 + 4)
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise unreadable(piece.file, error) from error
+        raise unreadable(file_slice.file, error) from error
 
 
 @contextlib.contextmanager
-def _opened(piece: FileSlice) -> Iterator[pa.NativeFile]:
-    filesystem, path = files.locate(piece.file.url)
-    if piece.file.compression:
+def _opened(file_slice: FileSlice) -> Iterator[pa.NativeFile]:
+    filesystem, path = files.locate(file_slice.file.url)
+    if file_slice.file.compression:
         raw = filesystem.open_input_stream(path, compression=None)
-        with raw, pa.CompressedInputStream(raw, piece.file.compression) as source:
+        with raw, pa.CompressedInputStream(raw, file_slice.file.compression) as source:
             yield source
     else:
         with filesystem.open_input_file(path) as source:
             yield source
 
 
-def _parquet(piece: FileSlice, domain: DomainConfig) -> Records:
+def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
     column = domain.column
-    filesystem, path = files.locate(piece.file.url)
+    filesystem, path = files.locate(file_slice.file.url)
     remote = not isinstance(filesystem, pafs.LocalFileSystem)
     with filesystem.open_input_file(path) as source:
         reader = pq.ParquetFile(source, pre_buffer=remote)
-        check_column(domain, piece.file, reader.schema_arrow, column)
-        end = reader.num_row_groups if piece.high is None else piece.high
-        groups = range(piece.low, end)
+        check_column(domain, file_slice.file, reader.schema_arrow, column)
+        end = reader.num_row_groups if file_slice.high is None else file_slice.high
+        groups = range(file_slice.low, end)
         rows = sum(reader.metadata.row_group(group).num_rows for group in groups)
-        batch = min(max(rows * BATCH_BYTES // max(piece.size, 1), 1), _MOST_ROWS)
+        batch = min(max(rows * BATCH_BYTES // max(file_slice.size, 1), 1), _MAX_BATCH_ROWS)
         batches = reader.iter_batches(batch, row_groups=groups, columns=[column], use_threads=False)
         columns = (_column(records.column(0), domain) for records in batches)
         yield from enumerate(chain.from_iterable(columns), 1)
 
 
-def _arrow(piece: FileSlice, domain: DomainConfig) -> Records:
-    with files.open_mapped(piece.file.url) as source:
-        yield from enumerate(_arrow_values(source, piece, domain), 1)
+def _arrow(file_slice: FileSlice, domain: DomainConfig) -> Records:
+    with files.open_mapped(file_slice.file.url) as source:
+        yield from enumerate(_arrow_values(source, file_slice, domain), 1)
 
 
-def _arrow_values(source: pa.NativeFile, piece: FileSlice, domain: DomainConfig) -> Iterator[Value]:
+def _arrow_values(
+    source: pa.NativeFile, file_slice: FileSlice, domain: DomainConfig
+) -> Iterator[Value]:
     column = domain.column
-    for records in _arrow_batches(source, piece):
-        check_column(domain, piece.file, records.schema, column)
+    for records in _arrow_batches(source, file_slice):
+        check_column(domain, file_slice.file, records.schema, column)
         index = records.schema.get_field_index(column)
-        for low in range(0, records.num_rows, _MOST_ROWS):
-            values = records.column(index).slice(low, _MOST_ROWS)
+        for low in range(0, records.num_rows, _MAX_BATCH_ROWS):
+            values = records.column(index).slice(low, _MAX_BATCH_ROWS)
             _check_layout(values)
             yield from _column(values, domain)
 
@@ -131,13 +134,13 @@ def _check_layout(values: pa.Array) -> None:
     values.validate(full=True)
 
 
-def _arrow_batches(source: pa.NativeFile, piece: FileSlice) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(source: pa.NativeFile, file_slice: FileSlice) -> Iterator[pa.RecordBatch]:
     if not is_arrow_file(source):
         yield from pa.ipc.open_stream(source)
         return
     reader = pa.ipc.open_file(source)
-    end = reader.num_record_batches if piece.high is None else piece.high
-    for number in range(piece.low, end):
+    end = reader.num_record_batches if file_slice.high is None else file_slice.high
+    for number in range(file_slice.low, end):
         yield reader.get_batch(number)
 
 
@@ -154,6 +157,7 @@ def _column(values: pa.Array, domain: DomainConfig) -> Iterator[Value]:
     try:
         yield from [_null() if text is None else _decoded(text) for text in values.to_pylist()]
     except UnicodeDecodeError:
+        # One bad row fails the whole batch; taken as bytes, each row is judged on its own.
         raw = values.cast(pa.large_binary()).to_pylist()
         yield from (_null() if text is None else _decoded(text) for text in raw)
 
@@ -174,20 +178,21 @@ def _null() -> Reject:
 def excerpt(value: object) -> str:
     """Return how a bad record begins, in printable form."""
     if isinstance(value, bytes):
-        value = value[: 4 * _EXCERPT].decode(errors="backslashreplace")
+        value = value[: 4 * _EXCERPT_CHARACTERS].decode(errors="backslashreplace")
     text = value if isinstance(value, str) else repr(value)
-    return text[:_EXCERPT].encode(errors="backslashreplace").decode()
+    return text[:_EXCERPT_CHARACTERS].encode(errors="backslashreplace").decode()
 
 
-def _jsonl(piece: FileSlice, domain: DomainConfig, limit: int) -> Records:
-    with _opened(piece) as source:
-        if piece.low:
-            source.seek(piece.low - 1)
-        lines = lines_between(source.read, piece.low, piece.high, limit=limit)
-        for number, (line, whole) in enumerate(lines, 1):
-            if number == 1 and not piece.low:
+def _jsonl(file_slice: FileSlice, domain: DomainConfig, limit: int) -> Records:
+    with _opened(file_slice) as source:
+        if file_slice.low:
+            source.seek(file_slice.low - 1)
+        lines = lines_between(source.read, file_slice.low, file_slice.high, limit=limit)
+        for number, (line, complete) in enumerate(lines, 1):
+            if number == 1 and not file_slice.low:
+                # The byte order mark that some Windows tools write is not part of the JSON.
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if not whole:
+            if not complete:
                 yield number, Reject("line too long", excerpt(line))
             else:
                 yield number, json_value(line, domain) if line.strip() else None
@@ -229,14 +234,14 @@ def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
     return Reject("not a list of token ids", excerpt(line))
 
 
-def _text(piece: FileSlice, domain: DomainConfig, limit: int) -> Records:
-    with _opened(piece) as source:
+def _text(file_slice: FileSlice, domain: DomainConfig, limit: int) -> Records:
+    with _opened(file_slice) as source:
         if domain.text_unit == "file":
             yield 1, _whole_file(source, limit)
             return
-        if piece.low:
-            source.seek(piece.low - 1)
-        lines = lines_between(source.read, piece.low, piece.high, limit=limit)
+        if file_slice.low:
+            source.seek(file_slice.low - 1)
+        lines = lines_between(source.read, file_slice.low, file_slice.high, limit=limit)
         numbered = enumerate(lines, 1)
         yield from _lines(numbered) if domain.text_unit == "line" else _paragraphs(numbered, limit)
 
@@ -250,8 +255,8 @@ Lines = Iterator[tuple[int, tuple[bytes, bool]]]
 
 
 def _lines(numbered: Lines) -> Records:
-    for number, (line, whole) in numbered:
-        if whole:
+    for number, (line, complete) in numbered:
+        if complete:
             yield number, _decoded(line) if line.strip() else None
         else:
             yield number, TOO_LONG
@@ -278,16 +283,16 @@ def _paragraph(lines: list[bytes], size: int, limit: int) -> Value:
     return _decoded(b"\n".join(lines)) if size <= limit else TOO_LONG
 
 
-def check_first_line(piece: FileSlice, domain: DomainConfig) -> None:
+def check_first_line(file_slice: FileSlice, domain: DomainConfig) -> None:
     """Check that the first JSON object of a file has the column the domain reads.
 
     Raises:
         CorpusError: If it has not; the message lists the keys found. Bad JSON is not judged here.
     """
     record: object = None
-    with contextlib.suppress(OSError, ValueError, RecursionError), _opened(piece) as source:
+    with contextlib.suppress(OSError, ValueError, RecursionError), _opened(file_slice) as source:
         line, _ = next(lines_between(source.read, 0, None, limit=1 << 24), (b"null", True))
         record = json.loads(line.decode("utf-8-sig"))
     column = domain.column
     if isinstance(record, dict) and column not in record:
-        raise no_column(f"{domain.name}.{domain.column_field}", column, piece.file, record)
+        raise no_column(f"{domain.name}.{domain.column_field}", column, file_slice.file, record)

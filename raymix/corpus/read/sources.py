@@ -23,6 +23,7 @@ _FORMATS: dict[str, Format] = {
     "pq": "parquet",
     "jsonl": "jsonl",
     "ndjson": "jsonl",
+    # Hugging Face datasets name JSON Lines files .json.
     "json": "jsonl",
     "txt": "text",
     "text": "text",
@@ -32,10 +33,10 @@ _FORMATS: dict[str, Format] = {
     "feather": "arrow",
 }
 _COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bz2"}
-_MAGIC = re.compile(r"[*?\[]")
+_WILDCARD = re.compile(r"[*?\[]")
 # What `glob.escape` makes of a character that is meant as it stands.
 _ESCAPE = re.compile(r"\[([*?\[])\]")
-_SHOWN = 10
+_MAX_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
             known format, both trained on and held out, or inside the corpus to be written.
     """
     problems: list[str] = []
-    found: dict[str, DomainSources] = {}
+    sources: dict[str, DomainSources] = {}
     listings = Listings()  # thousands of domains may share a directory
     for number, domain in enumerate(config.domains):
         path = f"corpus.domains.{number}"
@@ -73,10 +74,10 @@ def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
         valid = _expand_all(f"{path}.valid", domain.valid, domain, problems, listings)
         problems += _overlaps(path, train, valid)
         problems += _inside(f"{path}.train", config.path, domain.name, (*train, *valid))
-        found[domain.name] = DomainSources(train, valid)
+        sources[domain.name] = DomainSources(train, valid)
     if problems:
         raise CorpusError(*problems)
-    return found
+    return sources
 
 
 def _expand_all(
@@ -86,14 +87,14 @@ def _expand_all(
     problems: list[str],
     listings: Listings,
 ) -> tuple[SourceFile, ...]:
-    found: dict[str, SourceFile] = {}
+    matched: dict[str, SourceFile] = {}
     for pattern in globs:
         try:
             for url, info in expand(path, pattern, listings):
-                found.setdefault(url, _source_file(path, url, info, domain))
+                matched.setdefault(url, _source_file(path, url, info, domain))
         except CorpusError as error:
             problems += error.problems
-    return tuple(found.values())
+    return tuple(matched.values())
 
 
 def _source_file(path: str, url: str, info: pafs.FileInfo, domain: DomainConfig) -> SourceFile:
@@ -188,18 +189,18 @@ def expand(
         raise known or CorpusError.at(path, pattern, f"cannot be listed: {error}") from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")
-    found = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
-    if not found:
+    matched = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
+    if not matched:
         files.check_store(root, path)  # nothing is listed of a bucket that does not exist
-        raise CorpusError.at(path, pattern, "no file matches", fix=_what_is_there(pattern))
-    return found
+        raise CorpusError.at(path, pattern, "no file matches", fix=_describe_directory(pattern))
+    return matched
 
 
 def _split(pattern: str) -> tuple[str, list[str]]:
     """Return the part of a glob before its first magic segment, and the segments after it."""
     segments = pattern.split("/")
-    magic = [bool(_MAGIC.search(_ESCAPE.sub("", segment))) for segment in segments]
-    first = magic.index(True) if True in magic else len(segments)
+    is_wildcard = [bool(_WILDCARD.search(_ESCAPE.sub("", segment))) for segment in segments]
+    first = is_wildcard.index(True) if True in is_wildcard else len(segments)
     root = _ESCAPE.sub(r"\1", "/".join(segments[:first]))
     return (root or ("/" if pattern.startswith("/") else ".")), segments[first:]
 
@@ -209,6 +210,7 @@ def _matcher(segments: tuple[str, ...]) -> re.Pattern[str]:
     parts = []
     for number, segment in enumerate(segments):
         last = number == len(segments) - 1
+        # Like a shell: neither `*` nor `**` matches hidden names such as `.cache`.
         if segment == "**":
             parts.append(r"(?:[^/.][^/]*/)*" + (r"[^/.][^/]*" if last else ""))
         else:
@@ -240,24 +242,24 @@ def _plain_file(path: str, url: str, info: pafs.FileInfo) -> pafs.FileInfo:
             path,
             url,
             "a directory",
-            allowed=_what_is_there(url + "/*"),
+            allowed=_describe_directory(url + "/*"),
             fix=f"name the files in it, such as {files.join(url, '*.parquet')}",
         )
-    raise CorpusError.at(path, url, "no such file", fix=_what_is_there(url))
+    raise CorpusError.at(path, url, "no such file", fix=_describe_directory(url))
 
 
-def _what_is_there(pattern: str) -> str:
+def _describe_directory(pattern: str) -> str:
     """Return a sentence on what lies in the deepest directory of a pattern that exists."""
     root, _ = _split(pattern)
-    wanted = pattern.rsplit("/", 1)[-1]
+    name = pattern.rsplit("/", 1)[-1]
     while "/" in root.rstrip("/") and not _is_directory(root):
         root = root.rstrip("/").rsplit("/", 1)[0] or "/"
     names = files.list_directory(root) if _is_directory(root) else []
     if not names:
         return f"{root} is empty" if _is_directory(root) else f"{root} does not exist"
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    hint = did_you_mean(wanted, names)
-    return f"{root} holds {', '.join(names[:_SHOWN])}{more}. {hint}".strip()
+    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
+    hint = did_you_mean(name, names)
+    return f"{root} holds {', '.join(names[:_MAX_NAMES_SHOWN])}{more}. {hint}".strip()
 
 
 def _is_directory(url: str) -> bool:

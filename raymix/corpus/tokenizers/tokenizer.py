@@ -33,7 +33,7 @@ END_OF_TEXT = "<|endoftext|>"
 _DIRECTORY = "tokenizer"
 _BYTE_EOS = 256
 # No UTF-8 text holds this byte, so it can stand for the end of a document for a moment.
-_NEVER = b"\xff"
+_SEPARATOR = b"\xff"
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 TokenArray = npt.NDArray[np.unsignedinteger]
@@ -68,9 +68,9 @@ class ByteEncoder:
     def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
         raw = [text.encode() for text in texts]
-        joined = np.frombuffer(_NEVER.join([*raw, b""]), dtype=np.uint8)
+        joined = np.frombuffer(_SEPARATOR.join([*raw, b""]), dtype=np.uint8)
         tokens = joined.astype(np.uint16)
-        tokens[joined == _NEVER[0]] = _BYTE_EOS
+        tokens[joined == _SEPARATOR[0]] = _BYTE_EOS
         return tokens, np.fromiter((len(item) + 1 for item in raw), np.int64, len(raw))
 
     def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
@@ -116,19 +116,19 @@ def _with_end(edges: list[int], text: str, spans: Sequence[Span], size: int) -> 
     """Return the edges, those of end-of-text among them where an answer comes last."""
     if spans and not text[spans[-1][1] :].strip():
         edges = [*edges, size - 1, size]
-    found: list[int] = []
+    merged: list[int] = []
     for first, last in zip(edges[::2], edges[1::2], strict=True):
         # Nothing comes before the first token that it could be predicted from.
         first = max(first, 1)
-        if found and first <= found[-1]:
-            found[-1] = max(last, found[-1])
+        if merged and first <= merged[-1]:
+            merged[-1] = max(last, merged[-1])
         elif first < last:
-            found += [first, last]
-    return np.array(found, dtype=np.int64)
+            merged += [first, last]
+    return np.array(merged, dtype=np.int64)
 
 
 @contextlib.contextmanager
-def rust_threads(wanted: bool) -> Iterator[None]:
+def rust_threads(enabled: bool) -> Iterator[None]:
     """Let the `tokenizers` library use threads of its own, or not, for a while.
 
     Its threads spin while they wait for work: over the small batches of encoding that costs a
@@ -136,7 +136,7 @@ def rust_threads(wanted: bool) -> Iterator[None]:
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
-    os.environ[name] = "true" if wanted else "false"
+    os.environ[name] = "true" if enabled else "false"
     try:
         yield
     finally:
@@ -170,6 +170,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
+    # One call over the whole sample: here the library's own threads have work.
     with rust_threads(True):
         tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -177,6 +178,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def fingerprint(serialized: str) -> str:
     """Return the hash of the canonical form of a tokenizer's JSON."""
+    # Two writers of one tokenizer may order or indent its keys differently.
     canonical = json.dumps(parse_json(serialized), sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
@@ -188,6 +190,7 @@ class LoadedTokenizer:
         """Hold `tokenizer` with padding and truncation off; `beside` are its other files."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
+        # A tokenizer saved for a model often cuts or pads to its context: documents would too.
         self._json = tokenizer.to_str()
         self._eos = eos
         self._beside = beside
@@ -195,6 +198,7 @@ class LoadedTokenizer:
         self.info = TokenizerInfo(
             kind=kind,
             fingerprint=fingerprint(self._json),
+            # Not len(vocabulary): some published tokenizers leave ids out.
             vocab_size=max(vocabulary.values()) + 1,
             eos_id=vocabulary[eos],
         )
@@ -215,6 +219,7 @@ class LoadedTokenizer:
         texts = {**self._beside, "tokenizer_config.json": json.dumps(configuration, indent=2)}
         for name, text in texts.items():
             atomic_write_text(files.join(corpus, _DIRECTORY, name), text)
+        # Last, so that its presence means the directory is complete.
         target = files.join(corpus, _DIRECTORY, "tokenizer.json")
         atomic_write_text(target, self._json)
 

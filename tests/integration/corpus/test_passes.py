@@ -233,8 +233,8 @@ def test_entropies_are_exact_however_the_stream_is_cut(
     runs: list[tuple[str, int, int]] = []
     edges = [0, *sorted(cut for cut in cuts if cut < len(stream)), len(stream)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entropy, "STRETCH", stretch)
-        patch.setattr(entropy, "_MERGED", merged)
+        patch.setattr(entropy, "STRETCH_TOKENS", stretch)
+        patch.setattr(entropy, "_MERGE_RECORDS", merged)
         for low, high in pairwise(edges):
             url = str(root / str(low))
             lead = min(low, 1)
@@ -257,8 +257,8 @@ def piece(stream: list[int], starts: set[int], low: int, high: int) -> TokenPiec
 
 
 def test_large_splits_count_every_kth_stretch() -> None:
-    assert entropy.pair_stride(entropy.MOST_PAIRS) == 1
-    assert entropy.pair_stride(entropy.MOST_PAIRS * 10) == 10
+    assert entropy.pair_stride(entropy.MAX_PAIRS) == 1
+    assert entropy.pair_stride(entropy.MAX_PAIRS * 10) == 10
 
 
 @pytest.mark.parametrize(

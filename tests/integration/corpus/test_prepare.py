@@ -154,7 +154,7 @@ def test_bad_records_are_counted_and_shown(tmp_path: Path) -> None:
 
 
 def test_line_numbers_hold_across_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raymix.corpus.read.parts.SMALLEST_PART", 1000)
+    monkeypatch.setattr("raymix.corpus.read.parts.MIN_PART_BYTES", 1000)
     rows: list[Any] = [{"text": text} for text in texts(300, "good")]
     path = jsonl(tmp_path / "a.jsonl", [*rows[:200], "", "bad", *rows[200:], "worse"])
     found = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
@@ -197,7 +197,7 @@ def test_same_bytes_however_it_is_cut_short(
     tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted after every job in turn and run again, the corpus is the same to the byte."""
-    monkeypatch.setattr("raymix.corpus.read.parts.SMALLEST_PART", 4000)
+    monkeypatch.setattr("raymix.corpus.read.parts.MIN_PART_BYTES", 4000)
     monkeypatch.setattr("raymix.corpus.passes.assemble.SHARD_BYTES", 9000)
     options = {"tokenizer": {"train": "bpe", "vocab_size": 300}, "block_tokens": 4096}
     whole = config(tmp_path / "whole", sources, **options)
@@ -382,7 +382,7 @@ def test_missing_shard_of_a_finished_corpus(tmp_path: Path, sources: list[dict[s
 
 def test_any_store_will_do(sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     # Readers of one file in fsspec's memory store share their position.
-    monkeypatch.setattr("raymix.corpus.runner._MOST_THREADS", 1)
+    monkeypatch.setattr("raymix.corpus.runner._MAX_THREADS", 1)
     document = {"path": "memory://raymix-prepare/c", "domains": sources}
     found = CorpusConfig.model_validate(document)
     manifest = run(found)

@@ -27,7 +27,7 @@ def content(root: str) -> dict[str, str]:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the work finer than a small corpus would be; the plan is made in this process."""
-    monkeypatch.setattr("raymix.corpus.read.parts.SMALLEST_PART", 200_000)
+    monkeypatch.setattr("raymix.corpus.read.parts.MIN_PART_BYTES", 200_000)
     monkeypatch.setattr("raymix.corpus.passes.assemble.SHARD_BYTES", 500_000)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymix.corpus.read.parts import SMALLEST_PART, plan_parts
+from raymix.corpus.read.parts import MIN_PART_BYTES, plan_parts
 from raymix.corpus.read.sources import expand, file_format, find_sources
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DomainConfig
@@ -149,7 +149,7 @@ def plan(tmp: Path, **domain: object) -> list[tuple[str, int, int | None]]:
 
 
 def test_parquet_is_cut_by_row_groups(tmp_path: Path) -> None:
-    table = pa.table({"text": ["abcdefgh" * (SMALLEST_PART // 16)] * 4, "id": [1, 2, 3, 4]})
+    table = pa.table({"text": ["abcdefgh" * (MIN_PART_BYTES // 16)] * 4, "id": [1, 2, 3, 4]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="none",
                    use_dictionary=False)  # fmt: skip
     found = config(tmp_path, train=f"{tmp_path}/a.parquet")
@@ -160,7 +160,7 @@ def test_parquet_is_cut_by_row_groups(tmp_path: Path) -> None:
 
 
 def test_lines_are_cut_by_bytes_and_the_rest_by_files(tmp_path: Path) -> None:
-    size = 5 * SMALLEST_PART // 2
+    size = 5 * MIN_PART_BYTES // 2
     (tmp_path / "a.jsonl").write_bytes(b"x" * size)
     (tmp_path / "a.txt").write_bytes(b"x" * size)
     edges = [0, size // 2, size]
