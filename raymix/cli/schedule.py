@@ -222,7 +222,8 @@ def _write(document: Mapping[str, Any], found: Comparison, page: Path) -> list[s
     from raymix.store import atomic_write_text
 
     data = page.with_suffix(".json")
-    schedules = {name: tally.last for name, tally in found.tallies.items() if tally.last}
+    totals = found.totals.items()
+    schedules = {name: total.last_schedule for name, total in totals if total.last_schedule}
     html = schedule_page(document, schedules, twin=data.name)
     atomic_write_text(str(data), json_module.dumps(jsonable(document), allow_nan=False) + "\n")
     atomic_write_text(str(page), html)

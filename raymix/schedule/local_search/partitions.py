@@ -1,6 +1,7 @@
-"""Cutting groups' sequences into micro-batches, seating and improving all of them side by side.
+"""Partitions of groups into micro-batches, assigned to slots and improved for all groups at once.
 
-Legend: K sequences of the batch, longest first; M micro-batches of a group; see `seating`.
+Legend: K sequences of the batch, longest first; M micro-batches of a group; B, C, S as in
+`assignment`, where the rows are the micro-batches of all partitions one after the other.
 """
 
 from __future__ import annotations
@@ -12,71 +13,77 @@ import numpy as np
 
 from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import Placement
-from raymix.schedule.group import Split, alike, balanced, fewest, strided
+from raymix.schedule.group import (
+    SplitFunction,
+    min_micro_batches,
+    split_balanced,
+    split_by_length,
+    split_strided,
+)
 from raymix.schedule.layout import Floats, Ints, Layout
-from raymix.schedule.local_search.assignment import Loads, Tables, first_seats
-from raymix.schedule.local_search.moves import improve, inserted
-from raymix.schedule.local_search.rules import estimates, rules
+from raymix.schedule.local_search.assignment import CostTables, Loads, assign_by_rules
+from raymix.schedule.local_search.moves import improve, insert_unassigned
+from raymix.schedule.local_search.rules import estimate_seconds, width_rules
 
-_SPLITS: tuple[Split, ...] = (balanced, strided, alike)
-# Below this part of the memory, cutting into more micro-batches than needed cannot pay: two
-# micro-batches whose seats fit in one are never slower as one.
-_SLACK = 0.6
+_SPLITS: tuple[SplitFunction, ...] = (split_balanced, split_strided, split_by_length)
+# Below this fraction of the memory, more micro-batches than needed cannot pay: merging two whose
+# assignments fit in one is never slower.
+_MIN_FILL_TO_SPLIT = 0.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchBudget:
-    """How much is tried."""
+    """Limits of the search of `refine`: numbers of candidates and rounds, and tolerances."""
 
-    annealed: bool
-    """Whether all starts are followed, and annealed in the end; else only the fastest is."""
-    more: int
+    extra_micro_batches: int
     """Micro-batches tried beyond the fewest, where memory is short."""
-    seated: int
-    """Cuts of a group that are seated; the others are only estimated."""
-    rules: int
-    """Rules of each kind that are tried in a micro-batch."""
-    dense: bool
-    """Whether more rules of several widths are judged."""
-    starts: int
-    """Seats of a micro-batch that are improved by moves."""
-    kept: int
-    """Cuts of a group that are improved by moves."""
-    moves: int
-    """Moves in a micro-batch, at most."""
-    moves_after: int
-    """The same after a trade."""
-    rules_after: int
-    """Rules of each kind that are tried after a trade."""
-    starts_after: int
-    """Seats found anew after a trade, besides those with the new sequence put in."""
-    tried: int
+    assigned_partitions: int
+    """Partitions of a group that are assigned to slots; the others are only estimated."""
+    improved_partitions: int
+    """Partitions of a group that are improved by moves."""
+    rules_per_kind: int
+    """Width rules of each kind that are assigned in a micro-batch."""
+    dense_rules: bool
+    """Whether more of the rules for several widths are estimated."""
+    start_assignments: int
+    """Assignments of a micro-batch that are improved by moves."""
+    max_moves: int
+    """Moves and swaps in a micro-batch."""
+    move_candidates: int
     """Sequences of the slowest rank that are tried in a move."""
-    swapped: int
-    """Others to swap them with."""
-    even: float
-    """Ranks that wait for less than this part of the time are balanced well enough."""
-    rounds: int
-    """Rounds of trades, at most."""
-    drawn: int
-    """Trades drawn per round and pair, besides those chosen by size."""
+    swap_candidates: int
+    """Sequences of other ranks that are tried as their partners in a swap."""
+    balance_tolerance: float
+    """Fraction of the time below which the mean wait of ranks is not worth a swap."""
+    max_exchange_rounds: int
+    """Rounds of exchanges between micro-batches."""
     patience: int
-    """Rounds without a gain after which trading goes on."""
-    worth: float
-    """What counts as a gain, as a part of the time."""
+    """Rounds without a gain after which the exchanges still go on."""
+    min_round_gain: float
+    """Fraction of the time that counts as a gain of a round."""
+    random_exchanges: int
+    """Random exchanges per round and pair of groups, besides those chosen by work."""
+    exchange_rules_per_kind: int
+    """`rules_per_kind` after an exchange."""
+    exchange_start_assignments: int
+    """Assignments by rules after an exchange, besides the old one with the sequence inserted."""
+    exchange_max_moves: int
+    """`max_moves` after an exchange."""
+    anneal: bool
+    """Whether all starts are improved and the plans annealed; else only the fastest start is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """A group's sequences cut into micro-batches, and where they sit."""
+class Partition:
+    """A group's sequences in micro-batches, with their assignments to slots and times."""
 
     group: int
     parts: list[Ints]
-    """Sequences of each micro-batch, by position in the batch, rising."""
+    """Sequences of each micro-batch, by index in the batch, rising."""
     slots: list[Ints]
-    """Their slots, the best first, (S, K) each; none where they are not seated yet."""
+    """Their assignments, the best first, (S, K) each; empty before the first assignment."""
     second_M: Floats
-    """Time of each micro-batch with the first of these."""
+    """Time of each micro-batch with the first assignment, or an estimate before it."""
 
     @property
     def seconds(self) -> float:
@@ -84,151 +91,184 @@ class Cut:
         return float(self.second_M.sum())
 
 
-_UNKNOWN = np.full(1, np.inf)
+_UNKNOWN_S = np.full(1, np.inf)
 
 
 @dataclass(frozen=True, slots=True)
-class Cutter:
-    """Finds cuts of a batch's groups."""
+class PartitionSearch:
+    """Builds, assigns and improves partitions of a batch's groups."""
 
     length_K: Ints
     layout: Layout
     cost: CostModel
-    effort: SearchBudget
+    budget: SearchBudget
 
-    def split(self, groups: Sequence[Ints]) -> list[Cut]:
-        """Return the most promising cuts of each group, given its sequences, rising."""
-        cuts: list[Cut] = []
+    def split(self, groups: Sequence[Ints]) -> list[Partition]:
+        """Return the partitions of each group with the least estimated time.
+
+        Args:
+            groups: Sequences of each group, rising.
+        """
+        partitions: list[Partition] = []
         for group, ids in enumerate(groups):
-            n = fewest(self.length_K[ids], self.layout, self.cost)
-            while not (found := self._split(group, ids, n)):
-                n += 1
-            cuts += found
-            most = min(n + self.effort.more, ids.size) if self._short(ids, n) else n
-            for more in range(n + 1, most + 1):
-                cuts += self._split(group, ids, more)
-        return fastest(self._estimated(cuts), self.effort.seated)
+            n_parts = min_micro_batches(self.length_K[ids], self.layout, self.cost)
+            while not (of_fewest := self._split(group, ids, n_parts)):
+                n_parts += 1
+            partitions += of_fewest
+            max_parts = n_parts
+            if self._is_memory_short(ids, n_parts):
+                max_parts = min(n_parts + self.budget.extra_micro_batches, ids.size)
+            for more_parts in range(n_parts + 1, max_parts + 1):
+                partitions += self._split(group, ids, more_parts)
+        return fastest(self._estimate(partitions), self.budget.assigned_partitions)
 
-    def _estimated(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """Return the cuts with estimated times."""
-        tables = self._tables(cuts)
-        return list(cuts) if tables is None else _filled(cuts, [], estimates(tables))
+    def _estimate(self, partitions: Sequence[Partition]) -> list[Partition]:
+        """Return the partitions with estimated times."""
+        tables = self._tables(partitions)
+        if tables is None:
+            return list(partitions)
+        return _with_assignments(partitions, [], estimate_seconds(tables))
 
-    def seated(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """Return the cuts with the best seats by rules of width."""
-        tables = self._tables(cuts)
-        return (
-            list(cuts) if tables is None else _filled(cuts, *self._first(tables, self.effort.rules))
+    def assign(self, partitions: Sequence[Partition]) -> list[Partition]:
+        """Return the partitions with the best assignments by width rules."""
+        tables = self._tables(partitions)
+        if tables is None:
+            return list(partitions)
+        assignments, second_B = self._assign_by_rules(tables, self.budget.rules_per_kind)
+        return _with_assignments(partitions, assignments, second_B)
+
+    def improve(self, partitions: Sequence[Partition]) -> list[Partition]:
+        """Return the best partition of each group after moves in the best few of each."""
+        selected = fastest(partitions, self.budget.improved_partitions)
+        return fastest(self._improve(selected, self.budget.max_moves), 1)
+
+    def improve_exchanged(self, partitions: Sequence[Partition]) -> list[Partition]:
+        """Return partitions improved after exchanges; a sequence just added has slot -1."""
+        tables = self._tables(partitions)
+        if tables is None:
+            return list(partitions)
+        old_slots = [slot_SK for partition in partitions for slot_SK in partition.slots]
+        slot_BK = insert_unassigned(tables, _stack(tables, old_slots))
+        fits_B = ((slot_BK >= 0) | (tables.length_BK == 0)).all(axis=1)
+        assignments = [
+            slot_K[None] if fits else slot_K[None][:0]
+            for slot_K, fits in zip(slot_BK, fits_B.tolist(), strict=True)
+        ]
+        # A new sequence without a free slot needs an assignment by rules in any case: one exists,
+        # as an exchange keeps the sharded tokens within memory.
+        n_starts = self.budget.exchange_start_assignments
+        rows = np.flatnonzero(~fits_B | (n_starts > 0))
+        if rows.size:
+            by_rules, _ = self._assign_by_rules(
+                tables.rows(rows), self.budget.exchange_rules_per_kind
+            )
+            for row, slot_SK in zip(rows.tolist(), by_rules, strict=True):
+                assignments[row] = np.vstack([assignments[row], slot_SK[: max(1, n_starts)]])
+        unimproved = _with_assignments(partitions, assignments, np.zeros(len(assignments)))
+        return self._improve(unimproved, self.budget.exchange_max_moves)
+
+    def _assign_by_rules(self, tables: CostTables, max_rules: int) -> tuple[list[Ints], Floats]:
+        """Return assignments by rules, (S, K) per micro-batch, and the times of the first, (B,)."""
+        level_BXK = width_rules(tables, max_rules, dense=self.budget.dense_rules)
+        slot_BSK, second_BS = assign_by_rules(tables, level_BXK, self.budget.start_assignments)
+        fits_BS = second_BS < np.inf
+        fitting = [slot_SK[fits] for slot_SK, fits in zip(slot_BSK, fits_BS, strict=True)]
+        return fitting, second_BS[:, 0]
+
+    def _improve(self, partitions: Sequence[Partition], max_moves: int) -> list[Partition]:
+        """Return the partitions with the best of their assignments after moves."""
+        tables = self._tables(partitions)
+        if tables is None:
+            return list(partitions)
+        assignments = [slot_SK for partition in partitions for slot_SK in partition.slots]
+        count_B = np.array([slot_SK.shape[0] for slot_SK in assignments])
+        # One row per assignment: all assignments of all micro-batches are improved in one call.
+        repeated = tables.rows(np.repeat(np.arange(count_B.size), count_B))
+        slot_CK = improve(repeated, _stack(repeated, assignments), max_moves, self.budget)
+        second_C = Loads.of(repeated, slot_CK).seconds(self.cost).max(axis=1)
+        begin_B = np.cumsum(count_B) - count_B
+        ranges = zip(begin_B.tolist(), (begin_B + count_B).tolist(), strict=True)
+        best_B = [begin + int(second_C[begin:end].argmin()) for begin, end in ranges]
+        best_slots = [slot_CK[row : row + 1] for row in best_B]
+        return _with_assignments(partitions, best_slots, second_C[best_B])
+
+    def of_placement(self, group: int, ids: Ints, placement: Placement) -> Partition:
+        """Return one group's partition in a placement; its times are not computed (0)."""
+        slots, width_K = self.layout.slots, placement.width_K[ids]
+        # Slots are sorted by width, and those of one width by first rank.
+        begin_K = np.searchsorted(slots.width_T, width_K)
+        slot_K = begin_K + placement.first_K[ids] % self.layout.context // width_K
+        micro_K = placement.micro_K[ids]
+        parts = [np.flatnonzero(micro_K == micro) for micro in np.unique(micro_K)]
+        return Partition(
+            group,
+            [ids[part] for part in parts],
+            [slot_K[None, part] for part in parts],
+            np.zeros(len(parts)),
         )
 
-    def improved(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """Return the best cut of each group after moves; only the best few of each are moved."""
-        return fastest(self._moved(fastest(cuts, self.effort.kept), self.effort.moves), 1)
+    def _tables(self, partitions: Sequence[Partition]) -> CostTables | None:
+        """Return the cost tables of all micro-batches, or None if there are none."""
+        parts = [self.length_K[part] for partition in partitions for part in partition.parts]
+        return CostTables.of(parts, self.layout, self.cost) if parts else None
 
-    def traded(self, cuts: Sequence[Cut]) -> list[Cut]:
-        """Return cuts after trades, improved; a sequence that has just come has the slot -1."""
-        tables = self._tables(cuts)
-        if tables is None:
-            return list(cuts)
-        seats = [slot_SK for cut in cuts for slot_SK in cut.slots]
-        slot_BK = inserted(tables, _matrix(tables, seats))
-        fits_B = ((slot_BK >= 0) | (tables.length_BK == 0)).all(axis=1)
-        found = [slot_K[None] if fits else slot_K[None][:0]
-                 for slot_K, fits in zip(slot_BK, fits_B.tolist(), strict=True)]  # fmt: skip
-        at = np.flatnonzero(~fits_B | (self.effort.starts_after > 0))
-        if at.size:
-            fresh, _ = self._first(tables.rows(at), self.effort.rules_after)
-            for row, slot_SK in zip(at.tolist(), fresh, strict=True):
-                found[row] = np.vstack([found[row], slot_SK[: max(1, self.effort.starts_after)]])
-        return self._moved(_filled(cuts, found, np.zeros(len(found))), self.effort.moves_after)
-
-    def _first(self, tables: Tables, most: int) -> tuple[list[Ints], Floats]:
-        """Return seats by rules, (S, K) for each micro-batch, and the time with the first."""
-        effort = self.effort
-        level_BXK = rules(tables, most, dense=effort.dense)
-        slot_BSK, second_BS = first_seats(tables, level_BXK, effort.starts)
-        fits_BS = second_BS < np.inf
-        return [slot_SK[fits] for slot_SK, fits in zip(slot_BSK, fits_BS, strict=True)], second_BS[
-            :, 0
-        ]
-
-    def _moved(self, cuts: Sequence[Cut], moves: int) -> list[Cut]:
-        """Return the cuts with the best of their slots after moves."""
-        tables = self._tables(cuts)
-        if tables is None:
-            return list(cuts)
-        seats = [slot_SK for cut in cuts for slot_SK in cut.slots]
-        count_B = np.array([slot_SK.shape[0] for slot_SK in seats])
-        many = tables.rows(np.repeat(np.arange(count_B.size), count_B))
-        slot_CK = improve(many, _matrix(many, seats), moves, self.effort)
-        second_C = Loads.of(many, slot_CK).seconds(self.cost).max(axis=1)
-        begin_B = np.cumsum(count_B) - count_B
-        ends = zip(begin_B.tolist(), (begin_B + count_B).tolist(), strict=True)
-        best_B = [begin + int(second_C[begin:end].argmin()) for begin, end in ends]
-        return _filled(cuts, [slot_CK[at : at + 1] for at in best_B], second_C[best_B])
-
-    def of_placement(self, group: int, ids: Ints, placed: Placement) -> Cut:
-        """Return the cut of one group that a placement makes; its times are not known yet."""
-        slots, width_K = self.layout.slots, placed.width_K[ids]
-        # Slots of one width follow each other in the order of their first ranks.
-        begin_K = np.searchsorted(slots.width_T, width_K)
-        slot_K = begin_K + placed.first_K[ids] % self.layout.context // width_K
-        micro_K = placed.micro_K[ids]
-        at = [np.flatnonzero(micro_K == micro) for micro in np.unique(micro_K)]
-        return Cut(group, [ids[x] for x in at], [slot_K[None, x] for x in at], np.zeros(len(at)))
-
-    def _tables(self, cuts: Sequence[Cut]) -> Tables | None:
-        parts = [self.length_K[part] for cut in cuts for part in cut.parts]
-        return Tables.of(parts, self.layout, self.cost) if parts else None
-
-    def _split(self, group: int, ids: Ints, n: int) -> list[Cut]:
-        """Return cuts into at most n micro-batches, by every way that works."""
+    def _split(self, group: int, ids: Ints, n_parts: int) -> list[Partition]:
+        """Return partitions into at most `n_parts` micro-batches, one per successful split."""
         if not ids.size:
-            return [Cut(group, [], [], np.zeros(0))]
-        ways = _SPLITS if n > 1 else _SPLITS[:1]
-        found = [split(self.length_K[ids], n, self.layout, self.cost) for split in ways]
+            return [Partition(group, [], [], np.zeros(0))]
+        # Into one part all splits are the same.
+        functions = _SPLITS if n_parts > 1 else _SPLITS[:1]
+        splits = [split(self.length_K[ids], n_parts, self.layout, self.cost) for split in functions]
         return [
-            Cut(group, [ids[part] for part in parts if part.size], [], _UNKNOWN)
-            for parts in found
+            Partition(group, [ids[part] for part in parts if part.size], [], _UNKNOWN_S)
+            for parts in splits
             if parts is not None
         ]
 
-    def _short(self, ids: Ints, n: int) -> bool:
-        """Return whether memory is so short that more than n micro-batches may be faster."""
-        room = n * self.cost.memory_tokens * self.layout.context
-        return int(self.length_K[ids].sum()) > _SLACK * room
+    def _is_memory_short(self, ids: Ints, n_parts: int) -> bool:
+        """Return whether more than `n_parts` micro-batches may be faster."""
+        capacity = n_parts * self.cost.memory_tokens * self.layout.context
+        return int(self.length_K[ids].sum()) > _MIN_FILL_TO_SPLIT * capacity
 
 
-def _matrix(tables: Tables, seats: Sequence[Ints]) -> Ints:
-    """Return all the slots (S, K) one below the other, -1 for padding, shape (C, K)."""
-    slot_CK = np.full((sum(slot_SK.shape[0] for slot_SK in seats), tables.length_BK.shape[1]), -1)
+def _stack(tables: CostTables, assignments: Sequence[Ints]) -> Ints:
+    """Return all assignments (S, K) one below the other, -1 for padding, shape (C, K)."""
+    n_rows = sum(slot_SK.shape[0] for slot_SK in assignments)
+    slot_CK = np.full((n_rows, tables.length_BK.shape[1]), -1)
     begin = 0
-    for slot_SK in seats:
+    for slot_SK in assignments:
         end = begin + slot_SK.shape[0]
         slot_CK[begin:end, : slot_SK.shape[1]] = slot_SK
         begin = end
     return slot_CK
 
 
-def _filled(cuts: Sequence[Cut], seats: Sequence[Ints], second_B: Floats) -> list[Cut]:
-    """Return the cuts with slots and times of all their parts in order; seats may be none."""
-    found: list[Cut] = []
-    row = 0
-    for cut in cuts:
-        rows = slice(row, row + len(cut.parts))
-        row = rows.stop
-        pairs = zip(seats[rows], cut.parts, strict=False)
+def _with_assignments(
+    partitions: Sequence[Partition], assignments: Sequence[Ints], second_B: Floats
+) -> list[Partition]:
+    """Return the partitions with assignments (may be none) and times of all parts in order."""
+    updated: list[Partition] = []
+    begin = 0
+    for partition in partitions:
+        rows = slice(begin, begin + len(partition.parts))
+        begin = rows.stop
+        # Not strict: estimates come without assignments. Rows are cut to the length of the part.
+        pairs = zip(assignments[rows], partition.parts, strict=False)
         slots = [slot_SK[:, : part.size] for slot_SK, part in pairs]
-        found.append(Cut(cut.group, cut.parts, slots, second_B[rows]))
-    return found
+        updated.append(Partition(partition.group, partition.parts, slots, second_B[rows]))
+    return updated
 
 
-def fastest(cuts: Sequence[Cut], kept: int) -> list[Cut]:
-    """Return the fastest cuts, at most `kept` of each group, group by group."""
-    order = sorted(range(len(cuts)), key=lambda at: (cuts[at].group, cuts[at].seconds, at))
-    taken: dict[int, list[Cut]] = {}
-    for at in order:
-        mine = taken.setdefault(cuts[at].group, [])
-        if len(mine) < kept:
-            mine.append(cuts[at])
-    return [cut for mine in taken.values() for cut in mine]
+def fastest(partitions: Sequence[Partition], max_per_group: int) -> list[Partition]:
+    """Return the fastest partitions, at most `max_per_group` of each group, group by group."""
+    # The index breaks ties, so that equal batches have equal plans.
+    order = sorted(
+        range(len(partitions)),
+        key=lambda index: (partitions[index].group, partitions[index].seconds, index),
+    )
+    by_group: dict[int, list[Partition]] = {}
+    for index in order:
+        selected = by_group.setdefault(partitions[index].group, [])
+        if len(selected) < max_per_group:
+            selected.append(partitions[index])
+    return [partition for selected in by_group.values() for partition in selected]
