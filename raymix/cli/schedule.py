@@ -224,7 +224,8 @@ def _write(document: Mapping[str, Any], comparison: Comparison, page: Path) -> l
     from raymix.store import atomic_write_text
 
     data = page.with_suffix(".json")
-    schedules = {name: tally.last for name, tally in comparison.tallies.items() if tally.last}
+    totals = comparison.totals.items()
+    schedules = {name: total.last_schedule for name, total in totals if total.last_schedule}
     html = schedule_page(document, schedules, twin=data.name)
     atomic_write_text(str(data), json_module.dumps(jsonable(document), allow_nan=False) + "\n")
     atomic_write_text(str(page), html)

@@ -1,35 +1,38 @@
-"""Which rank takes which sequence: plans of global batches of long and short sequences.
+"""Sequence scheduling: assignment of long and short sequences of a global batch to ranks.
 
-A step's batch mixes lengths of a hundred tokens and of a hundred thousand. Each sequence can sit
-whole on one rank (local) or be spread over the ranks of a context-parallel group (sharded); a group
-takes its sequences in one micro-batch or several. A planner decides all of it from the lengths, a
-`Layout` of the ranks and a `CostModel` of their speed and memory; the result is a `Schedule`, which
-changes nothing about the gradient: the batch stays as it is, and only sums are reordered.
+A step's batch mixes lengths from a hundred to a hundred thousand tokens. A sequence is either local
+(on one rank) or sharded over a context-parallel (CP) group of ranks, and a rank runs its sequences
+in one micro-batch or several. A planner decides this from the lengths, a `Layout` of the ranks and
+a `CostModel` of their speed and memory. The `Schedule` does not change the gradient: the batch is
+the same, only the order of summation differs.
 
     layout = Layout(groups=4, context=8)
     schedule = plan_batch(lengths, layout, cost)            # planner="refine"
-    schedule.micro_batches(rank)                            # what one rank does, step by step
+    schedule.micro_batches(rank)                            # per micro-step
 
-| planner | what it does | a batch of 256 on 32 ranks costs | when |
+| planner | method | planning time, 256 sequences on 32 ranks | use |
 |---|---|---|---|
-| refine | rules of width, then moves that the cost model likes | 10 to 25 ms | the default |
-| packed | work balanced over groups, everything sharded | 2 ms | all sequences long, fast network |
-| skrull | DACP and GDS (arXiv 2505.19609), repaired | 2 to 6 ms | to compare with the paper |
-| hdp | as few ranks per sequence as hold it (ByteScale) | 2 ms | no barrier, slow network |
-| flexsp | teams of several sizes, by integer programs (FlexSP) | seconds | to compare |
-| milp | the best there is | seconds to hours | up to about 24 sequences |
-| sorted | one sequence per micro-step, by length (LongAlign) | 3 ms | to compare |
-| default | one sequence per micro-step | 3 ms | what one would do unpacked |
+| refine | width rules, then local search on the cost model | 10 to 25 ms | the default |
+| packed | work balanced over groups, everything sharded | 2 ms | long sequences, fast network |
+| skrull | DACP and GDS (arXiv 2505.19609), corrected | 2 to 6 ms | comparison with the paper |
+| hdp | fewest ranks per sequence (ByteScale) | 2 ms | no barrier, slow network |
+| flexsp | CP groups of several sizes, by integer programs (FlexSP) | seconds | comparison |
+| milp | optimal, by an integer program | seconds to hours | up to about 24 sequences |
+| sorted | one sequence per micro-step, by length (LongAlign) | 3 ms | comparison |
+| default | one sequence per micro-step | 3 ms | baseline without packing |
 
-`refine` starts from `packed` and `hdp` too, so it is never slower than those by its cost model. It
-searches batches of up to 24 for up to 0.3 s, in training only where steps are long.
-All planners respect memory, give every rank the same number of micro-batches (empty ones where it
-has nothing), are pure functions of their arguments, and do not care in which order ids come.
+`refine` also evaluates the plans of `packed` and `hdp`: by its cost model it is never slower than
+either. It searches batches of up to 24 sequences for up to 0.3 s, in training only where steps are
+long. All planners respect memory, give every rank the same number of micro-batches (empty ones
+where it has no work), are pure functions of their arguments, and do not depend on the order of ids.
 
-What the plans are worth depends on the cost model. `preset` makes one from a model's shape and
-assumptions about a device; `fit_cost_model` makes one from measurements. On a fast network nearly
-all of the gain over `default` is that of `packed`; where sharding is dear, the rest is as large.
-`compare_planners` (`raymix schedule simulate`) shows which it is for a corpus.
+How much a plan gains depends on the cost model. `preset` derives one from a model's shape and
+assumptions about a device; `fit_cost_model` fits one to measurements. On a fast network `packed`
+reaches nearly all of the gain over `default`; where sharding is expensive, the rest is as large.
+`compare_planners` (`raymix schedule simulate`) measures it for a corpus.
+
+Read in this order: `layout` and `cost` (ranks, seconds and memory), `plan` (schedules), `base` and
+`planners` (the registry and the methods), `local_search` (the search of `refine`).
 """
 
 from raymix.schedule.base import Planner, get_planner, known_planners, plan_batch
@@ -47,8 +50,8 @@ from raymix.schedule.layout import Layout
 from raymix.schedule.lengths import known_distributions, sample_lengths
 from raymix.schedule.plan import MicroBatch, Schedule, Shard
 from raymix.schedule.planners import baselines, exact, flexsp, hdp, refine, skrull
-from raymix.schedule.planners.exact import Exact, solve_exact
-from raymix.schedule.planners.paced import training_planner
+from raymix.schedule.planners.exact import ExactPlan, solve_exact
+from raymix.schedule.planners.refine import training_planner
 from raymix.schedule.planners.skrull import dacp
 
 __all__ = [
@@ -56,7 +59,7 @@ __all__ = [
     "NETWORKS",
     "Comparison",
     "CostModel",
-    "Exact",
+    "ExactPlan",
     "Layout",
     "Link",
     "Measurement",

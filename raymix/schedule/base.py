@@ -1,4 +1,7 @@
-"""The seam of planners: `Planner`, the registry of names, and `plan_batch`."""
+"""The planner interface: `Planner`, the registry of names, and `plan_batch`.
+
+Legend: K sequences.
+"""
 
 from __future__ import annotations
 
@@ -12,60 +15,68 @@ from raymix.errors import ScheduleError, did_you_mean
 from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import Placement
 from raymix.schedule.layout import Ints, Layout
-from raymix.schedule.plan import Schedule, checked_lengths
+from raymix.schedule.plan import Schedule, validate_lengths
 
 
 @runtime_checkable
 class Planner(Protocol):
-    """Decides where the sequences of a global batch go."""
+    """Assigns the sequences of a global batch to ranks and micro-steps."""
 
     def plan(self, lengths: ArrayLike, layout: Layout, cost: CostModel) -> Schedule:
         """Return the schedule of a batch; `lengths` in tokens, shape (K,).
 
         Raises:
-            ScheduleError: If the lengths are no lengths, or one is too long for a group.
+            ScheduleError: If the lengths are invalid, or one is too long for a group.
         """
         ...
 
 
-Place = Callable[[Ints, Layout, CostModel], Placement]
-"""Places sequences, longest first; their order among equals is all that it may not depend on."""
+PlacementFunction = Callable[[Ints, Layout, CostModel], Placement]
+"""Places sequences sorted by length, longest first; must not depend on the order of equal ones."""
 
 
-class PlacingPlanner:
+class FunctionPlanner:
     """A planner around a function of the sorted lengths.
 
-    Sorting first makes every planner deterministic and blind to the order of ids: two orders of
-    a batch get the same times, and sequences of one length may change places.
+    Sorting makes every planner deterministic and independent of the order of ids: two orders of a
+    batch get the same times, up to the rounding of sums in that order; only sequences of equal
+    length may be exchanged.
     """
 
-    def __init__(self, name: str, place: Place) -> None:
-        """Give the function a name."""
+    def __init__(self, name: str, function: PlacementFunction) -> None:
+        """Name the function."""
         self.name = name
-        self._place = place
+        self._function = function
 
     def plan(self, lengths: ArrayLike, layout: Layout, cost: CostModel) -> Schedule:
         """Return the schedule of a batch; see `Planner`."""
-        length_K = checked_lengths(lengths, layout, cost)
+        length_K = validate_lengths(lengths, layout, cost)
+        # Stable: the same ids get the same places on every platform, for ties too.
         order = np.argsort(-length_K, kind="stable")
-        found = self._place(length_K[order], layout, cost) if order.size else _NOWHERE
-        back = np.empty_like(order)
-        back[order] = np.arange(order.size)
-        placed = Placement(found.micro_K[back], found.first_K[back], found.width_K[back])
-        return Schedule.build(self.name, length_K, placed, layout, cost)
+        # Planners take maxima and means over sequences, which numpy refuses for none.
+        placement = (
+            self._function(length_K[order], layout, cost) if order.size else _EMPTY_PLACEMENT
+        )
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(order.size)
+        restored = Placement(
+            placement.micro_K[inverse], placement.first_K[inverse], placement.width_K[inverse]
+        )
+        return Schedule.build(self.name, length_K, restored, layout, cost)
 
 
-_NONE = np.zeros(0, dtype=np.int64)
-_NOWHERE = Placement(_NONE, _NONE, _NONE)
+_NO_INTS = np.zeros(0, dtype=np.int64)
+_EMPTY_PLACEMENT = Placement(_NO_INTS, _NO_INTS, _NO_INTS)
 _PLANNERS: dict[str, Planner] = {}
 
 
-def planner(name: str) -> Callable[[Place], Place]:
-    """Return a decorator that registers a placing function as the planner `name`."""
+def planner(name: str) -> Callable[[PlacementFunction], PlacementFunction]:
+    """Return a decorator that registers a placement function as the planner `name`."""
 
-    def register(place: Place) -> Place:
-        _PLANNERS[name] = PlacingPlanner(name, place)
-        return place
+    def register(function: PlacementFunction) -> PlacementFunction:
+        # The function itself stays usable: `refine` calls `packed` and `hdp` on sorted lengths.
+        _PLANNERS[name] = FunctionPlanner(name, function)
+        return function
 
     return register
 
@@ -79,13 +90,13 @@ def get_planner(name: str) -> Planner:
     """Return a planner by name.
 
     Raises:
-        ScheduleError: If there is none of that name.
+        ScheduleError: If no planner has that name.
     """
     if name not in _PLANNERS:
         known = known_planners()
-        near = did_you_mean(name, known)
+        suggestion = did_you_mean(name, known)
         raise ScheduleError.at(
-            "planner", name, "not a planner", allowed=f"Known: {', '.join(known)}", fix=near
+            "planner", name, "not a planner", allowed=f"Known: {', '.join(known)}", fix=suggestion
         )
     return _PLANNERS[name]
 
@@ -93,7 +104,7 @@ def get_planner(name: str) -> Planner:
 def plan_batch(
     lengths: ArrayLike, layout: Layout, cost: CostModel, planner: str | Planner = "refine"
 ) -> Schedule:
-    """Return which rank takes which sequences of a global batch, micro-step by micro-step.
+    """Return the schedule of a global batch: the sequences of each rank in each micro-step.
 
     A pure function of its arguments: equal ones give equal schedules, on any machine.
 
@@ -101,11 +112,11 @@ def plan_batch(
         lengths: Tokens of each sequence, shape (K,), each >= 1.
         layout: The ranks.
         cost: Times and memory of the model on the hardware; see `fit_cost_model`.
-        planner: One of `known_planners()`, or a planner of your own.
+        planner: One of `known_planners()`, or an object with the method of `Planner`.
 
     Raises:
-        ScheduleError: If the planner is unknown, the lengths are no lengths, or one is too long
-            for a whole group of ranks: the message has the numbers.
+        ScheduleError: If the planner is unknown, the lengths are invalid, or one is too long for
+            a whole group of ranks; the message has the numbers.
     """
-    chosen = get_planner(planner) if isinstance(planner, str) else planner
-    return chosen.plan(lengths, layout, cost)
+    selected = get_planner(planner) if isinstance(planner, str) else planner
+    return selected.plan(lengths, layout, cost)

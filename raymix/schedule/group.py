@@ -1,6 +1,6 @@
-"""What several planners share: balance over groups, cutting a group's share into micro-batches.
+"""Shared parts of planners: balancing groups, splitting a group's sequences into micro-batches.
 
-Legend: K sequences, G groups, N ranks of a group. All lengths come longest first.
+Legend: K sequences, longest first; G groups, N ranks of a group.
 """
 
 from __future__ import annotations
@@ -10,125 +10,137 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-from raymix.schedule.cost.model import CostModel, shards
+from raymix.schedule.cost.model import CostModel, shard_tokens
 from raymix.schedule.cost.timing import Placement
 from raymix.schedule.layout import Floats, Ints, Layout
 
 
-def least_loaded(work_K: Floats, bins: int) -> list[Ints]:
-    """Return the members of each bin: the largest first, each to the bin with the least so far."""
+def lpt_bins(work_K: Floats, n_bins: int) -> list[Ints]:
+    """Return the items of each bin by LPT: the largest first, each to the least loaded bin."""
     order = np.argsort(-work_K, kind="stable")
-    heap = [(0.0, at) for at in range(bins)]
+    heap = [(0.0, index) for index in range(n_bins)]
     heapify(heap)
-    members: list[list[int]] = [[] for _ in range(bins)]
+    members: list[list[int]] = [[] for _ in range(n_bins)]
     for k, work in zip(order.tolist(), work_K[order].tolist(), strict=True):
-        load, at = heap[0]
-        members[at].append(k)
-        heapreplace(heap, (load + work, at))
+        load, index = heap[0]
+        members[index].append(k)
+        heapreplace(heap, (load + work, index))
+    # Rising ids are lengths longest first again, which every function below relies on.
     return [np.sort(np.array(ids, dtype=np.int64)) for ids in members]
 
 
-def over_groups(length_K: Ints, layout: Layout, cost: CostModel) -> list[Ints]:
-    """Return the sequences of each group, their work balanced (LPT), on the narrowest teams."""
-    narrow_K = cost.narrowest(length_K, layout.widths)
-    return least_loaded(cost.work(length_K, narrow_K), layout.groups)
+def balance_groups(length_K: Ints, layout: Layout, cost: CostModel) -> list[Ints]:
+    """Return the sequences of each group, work balanced by LPT.
+
+    Work is that on the fewest ranks which hold a sequence: the width is not chosen yet.
+    """
+    width_K = cost.min_widths(length_K, layout.widths)
+    return lpt_bins(cost.work(length_K, width_K), layout.groups)
 
 
-def fewest(length_K: Ints, layout: Layout, cost: CostModel) -> int:
-    """Return how many micro-batches of one group the sequences need at least, sharded."""
-    return max(1, -(-int(shards(length_K, layout.context).sum()) // cost.memory_tokens))
+def min_micro_batches(length_K: Ints, layout: Layout, cost: CostModel) -> int:
+    """Return the fewest micro-batches that hold the sequences of one group, all sharded."""
+    # Includes the padding of shards: many short sequences, kept local, can need fewer.
+    return max(1, -(-int(shard_tokens(length_K, layout.context).sum()) // cost.memory_tokens))
 
 
-def strided(length_K: Ints, n: int, layout: Layout, cost: CostModel) -> list[Ints] | None:
-    """Return n micro-batches, each with short and long sequences, or None if one does not fit.
+def split_strided(
+    length_K: Ints, n_parts: int, layout: Layout, cost: CostModel
+) -> list[Ints] | None:
+    """Return `n_parts` micro-batches of short and long sequences, or None if one does not fit.
 
     Skrull's algorithm 2: every n-th of the sorted sequences.
     """
-    parts = [np.arange(length_K.size)[at::n] for at in range(n)]
-    share_K = shards(length_K, layout.context)
-    fits = all(int(share_K[ids].sum()) <= cost.memory_tokens for ids in parts)
+    parts = [np.arange(length_K.size)[start::n_parts] for start in range(n_parts)]
+    tokens_K = shard_tokens(length_K, layout.context)
+    fits = all(int(tokens_K[ids].sum()) <= cost.memory_tokens for ids in parts)
     return parts if fits else None
 
 
-def balanced(length_K: Ints, n: int, layout: Layout, cost: CostModel) -> list[Ints] | None:
-    """Return n micro-batches of about equal work, or None where this greedy way finds none.
+def split_balanced(
+    length_K: Ints, n_parts: int, layout: Layout, cost: CostModel
+) -> list[Ints] | None:
+    """Return `n_parts` micro-batches of nearly equal work, or None if the greedy method fails.
 
-    The longest first, each to the micro-batch of the least work that has room.
+    LPT with a memory limit: each sequence goes to the least loaded micro-batch that has capacity.
     """
-    share_K = shards(length_K, layout.context).tolist()
+    tokens_K = shard_tokens(length_K, layout.context).tolist()
     work_K = cost.work(length_K).tolist()
-    heap, room = [(0.0, at) for at in range(n)], [cost.memory_tokens] * n
-    parts: list[list[int]] = [[] for _ in range(n)]
-    for k, (share, work) in enumerate(zip(share_K, work_K, strict=True)):
-        full = []
-        while heap and room[heap[0][1]] < share:
-            full.append(heappop(heap))
+    heap, free = [(0.0, index) for index in range(n_parts)], [cost.memory_tokens] * n_parts
+    parts: list[list[int]] = [[] for _ in range(n_parts)]
+    for k, (tokens, work) in enumerate(zip(tokens_K, work_K, strict=True)):
+        # Popped parts return to the heap: a later, shorter sequence may still fit in them.
+        skipped = []
+        while heap and free[heap[0][1]] < tokens:
+            skipped.append(heappop(heap))
         if not heap:
             return None
-        load, at = heap[0]
-        heapreplace(heap, (load + work, at))
-        parts[at].append(k)
-        room[at] -= share
-        for item in full:
-            heappush(heap, item)
+        load, index = heap[0]
+        heapreplace(heap, (load + work, index))
+        parts[index].append(k)
+        free[index] -= tokens
+        for entry in skipped:
+            heappush(heap, entry)
     return [np.array(ids, dtype=np.int64) for ids in parts]
 
 
-def alike(length_K: Ints, n: int, layout: Layout, cost: CostModel) -> list[Ints] | None:
-    """Return n micro-batches of sequences of like length and about equal work, or None.
+def split_by_length(
+    length_K: Ints, n_parts: int, layout: Layout, cost: CostModel
+) -> list[Ints] | None:
+    """Return `n_parts` micro-batches of similar lengths and nearly equal work, or None.
 
-    FlexSP's way: where lengths are alike, ranks are balanced with nothing sharded.
+    As in FlexSP: ranks with sequences of similar length are balanced with nothing sharded.
     """
-    share = shards(length_K, layout.context).tolist()
-    work = cost.work(length_K)
-    goal = ((work.cumsum() - work / 2) * n / work.sum()).tolist()
-    runs: list[list[int]] = []
-    held = cost.memory_tokens
-    for k, tokens in enumerate(share):
-        held += tokens
-        # A run also ends when the ranks are full.
-        if held > cost.memory_tokens or goal[k] >= len(runs):
-            runs.append([])
-            held = tokens
-        runs[-1].append(k)
-    return [np.array(run, dtype=np.int64) for run in runs] if len(runs) <= n else None
+    tokens_K = shard_tokens(length_K, layout.context).tolist()
+    work_K = cost.work(length_K)
+    # The part in which a sequence's midpoint lies on the axis of cumulative work.
+    target_K = ((work_K.cumsum() - work_K / 2) * n_parts / work_K.sum()).tolist()
+    parts: list[list[int]] = []
+    # Starts full, so that the first sequence opens a part.
+    part_tokens = cost.memory_tokens
+    for k, tokens in enumerate(tokens_K):
+        part_tokens += tokens
+        # A part also ends where the memory of its ranks does.
+        if part_tokens > cost.memory_tokens or target_K[k] >= len(parts):
+            parts.append([])
+            part_tokens = tokens
+        parts[-1].append(k)
+    return [np.array(ids, dtype=np.int64) for ids in parts] if len(parts) <= n_parts else None
 
 
-Split = Callable[[Ints, int, Layout, CostModel], list[Ints] | None]
+SplitFunction = Callable[[Ints, int, Layout, CostModel], list[Ints] | None]
 
 
-def first_split(
-    length_K: Ints, layout: Layout, cost: CostModel, splits: Sequence[Split]
+def smallest_split(
+    length_K: Ints, layout: Layout, cost: CostModel, splits: Sequence[SplitFunction]
 ) -> list[Ints]:
-    """Return the fewest micro-batches that one of the ways to split finds.
-
-    One sequence per micro-batch always fits, so there is an end to the search.
-    """
-    n = fewest(length_K, layout, cost)
+    """Return the fewest micro-batches that any of the split functions finds."""
+    n_parts = min_micro_batches(length_K, layout, cost)
+    # Ends: one sequence per micro-batch always fits, by `validate_lengths`.
     while True:
         for split in splits:
-            if (parts := split(length_K, n, layout, cost)) is not None:
+            if (parts := split(length_K, n_parts, layout, cost)) is not None:
                 return parts
-        n += 1
+        n_parts += 1
 
 
-class Draft:
-    """A placement while it is made; sequences by position, longest first."""
+class PlacementBuilder:
+    """A placement filled micro-batch by micro-batch; sequences by index, longest first."""
 
     def __init__(self, n_sequences: int, layout: Layout) -> None:
-        """Begin with nothing placed."""
+        """Start with no sequence placed (micro-step -1)."""
         self.layout = layout
         self.micro_K = np.full(n_sequences, -1, dtype=np.int64)
         self.first_K = np.zeros(n_sequences, dtype=np.int64)
         self.width_K = np.ones(n_sequences, dtype=np.int64)
 
-    def seat(self, ids: Ints, group: int, micro: int, slot_K: Ints) -> None:
+    def place(self, ids: Ints, group: int, micro: int, slot_K: Ints) -> None:
         """Place sequences of one micro-batch in slots of their group."""
         slots = self.layout.slots
         self.micro_K[ids] = micro
         self.first_K[ids] = group * self.layout.context + slots.first_T[slot_K]
         self.width_K[ids] = slots.width_T[slot_K]
 
-    def done(self) -> Placement:
+    def build(self) -> Placement:
         """Return the placement."""
         return Placement(self.micro_K, self.first_K, self.width_K)

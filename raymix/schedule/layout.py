@@ -1,4 +1,7 @@
-"""The ranks a batch is spread over, and which teams of them may share one sequence."""
+"""The ranks of a job, and the CP groups that may share one sequence.
+
+Legend: G data-parallel groups, N ranks of each, R = G N ranks, T slots of a group.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 Barrier = Literal["group", "all", "none"]
-"""Who waits for whom after a micro-step: see `Layout.barrier`."""
+"""The ranks that synchronize after a micro-step: see `Layout.barrier`."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,20 @@ class Layout:
     groups: int
     """Data-parallel groups, G."""
     context: int = 1
-    """Ranks in each, N: a sequence may be sharded over them."""
+    """Ranks of each group, N: a sequence may be sharded over them."""
     barrier: Barrier = field(default="group", kw_only=True)
     """After a micro-step, "group": the ranks of a group wait for each other (the objective of
-    Skrull, eq. 8); "all": everyone waits (parameters gathered per micro-step: FSDP, ZeRO-3);
-    "none": only those that shared a sequence wait (DDP, ZeRO-2 with delayed reduction)."""
+    Skrull, eq. 8); "all": all ranks wait (parameters gathered per micro-step: FSDP, ZeRO-3);
+    "none": only ranks that shared a sequence wait (DDP, ZeRO-2 with delayed reduction)."""
     widths: tuple[int, ...] = field(default=(), kw_only=True)
-    """Ranks a sequence may be spread over; left out, 1 (local) and `context` (sharded). Ranks
-    first, first + 1, ... of a team of w begin at a multiple of w."""
+    """Ranks a sequence may be sharded over; by default 1 (local) and `context` (sharded). The ranks
+    first, first + 1, ... of a CP group of w begin at a multiple of w."""
 
     def __post_init__(self) -> None:
         """Check the sizes and complete the widths."""
         for name in ("groups", "context"):
             value = getattr(self, name)
+            # bool is a subclass of int: True would pass as one group.
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ScheduleError.at(f"layout.{name}", value, "not a whole number >= 1")
         if self.barrier not in get_args(Barrier):
@@ -60,6 +64,7 @@ class Layout:
                     self.widths,
                     f"{width} does not divide the {self.context} ranks of a group",
                 )
+        # A frozen dataclass forbids assignment, also in __post_init__.
         object.__setattr__(self, "widths", tuple(sorted({1, *self.widths, self.context})))
 
     @property
@@ -69,32 +74,37 @@ class Layout:
 
     @cached_property
     def slots(self) -> Slots:
-        """Return the places a sequence may take within a group."""
+        """Return the slots of a group: the rank sets that may hold one sequence."""
         return Slots.of(self)
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The T places within a group, those of one rank first; then teams, the narrow ones first."""
+    """The T slots of a group: the N single ranks first, then CP groups by increasing width.
+
+    The last slot is the whole group. Planners index slots by this order.
+    """
 
     first_T: Ints
     """First rank within the group."""
     width_T: Ints
+    """Ranks of the slot."""
     level_T: Ints
-    """Position of the width in `Layout.widths`."""
+    """Index of the width in `Layout.widths`."""
     covers_TN: Floats
     """1 where a slot includes a rank, else 0, shape (T, N)."""
 
     @classmethod
     def of(cls, layout: Layout) -> Slots:
         """Return the slots of a layout's group."""
-        n = layout.context
-        places = [
+        n_ranks = layout.context
+        slots = [
             (first, width, level)
             for level, width in enumerate(layout.widths)
-            for first in range(0, n, width)
+            for first in range(0, n_ranks, width)
         ]
-        first_T, width_T, level_T = np.array(places, dtype=np.int64).T
-        rank_N = np.arange(n)
+        first_T, width_T, level_T = np.array(slots, dtype=np.int64).T
+        rank_N = np.arange(n_ranks)
         covers = (rank_N >= first_T[:, None]) & (rank_N < (first_T + width_T)[:, None])
+        # Floats: numpy has no BLAS product for booleans, and sums over slots are products by it.
         return cls(first_T, width_T, level_T, covers.astype(np.float64))

@@ -1,4 +1,7 @@
-"""Lengths to plan with: from a file, or from a published distribution by its name."""
+"""Sequence lengths from a file, or from a published distribution by name.
+
+Legend: K sequences.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +18,29 @@ from raymix.schedule.lengths import known_distributions, sample_lengths
 
 SUFFIXES = (".txt", ".csv", ".json")
 _COLUMNS = ("length", "lengths", "tokens")
-# Sequences drawn from a published distribution.
-_DRAWN = 100_000
+# Sequences sampled from a published distribution.
+_SAMPLE_COUNT = 100_000
 
 
 def known_source(source: str) -> bool:
-    """Return whether `read_lengths` takes `source`: a distribution, or a file of lengths."""
+    """Return whether `read_lengths` accepts `source`: a distribution, or a file of lengths."""
     return source in known_distributions() or Path(source).suffix.lower() in SUFFIXES
 
 
 def read_lengths(source: str, *, seed: int = 0) -> Ints:
-    """Return the lengths in tokens that a source holds, shape (K,).
+    """Return the lengths of a source in tokens, shape (K,).
 
     Args:
-        source: A distribution (`known_distributions()`), of which 100,000 are drawn; a text file
-            with one length a line; a CSV file with a column `length` or `tokens`, or one column
-            only; or a JSON file with a list, or an object that has one under such a key.
-        seed: Of the draw.
+        source: A distribution (`known_distributions()`), of which 100,000 are sampled; a text file
+            with one length a line; a CSV file with a column `length` or `tokens`, or with a single
+            column; or a JSON file with a list, or with an object that has one under such a key.
+        seed: Seed of the sample.
 
     Raises:
-        ScheduleError: If it is none of these, or holds something that is no length.
+        ScheduleError: If it is none of these, or contains an invalid length.
     """
     if source in known_distributions():
-        return sample_lengths(source, _DRAWN, seed=seed)
+        return sample_lengths(source, _SAMPLE_COUNT, seed=seed)
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -56,7 +59,7 @@ def read_lengths(source: str, *, seed: int = 0) -> Ints:
     except (OSError, UnicodeDecodeError) as error:
         raise ScheduleError.at("lengths", source, f"cannot be read: {error}") from error
     readers = {".txt": _from_text, ".csv": _from_csv, ".json": _from_json}
-    return _whole(readers[suffix](text, source), source)
+    return _to_lengths(readers[suffix](text, source), source)
 
 
 def _from_text(text: str, source: str) -> list[Any]:
@@ -68,9 +71,10 @@ def _from_csv(text: str, source: str) -> list[Any]:
     if not rows:
         return []
     names = [name.strip().lower() for name in rows[0]]
-    found = [names.index(name) for name in _COLUMNS if name in names]
-    if found:
-        return [row[found[0]] if found[0] < len(row) else "" for row in rows[1:]]
+    columns = [names.index(name) for name in _COLUMNS if name in names]
+    if columns:
+        # Short rows give "", so that the error names the entry and not an index of Python.
+        return [row[columns[0]] if columns[0] < len(row) else "" for row in rows[1:]]
     if len(names) > 1:
         raise ScheduleError.at(
             "lengths",
@@ -78,6 +82,7 @@ def _from_csv(text: str, source: str) -> list[Any]:
             f"no column of lengths among {', '.join(names)}",
             fix=f"Name one {' or '.join(_COLUMNS)}",
         )
+    # A single column needs no header: a first row of digits is a length.
     return [row[0] for row in (rows if names[0].isdigit() else rows[1:])]
 
 
@@ -87,8 +92,8 @@ def _from_json(text: str, source: str) -> list[Any]:
     except ValueError as error:
         raise ScheduleError.at("lengths", source, f"not JSON: {error}") from error
     if isinstance(document, dict):
-        found = [document[name] for name in _COLUMNS if name in document]
-        document = found[0] if found else None
+        columns = [document[name] for name in _COLUMNS if name in document]
+        document = columns[0] if columns else None
     if not isinstance(document, list):
         raise ScheduleError.at(
             "lengths",
@@ -99,10 +104,12 @@ def _from_json(text: str, source: str) -> list[Any]:
     return document
 
 
-def _whole(values: list[Any], source: str) -> Ints:
+def _to_lengths(values: list[Any], source: str) -> Ints:
+    """Return values of a file as integers, or raise with the first invalid entry."""
     if not values:
         raise ScheduleError.at("lengths", source, "the file holds no lengths")
     for number, value in enumerate(values, start=1):
+        # By text, as int() would take True, 2.5 and "1_000" without complaint.
         text = "" if isinstance(value, bool) else str(value).strip()
         if not text.isdigit() or int(text) < 1:
             raise ScheduleError.at(

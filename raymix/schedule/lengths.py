@@ -1,8 +1,8 @@
-"""Published distributions of sequence lengths, to plan with before there is a corpus.
+"""Published distributions of sequence lengths, for planning without a corpus.
 
-Each is a table of shares of sequences by length, log-uniform inside a bin; the first bin begins
-at 32 tokens unless the table says otherwise. Only the shares are published: what lies inside a bin
-is assumed, and `longest` cuts the tails.
+Each is a table of cumulative fractions of sequences by length, log-uniform inside a bin; the first
+bin begins at 32 tokens unless the table says otherwise. Only the fractions are published: the
+distribution inside a bin is assumed, and `longest` cuts the tails.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from raymix.errors import ScheduleError, did_you_mean
 from raymix.schedule.layout import Ints
 
-# Upper ends of bins in tokens with cumulative shares in per cent.
+# Upper ends of bins in tokens with cumulative percentages of sequences.
 _TABLES: dict[str, tuple[tuple[float, float], ...]] = {
     # Skrull (arXiv 2505.19609), table 1.
     "wikipedia": (
@@ -44,7 +44,7 @@ _TABLES: dict[str, tuple[tuple[float, float], ...]] = {
 
 
 def known_distributions() -> tuple[str, ...]:
-    """Return the names that `sample_lengths` knows."""
+    """Return the names of the published distributions."""
     return tuple(_TABLES)
 
 
@@ -54,19 +54,24 @@ def sample_lengths(name: str, count: int, *, seed: int, longest: int | None = No
     Args:
         name: One of `known_distributions()`.
         count: Sequences to draw.
-        seed: Equal seeds draw equal lengths.
-        longest: Longer sequences are cut to this, as training does at its sequence length.
+        seed: Seed of the sample.
+        longest: Tokens to cut longer sequences to, as training does at its sequence length.
 
     Raises:
-        ScheduleError: If there is no distribution of that name.
+        ScheduleError: If no distribution has that name.
     """
     if name not in _TABLES:
         known = known_distributions()
-        near = did_you_mean(name, known)
+        suggestion = did_you_mean(name, known)
         raise ScheduleError.at(
-            "lengths", name, "not a distribution", allowed=f"Known: {', '.join(known)}", fix=near
+            "lengths",
+            name,
+            "not a distribution",
+            allowed=f"Known: {', '.join(known)}",
+            fix=suggestion,
         )
-    ends, shares = np.array(_TABLES[name]).T
-    drawn = np.random.default_rng(seed).random(count) * 100
-    lengths = np.exp(np.interp(drawn, shares, np.log(ends))).astype(np.int64)
+    ends, percentages = np.array(_TABLES[name]).T
+    # Inverse transform sampling; linear in the logarithm makes a bin log-uniform.
+    uniforms = np.random.default_rng(seed).random(count) * 100
+    lengths = np.exp(np.interp(uniforms, percentages, np.log(ends))).astype(np.int64)
     return np.minimum(lengths, longest) if longest is not None else lengths

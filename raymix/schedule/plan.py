@@ -1,6 +1,6 @@
-"""A schedule: which rank holds which sequences, or shards of them, in which micro-step.
+"""A schedule: the sequences, or shards of them, of each rank in each micro-step.
 
-Legend: K sequences, in the order they were given; M micro-steps, R ranks.
+Legend: K sequences, in the order given; M micro-steps, R ranks.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from numpy.typing import ArrayLike
 
 from raymix.errors import ScheduleError, format_problem
 from raymix.schedule.cost.model import CostModel
-from raymix.schedule.cost.timing import Placement, Timing, timing
+from raymix.schedule.cost.timing import Placement, Timing, compute_timing
 from raymix.schedule.layout import Ints, Layout
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A rank's part of one sequence: every rank of a team gets one of the same size."""
+    """A rank's shard of one sequence; the shards of all ranks of a CP group have equal size."""
 
     sequence: int
-    """Position in the lengths planned for."""
-    team: tuple[int, ...]
-    """The ranks, in order, among which the sequence is divided."""
+    """Index in the planned lengths."""
+    ranks: tuple[int, ...]
+    """The CP group, in order: the ranks that the sequence is sharded over."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one rank does in one micro-step; nothing, if it is there to keep counts equal."""
+    """The work of one rank in one micro-step; empty where it only keeps the counts equal."""
 
     micro_step: int
     local: tuple[int, ...]
-    """Sequences it holds whole, rising."""
+    """Sequences wholly on the rank, rising."""
     sharded: tuple[Shard, ...]
-    """Sequences it shares; all ranks of a team list them in the same order."""
+    """Shards on the rank; all ranks of a CP group list them in the same order."""
     tokens: int
-    """Tokens held, the padding of shards to equal size included."""
+    """Tokens on the rank, including the padding of shards to equal size."""
     seconds: float
-    """Estimated time, waiting for others left out."""
+    """Estimated time, without waiting for other ranks."""
 
     @property
     def padding(self) -> bool:
@@ -52,25 +52,26 @@ class MicroBatch:
 class Schedule:
     """The plan of one global batch.
 
-    All ranks go through the same number of micro-steps. A training loop takes
-    `micro_batches(rank)`; whoever divides the loss takes the tokens of the whole batch.
+    All ranks run the same number of micro-steps. A training loop takes `micro_batches(rank)`; the
+    loss is divided by the tokens of the global batch.
     """
 
     planner: str
     layout: Layout
     length_K: Ints
-    """What was planned for."""
-    placed: Placement
+    """The planned lengths, tokens."""
+    placement: Placement
     """Micro-step, first rank and number of ranks of each sequence, (K,) each."""
     timing: Timing
     """Tokens and estimated times per micro-step and rank."""
 
     @classmethod
     def build(
-        cls, planner: str, length_K: Ints, placed: Placement, layout: Layout, cost: CostModel
+        cls, planner: str, length_K: Ints, placement: Placement, layout: Layout, cost: CostModel
     ) -> Schedule:
-        """Return the schedule that a placement describes, timed by the cost model."""
-        return cls(planner, layout, length_K, placed, timing(length_K, placed, layout, cost))
+        """Return the schedule of a placement, timed by the cost model."""
+        timing = compute_timing(length_K, placement, layout, cost)
+        return cls(planner, layout, length_K, placement, timing)
 
     @property
     def micro_steps(self) -> int:
@@ -84,15 +85,16 @@ class Schedule:
 
     @cached_property
     def memory_R(self) -> Ints:
-        """Return the most tokens each rank holds in a micro-step, shape (R,)."""
+        """Return the largest number of tokens per micro-step on each rank, shape (R,)."""
+        # `initial`: an empty batch has no micro-steps, and numpy refuses the maximum of none.
         return self.timing.tokens_MR.max(axis=0, initial=0)
 
     def violations(self, cost: CostModel) -> int:
-        """Return in how many micro-steps and ranks more tokens are held than there is room for."""
+        """Return the number of micro-batches that exceed the memory of a rank."""
         return int((self.timing.tokens_MR > cost.memory_tokens).sum())
 
     def micro_batches(self, rank: int) -> tuple[MicroBatch, ...]:
-        """Return what `rank` does, one entry per micro-step.
+        """Return the work of `rank`, one entry per micro-step.
 
         Raises:
             ScheduleError: If the layout has no such rank.
@@ -101,12 +103,13 @@ class Schedule:
             raise ScheduleError.at(
                 "rank", rank, f"the layout has ranks 0 to {self.layout.ranks - 1}"
             )
-        at = self.placed
-        mine = np.flatnonzero((at.first_K <= rank) & (rank < at.first_K + at.width_K))
+        micro_K, first_K, width_K = self._columns()
+        sequences = np.flatnonzero((first_K <= rank) & (rank < first_K + width_K))
         local: list[list[int]] = [[] for _ in range(self.micro_steps)]
         sharded: list[list[Shard]] = [[] for _ in range(self.micro_steps)]
-        for k in mine.tolist():
-            micro, first, width = int(at.micro_K[k]), int(at.first_K[k]), int(at.width_K[k])
+        # Rising ids on every rank: the collectives of a CP group match by order.
+        for k in sequences.tolist():
+            micro, first, width = int(micro_K[k]), int(first_K[k]), int(width_K[k])
             if width == 1:
                 local[micro].append(k)
             else:
@@ -117,67 +120,73 @@ class Schedule:
             for m in range(self.micro_steps)
         )
 
-    def teams(self, micro_step: int) -> dict[tuple[int, ...], tuple[int, ...]]:
-        """Return the sequences sharded in a micro-step by team; all ranks ask the same of it."""
-        at = self.placed
-        found: dict[tuple[int, ...], list[int]] = {}
-        for k in np.flatnonzero((at.micro_K == micro_step) & (at.width_K > 1)).tolist():
-            first, width = int(at.first_K[k]), int(at.width_K[k])
-            found.setdefault(tuple(range(first, first + width)), []).append(k)
-        return {team: tuple(ids) for team, ids in sorted(found.items())}
+    def groups(self, micro_step: int) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Return the sharded sequences of a micro-step by CP group; the same on all ranks."""
+        micro_K, first_K, width_K = self._columns()
+        sequences_by_ranks: dict[tuple[int, ...], list[int]] = {}
+        for k in np.flatnonzero((micro_K == micro_step) & (width_K > 1)).tolist():
+            first, width = int(first_K[k]), int(width_K[k])
+            sequences_by_ranks.setdefault(tuple(range(first, first + width)), []).append(k)
+        return {ranks: tuple(ids) for ranks, ids in sorted(sequences_by_ranks.items())}
+
+    def _columns(self) -> tuple[Ints, Ints, Ints]:
+        return self.placement.micro_K, self.placement.first_K, self.placement.width_K
 
     def check(self, lengths: ArrayLike, layout: Layout, cost: CostModel) -> None:
-        """Check every law of a schedule.
+        """Check the invariants of a schedule.
 
         Raises:
-            ScheduleError: If it is of other lengths or another layout, a sequence is not on
-                exactly one team of an allowed width inside one group, a rank holds more than
-                its memory, or the times are not those of the cost model.
+            ScheduleError: If it was made for other lengths or another layout, a sequence is not on
+                exactly one slot of the layout, a rank exceeds its memory, or the times differ
+                from those of the cost model.
         """
         length_K = np.asarray(lengths, dtype=np.int64)
-        faults = []
         if not np.array_equal(length_K, self.length_K) or layout != self.layout:
-            faults.append(
-                format_problem("schedule", self.planner, "made for other lengths or a layout")
+            raise ScheduleError.at(
+                "schedule", self.planner, "made for other lengths or another layout"
             )
-            raise ScheduleError(*faults)
-        at = self.placed
-        if {x.shape for x in (at.micro_K, at.first_K, at.width_K)} != {length_K.shape}:
-            raise ScheduleError.at("schedule", self.planner, "not one place per sequence")
-        wrong_K = (
-            (at.micro_K < 0)
-            | (at.first_K < 0)
-            | ~np.isin(at.width_K, layout.widths)
-            | (at.first_K % at.width_K != 0)
-            | (at.first_K + at.width_K > layout.ranks)
-        )
-        if wrong_K.any():
-            k = int(wrong_K.argmax())
-            where = (int(at.micro_K[k]), int(at.first_K[k]), int(at.width_K[k]))
-            raise ScheduleError.at(f"schedule.placed[{k}]", where, "no place of the layout")
-        again = timing(length_K, at, layout, cost)
-        if over := int((again.tokens_MR > cost.memory_tokens).sum()):
-            most = int(again.tokens_MR.max())
-            faults.append(
+        self._check_placement()
+        problems = []
+        expected = compute_timing(length_K, self.placement, layout, cost)
+        if n_overfull := int((expected.tokens_MR > cost.memory_tokens).sum()):
+            problems.append(
                 format_problem(
                     "schedule.tokens",
-                    most,
-                    f"{over} micro-batches over the {cost.memory_tokens} tokens that a rank "
-                    f"can hold",
+                    int(expected.tokens_MR.max()),
+                    f"{n_overfull} micro-batches exceed the {cost.memory_tokens} tokens that a "
+                    f"rank can hold",
                 )
             )
-        if not np.array_equal(again.tokens_MR, self.timing.tokens_MR) or not np.isclose(
-            again.seconds, self.seconds, rtol=1e-9
+        if not np.array_equal(expected.tokens_MR, self.timing.tokens_MR) or not np.isclose(
+            expected.seconds, self.seconds, rtol=1e-9
         ):
-            faults.append(
+            problems.append(
                 format_problem(
                     "schedule.seconds",
                     self.seconds,
-                    f"the cost model says {again.seconds:.6g}, or other tokens per rank",
+                    f"the cost model gives {expected.seconds:.6g}, or other tokens per rank",
                 )
             )
-        if faults:
-            raise ScheduleError(*faults)
+        if problems:
+            raise ScheduleError(*problems)
+
+    def _check_placement(self) -> None:
+        """Raise if a sequence has no slot of the layout."""
+        micro_K, first_K, width_K = columns = self._columns()
+        if {column.shape for column in columns} != {self.length_K.shape}:
+            raise ScheduleError.at("schedule", self.planner, "not one slot per sequence")
+        # Slots begin at multiples of their width, which also confines them to one group.
+        invalid_K = (
+            (micro_K < 0)
+            | (first_K < 0)
+            | ~np.isin(width_K, self.layout.widths)
+            | (first_K % width_K != 0)
+            | (first_K + width_K > self.layout.ranks)
+        )
+        if invalid_K.any():
+            k = int(invalid_K.argmax())
+            slot = (int(micro_K[k]), int(first_K[k]), int(width_K[k]))
+            raise ScheduleError.at(f"schedule.placement[{k}]", slot, "not a slot of the layout")
 
     def document(self) -> dict[str, Any]:
         """Return the schedule in JSON types."""
@@ -185,41 +194,43 @@ class Schedule:
             "planner": self.planner,
             "seconds": self.seconds,
             "micro_steps": self.micro_steps,
-            "micro_step": self.placed.micro_K.tolist(),
-            "first_rank": self.placed.first_K.tolist(),
-            "ranks": self.placed.width_K.tolist(),
+            "micro_step": self.placement.micro_K.tolist(),
+            "first_rank": self.placement.first_K.tolist(),
+            "ranks": self.placement.width_K.tolist(),
             "tokens": self.timing.tokens_MR.tolist(),
             "busy_s": self.timing.busy_MR.tolist(),
             "start_s": self.timing.start_MR.tolist(),
         }
 
 
-def checked_lengths(lengths: ArrayLike, layout: Layout, cost: CostModel) -> Ints:
+def validate_lengths(lengths: ArrayLike, layout: Layout, cost: CostModel) -> Ints:
     """Return the lengths as integers, shape (K,).
 
     Raises:
-        ScheduleError: If they are no list of whole numbers >= 1, or one is too long for a group.
+        ScheduleError: If they are not a list of whole numbers >= 1, or one is too long for a group.
     """
-    given = np.asarray(lengths)
-    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
-        shown = f"{given.dtype} of shape {given.shape}"
-        raise ScheduleError.at("lengths", shown, "not a flat list of whole numbers")
-    length_K = given.astype(np.int64)
+    array = np.asarray(lengths)
+    # An empty list becomes float64 in numpy, so its dtype says nothing.
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        description = f"{array.dtype} of shape {array.shape}"
+        raise ScheduleError.at("lengths", description, "not a flat list of whole numbers")
+    # Signed: corpora store uint32, where -length (the sort key) would wrap around.
+    length_K = array.astype(np.int64)
     if not length_K.size:
         return length_K
-    if (short := int(length_K.min())) < 1:
-        at = int(length_K.argmin())
-        raise ScheduleError.at(f"lengths[{at}]", short, "a sequence has at least one token")
-    room = layout.context * cost.memory_tokens
-    if (longest := int(length_K.max())) > room:
-        at = int(length_K.argmax())
+    if (shortest := int(length_K.min())) < 1:
+        index = int(length_K.argmin())
+        raise ScheduleError.at(f"lengths[{index}]", shortest, "a sequence has at least one token")
+    capacity = layout.context * cost.memory_tokens
+    if (longest := int(length_K.max())) > capacity:
+        index = int(length_K.argmax())
         raise ScheduleError.at(
-            f"lengths[{at}]",
+            f"lengths[{index}]",
             longest,
             (
-                f"longer than the {layout.context} x {cost.memory_tokens} = {room} tokens that "
+                f"longer than the {layout.context} x {cost.memory_tokens} = {capacity} tokens that "
                 "a whole group of ranks can hold; "
-                f"{int((length_K > room).sum())} of {length_K.size} are"
+                f"{int((length_K > capacity).sum())} of {length_K.size} are"
             ),
             fix="Raise layout.context or cost.memory_tokens, or cut the sequence",
         )

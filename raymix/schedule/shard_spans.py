@@ -1,10 +1,10 @@
-"""Which tokens of a sharded sequence a rank holds: a stretch near the front, one near the back.
+"""Token positions of a rank's shard: one span near the front of the sequence, one near its back.
 
-Of a sequence of s tokens on w ranks each holds c = ceil(s / w), as `shards` of the cost model
-says. The first ceil(c / 2) of them come from the front of the sequence, in the order of the
-ranks, the other floor(c / 2) from its back, in the opposite order: so a causal token's work,
-which grows with its position, sums to the same on every rank. Positions from s on are padding,
-at the very end, where no real token looks.
+Of s tokens on w ranks each rank holds c = ceil(s / w), as `shard_tokens` of `cost.model` says. The
+first ceil(c / 2) come from the front of the sequence, in rank order, the other floor(c / 2) from
+its back, in reverse order. The work of a causal token grows with its position, so this pairing
+gives every rank the same work. Positions from s on are padding; they lie at the very end, where no
+real token attends to them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ Span = tuple[int, int]
 
 
 def shard_spans(length: int, width: int, index: int) -> tuple[Span, Span]:
-    """Return the positions, as (begin, end), of both stretches of rank `index` of a team.
+    """Return both spans of positions, as (begin, end), of one rank of a CP group.
 
     Args:
         length: Tokens of the sequence.
-        width: Ranks in the team.
-        index: Which of them.
+        width: Ranks in the CP group.
+        index: Index of the rank in it.
     """
-    held = -(-length // width)
-    front, back = held - held // 2, held // 2
+    tokens = -(-length // width)
+    # The odd token goes to the front: shards of one token then lie in rank order.
+    front, back = tokens - tokens // 2, tokens // 2
     begin = width * front + (width - 1 - index) * back
     return (index * front, (index + 1) * front), (begin, begin + back)
 
 
 def shard_positions(length: int, width: int, index: int) -> Ints:
-    """Return the position of each token that a rank holds, padding included, shape (c,)."""
+    """Return the position of each token of a shard, padding included, shape (c,)."""
     front, back = shard_spans(length, width, index)
     return np.concatenate([np.arange(*front), np.arange(*back)]).astype(np.int64)

@@ -1,4 +1,7 @@
-"""Gradient statistics of groups of sequences, nearly for free: one backward pass shows them all.
+"""Gradient statistics of groups of sequences from one backward pass, at little extra cost.
+
+Read in this order: `statistics` (the estimators), `layout` (rows and pieces), `gram` (inner
+products), `functions` and `capture` (how the pieces are intercepted), `probe` (the interface).
 
     probe = GradientProbe(loss_module, n_groups=K)
     with probe.recording(piece_B, scale=scale) as recording:   # a training batch
@@ -8,7 +11,7 @@
 
     stats = statistics(probe.measure(tokens_BL, positions_BL, labels_BL, piece_B))  # its own batch
 
-Over ranks: add `gradient_sums(pieces)`, then `statistics(sums)`.
+Over ranks: all-reduce `gradient_sums(pieces)`, then call `statistics(sums)`.
 """
 
 from raymix.signals.layout import assign_pieces, order_by_piece

@@ -1,7 +1,7 @@
-"""Sees every operation on a parameter while a model runs, whatever the model's code looks like.
+"""Interception of all operations on parameters while a model runs.
 
-Models are not patched: a `TorchFunctionMode` meets the calls themselves, so a parameter that is
-used in a way whose pieces we cannot make is noticed and named rather than left out.
+Models are not patched: a `TorchFunctionMode` intercepts the calls themselves, so a use of a
+parameter whose pieces cannot be computed is an error that names it, not a silent omission.
 """
 
 from __future__ import annotations
@@ -17,35 +17,40 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from raymix.errors import TrainingError
-from raymix.signals.functions import Lookup, Product, Scale, Shift, Use
+from raymix.signals.functions import Lookup, ParameterUse, Product, Scale, Shift
 from raymix.signals.gram import PassGram
 from raymix.signals.layout import Split
 
-_MANY = (list, tuple)
+_SEQUENCE_TYPES = (list, tuple)
 
 
 class ParameterNames:
-    """Names of the parameters that count, also of the stand-ins that FSDP2 gathers."""
+    """Names of the measured parameters, by the tensors that the forward pass uses.
+
+    FSDP2 replaces a module's sharded parameters by gathered ones, which are other objects, before
+    the module runs: these are looked up in the module tree when they are first used.
+    """
 
     def __init__(self, model: nn.Module, counted: Mapping[str, nn.Parameter]) -> None:
-        """Keep the names of `counted`, parameters of `model`."""
+        """Store the names of `counted`, the measured parameters of `model`."""
         self._model = model
-        self._first = {id(parameter): name for name, parameter in counted.items()}
-        self._known: dict[int, tuple[nn.Parameter, str | None]] = {}
+        self._counted = {id(parameter): name for name, parameter in counted.items()}
+        # Keeps the parameter alive too: the id of a freed object is reused.
+        self._resolved: dict[int, tuple[nn.Parameter, str | None]] = {}
 
     def name(self, parameter: nn.Parameter) -> str | None:
-        """Return the name, or None where the parameter does not count."""
-        if id(parameter) not in self._known and not self._learn(parameter):
-            return None  # FSDP2 is just making it
-        return self._known[id(parameter)][1]
+        """Return the name, or None where the parameter is not measured."""
+        if id(parameter) not in self._resolved and not self._resolve(parameter):
+            return None  # FSDP2 is still building it; not in the module tree yet.
+        return self._resolved[id(parameter)][1]
 
-    def _learn(self, parameter: nn.Parameter) -> bool:
-        """Remember a parameter of the model; return whether it is one."""
-        if id(parameter) in self._first:
-            self._known[id(parameter)] = parameter, self._first[id(parameter)]
+    def _resolve(self, parameter: nn.Parameter) -> bool:
+        """Store the name of a parameter; return whether it is a parameter of the model."""
+        if id(parameter) in self._counted:
+            self._resolved[id(parameter)] = parameter, self._counted[id(parameter)]
             return True
-        counted = set(self._first.values())
-        # Under the name that counts, where it has several.
+        counted = set(self._counted.values())
+        # A tied parameter has several names, of which one is measured.
         names = [
             name
             for name, other in self._model.named_parameters(remove_duplicate=False)
@@ -53,63 +58,64 @@ class ParameterNames:
         ]
         if names:
             name = next((name for name in names if name in counted), None)
-            self._known[id(parameter)] = parameter, name
+            self._resolved[id(parameter)] = parameter, name
         return bool(names)
 
 
-class StandIns(TorchFunctionMode):
-    """Lets a model run with leaves in the place of its parameters: `.grad` is never touched."""
+class LeafSubstitution(TorchFunctionMode):
+    """Runs a model with detached leaves in place of its parameters, so `.grad` stays untouched."""
 
     def __init__(self, names: ParameterNames) -> None:
-        """Stand in for the parameters that count; the others are held fixed."""
+        """Substitute the measured parameters; the others are detached."""
         super().__init__()
         self._names = names
         self.leaves: dict[str, Tensor] = {}
-        """The stand-ins, by name."""
+        """The substitutes, by name."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Return what the operation gives on the stand-ins."""
+        """Return the result of the operation on the substitutes."""
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() or not _parameters(args, kwargs):
             return func(*args, **kwargs)
-        args = tuple(self._swapped(value) for value in args)
-        return func(*args, **{key: self._swapped(value) for key, value in kwargs.items()})
+        args = tuple(self._substitute(value) for value in args)
+        return func(*args, **{key: self._substitute(value) for key, value in kwargs.items()})
 
-    def _swapped(self, value: Any) -> Any:
-        if isinstance(value, _MANY):
-            return type(value)(self._swapped(item) for item in value)
+    def _substitute(self, value: Any) -> Any:
+        if isinstance(value, _SEQUENCE_TYPES):
+            return type(value)(self._substitute(item) for item in value)
         if not _is_parameter(value):
             return value
         name = self._names.name(value)
         if name is None:
             return value.detach()
+        # One leaf for all uses: autograd sums their gradients.
         if name not in self.leaves:
             self.leaves[name] = value.detach().requires_grad_()
         return self.leaves[name]
 
 
 class Capture(TorchFunctionMode):
-    """Replaces the operations on parameters by those that hand over pieces."""
+    """Replaces operations on parameters by those of `functions`, which accumulate pieces."""
 
     def __init__(self, names: ParameterNames, *, fixed: bool, head_only: bool) -> None:
-        """Wait for a pass to begin.
+        """Create the mode; it captures from `begin` on.
 
         Args:
-            names: The parameters that count.
-            fixed: Make no gradients: only `anchor` requires one.
-            head_only: Only matrix products count; a tied look-up does not.
+            names: The measured parameters.
+            fixed: Compute no parameter gradients: only `anchor` requires one.
+            head_only: Measure only matrix products, not the look-up of a tied embedding.
         """
         super().__init__()
         self._gram: PassGram | None = None
         self._names = names
         self._fixed, self._head_only = fixed, head_only
         self.anchor = torch.zeros((), requires_grad=True)
-        """What to ask a gradient for when parameters are fixed."""
+        """Input of the backward pass when parameters are fixed."""
         self.forward_runs = False
-        """Uses are counted; later runs of the same code belong to checkpointing."""
-        self._partial: dict[str, int] = {}
+        """Whether uses are counted; later runs of the same code are recomputation."""
+        self._tokens_seen: dict[str, int] = {}
 
     @property
     def begun(self) -> bool:
@@ -118,7 +124,7 @@ class Capture(TorchFunctionMode):
 
     @property
     def gram(self) -> PassGram:
-        """Return what takes the pieces.
+        """Return the accumulator of the pieces.
 
         Raises:
             RuntimeError: If the forward pass has not begun.
@@ -128,25 +134,29 @@ class Capture(TorchFunctionMode):
         return self._gram
 
     def begin(self, gram: PassGram) -> None:
-        """Hand over the pieces of the forward pass that begins now to `gram`."""
+        """Accumulate the pieces of the forward pass that begins now in `gram`."""
         self._gram, self.forward_runs = gram, True
 
     def close_forward(self) -> None:
-        """Note that the forward pass is over.
+        """Mark the end of the forward pass.
 
         Raises:
-            TrainingError: If a parameter saw only some of the tokens.
+            TrainingError: If a parameter was used on only some of the tokens.
         """
         self.forward_runs = False
-        for name, tokens in self._partial.items():
+        # A multiple of the tokens: chunks may cover all of them several times.
+        for name, tokens in self._tokens_seen.items():
             if tokens % self.gram.layout.tokens:
-                self.refuse(name, f"it sees {tokens} of {self.gram.layout.tokens} tokens")
+                self.raise_unsupported(
+                    name, f"it sees {tokens} of {self.gram.layout.tokens} tokens"
+                )
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Return what the operation gives."""
+        """Return the result of the operation."""
         kwargs = kwargs or {}
+        # Both spellings, as code may call either.
         if func in (Tensor.backward, torch.autograd.backward):
             return self._backward(*args, **kwargs)
         if self._gram is None or not torch.is_grad_enabled():
@@ -160,9 +170,10 @@ class Capture(TorchFunctionMode):
             return handler(self, *args, **kwargs)
         if not names or self._head_only:
             return func(*map(self.plain, args), **{k: self.plain(v) for k, v in kwargs.items()})
+        # Without a gradient nothing is missed: shapes, dtypes, detached copies, initializations.
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.requires_grad and not isinstance(out, nn.Parameter):
-            self.refuse(names[0], f"it is used in {getattr(func, '__name__', func)}")
+            self.raise_unsupported(names[0], f"it is used in {getattr(func, '__name__', func)}")
         return out
 
     def _backward(
@@ -172,19 +183,21 @@ class Capture(TorchFunctionMode):
         retain_graph: bool | None = None,
         create_graph: bool = False,
         inputs: Sequence[Tensor] | None = None,
-        **named: Any,
+        **keywords: Any,
     ) -> None:
-        """Run a backward pass with this mode on, for what checkpointing makes again there.
+        """Run a backward pass with this mode on, as checkpointing recomputes the forward in it.
 
-        `backward` of torch would call us again and again: it hands over to the mode first.
+        Calls the engine directly: torch's own `backward` dispatches to the active mode first, that
+        is to this method, without end.
         """
-        gradient = named.get("grad_tensors", gradient)
+        gradient = keywords.get("grad_tensors", gradient)
         losses = (losses,) if isinstance(losses, Tensor) else tuple(losses)
-        given = gradient if isinstance(gradient, _MANY) else [gradient] * len(losses)
+        given = gradient if isinstance(gradient, _SEQUENCE_TYPES) else [gradient] * len(losses)
         grads = tuple(
             torch.ones_like(loss) if grad is None else grad
             for loss, grad in zip(losses, given, strict=True)
         )
+        # torch disables the active mode while it runs this method.
         with self:
             _engine_run_backward(
                 losses,
@@ -196,64 +209,70 @@ class Capture(TorchFunctionMode):
                 accumulate_grad=True,
             )
 
-    def refuse(self, name: str, wrong: str) -> NoReturn:
-        """Say which parameter cannot be treated, and why.
+    def raise_unsupported(self, name: str, reason: str) -> NoReturn:
+        """Raise an error that names a parameter whose pieces cannot be computed.
 
         Raises:
             TrainingError: Always.
         """
-        fault = f"no pieces for the parameter {name!r}: {wrong}"
+        problem = f"no pieces for the parameter {name!r}: {reason}"
         raise TrainingError.at(
-            "signals.mode", "exact", fault, fix="Measure in mode 'backward' or 'last_layer'"
+            "signals.mode", "exact", problem, fix="Measure in mode 'backward' or 'last_layer'"
         )
 
-    # What follows serves the handlers below.
+    # The methods below are the interface of the handlers.
 
     def plain(self, value: Any) -> Any:
-        """Return an argument as the operation shall see it: a parameter that is fixed, fixed."""
+        """Return an argument of an operation, detached if it is a parameter and these are fixed."""
         if self._fixed and isinstance(value, nn.Parameter):
             return value.detach()
         return value
 
-    def use(self, parameter: Tensor | None, split: Split, *, product: bool = True) -> Use | None:
-        """Return where the pieces of a parameter go; None where it does not count."""
+    def use(
+        self, parameter: Tensor | None, split: Split, *, product: bool = True
+    ) -> ParameterUse | None:
+        """Return the accumulator of a parameter's pieces; None where it is not measured."""
         name = self._names.name(parameter) if isinstance(parameter, nn.Parameter) else None
         if name is None or parameter is None:
             return None
-        shared = self.gram.used(name, tuple(parameter.shape))
+        shared = self.gram.register_use(name, tuple(parameter.shape))
+        # Recomputation by checkpointing runs the same uses again: count only the forward pass.
         if self.forward_runs and product:
             shared.products += 1
             shared.products_left += 1
-        return Use(self.gram, shared, split)
+        return ParameterUse(self.gram, shared, split)
 
     def split(self, x: Tensor, parameter: Tensor, *, inner: int) -> Split:
-        """Return whose the vectors of `x` are: everything but its last `inner` axes.
+        """Return the slots of the vectors of `x`: all axes but its last `inner` ones.
 
-        Rows may come whole, in any shape that begins with their number, or as a list of tokens,
-        a part at a time and in order.
+        `x` has all rows, in any shape that begins with their number, or is a flat list of tokens,
+        possibly in chunks and in order.
         """
-        layout, lead = self.gram.layout, x.shape[: x.ndim - inner]
-        count = lead.numel()
-        if lead and lead[0] == layout.rows and len(lead) > 1:
+        layout, leading = self.gram.layout, x.shape[: x.ndim - inner]
+        count = leading.numel()
+        if leading and leading[0] == layout.rows and len(leading) > 1:
             return layout.rows_split(count // layout.rows)
         name = (self._names.name(parameter) if isinstance(parameter, nn.Parameter) else "") or ""
-        if len(lead) != 1 or count > layout.tokens:
-            self.refuse(name, f"its input of shape {tuple(x.shape)} is not one vector per token")
+        if len(leading) != 1 or count > layout.tokens:
+            self.raise_unsupported(
+                name, f"its input of shape {tuple(x.shape)} is not one vector per token"
+            )
         if count == layout.tokens:
             return layout.rows_split(layout.length)
-        # The forward pass sees the parts in order. When one is made again for the backward pass,
-        # what counts is the node of the forward pass, so any split does.
-        first = self._partial.get(name, 0) % layout.tokens if self.forward_runs else 0
-        if first + count > layout.tokens:
-            self.refuse(name, "its inputs are not the tokens in order")
+        # The forward pass sees the chunks in order. The nodes of a recomputed chunk are not the
+        # ones that autograd runs, so any split does for them.
+        first_token = self._tokens_seen.get(name, 0) % layout.tokens if self.forward_runs else 0
+        if first_token + count > layout.tokens:
+            self.raise_unsupported(name, "its inputs are not the tokens in order")
         if self.forward_runs:
-            self._partial[name] = self._partial.get(name, 0) + count
-        return layout.tokens_split(first, count)
+            self._tokens_seen[name] = self._tokens_seen.get(name, 0) + count
+        return layout.tokens_split(first_token, count)
 
 
 def _linear(
     capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, io: bool = False
 ) -> Tensor:
+    """Handle a linear layer; `io`: the weight has shape (in, out), as in GPT-2's Conv1D."""
     split = capture.split(x, weight, inner=1)
     uses = capture.use(weight, split), capture.use(bias, split), io
     bias = bias if bias is None else capture.plain(bias)
@@ -264,7 +283,7 @@ def _addmm(
     capture: Capture, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     if (beta, alpha) != (1, 1) or not isinstance(weight, nn.Parameter):
-        capture.refuse("addmm", "it is used in a scaled product")
+        capture.raise_unsupported("addmm", "it is used in a scaled product")
     return _linear(capture, x, weight, bias, io=True)
 
 
@@ -274,19 +293,21 @@ def _embedding(
     table: Tensor,
     padding_idx: int | None = None,
     *options: Any,
-    **named: Any,
+    **keywords: Any,
 ) -> Tensor:
+    # *options (max_norm, scale_grad_by_freq, sparse) are not supported and have no effect.
     split = capture.split(rows, table, inner=0)
     use = capture.use(table, split, product=False)
     if use is None:
         return functional.embedding(rows, capture.plain(table))
     if capture.forward_runs:
         use.shared.rows.append(rows.detach())
+    # Negative indices count from the end, and -1 means none for `Lookup`.
     padding = -1 if padding_idx is None else padding_idx % table.shape[0]
     return Lookup.apply(rows, capture.plain(table), padding, capture.anchor, use)
 
 
-def _by_vector(recorded: type[Scale | Shift], plain: Callable[..., Tensor]) -> Any:
+def _vector_handler(function_class: type[Scale | Shift], plain: Callable[..., Tensor]) -> Any:
     """Return the handler of a product or sum of activations and a vector of parameters."""
 
     def handle(capture: Capture, x: Tensor, vector: Tensor) -> Tensor:
@@ -296,17 +317,18 @@ def _by_vector(recorded: type[Scale | Shift], plain: Callable[..., Tensor]) -> A
         use = capture.use(vector, split)
         if use is None:
             return plain(x, capture.plain(vector))
-        return recorded.apply(x, capture.plain(vector), capture.anchor, leading, use)
+        return function_class.apply(x, capture.plain(vector), capture.anchor, leading, use)
 
     return handle
 
 
-_scale, _shift = _by_vector(Scale, torch.mul), _by_vector(Shift, torch.add)
+_scale, _shift = _vector_handler(Scale, torch.mul), _vector_handler(Shift, torch.add)
 
 
 def _elementwise(capture: Capture, x: Tensor, parameter: Tensor) -> tuple[Split, int]:
-    """Return the split of whole rows, or of tokens, and how many vectors that makes."""
+    """Return the split of rows, or of tokens, and its number of vectors."""
     layout = capture.gram.layout
+    # A vector's piece is a sum over tokens, so a row needs only one vector: its sum.
     if x.ndim > 2 and x.shape[0] == layout.rows and x.shape[-1:] == parameter.shape:
         return layout.rows_split(1), layout.rows
     split = capture.split(x, parameter, inner=x.ndim - 1)
@@ -321,6 +343,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    # Normalize without parameters, then scale and shift by handlers that accumulate pieces.
     out = functional.layer_norm(x, shape, None, None, eps)
     out = out if weight is None else _scale(capture, out, weight)
     return out if bias is None else _shift(capture, out, bias)
@@ -349,15 +372,17 @@ _HANDLERS: dict[Any, Callable[..., Tensor]] = {
 
 
 def _is_parameter(value: Any) -> TypeGuard[nn.Parameter]:
-    """Return whether a model could compute with `value`; FSDP2's shards are its own business."""
+    """Return whether `value` is a parameter that a model computes with, not a shard of FSDP2."""
     return isinstance(value, nn.Parameter) and not isinstance(value, DTensor)
 
 
 def _parameters(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[nn.Parameter]:
-    found: list[nn.Parameter] = []
+    """Return the parameters among the arguments of an operation."""
+    parameters: list[nn.Parameter] = []
+    # Every operation of the model passes here: no new tuple where there are no keywords.
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, _MANY):
-            found += [item for item in value if _is_parameter(item)]
+        if isinstance(value, _SEQUENCE_TYPES):
+            parameters += [item for item in value if _is_parameter(item)]
         elif _is_parameter(value):
-            found.append(value)
-    return found
+            parameters.append(value)
+    return parameters

@@ -1,7 +1,7 @@
-"""Which rows belong to which piece, and how rows are ordered so that pieces are runs.
+"""Assignment of rows to pieces, and their order in which every piece is a run.
 
-Letters: B rows, N vectors (tokens, or heads of tokens) in all rows, P pieces, S slots: the
-pieces that are present, in the order of their rows.
+A piece is one of the halves of a group's rows. Legend: B rows, N vectors (tokens, or heads of
+tokens) in all rows, P pieces, S slots: the pieces that are present, in the order of their rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ def assign_pieces(group_B: Tensor, *, n_groups: int, halves: int = 2) -> Tensor:
     """Return the piece of each row, shape (B,): a group's rows take turns in its halves.
 
     Args:
-        group_B: Group of each row, shape (B,); -1 for a row that is of none, which stays -1.
+        group_B: Group of each row, shape (B,); -1 for a row of none, which stays -1.
         n_groups: Number of groups.
         halves: Pieces per group.
     """
     turn_B = torch.zeros_like(group_B)
+    # The turn of a row is its rank among the rows of its group: position in the sorted order minus
+    # the first position of the group.
     order_B = torch.argsort(group_B, stable=True)
     sorted_B = group_B[order_B]
     first_B = torch.searchsorted(sorted_B, sorted_B)
@@ -29,22 +31,24 @@ def assign_pieces(group_B: Tensor, *, n_groups: int, halves: int = 2) -> Tensor:
 
 
 def order_by_piece(piece_B: Tensor) -> Tensor:
-    """Return the order of rows, shape (B,), in which a recording costs least.
+    """Return the order of rows, shape (B,), in which a recording is fastest.
 
-    Each piece's rows come together, and pieces of equally many rows side by side: they become
+    The rows of a piece are consecutive, and pieces of equally many rows are neighbors: they form
     one batched product.
     """
     piece_B = piece_B.cpu()
-    found, inverse_B, count = torch.unique(piece_B, return_inverse=True, return_counts=True)
-    key_B = count[inverse_B] * len(found) + inverse_B
+    distinct, inverse_B, count = torch.unique(piece_B, return_inverse=True, return_counts=True)
+    # One integer key, by count and then by piece, sorts both at once.
+    key_B = count[inverse_B] * len(distinct) + inverse_B
     return torch.argsort(key_B, stable=True)
 
 
 def split_passes(piece_B: Tensor, passes: int) -> list[Tensor]:
-    """Return the rows of each pass, ordered by piece; every pass holds its share of each piece."""
+    """Return the rows of each pass, ordered by piece; each piece is divided evenly over passes."""
     piece_B = piece_B.cpu()
     order_B = torch.argsort(piece_B, stable=True)
     sorted_B = piece_B[order_B]
+    # As in `assign_pieces`; the i-th of n rows of a piece goes to pass i * passes // n.
     turn_B = torch.arange(len(piece_B)) - torch.searchsorted(sorted_B, sorted_B)
     count_B = torch.searchsorted(sorted_B, sorted_B, right=True) - torch.searchsorted(
         sorted_B, sorted_B
@@ -56,7 +60,7 @@ def split_passes(piece_B: Tensor, passes: int) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive slots of equally many vectors each."""
+    """Consecutive slots with equally many vectors each."""
 
     first: int
     """First vector."""
@@ -68,16 +72,16 @@ class Run:
 
     @property
     def vectors(self) -> slice:
-        """Return where the run's vectors are."""
+        """Return the range of the run's vectors."""
         return slice(self.first, self.first + self.size * self.slots)
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How N vectors fall into slots."""
+    """Assignment of N vectors to slots."""
 
     order_N: Tensor | None
-    """The order in which slots are runs; None where they are already."""
+    """The order in which slots are runs; None if the vectors have it already."""
     slot_N: Tensor
     """Slot of each vector, in the given order, shape (N,)."""
     runs: tuple[Run, ...]
@@ -101,7 +105,7 @@ class PieceLayout:
         pieces = piece_B.cpu().tolist()
         self.rows, self.length = len(pieces), length
         self.tokens = self.rows * length
-        # In the order of `order_by_piece`, so that sorted rows are found to be sorted.
+        # Slots in the order of `order_by_piece`: rows in that order then need no permutation.
         by_row = [pieces[row] for row in order_by_piece(piece_B).tolist()]
         present = list(dict.fromkeys(by_row))
         self.pieces = present
@@ -119,6 +123,7 @@ class PieceLayout:
         return self._split(first, count, self.length)
 
     def _split(self, first: int, count: int, per_row: int) -> Split:
+        # Cached: all layers of a transformer ask for the same one or two splits.
         key = (first, count, per_row)
         if key not in self._cache:
             slot_N = self._slot_B.repeat_interleave(per_row)[first : first + count]
@@ -126,8 +131,10 @@ class PieceLayout:
         return self._cache[key]
 
     def _runs(self, slot_N: Tensor) -> Split:
+        """Return the split with its maximal runs."""
         ordered = bool((slot_N[1:] >= slot_N[:-1]).all())
         order_N = None if ordered else torch.argsort(slot_N, stable=True).to(self._device)
+        # bincount counts absent slots as 0: a chunk of tokens need not have vectors of all slots.
         runs: list[Run] = []
         first = 0
         for slot, size in enumerate(torch.bincount(slot_N).tolist()):

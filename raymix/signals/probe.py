@@ -1,8 +1,8 @@
-"""`GradientProbe`: gradient statistics of groups of sequences out of one backward pass.
+"""`GradientProbe`: gradient statistics of groups of sequences from one backward pass.
 
 The weight gradient of a linear layer is a sum over tokens. Split by piece, the same products give
-every piece's gradient, whose sum is the gradient that training needs; only the small Gram matrix
-is kept. Letters: B rows, L tokens per row, K groups, P pieces.
+the gradient of every piece, whose sum is the gradient that training needs; only their Gram matrix
+is stored. Legend: B rows, L tokens per row, K groups, P pieces.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from raymix.signals.capture import Capture, ParameterNames, StandIns
+from raymix.signals.capture import Capture, LeafSubstitution, ParameterNames
 from raymix.signals.gram import GramBuffer, PassGram
 from raymix.signals.layout import PieceLayout, split_passes
 from raymix.signals.statistics import PieceGram
@@ -39,7 +39,7 @@ class Recording:
 
     @property
     def pieces(self) -> PieceGram:
-        """Return what was recorded; waits for the device.
+        """Return the recorded sums; synchronizes with the device.
 
         Raises:
             RuntimeError: If no forward pass took place.
@@ -47,17 +47,19 @@ class Recording:
         if self._pieces is None:
             if self._gram is None or self._rows is None:
                 raise RuntimeError("no forward pass of the probe's model was recorded")
+            # Products of two gradients, so the loss scale enters squared.
             gram_PP = self._gram.gram(self._n_pieces) / self._scale**2
             self._pieces = _piece_gram(self._n_groups, gram_PP, self._piece_B, self._rows)
+            # Frees the device memory of the Gram matrix and its look-ups.
             self._gram = None
         return self._pieces
 
     def begin(self, gram: PassGram, n_groups: int, n_pieces: int) -> None:
-        """Note where the pieces go."""
+        """Store the accumulator of the pass."""
         self._gram, self._n_groups, self._n_pieces = gram, n_groups, n_pieces
 
-    def scored(self, labels_BL: Tensor, loss_BL: Tensor) -> None:
-        """Note what the rows lost."""
+    def add_losses(self, labels_BL: Tensor, loss_BL: Tensor) -> None:
+        """Store the losses of the rows."""
         self._rows = row_sums(labels_BL, loss_BL)
 
 
@@ -66,8 +68,8 @@ class GradientProbe:
 
     Works on any model whose parameters are used in matrix products, look-ups, norms and biases
     (others: `mode="backward"`), on one process, inside DDP, and sharded by FSDP2. Each rank
-    measures its own rows; add `gradient_sums` over ranks. Under FSDP2 all ranks make the same
-    calls with equally many passes, for their layers are gathered together.
+    measures its own rows; all-reduce `gradient_sums`. Under FSDP2 all ranks must make the same
+    calls with equally many passes, as gathering a layer is a collective.
     """
 
     def __init__(
@@ -80,23 +82,23 @@ class GradientProbe:
         precondition: Preconditioner | None = None,
         tile_bytes: int | None = None,
     ) -> None:
-        """Look at `model` as it is placed: after sharding, before or after wrapping by DDP.
+        """Inspect `model` after sharding, before or after wrapping by DDP.
 
         Args:
             model: `model(tokens_BL, positions_BL, labels_BL)` returns the loss summed over labels
-                in nats, and the loss of each token, shape (B, L). Labels below 0 are none.
-            n_groups: K; targets are groups, too.
+                in nats, and the loss of each token, shape (B, L). Labels below 0 are ignored.
+            n_groups: K; targets are groups too.
             halves: Pieces per group, at least 2 for norms and noise.
             mode: `exact`: all parameters. `last_layer`: the output head as a matrix product.
                 `backward`: all parameters by one backward pass per piece, with all pieces'
-                gradients in memory; the reference, and for models that `exact` refuses.
+                gradients in memory; the reference, and for models that `exact` does not support.
             precondition: Returns 1 / (sqrt(v) + eps) of a parameter, in its shape and placement,
                 or None for 1. Products become <g, P g'>.
-            tile_bytes: Most bytes of pieces of one parameter made at once; None for what suits
-                the device.
+            tile_bytes: Largest size of the pieces of one parameter computed at once; None for the
+                default of the device.
 
         Raises:
-            ValueError: If a number or the mode is out of range, or nothing can be measured.
+            ValueError: If a number or the mode is out of range, or no parameter can be measured.
         """
         if n_groups < 1 or halves < 1:
             raise ValueError(f"n_groups = {n_groups}, halves = {halves}: both must be 1 or more")
@@ -106,6 +108,7 @@ class GradientProbe:
         self._n_groups, self._n_pieces = n_groups, n_groups * halves
         self._mode = mode
         self._precondition = precondition
+        # named_parameters yields a tied parameter once, under its first name.
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if mode == "last_layer":
             head = _head(model)
@@ -115,29 +118,30 @@ class GradientProbe:
         self._trained = trained
         self._names = ParameterNames(model, trained)
         self._workspace = GramBuffer(tile_bytes)
+        # Callers pass arguments by position or by name: bound to find the labels.
         self._signature = inspect.signature(model.forward)
 
     @contextlib.contextmanager
     def recording(self, piece_B: Tensor, *, scale: float = 1.0) -> Iterator[Recording]:
-        """Record the one forward and backward pass that runs inside; gradients come as always.
+        """Record the forward and backward pass that runs inside; gradients are as without it.
 
-        Rows in the order of `order_by_piece` cost least. Activation checkpointing must not be
+        Rows in the order of `order_by_piece` are fastest. Activation checkpointing must not be
         reentrant.
 
         Args:
             piece_B: Piece `half * K + group` of each row, shape (B,); -1 for a row of none, which
                 still counts for the gradient.
-            scale: What the summed loss is multiplied by before the backward pass.
+            scale: Factor of the summed loss in the backward pass.
 
         Raises:
             TrainingError: If a parameter is used in a way that cannot be split.
             ValueError: If the mode is `backward`, or `piece_B` does not fit.
         """
         if self._mode == "backward":
-            raise ValueError("mode = 'backward': it makes passes of its own. Call measure()")
+            raise ValueError("mode = 'backward': needs its own passes. Call measure()")
         self._check(piece_B)
         recording = Recording(piece_B, scale)
-        with self._captured(recording, piece_B, fixed=False):
+        with self._capturing(recording, piece_B, fixed=False):
             yield recording
 
     def measure(
@@ -149,7 +153,7 @@ class GradientProbe:
         *,
         passes: int = 1,
     ) -> tuple[PieceGram, ...]:
-        """Return what rows of their own show, one entry per pass; `.grad` is never touched.
+        """Return the sums of separate rows, one entry per pass; `.grad` stays untouched.
 
         Call it inside the autocast context of training, if there is one.
 
@@ -158,8 +162,8 @@ class GradientProbe:
             positions_BL: Positions.
             labels_BL: Labels.
             piece_B: Piece of each row, as in `recording`.
-            passes: Into how many passes the rows are cut, each with its share of every piece:
-                less memory, and products only of rows in the same pass.
+            passes: Number of passes, with every piece divided evenly over them: less memory, and
+                inner products only of rows in the same pass.
 
         Raises:
             TrainingError: If a parameter is used in a way that cannot be split.
@@ -167,18 +171,19 @@ class GradientProbe:
         """
         self._check(piece_B, len(tokens_BL))
         if not 1 <= passes <= len(piece_B):
-            raise ValueError(f"passes = {passes}: must be 1 to {len(piece_B)}, the rows at hand")
-        found = []
+            raise ValueError(f"passes = {passes}: must be 1 to {len(piece_B)}, the number of rows")
+        grams = []
         for rows in split_passes(piece_B, passes):
-            at = rows.to(tokens_BL.device)
-            batch = tokens_BL[at], positions_BL[at], labels_BL[at]
-            own_B = piece_B[rows.to(piece_B.device)]
-            found.append(
-                self._one_by_one(batch, own_B)
+            # `split_passes` computes on the CPU; indices must be on the device of the tensor.
+            index = rows.to(tokens_BL.device)
+            batch = tokens_BL[index], positions_BL[index], labels_BL[index]
+            pass_piece_B = piece_B[rows.to(piece_B.device)]
+            grams.append(
+                self._measure_per_piece(batch, pass_piece_B)
                 if self._mode == "backward"
-                else self._at_once(batch, own_B)
+                else self._measure_one_pass(batch, pass_piece_B)
             )
-        return tuple(found)
+        return tuple(grams)
 
     def _check(self, piece_B: Tensor, rows: int | None = None) -> None:
         if piece_B.ndim != 1 or (rows is not None and len(piece_B) != rows):
@@ -186,25 +191,31 @@ class GradientProbe:
         if len(piece_B) and not -1 <= int(piece_B.min()) <= int(piece_B.max()) < self._n_pieces:
             raise ValueError(f"piece_B must be from -1 to {self._n_pieces - 1}")
 
-    def _at_once(self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor) -> PieceGram:
+    def _measure_one_pass(self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor) -> PieceGram:
         recording = Recording(piece_B, 1.0)
-        with torch.enable_grad(), self._captured(recording, piece_B, fixed=True) as capture:
+        with torch.enable_grad(), self._capturing(recording, piece_B, fixed=True) as capture:
             loss, _ = self._model(*batch)
             with torch.autocast(loss.device.type, enabled=False):
+                # With `inputs`, autograd accumulates into the anchor alone, not into parameters.
                 if loss.requires_grad:
                     torch.autograd.backward(loss, inputs=[capture.anchor])
         return recording.pieces
 
     @contextlib.contextmanager
-    def _captured(self, recording: Recording, piece_B: Tensor, *, fixed: bool) -> Iterator[Capture]:
-        """Yield the capture of one pass, which begins when the loss module is called."""
+    def _capturing(
+        self, recording: Recording, piece_B: Tensor, *, fixed: bool
+    ) -> Iterator[Capture]:
+        """Yield the capture of one pass, which begins when the loss module is called.
+
+        By forward hooks, as the labels are known there, also where DDP calls the module.
+        """
         capture = Capture(self._names, fixed=fixed, head_only=self._mode == "last_layer")
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            labels_BL = self._bound(args, kwargs)[2]
+            labels_BL = self._bind(args, kwargs)[2]
             if capture.begun or len(labels_BL) != len(piece_B):
-                wrong = "a second forward pass" if capture.begun else f"{len(labels_BL)} rows"
-                raise ValueError(f"a recording of one pass of {len(piece_B)} rows: got {wrong}")
+                problem = "a second forward pass" if capture.begun else f"{len(labels_BL)} rows"
+                raise ValueError(f"a recording of one pass of {len(piece_B)} rows: got {problem}")
             layout = PieceLayout(piece_B.to(labels_BL.device), labels_BL.shape[1])
             gram = PassGram(layout, self._workspace, self._root)
             recording.begin(gram, self._n_groups, self._n_pieces)
@@ -212,7 +223,7 @@ class GradientProbe:
 
         def after(module: nn.Module, args: Any, kwargs: Any, out: tuple[Tensor, Tensor]) -> None:
             capture.close_forward()
-            recording.scored(self._bound(args, kwargs)[2], out[1].detach())
+            recording.add_losses(self._bind(args, kwargs)[2], out[1].detach())
 
         hooks = (
             self._model.register_forward_pre_hook(before, with_kwargs=True),
@@ -222,42 +233,49 @@ class GradientProbe:
             with _eager(self._model), capture:
                 yield capture
         finally:
+            # Also after an error: remaining hooks would refuse the next forward pass.
             for hook in hooks:
                 hook.remove()
 
-    def _bound(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+    def _bind(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         return tuple(self._signature.bind(*args, **kwargs).arguments.values())
 
     def _root(self, name: str) -> Tensor | None:
         if self._precondition is None:
             return None
-        found = self._precondition(self._trained[name])
-        if found is None:
+        diagonal = self._precondition(self._trained[name])
+        if diagonal is None:
             return None
-        whole = found.full_tensor() if isinstance(found, DTensor) else found
-        return whole.detach().sqrt()
+        # Collective under FSDP2: all ranks use the same parameters in the same order.
+        full = diagonal.full_tensor() if isinstance(diagonal, DTensor) else diagonal
+        return full.detach().sqrt()
 
-    def _one_by_one(self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor) -> PieceGram:
-        """Return the same from one forward and backward pass per piece."""
+    def _measure_per_piece(
+        self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor
+    ) -> PieceGram:
+        """Return the same as `_measure_one_pass` from one forward and backward pass per piece."""
         loss_BL = torch.zeros(batch[2].shape, dtype=torch.float64)
-        found: dict[int, dict[str, Tensor]] = {}
+        grads_by_piece: dict[int, dict[str, Tensor]] = {}
         for piece in sorted({*piece_B.tolist()} - {-1}):
             own = torch.nonzero(piece_B == piece).flatten()
-            at = own.to(batch[0].device)
-            stand_ins = StandIns(self._names)
-            with torch.enable_grad(), _eager(self._model), stand_ins:
-                loss, own_BL = self._model(*(tensor[at] for tensor in batch))
-                names, leaves = zip(*stand_ins.leaves.items(), strict=True)
+            index = own.to(batch[0].device)
+            substitution = LeafSubstitution(self._names)
+            # Callers may measure under no_grad.
+            with torch.enable_grad(), _eager(self._model), substitution:
+                loss, own_BL = self._model(*(tensor[index] for tensor in batch))
+                names, leaves = zip(*substitution.leaves.items(), strict=True)
                 with torch.autocast(loss.device.type, enabled=False):
+                    # A leaf that the loss does not depend on gets zeros and not None.
                     grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            found[piece] = {
+            grads_by_piece[piece] = {
                 name: self._scaled(name, grad) for name, grad in zip(names, grads, strict=True)
             }
             loss_BL[own.cpu()] = own_BL.detach().double().cpu()
         gram_PP = torch.zeros(self._n_pieces, self._n_pieces, dtype=torch.float64)
-        for one, left in found.items():
-            for other, right in found.items():
-                gram_PP[one, other] = sum(
+        # float64: the reference that the other modes are compared with.
+        for left_piece, left in grads_by_piece.items():
+            for right_piece, right in grads_by_piece.items():
+                gram_PP[left_piece, right_piece] = sum(
                     float(grad.flatten().double() @ right[name].flatten().double())
                     for name, grad in left.items()
                 )
@@ -277,11 +295,13 @@ def row_sums(labels_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor]:
 def _piece_gram(
     n_groups: int, gram_PP: Tensor, piece_B: Tensor, sums: tuple[Tensor, Tensor]
 ) -> PieceGram:
-    at = piece_B.cpu().numpy()
-    counts = [np.ones(len(at)), *(tensor.cpu().numpy() for tensor in sums)]
+    """Return the sums per piece, from label tokens and losses per row."""
+    index_B = piece_B.cpu().numpy()
+    has_piece_B = index_B >= 0
+    columns = [np.ones(len(index_B)), *(tensor.cpu().numpy() for tensor in sums)]
     rows_P, labels_P, nats_P = (
-        np.bincount(at[at >= 0], values[at >= 0], len(gram_PP)).astype(np.float64)
-        for values in counts
+        np.bincount(index_B[has_piece_B], value_B[has_piece_B], len(gram_PP)).astype(np.float64)
+        for value_B in columns
     )
     return PieceGram(
         n_groups=n_groups,
@@ -294,6 +314,7 @@ def _piece_gram(
 
 def _head(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the output head, else of the last linear module."""
+    # Parents come before their parts, so the first head is that of the outermost model.
     linear: nn.Module | None = None
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -306,8 +327,8 @@ def _head(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which a compiled model runs as written, so that calls can be seen."""
-    # Private, yet the only trace that `Module.compile` leaves.
+    """Return a context in which a compiled model runs eagerly: modes do not see compiled calls."""
+    # Private, but the only trace that `Module.compile` leaves.
     if any(getattr(module, "_compiled_call_impl", None) for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()

@@ -100,7 +100,7 @@ def held(schedule: Schedule, batch: list[np.ndarray], rank: int) -> DocumentBatc
     micro_batches = tuple(
         (
             *(LocalDocument(0, (rank,), batch[k]) for k in micro.local),
-            *(LocalDocument(0, shard.team, batch[shard.sequence]) for shard in micro.sharded),
+            *(LocalDocument(0, shard.ranks, batch[shard.sequence]) for shard in micro.sharded),
         )
         for micro in schedule.micro_batches(rank)
     )
@@ -172,7 +172,7 @@ class Trainer:
             found["wall"].append(float(took[0]))
             found["cpu"].append(float(sums[1]))
             found["loss"].append(float(sums[2]) / labels)
-            shared = int((schedule.placed.width_K > 1).sum())
+            shared = int((schedule.placement.width_K > 1).sum())
             found["shape"].append((schedule.micro_steps, shared, len(batch)))
         return found
 

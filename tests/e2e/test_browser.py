@@ -119,7 +119,8 @@ def a_simulation(folder: Path) -> Path:
     lengths = np.array([5, 9, 2, 7, 40, 3, 3, 8, 12, 30] * 8)
     found = compare_planners(lengths, Layout(2, 4), PLAIN, batch=20, steps=2, seed=0)
     document = {"source": "lengths.csv", **found.document()}
-    last = {name: tally.last for name, tally in found.tallies.items() if tally.last}
+    totals = found.totals.items()
+    last = {name: total.last_schedule for name, total in totals if total.last_schedule}
     page = schedule_page(document, last, twin="schedule.json")
     (folder / "schedule.html").write_text(page)
     return folder / "schedule.html"

@@ -1,4 +1,4 @@
-"""What the tests of schedules share: cost models with plain numbers, an independent clock."""
+"""Shared parts of the tests of schedules: simple cost models, an independent clock."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def clock(schedule: Schedule, cost: CostModel) -> float:
             volume: dict[tuple[int, ...], int] = defaultdict(int)
             shared = 0.0
             for shard in batch.sharded:
-                length, width = int(lengths[shard.sequence]), len(shard.team)
+                length, width = int(lengths[shard.sequence]), len(shard.ranks)
                 shared += attention(cost, length, width)
                 tokens += -(-length // width)
-                volume[shard.team] += length
-                waits.append(set(shard.team))
+                volume[shard.ranks] += length
+                waits.append(set(shard.ranks))
             gather = 0.0
-            for team, total in volume.items():
-                link = cost.link(len(team))
+            for ranks, total in volume.items():
+                link = cost.link(len(ranks))
                 gather += link.latency_s + link.token_s * total
             rest = max(cost.floor_s, cost.base_s + cost.linear_s * tokens) if tokens else 0.0
             spent[rank] = max(gather, local) + shared + rest
@@ -89,9 +89,9 @@ def clock(schedule: Schedule, cost: CostModel) -> float:
         if layout.barrier == "group":
             n = layout.context
             waits += [set(range(g * n, g * n + n)) for g in range(layout.groups)]
-        for team in merged([*waits, *({rank} for rank in everyone)]):
-            end = max(now[rank] for rank in team) + max(spent[rank] for rank in team)
-            for rank in team:
+        for ranks in merged([*waits, *({rank} for rank in everyone)]):
+            end = max(now[rank] for rank in ranks) + max(spent[rank] for rank in ranks)
+            for rank in ranks:
                 now[rank] = end
     return max(now, default=0.0)
 
@@ -102,9 +102,9 @@ def attention(cost: CostModel, length: int, width: int) -> float:
 
 def merged(sets: list[set[int]]) -> list[set[int]]:
     """The sets joined wherever two share a member."""
-    found: list[set[int]] = []
+    joined_sets: list[set[int]] = []
     for item in sets:
-        apart = [other for other in found if not other & item]
-        joined = set(item).union(*(other for other in found if other & item))
-        found = [*apart, joined]
-    return found
+        apart = [other for other in joined_sets if not other & item]
+        joined = set(item).union(*(other for other in joined_sets if other & item))
+        joined_sets = [*apart, joined]
+    return joined_sets

@@ -78,7 +78,7 @@ def _planned(line: Mapping[str, Any]) -> Document:
         "documents": len(lengths),
         "tokens": int(sum(lengths)),
         "micro_steps": schedule.micro_steps,
-        "shared": int((schedule.placed.width_K > 1).sum()),
+        "shared": int((schedule.placement.width_K > 1).sum()),
         "busy_share": float(busy / (schedule.layout.ranks * schedule.seconds)),
         "planned_s": schedule.seconds,
         **{key: line[key] for key in ("planner", "layout", "cost", "lengths")},

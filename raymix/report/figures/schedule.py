@@ -132,9 +132,9 @@ def _local_and_waiting(schedule: Schedule) -> tuple[Floats, Floats]:
 
     Layers that work on each token alone take time by tokens, so local sequences get their share.
     """
-    timing, placed = schedule.timing, schedule.placed
-    is_local_K = placed.width_K == 1
-    cells = (placed.micro_K[is_local_K], placed.first_K[is_local_K])
+    timing, placement = schedule.timing, schedule.placement
+    is_local_K = placement.width_K == 1
+    cells = (placement.micro_K[is_local_K], placement.first_K[is_local_K])
     tokens_MR = np.zeros(timing.busy_MR.shape)
     # `+=` with repeated indices adds once; several sequences share a rank and micro-step.
     np.add.at(tokens_MR, cells, schedule.length_K[is_local_K])

@@ -1,1 +1,5 @@
-"""Cost models: seconds per piece of work, presets, fits to measurements, timing of a schedule."""
+"""Cost models: seconds and memory of a rank's work.
+
+Read in this order: `model` (the formulas), `presets` (assumed coefficients), `fit` (coefficients
+from measurements), `timing` (times of a placement, and a lower bound on all of them).
+"""

@@ -1,11 +1,11 @@
-"""How widely each sequence of a micro-batch is sharded: rules, and about what they cost.
+"""Width rules: how many ranks each sequence of a micro-batch is sharded over, with estimated times.
 
-A rule gives every sequence a level, the position of its team's width in `Layout.widths`; the longer
-of two sequences never has the lower level. So a rule is how many sequences have each level or a
-higher one, and sums over a level are differences of running sums: a thousand rules are judged at
-the cost of seating a few.
+A rule gives every sequence a level, the index of its width in `Layout.widths`; of two sequences the
+longer one never has the lower level. A rule is thus the number of sequences at each level or above,
+and sums over a level are differences of prefix sums: estimating a thousand rules costs as much as
+assigning a few.
 
-Legend as in `seating`; X rules of a micro-batch, L = W - 1 levels above the local one.
+Legend as in `assignment`; X rules of a micro-batch, L = W - 1 levels above the local one.
 """
 
 from __future__ import annotations
@@ -15,119 +15,132 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from raymix.schedule.layout import Floats, Ints
-from raymix.schedule.local_search.assignment import Tables
+from raymix.schedule.local_search.assignment import CostTables
 
-# Rules of at most so many tokens per rank: a rank's memory, half of it, and so on.
-_GRAINS = 9
-# Where the steps of stairs may be, further on at one and a half times each.
-_DENSE = {False: 4, True: 16}
+# Limits of the tokens of a shard: a rank's memory, half of it, a quarter, ...
+_N_SHARD_LIMITS = 9
+# Ends of levels are tried at every position up to this one, then at 1.5 times the last.
+_UNIT_STEPS, _UNIT_STEPS_DENSE = 4, 16
 
 
-def estimates(tables: Tables) -> Floats:
-    """Return about how long the micro-batches take by the best rule, shape (B,)."""
-    least_B = _estimates(tables, _cuts(tables)).min(axis=1)
+def estimate_seconds(tables: CostTables) -> Floats:
+    """Return the estimated time of each micro-batch by its best rule, shape (B,)."""
+    best_B = _estimates(tables, _threshold_rules(tables)).min(axis=1)
     if tables.widths.size > 2:
-        least_B = np.minimum(least_B, _estimates(tables, _fine(tables)).min(axis=1))
-    return least_B
+        by_limit_B = _estimates(tables, _shard_limit_rules(tables)).min(axis=1)
+        best_B = np.minimum(best_B, by_limit_B)
+    return best_B
 
 
-def rules(tables: Tables, most: int, *, dense: bool) -> Ints:
-    """Return the rules worth trying: the level of each sequence, shape (B, X, K).
+def width_rules(tables: CostTables, max_rules: int, *, dense: bool) -> Ints:
+    """Return the rules with the least estimated times: the level of each sequence, (B, X, K).
 
-    Sequences longer than a cut-off of length on the whole group and the others local: the best
-    cut-offs, and everything sharded. Where teams of other widths are allowed, also rules that
-    give each rank shards of at most so many tokens, and rules with the ends of levels anywhere.
+    Threshold rules shard sequences above a length over the whole group and leave the others local;
+    one rule shards everything. Where CP groups of other widths are allowed, shard-limit rules bound
+    the tokens of a shard, and step rules end the levels at any positions.
 
     Args:
         tables: Costs of the micro-batches.
-        most: Rules of each kind.
-        dense: Whether more of the last kind are judged.
+        max_rules: Rules of each kind.
+        dense: Whether more step rules are estimated.
     """
-    n_rows, n_longest = tables.length_BK.shape
-    last = tables.widths.size - 1
-    whole = np.full((n_rows, 1, last), n_longest)
-    found = [_best(tables, _cuts(tables), most), whole]
-    if last > 1:
-        found = [_best(tables, _fine(tables), most), *found]
-        found.append(_best(tables, _stairs(tables, dense), most))
-    end_BXL = np.concatenate(found, axis=1)
-    return (np.arange(n_longest) < end_BXL[..., None]).sum(axis=2)
+    n_rows, n_sequences = tables.length_BK.shape
+    n_levels = tables.widths.size - 1
+    all_sharded = np.full((n_rows, 1, n_levels), n_sequences)
+    kinds = [_best(tables, _threshold_rules(tables), max_rules), all_sharded]
+    # With one width above local, the other kinds are threshold rules as well.
+    if n_levels > 1:
+        kinds = [_best(tables, _shard_limit_rules(tables), max_rules), *kinds]
+        kinds.append(_best(tables, _step_rules(tables, dense=dense), max_rules))
+    end_BXL = np.concatenate(kinds, axis=1)
+    return (np.arange(n_sequences) < end_BXL[..., None]).sum(axis=2)
 
 
-def _best(tables: Tables, end_BXL: Ints, most: int) -> Ints:
-    best = np.argsort(_estimates(tables, end_BXL), axis=1, kind="stable")[:, :most]
+def _best(tables: CostTables, end_BXL: Ints, max_rules: int) -> Ints:
+    best = np.argsort(_estimates(tables, end_BXL), axis=1, kind="stable")[:, :max_rules]
     return np.take_along_axis(end_BXL, best[:, :, None], axis=1)
 
 
-def _cuts(tables: Tables) -> Ints:
-    """Return rules with the c longest sequences on the whole group, c = 0 to K."""
-    n_rows, n_longest = tables.length_BK.shape
-    shape = (n_rows, n_longest + 1, tables.widths.size - 1)
-    return np.broadcast_to(np.arange(n_longest + 1)[:, None], shape)
+def _threshold_rules(tables: CostTables) -> Ints:
+    """Return rules with the c longest sequences on the whole group, c = 0 to K, (B, K + 1, L)."""
+    n_rows, n_sequences = tables.length_BK.shape
+    shape = (n_rows, n_sequences + 1, tables.widths.size - 1)
+    return np.broadcast_to(np.arange(n_sequences + 1)[:, None], shape)
 
 
-def _fine(tables: Tables) -> Ints:
-    """Return rules that give each rank shards of at most so many tokens."""
-    grain_X = tables.cost.memory_tokens * 0.5 ** np.arange(_GRAINS)
-    wide = tables.length_BK[:, None, None, :] > (grain_X[:, None] * tables.widths[:-1])[:, :, None]
-    return wide.sum(axis=3)
+def _shard_limit_rules(tables: CostTables) -> Ints:
+    """Return rules with the smallest widths whose shards stay within a limit of tokens."""
+    limit_X = tables.cost.memory_tokens * 0.5 ** np.arange(_N_SHARD_LIMITS)
+    # A sequence is above a level where its shards at that level's width exceed the limit.
+    above = tables.length_BK[:, None, None, :] > (limit_X[:, None] * tables.widths[:-1])[:, :, None]
+    return above.sum(axis=3)
 
 
-def _stairs(tables: Tables, dense: bool) -> Ints:
-    """Return rules with the ends of levels at any of some steps."""
-    n_rows, n_longest = tables.length_BK.shape
-    steps: list[int] = []
-    step = 0
-    while step <= n_longest:
-        steps.append(step)
-        step += 1 if step < _DENSE[dense] else step // 2
-    end_XL = np.array(list(combinations_with_replacement(steps, tables.widths.size - 1)))[:, ::-1]
+def _step_rules(tables: CostTables, *, dense: bool) -> Ints:
+    """Return rules with the ends of levels at any of a few positions."""
+    n_rows, n_sequences = tables.length_BK.shape
+    # Geometric beyond the first: all positions would be K^L rules.
+    unit_steps = _UNIT_STEPS_DENSE if dense else _UNIT_STEPS
+    positions: list[int] = []
+    position = 0
+    while position <= n_sequences:
+        positions.append(position)
+        position += 1 if position < unit_steps else position // 2
+    # Descending: a higher level ends no later than the one below it.
+    ends = list(combinations_with_replacement(positions, tables.widths.size - 1))
+    end_XL = np.array(ends)[:, ::-1]
     return np.broadcast_to(end_XL, (n_rows, *end_XL.shape))
 
 
-def _estimates(tables: Tables, end_BXL: Ints) -> Floats:
-    """Return about how long the micro-batches take by each rule, (B, X); inf: cannot fit.
+def _estimates(tables: CostTables, end_BXL: Ints) -> Floats:
+    """Return the estimated time of each micro-batch by each rule, (B, X); inf: does not fit.
 
-    As if everything could be spread evenly, but for the longest sequence of each level.
+    As if work could be divided evenly, except for the longest sequence of each level, which is
+    whole on its ranks.
     """
     cost, n_ranks = tables.cost, tables.slots.covers_TN.shape[1]
-    n_rows, n_longest = tables.length_BK.shape
+    n_rows, n_sequences = tables.length_BK.shape
     row = np.arange(n_rows)[:, None]
-    volume = _sums(tables.length_BK)
-    gather = shared = tokens = wide_s = wide = np.zeros(end_BXL.shape[:2])
-    longest_s = longest = local = local_s = gather
+    volume_sums = _prefix_sums(tables.length_BK)
+    gather = sharded = tokens = group_s = group_tokens = np.zeros(end_BXL.shape[:2])
+    longest_s = longest_tokens = local = longest_local_s = gather
     begin = np.zeros(end_BXL.shape[:2], dtype=np.int64)
+    # From the widest level down: each begins where the one above it ends.
     for level in range(tables.widths.size - 1, -1, -1):
-        end = end_BXL[:, :, level - 1] if level else np.full_like(begin, n_longest)
-        part = tables.widths[level] / n_ranks
-        attention_BK, share_BK = tables.attention_BKW[:, :, level], tables.share_BKW[:, :, level]
-        seconds, held = (
-            sums[row, end] - sums[row, begin] for sums in (_sums(attention_BK), _sums(share_BK))
+        end = end_BXL[:, :, level - 1] if level else np.full_like(begin, n_sequences)
+        fraction = tables.widths[level] / n_ranks
+        attention_BK = tables.attention_BKW[:, :, level]
+        tokens_BK = tables.shard_tokens_BKW[:, :, level]
+        level_s, level_tokens = (
+            sums[row, end] - sums[row, begin]
+            for sums in (_prefix_sums(attention_BK), _prefix_sums(tokens_BK))
         )
-        first = np.minimum(begin, n_longest - 1)
+        # An empty level may begin past the last sequence; its term is multiplied by 0 below.
+        first = np.minimum(begin, n_sequences - 1)
         first_s = attention_BK[row, first] * (end > begin)
-        tokens = tokens + held * part
-        if part == 1:
-            wide_s, wide = seconds, held
+        tokens = tokens + level_tokens * fraction
+        if fraction == 1:
+            group_s, group_tokens = level_s, level_tokens
         else:
-            longest = np.maximum(longest, share_BK[row, first] * (end > begin))
+            longest_tokens = np.maximum(longest_tokens, tokens_BK[row, first] * (end > begin))
         if level:
-            travels = volume[row, end] - volume[row, begin]
-            travel = tables.latency_W[level] + travels * tables.token_W[level]
-            gather = gather + np.where(travels > 0, travel, 0) * part
-            shared = shared + seconds * part
-            longest_s = np.maximum(longest_s, first_s * (part < 1))
+            volume = volume_sums[row, end] - volume_sums[row, begin]
+            level_gather = tables.latency_W[level] + volume * tables.token_W[level]
+            gather = gather + np.where(volume > 0, level_gather, 0) * fraction
+            sharded = sharded + level_s * fraction
+            longest_s = np.maximum(longest_s, first_s * (fraction < 1))
         else:
-            local, local_s = seconds * part, first_s
+            local, longest_local_s = level_s * fraction, first_s
         begin = end
-    # A group of one rank has one level, local and whole.
-    tokens = np.maximum(tokens, wide + longest)
-    shared = np.maximum(shared, wide_s * (tables.widths.size > 1) + longest_s)
-    busy = np.maximum(gather, np.maximum(local, local_s)) + shared + cost.linear(tokens)
+    # Sequences on the whole group load every rank, also the one with the longest other sequence.
+    tokens = np.maximum(tokens, group_tokens + longest_tokens)
+    # In a group of one rank, the level of the whole group is the local one, counted as local.
+    sharded = np.maximum(sharded, group_s * (tables.widths.size > 1) + longest_s)
+    busy = np.maximum(gather, np.maximum(local, longest_local_s)) + sharded + cost.linear(tokens)
     return np.where(tokens <= cost.memory_tokens, busy, np.inf)
 
 
-def _sums(value_BK: Floats | Ints) -> Floats:
+def _prefix_sums(value_BK: Floats | Ints) -> Floats:
     """Return sums of the first c values, c = 0 to K, shape (B, K + 1)."""
     sums = np.zeros((value_BK.shape[0], value_BK.shape[1] + 1))
     value_BK.cumsum(axis=1, out=sums[:, 1:])

@@ -1,1 +1,5 @@
-"""The planners: `refine` (default), Skrull, HDP, FlexSP, an exact one, and baselines."""
+"""The planners; each module registers its functions by name with `base.planner`.
+
+Read in this order: `baselines` (default, sorted, packed), `hdp`, `skrull`, `integer_program` and
+the two that solve one (`flexsp`, `exact`), then `refine`, the default, which uses the first two.
+"""

@@ -1,10 +1,10 @@
-"""The planners to beat: one sequence at a time, sorted, and packed.
+"""Baseline planners: one sequence at a time, sorted by length, and packed.
 
-* `default`: one sequence per micro-step and group, sharded over the group, in the order of
-  arrival: what frameworks do unpacked. Batches come in no order, so here it is a fixed random
-  one: the result must not depend on how the ids were given.
-* `sorted`: the same by length, so that what runs at once is alike: LongAlign's sorted batching
-  (arXiv 2401.18058) within a global batch, whose content stays as it is.
+* `default`: one sequence per micro-step and group, sharded over the group, in order of arrival, as
+  frameworks do without packing. The result must not depend on the order of ids, so the order of
+  arrival is a fixed random one.
+* `sorted`: the same by length, so that sequences of similar length run at once: LongAlign's sorted
+  batching (arXiv 2401.18058) within a global batch, whose content does not change.
 * `packed`: work balanced over groups and over the fewest micro-batches, everything sharded; the
   strong baseline.
 """
@@ -16,40 +16,49 @@ import numpy as np
 from raymix.schedule.base import planner
 from raymix.schedule.cost.model import CostModel
 from raymix.schedule.cost.timing import Placement
-from raymix.schedule.group import Draft, balanced, first_split, least_loaded, strided
+from raymix.schedule.group import (
+    PlacementBuilder,
+    lpt_bins,
+    smallest_split,
+    split_balanced,
+    split_strided,
+)
 from raymix.schedule.layout import Ints, Layout
 
 
 @planner("default")
 def default(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
     """Return one sequence per micro-step and group, sharded, in the order of arrival."""
-    return _one_each(np.random.default_rng(0).permutation(length_K.size), layout)
+    return _one_per_group(np.random.default_rng(0).permutation(length_K.size), layout)
 
 
 @planner("sorted")
 def by_length(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
-    """Return one sequence per micro-step and group, sharded, those of like length at once."""
+    """Return one sequence per micro-step and group, sharded, similar lengths in one micro-step."""
     groups = layout.groups
-    turn = np.arange(length_K.size)
-    # Back and forth over the groups: else the first would get the longest of every micro-step.
-    back = (turn // groups) % 2 == 1
-    seat = np.where(back, groups - 1 - turn % groups, turn % groups)
-    return _one_each(turn // groups * groups + seat, layout)
+    turn_K = np.arange(length_K.size)
+    # Back and forth over the groups, or the first group gets the longest of every micro-step.
+    backward = (turn_K // groups) % 2 == 1
+    group_K = np.where(backward, groups - 1 - turn_K % groups, turn_K % groups)
+    return _one_per_group(turn_K // groups * groups + group_K, layout)
 
 
-def _one_each(place_K: Ints, layout: Layout) -> Placement:
-    width = np.full(place_K.size, layout.context, dtype=np.int64)
-    return Placement(place_K // layout.groups, place_K % layout.groups * layout.context, width)
+def _one_per_group(turn_K: Ints, layout: Layout) -> Placement:
+    """Return the placement of sequences by turn, group by group in each micro-step."""
+    width = np.full(turn_K.size, layout.context, dtype=np.int64)
+    return Placement(turn_K // layout.groups, turn_K % layout.groups * layout.context, width)
 
 
 @planner("packed")
 def packed(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
     """Return few micro-batches of balanced work, everything sharded over its group."""
-    draft = Draft(length_K.size, layout)
-    whole = layout.slots.width_T.size - 1
+    builder = PlacementBuilder(length_K.size, layout)
+    # The last slot of a layout is the whole group.
+    group_slot = layout.slots.width_T.size - 1
     work_K = cost.work(length_K, layout.context)
-    for group, ids in enumerate(least_loaded(work_K, layout.groups)):
-        parts = first_split(length_K[ids], layout, cost, (balanced, strided))
+    for group, ids in enumerate(lpt_bins(work_K, layout.groups)):
+        # `balanced` first: of two splits into equally many parts it has the more even work.
+        parts = smallest_split(length_K[ids], layout, cost, (split_balanced, split_strided))
         for micro, part in enumerate(parts):
-            draft.seat(ids[part], group, micro, np.full(part.size, whole))
-    return draft.done()
+            builder.place(ids[part], group, micro, np.full(part.size, group_slot))
+    return builder.build()

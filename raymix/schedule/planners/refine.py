@@ -1,18 +1,20 @@
-"""`refine`, the default planner: cut-offs of length, then best-improving moves.
+"""`refine`, the default planner: width rules, then local search on the cost model.
 
 1. Work is balanced over the groups (LPT).
-2. Each group is cut into the fewest micro-batches that hold it, in several ways; into more where
-   that can still be faster (`cuts`).
-3. In each micro-batch sequences above a cut-off of length are sharded and the others local; of all
-   cut-offs, and of the rules for several widths, those that the cost model likes best (`rules`),
-   seated by LPT (`seating`).
-4. The best cuts of each group are improved by moves and swaps (`moves`), and the best is kept.
-5. While it helps, the slowest groups give sequences to the fastest, or swap some with them.
-6. Up to 24 sequences are annealed too (`anneal`): there a few must change places together.
+2. Each group is partitioned into the fewest micro-batches that hold it, by several splits; into
+   more where that can still be faster (`partitions`).
+3. In each micro-batch, sequences above a length threshold are sharded and the others local; the
+   thresholds, and the rules for several widths, with the least estimated time (`rules`) are
+   assigned to slots by LPT (`assignment`).
+4. The best partitions of each group are improved by moves and swaps (`moves`); the best remains.
+5. While it helps, the slowest groups give sequences to the fastest, or exchange some with them
+   (`cross_group_moves`).
+6. Batches of up to 24 sequences are annealed too (`anneal`), for improvements in which several
+   sequences must change slots together.
 
-The plans of `hdp` and `packed` cost little to make: steps 4 and 5 go on from the former where it is
-the faster, in small batches from both, and whichever of all is fastest under the layout's barrier
-is returned. So by the cost model it is given `refine` is never slower than these two.
+The plans of `hdp` and `packed` are cheap. Steps 4 and 5 start from that of `hdp` where it is the
+faster, in small batches from both, and the fastest of all plans under the layout's barrier is
+returned: by its cost model, `refine` is never slower than these two.
 """
 
 from __future__ import annotations
@@ -20,134 +22,186 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from raymix.schedule.base import planner
+from raymix.schedule.base import FunctionPlanner, Planner, get_planner, planner
 from raymix.schedule.cost.model import CostModel
-from raymix.schedule.cost.timing import Placement, lower_bound, timing
-from raymix.schedule.group import Draft, over_groups
+from raymix.schedule.cost.timing import Placement, compute_timing, lower_bound
+from raymix.schedule.group import PlacementBuilder, balance_groups
 from raymix.schedule.layout import Ints, Layout
-from raymix.schedule.local_search.anneal import SlotCosts, anneal
-from raymix.schedule.local_search.cross_group_moves import exchange, rearrange
-from raymix.schedule.local_search.cuts import Cut, Cutter, SearchBudget, fastest
+from raymix.schedule.local_search.anneal import SlotEncoding, anneal
+from raymix.schedule.local_search.cross_group_moves import (
+    exchange_between_groups,
+    exchange_within_groups,
+)
+from raymix.schedule.local_search.partitions import (
+    Partition,
+    PartitionSearch,
+    SearchBudget,
+    fastest,
+)
+from raymix.schedule.plan import Schedule
 from raymix.schedule.planners.baselines import packed
 from raymix.schedule.planners.hdp import hdp
 
-# Where balancing ends: part of the time.
-_LEVEL = 0.002
-# In small batches more is tried, for there it costs little.
-_SMALL = 24
-_MUCH = SearchBudget(
-    annealed=True,
-    more=3,
-    seated=3,
-    rules=8,
-    dense=True,
-    starts=4,
-    kept=2,
-    moves=24,
-    moves_after=8,
-    rules_after=4,
-    starts_after=2,
-    tried=12,
-    swapped=24,
-    even=0.003,
-    rounds=3,
-    drawn=6,
+# The search ends within this fraction of the lower bound: less than the cost model's error.
+_BOUND_TOLERANCE = 0.002
+# Up to so many sequences the full search takes 0.3 s at most.
+_SMALL_BATCH = 24
+# Steps of so many seconds by the cost model hide the full search, which takes 0.3 s.
+_FULL_SEARCH_STEP_S = 1.0
+
+_FULL_BUDGET = SearchBudget(
+    # Partitions into micro-batches.
+    extra_micro_batches=3,
+    assigned_partitions=3,
+    improved_partitions=2,
+    # Assignments of a micro-batch to slots.
+    rules_per_kind=8,
+    dense_rules=True,
+    start_assignments=4,
+    # Moves and swaps in a micro-batch.
+    max_moves=24,
+    move_candidates=12,
+    swap_candidates=24,
+    balance_tolerance=0.003,
+    # Exchanges between micro-batches, and the search after each.
+    max_exchange_rounds=3,
     patience=0,
-    worth=0.0,
+    min_round_gain=0.0,
+    random_exchanges=6,
+    exchange_rules_per_kind=4,
+    exchange_start_assignments=2,
+    exchange_max_moves=8,
+    anneal=True,
 )
-_LITTLE = SearchBudget(
-    annealed=False,
-    more=1,
-    seated=2,
-    rules=3,
-    dense=False,
-    starts=1,
-    kept=1,
-    moves=6,
-    moves_after=2,
-    rules_after=2,
-    starts_after=1,
-    tried=8,
-    swapped=16,
-    even=0.02,
-    rounds=3,
-    drawn=0,
+_FAST_BUDGET = SearchBudget(
+    extra_micro_batches=1,
+    assigned_partitions=2,
+    improved_partitions=1,
+    rules_per_kind=3,
+    dense_rules=False,
+    start_assignments=1,
+    max_moves=6,
+    move_candidates=8,
+    swap_candidates=16,
+    balance_tolerance=0.02,
+    max_exchange_rounds=3,
     patience=0,
-    worth=0.01,
+    min_round_gain=0.01,
+    random_exchanges=0,
+    exchange_rules_per_kind=2,
+    exchange_start_assignments=1,
+    exchange_max_moves=2,
+    anneal=False,
 )
 
 
 @planner("refine")
 def refine(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
-    """Return the placement found by cut-offs of length and improving moves."""
-    return _refined(length_K, layout, cost, _MUCH if length_K.size <= _SMALL else _LITTLE)
+    """Return the placement found by width rules and local search."""
+    budget = _FULL_BUDGET if length_K.size <= _SMALL_BATCH else _FAST_BUDGET
+    return _search(length_K, layout, cost, budget)
 
 
-def quickly_refined(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
-    """Return `refine`'s placement with as little search in small batches as in large ones."""
-    return _refined(length_K, layout, cost, _LITTLE)
+def refine_fast(length_K: Ints, layout: Layout, cost: CostModel) -> Placement:
+    """Return the placement of `refine` with the budget of large batches for small ones too."""
+    return _search(length_K, layout, cost, _FAST_BUDGET)
 
 
-def _refined(length_K: Ints, layout: Layout, cost: CostModel, effort: SearchBudget) -> Placement:
-    bound = lower_bound(length_K, layout, cost) * (1 + _LEVEL)
-    simple, merged = packed(length_K, layout, cost), hdp(length_K, layout, cost)
-    plans = [_timed(length_K, plan, layout, cost) for plan in (simple, merged)]
-    if min(plans, key=_seconds)[0] <= bound:
-        return min(plans, key=_seconds)[1]
-    cutter = Cutter(length_K, layout, cost, effort)
-    starts = [cutter.seated(cutter.split(over_groups(length_K, layout, cost)))]
-    if effort.annealed:
-        starts.append(_taken(cutter, merged))
-    elif plans[1][0] <= _slowest(fastest(starts[0], 1)):
-        starts = [_taken(cutter, merged)]
+_FAST_REFINE = FunctionPlanner("refine", refine_fast)
+
+
+class TrainingRefine:
+    """`refine` for training: the full search only where the step takes longer than planning it.
+
+    Depends on lengths, layout and cost alone and not on a clock, so all ranks get one plan.
+    """
+
+    def plan(self, lengths: ArrayLike, layout: Layout, cost: CostModel) -> Schedule:
+        """Return the schedule of a batch; see `Planner`."""
+        fast = _FAST_REFINE.plan(lengths, layout, cost)
+        if fast.seconds < _FULL_SEARCH_STEP_S:
+            return fast
+        return get_planner("refine").plan(lengths, layout, cost)
+
+
+def training_planner(name: str) -> Planner:
+    """Return the planner of a name as training uses it.
+
+    Raises:
+        ScheduleError: If the name is unknown.
+    """
+    return TrainingRefine() if name == "refine" else get_planner(name)
+
+
+TimedPlacement = tuple[float, Placement]
+"""Seconds by the cost model, and the placement."""
+
+
+def _search(length_K: Ints, layout: Layout, cost: CostModel, budget: SearchBudget) -> Placement:
+    """Return the fastest of `packed`, `hdp` and the placements found from them."""
+    bound_s = lower_bound(length_K, layout, cost) * (1 + _BOUND_TOLERANCE)
+    packed_plan, hdp_plan = packed(length_K, layout, cost), hdp(length_K, layout, cost)
+    timed = [_timed(length_K, plan, layout, cost) for plan in (packed_plan, hdp_plan)]
+    if min(timed, key=_seconds)[0] <= bound_s:
+        return min(timed, key=_seconds)[1]
+    search = PartitionSearch(length_K, layout, cost, budget)
+    starts = [search.assign(search.split(balance_groups(length_K, layout, cost)))]
+    if budget.anneal:
+        starts.append(_partitions_of(search, hdp_plan))
+    elif timed[1][0] <= _max_seconds(fastest(starts[0], 1)):
+        starts = [_partitions_of(search, hdp_plan)]
     for start in starts:
-        placed = _traded(cutter, cutter.improved(start))
-        plans.append(_timed(length_K, placed, layout, cost))
-    if effort.annealed and min(plans, key=_seconds)[0] > bound:
-        found = [plan for _, plan in plans]
-        micro = 1 + max(int(plan.micro_K.max()) for plan in found)
-        placed = anneal(SlotCosts(length_K, layout, cost, micro), found)
-        plans.append(_timed(length_K, placed, layout, cost))
-    return min(plans, key=_seconds)[1]
+        placement = _exchanged(search, search.improve(start))
+        timed.append(_timed(length_K, placement, layout, cost))
+    if budget.anneal and min(timed, key=_seconds)[0] > bound_s:
+        placements = [plan for _, plan in timed]
+        n_micro = 1 + max(int(plan.micro_K.max()) for plan in placements)
+        placement = anneal(SlotEncoding(length_K, layout, cost, n_micro), placements)
+        timed.append(_timed(length_K, placement, layout, cost))
+    # min returns the first of equal ones: a tie goes to the simpler plan.
+    return min(timed, key=_seconds)[1]
 
 
-def _timed(
-    length_K: Ints, placed: Placement, layout: Layout, cost: CostModel
-) -> tuple[float, Placement]:
-    return timing(length_K, placed, layout, cost).seconds, placed
+def _timed(length_K: Ints, placement: Placement, layout: Layout, cost: CostModel) -> TimedPlacement:
+    # The search knows the barrier "group" alone; here plans compete under the layout's own.
+    return compute_timing(length_K, placement, layout, cost).seconds, placement
 
 
-def _seconds(plan: tuple[float, Placement]) -> float:
-    return plan[0]
+def _seconds(timed: TimedPlacement) -> float:
+    # As the key of min: tuples of equal seconds would compare placements, which have no order.
+    return timed[0]
 
 
-def _slowest(cuts: Sequence[Cut]) -> float:
-    return max(cut.seconds for cut in cuts)
+def _max_seconds(partitions: Sequence[Partition]) -> float:
+    return max(partition.seconds for partition in partitions)
 
 
-def _taken(cutter: Cutter, placed: Placement) -> list[Cut]:
-    """Return the cuts of another plan."""
-    group_K = placed.first_K // cutter.layout.context
-    groups = [np.flatnonzero(group_K == group) for group in range(cutter.layout.groups)]
-    return [cutter.of_placement(at, ids, placed) for at, ids in enumerate(groups)]
+def _partitions_of(search: PartitionSearch, placement: Placement) -> list[Partition]:
+    """Return the partition of each group in another planner's placement."""
+    group_K = placement.first_K // search.layout.context
+    groups = [np.flatnonzero(group_K == group) for group in range(search.layout.groups)]
+    return [search.of_placement(group, ids, placement) for group, ids in enumerate(groups)]
 
 
-def _traded(cutter: Cutter, cuts: list[Cut]) -> Placement:
-    """Return the placement after trades between micro-batches."""
-    effort, idle = cutter.effort, 0
-    for turn in range(effort.rounds):
-        before = _slowest(cuts)
-        if effort.drawn:
-            rearrange(cutter, cuts, turn)
-        exchange(cutter, cuts, turn)
-        # A round without a gain need not be the last: what is drawn differs from round to round.
-        idle = 0 if _slowest(cuts) < before * (1 - effort.worth) else idle + 1
-        if idle > effort.patience:
+def _exchanged(search: PartitionSearch, partitions: list[Partition]) -> Placement:
+    """Return the placement after exchanges between micro-batches."""
+    budget, rounds_without_gain = search.budget, 0
+    for round_index in range(budget.max_exchange_rounds):
+        before_s = _max_seconds(partitions)
+        if budget.random_exchanges:
+            exchange_within_groups(search, partitions, round_index)
+        exchange_between_groups(search, partitions, round_index)
+        # A round without a gain need not be the last: the random exchanges differ by round.
+        gained = _max_seconds(partitions) < before_s * (1 - budget.min_round_gain)
+        rounds_without_gain = 0 if gained else rounds_without_gain + 1
+        if rounds_without_gain > budget.patience:
             break
-    draft = Draft(cutter.length_K.size, cutter.layout)
-    for group, cut in enumerate(cuts):
-        # Where everyone waits for everyone, slow micro-batches belong together.
-        for micro, at in enumerate(np.argsort(-cut.second_M, kind="stable").tolist()):
-            draft.seat(cut.parts[at], group, micro, cut.slots[at][0])
-    return draft.done()
+    builder = PlacementBuilder(search.length_K.size, search.layout)
+    for group, partition in enumerate(partitions):
+        # Slowest first in every group: under the barrier "all" they then run at the same time.
+        order = np.argsort(-partition.second_M, kind="stable")
+        for micro, index in enumerate(order.tolist()):
+            builder.place(partition.parts[index], group, micro, partition.slots[index][0])
+    return builder.build()

@@ -143,7 +143,7 @@ class DocumentBatchBuilder:
         """Return this rank's documents of a step, micro-batch by micro-batch."""
         ranks_of = [
             dict.fromkeys(micro.local, (self._rank,))
-            | {shard.sequence: shard.team for shard in micro.sharded}
+            | {shard.sequence: shard.ranks for shard in micro.sharded}
             for micro in self._assign(plan)
         ]
         self._fetch(plan, [document for micro in ranks_of for document in micro])

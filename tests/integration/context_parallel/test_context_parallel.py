@@ -160,7 +160,7 @@ def step_error(
     every, schedule = documents(), planned(planner)
     mine = tuple(
         tuple(replace(every[k], ranks=(world.rank,)) for k in micro.local)
-        + tuple(replace(every[shard.sequence], ranks=shard.team) for shard in micro.sharded)
+        + tuple(replace(every[shard.sequence], ranks=shard.ranks) for shard in micro.sharded)
         for micro in schedule.micro_batches(world.rank)
     )
     batch = DocumentBatch(0, 0, np.zeros(3), np.zeros(3, np.int64), None, mine)

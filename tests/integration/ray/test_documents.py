@@ -143,7 +143,7 @@ def test_some_of_these_documents_are_shared_and_some_are_not(
         [corpus.document_lengths(name, "train") for name in ("books", "email")]
     )
     schedule = plan_batch(np.minimum(lengths, LONGEST).astype(np.int64), how.layout, how.cost)
-    widths = Counter(schedule.placed.width_K.tolist())
+    widths = Counter(schedule.placement.width_K.tolist())
     assert widths[1] > 100
     assert widths[2] > 100
     assert schedule.memory_R.max() <= LONGEST // 2

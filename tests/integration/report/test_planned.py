@@ -87,8 +87,8 @@ def test_schedules_of_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     again = training_planner("refine").plan([5, 9, 2, 7, 41], Layout(2, 4, barrier="none",
                                             widths=(1, 2, 4)), PLAIN)  # fmt: skip
     made = schedule_of(told[1]["schedules"][0])
-    assert (made.placed.first_K == again.placed.first_K).all()
-    assert (made.placed.width_K == again.placed.width_K).all()
+    assert (made.placement.first_K == again.placement.first_K).all()
+    assert (made.placement.width_K == again.placement.width_K).all()
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,8 @@ def planned() -> tuple[dict[str, Any], dict[str, Any]]:
         lengths, Layout(2, 2), PLAIN, batch=8, steps=1, seed=0,
         planners=("packed", "hdp", "sorted", "skrull"),
     )  # fmt: skip
-    schedules = {name: tally.last for name, tally in found.tallies.items() if tally.last}
+    totals = found.totals.items()
+    schedules = {name: total.last_schedule for name, total in totals if total.last_schedule}
     return {"source": "a <name>", **found.document()}, schedules
 
 

@@ -33,10 +33,10 @@ QUICK = ("refine", "default", "packed", "sorted", "skrull", "hdp")
 Problem = tuple[list[int], Layout, CostModel]
 
 
-def place_of(schedule: Schedule) -> list[tuple[int, int, int, int]]:
-    """Length, micro-step, first rank and width of every sequence, in no order of ids."""
-    at = schedule.placed
-    rows = (schedule.length_K, at.micro_K, at.first_K, at.width_K)
+def slots_of(schedule: Schedule) -> list[tuple[int, int, int, int]]:
+    """Return length, micro-step, first rank and width of every sequence, sorted."""
+    placement = schedule.placement
+    rows = (schedule.length_K, placement.micro_K, placement.first_K, placement.width_K)
     return sorted(zip(*(row.tolist() for row in rows), strict=True))
 
 
@@ -48,15 +48,15 @@ def check_laws(schedule: Schedule, lengths: list[int], layout: Layout, cost: Cos
     assert any(not plan[-1].padding for plan in plans), "a micro-step that nobody needs"
     local = Counter(k for plan in plans for batch in plan for k in batch.local)
     shards = Counter(
-        (shard.sequence, shard.team, batch.micro_step)
+        (shard.sequence, shard.ranks, batch.micro_step)
         for plan in plans
         for batch in plan
         for shard in batch.sharded
     )
-    # Each shard is seen by exactly its team, all of it inside one group.
-    for (_, team, _), seen in shards.items():
-        assert seen == len(team)
-        assert len({rank // layout.context for rank in team}) == 1
+    # Each shard is on exactly the ranks of its CP group, all of them in one group.
+    for (_, ranks, _), count in shards.items():
+        assert count == len(ranks)
+        assert len({rank // layout.context for rank in ranks}) == 1
     whole = Counter(k for k, _, _ in shards)
     assert local + whole == Counter(range(len(lengths)))
     for rank, plan in enumerate(plans):
@@ -96,7 +96,7 @@ def test_order_of_ids_does_not_matter_and_plans_repeat(
     again = plan_batch(lengths, layout, cost, name)
     other = plan_batch([lengths[k] for k in order], layout, cost, name)
     assert one.document() == again.document()
-    assert place_of(one) == place_of(other)
+    assert slots_of(one) == slots_of(other)
     assert one.seconds == other.seconds
 
 
@@ -105,7 +105,7 @@ def test_programs_repeat_whatever_the_order(name: str) -> None:
     lengths, layout, cost = [90, 70, 40, 40, 30, 10], Layout(1, 4), cost_of(memory_tokens=80)
     one = plan_batch(lengths, layout, cost, name)
     other = plan_batch(lengths[::-1], layout, cost, name)
-    assert place_of(one) == place_of(other)
+    assert slots_of(one) == slots_of(other)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -131,8 +131,8 @@ def test_a_sequence_too_long_for_a_group_is_refused_with_the_numbers(name: str) 
 @pytest.mark.parametrize("name", known_planners())
 def test_the_longest_that_fits_is_planned(name: str) -> None:
     schedule = plan_batch([400], Layout(2, 4), PLAIN, name)
-    (team,) = schedule.teams(0)
-    assert len(team) == 4
+    (ranks,) = schedule.groups(0)
+    assert len(ranks) == 4
     assert schedule.memory_R.tolist().count(100) == 4
 
 
@@ -167,13 +167,13 @@ def test_default_takes_one_sequence_per_group_and_micro_step() -> None:
     schedule = plan_batch(range(1, 8), Layout(2, 2), PLAIN, "default")
     assert schedule.micro_steps == 4
     for micro in range(3):
-        assert [len(ids) for ids in schedule.teams(micro).values()] == [1, 1]
+        assert [len(ids) for ids in schedule.groups(micro).values()] == [1, 1]
     assert schedule.micro_batches(3)[3].padding
 
 
 def test_sorted_runs_like_with_like() -> None:
     schedule = plan_batch([1, 20, 2, 21, 3, 22], Layout(2, 2), PLAIN, "sorted")
-    together = [sorted(k for ids in schedule.teams(m).values() for k in ids) for m in range(3)]
+    together = [sorted(k for ids in schedule.groups(m).values() for k in ids) for m in range(3)]
     assert together == [[3, 5], [1, 4], [0, 2]]
 
 
@@ -186,16 +186,16 @@ def test_packed_needs_the_fewest_micro_batches() -> None:
 def test_hdp_gives_every_sequence_as_few_ranks_as_hold_it() -> None:
     layout = Layout(2, 4, widths=(2,), barrier="none")
     schedule = plan_batch([390, 150, 90, 20], layout, PLAIN, "hdp")
-    assert schedule.placed.width_K.tolist() == [4, 2, 1, 1]
+    assert schedule.placement.width_K.tolist() == [4, 2, 1, 1]
 
 
-def test_flexsp_forms_teams_of_several_sizes_side_by_side() -> None:
+def test_flexsp_forms_cp_groups_of_several_sizes_side_by_side() -> None:
     layout = Layout(1, 4, widths=(2,))
-    # One micro-batch is better than two, and a team of two better than one of four.
+    # One micro-batch is better than two, and a CP group of two better than one of four.
     cost = cost_of(base_s=1.0, edge_s=1e-2, links=(Link(2, 0.1, 1e-3), Link(4, 2.0, 0.05)))
     schedule = plan_batch([180, 90, 90], layout, cost, "flexsp")
     assert schedule.micro_steps == 1
-    assert sorted(schedule.placed.width_K.tolist()) == [1, 1, 2]
+    assert sorted(schedule.placement.width_K.tolist()) == [1, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["flexsp", "hdp", "refine"])
@@ -203,7 +203,7 @@ def test_planners_use_no_width_that_the_layout_forbids(name: str) -> None:
     cost = preset("0.5b", "slow")
     lengths = sample_lengths("chatqa2", 12, seed=0)
     schedule = plan_batch(lengths, Layout(2, 4), cost, name)
-    assert set(schedule.placed.width_K.tolist()) <= {1, 4}
+    assert set(schedule.placement.width_K.tolist()) <= {1, 4}
 
 
 def test_the_facade_plans() -> None:

@@ -27,7 +27,7 @@ def test_equal_sequences_sit_one_on_each_rank() -> None:
     cost = full_cost()
     schedule = plan_batch([50] * 8, Layout(2, 4), cost)
     assert schedule.micro_steps == 1
-    assert schedule.placed.width_K.tolist() == [1] * 8
+    assert schedule.placement.width_K.tolist() == [1] * 8
     alone = 1e-4 * 2500 + 2e-3 * 50 + 0.01 + max(0.2, 0.05 + 0.5)
     assert schedule.seconds == pytest.approx(alone)
 
@@ -40,13 +40,13 @@ def test_one_long_sequence_is_sharded_and_short_ones_hide_its_communication() ->
     schedule = plan_batch([80, 40, 40], Layout(1, 2), cost)
     # 80^2 / 2 / 1000 on both, beside the larger of 1.6 to gather and 1.6 of local attention.
     assert schedule.seconds == pytest.approx(3.2 + 1.6)
-    assert schedule.placed.width_K.tolist() == [2, 1, 1]
+    assert schedule.placement.width_K.tolist() == [2, 1, 1]
 
 
-def test_where_communication_is_dear_nothing_is_sharded_that_need_not_be() -> None:
-    dear = replace(PLAIN, links=(Link(4, 10.0, 1.0),))
-    assert set(plan_batch([90, 50, 20, 5], Layout(1, 4), dear).placed.width_K.tolist()) == {1}
-    assert plan_batch([101], Layout(1, 4), dear).placed.width_K.tolist() == [4]
+def test_where_communication_is_slow_nothing_is_sharded_that_need_not_be() -> None:
+    slow = replace(PLAIN, links=(Link(4, 10.0, 1.0),))
+    assert set(plan_batch([90, 50, 20, 5], Layout(1, 4), slow).placement.width_K.tolist()) == {1}
+    assert plan_batch([101], Layout(1, 4), slow).placement.width_K.tolist() == [4]
 
 
 def test_where_it_is_free_perfect_balance_is_found() -> None:
@@ -55,12 +55,12 @@ def test_where_it_is_free_perfect_balance_is_found() -> None:
     assert schedule.seconds == pytest.approx(bound, rel=2e-3)
 
 
-def test_teams_between_one_rank_and_the_group_pay_where_short_shards_are_slow() -> None:
+def test_widths_between_one_rank_and_the_group_pay_where_short_shards_are_slow() -> None:
     cost = cost_of(edge_s=2e-3, memory_tokens=60)
     lengths = [110, 110, 110, 110]
     two = plan_batch(lengths, Layout(1, 8), cost).seconds
     many = plan_batch(lengths, Layout(1, 8, widths=(2, 4)), cost)
-    assert many.placed.width_K.tolist() == [2] * 4
+    assert many.placement.width_K.tolist() == [2] * 4
     assert many.seconds < two
 
 
@@ -85,10 +85,10 @@ def test_it_is_near_the_best_there_is(seed: int) -> None:
     layout = Layout(1 + seed % 2, 2)
     exact = solve_exact(lengths, layout, cost, gap=1e-3)
     assert exact.bound <= exact.seconds * (1 + 1e-9)
-    found = plan_batch(lengths, layout, cost)
-    assert found.seconds <= 1.05 * exact.seconds
+    plan = plan_batch(lengths, layout, cost)
+    assert plan.seconds <= 1.05 * exact.seconds
     # Its own micro-batches may be more than the program was allowed.
-    assert found.seconds >= exact.bound * (1 - 2e-3) or found.micro_steps > 2
+    assert plan.seconds >= exact.bound * (1 - 2e-3) or plan.micro_steps > 2
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
@@ -104,7 +104,7 @@ def test_the_exact_planner_says_what_its_plan_takes(
 
 
 def test_exact_plans_are_for_small_batches() -> None:
-    with pytest.raises(ScheduleError, match="places for an exact plan, at most 6000"):
+    with pytest.raises(ScheduleError, match="choices for an exact plan, at most 6000"):
         plan_batch([10] * 128, Layout(4, 8), PLAIN, "milp")
 
 

@@ -108,15 +108,15 @@ def checkpoint_activations(model: PackedLoss) -> None:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def assert_same(found: PieceGram, expected: PieceGram, *, rel: float = 1e-5) -> None:
-    ours, theirs = statistics(found), statistics(expected)
+def assert_same(result: PieceGram, expected: PieceGram, *, rel: float = 1e-5) -> None:
+    ours, theirs = statistics(result), statistics(expected)
     for name in ("loss_K", "tokens_K", "norm2_K", "noise_K"):
         np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=rel, atol=0)
     # Products of gradients that are nearly at right angles are small: as exact as the lengths are.
     length_K = np.sqrt(np.abs(theirs.norm2_K))
     scale_KK = np.maximum(np.abs(theirs.gram_KK), np.outer(length_K, length_K))
     np.testing.assert_array_less(np.abs(ours.gram_KK - theirs.gram_KK) / scale_KK, rel)
-    np.testing.assert_array_equal(found.rows_P, expected.rows_P)
+    np.testing.assert_array_equal(result.rows_P, expected.rows_P)
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +129,13 @@ def llama() -> PackedLoss:
 def test_one_pass_equals_one_pass_per_piece(kind: str, pieces: torch.Tensor) -> None:
     model, rows = language_model(kind), rows_of(pieces)
     (expected,) = measured(model, rows, pieces, mode="backward")
-    (found,) = measured(model, rows, pieces)
-    assert_same(found, expected)
+    (result,) = measured(model, rows, pieces)
+    assert_same(result, expected)
     assert not gradients(model)
     model(*rows)[0].backward()
     plain = gradients(model)
-    found, ours = recorded(model, rows, pieces, scale=0.125)
-    assert_same(found, expected)
+    result, ours = recorded(model, rows, pieces, scale=0.125)
+    assert_same(result, expected)
     assert ours.keys() == plain.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(8 * ours[name], gradient, rtol=1e-4, atol=1e-5)
@@ -156,10 +156,10 @@ def test_every_way_to_run_gives_the_same(how: str, llama: PackedLoss) -> None:
     model(*rows)[0].backward()
     plain = gradients(model)
     options = {"tile_bytes": 3000} if how == "tiles" else {}
-    (found,) = measured(model, rows, pieces, **options)
-    assert_same(found, expected)
-    found, ours = recorded(model, rows, pieces, **options)
-    assert_same(found, expected)
+    (result,) = measured(model, rows, pieces, **options)
+    assert_same(result, expected)
+    result, ours = recorded(model, rows, pieces, **options)
+    assert_same(result, expected)
     for name, gradient in plain.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
 
@@ -167,13 +167,13 @@ def test_every_way_to_run_gives_the_same(how: str, llama: PackedLoss) -> None:
 def test_passes_add_up_to_unbiased_averages(llama: PackedLoss) -> None:
     pieces = even(3)
     rows = rows_of(pieces)
-    found = measured(llama, rows, pieces, passes=3)
-    assert [each.rows_P.tolist() for each in found] == 3 * [2 * K * [1.0]]
-    for number, each in enumerate(found):
+    result = measured(llama, rows, pieces, passes=3)
+    assert [each.rows_P.tolist() for each in result] == 3 * [2 * K * [1.0]]
+    for number, each in enumerate(result):
         own = torch.arange(number * 2 * K, (number + 1) * 2 * K)
         alone = measured(llama, tuple(part[own] for part in rows), pieces[own])
         assert_same(each, alone[0])
-    whole, parts = statistics(measured(llama, rows, pieces)), statistics(found)
+    whole, parts = statistics(measured(llama, rows, pieces)), statistics(result)
     np.testing.assert_allclose(parts.loss_K, whole.loss_K, rtol=1e-5)
     np.testing.assert_array_equal(parts.tokens_K, whole.tokens_K)
 
@@ -181,10 +181,10 @@ def test_passes_add_up_to_unbiased_averages(llama: PackedLoss) -> None:
 def test_a_missing_half_or_group_is_nan_and_nothing_else(llama: PackedLoss) -> None:
     pieces = even(2)
     pieces = pieces[(pieces % K != 2) & (pieces != 1)]  # group 2, and the first half of group 1
-    (found,) = measured(llama, rows_of(pieces), pieces)
+    (result,) = measured(llama, rows_of(pieces), pieces)
     (expected,) = measured(llama, rows_of(pieces), pieces, mode="backward")
     assert_nan = np.testing.assert_array_equal
-    stats, theirs = statistics(found), statistics(expected)
+    stats, theirs = statistics(result), statistics(expected)
     assert_nan(np.flatnonzero(np.isnan(stats.loss_K)), [2])
     assert_nan(np.flatnonzero(np.isnan(stats.norm2_K)), [1, 2])
     assert_nan(np.flatnonzero(np.isnan(stats.noise_K)), [1, 2])
@@ -197,14 +197,14 @@ def test_a_missing_half_or_group_is_nan_and_nothing_else(llama: PackedLoss) -> N
 def test_alignment_is_the_explicit_dot_product(llama: PackedLoss) -> None:
     pieces = assign_pieces(torch.arange(K).repeat(4), n_groups=K)
     rows = batch(torch.arange(K).repeat(4))
-    (found,) = measured(llama, rows, pieces)
+    (result,) = measured(llama, rows, pieces)
     flat = []
     for group in (1, 2):
         own = pieces % K == group
         loss, _ = llama(*(part[own] for part in rows))
         (loss / (rows[2][own] >= 0).sum()).backward()
         flat.append(torch.cat([grad.flatten() for grad in gradients(llama).values()]))
-    alignment = statistics(found).gram_KK[:, 2]
+    alignment = statistics(result).gram_KK[:, 2]
     assert alignment[1] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
 
 
@@ -233,12 +233,12 @@ def test_preconditioned_products_are_explicit(tied: bool) -> None:
             )
         )
     expected = torch.stack(flat) @ torch.stack(flat).T
-    for found in (
+    for result in (
         *measured(model, rows, pieces, precondition=metric),
         *measured(model, rows, pieces, mode="backward", precondition=metric),
         recorded(model, rows, pieces, precondition=metric)[0],
     ):
-        ours = torch.from_numpy(found.gram_PP[np.ix_([1, 3], [1, 3])])
+        ours = torch.from_numpy(result.gram_PP[np.ix_([1, 3], [1, 3])])
         torch.testing.assert_close(
             ours.float(), expected, rtol=1e-4, atol=1e-4 * float(expected.max())
         )
@@ -255,12 +255,12 @@ def test_the_last_layer_is_the_head_alone(llama: PackedLoss) -> None:
         model(*(part[own] for part in rows))[0].backward()
         flat.append(head.grad.flatten().clone())
         model.zero_grad()
-    (found,) = measured(model, rows, pieces, mode="last_layer")
-    assert found.gram_PP[0, 4] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
+    (result,) = measured(model, rows, pieces, mode="last_layer")
+    assert result.gram_PP[0, 4] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
     model(*rows)[0].backward()
     plain = gradients(model)
-    found, ours = recorded(model, rows, pieces, mode="last_layer")
-    assert found.gram_PP[0, 4] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
+    result, ours = recorded(model, rows, pieces, mode="last_layer")
+    assert result.gram_PP[0, 4] == pytest.approx(float(flat[0] @ flat[1]), rel=1e-4)
     for name, gradient in plain.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
 
@@ -281,19 +281,19 @@ def test_bf16_is_nearly_the_same(llama: PackedLoss) -> None:
     rows = rows_of(pieces)
     (expected,) = measured(llama, rows, pieces)
     with torch.autocast("cpu", torch.bfloat16):
-        (found,) = measured(llama, rows, pieces)
+        (result,) = measured(llama, rows, pieces)
         probe = GradientProbe(llama, n_groups=K)
         with probe.recording(pieces) as recording:
             loss, _ = llama(*rows)
             with torch.autocast("cpu", enabled=False):
                 loss.backward()
     assert {grad.dtype for grad in gradients(llama).values()} == {torch.float32}
-    for each in (found, recording.pieces):
+    for each in (result, recording.pieces):
         assert each.gram_PP.dtype == np.float64
         np.testing.assert_allclose(
             np.diagonal(each.gram_PP), np.diagonal(expected.gram_PP), rtol=0.05
         )
-    np.testing.assert_allclose(found.gram_PP, recording.pieces.gram_PP, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(result.gram_PP, recording.pieces.gram_PP, rtol=1e-2, atol=1e-2)
 
 
 class Odd(nn.Module):
@@ -343,8 +343,8 @@ def test_a_parameter_used_twice_counts_once() -> None:
     assert_same(measured(model, rows, pieces)[0], expected)
     model(*rows)[0].backward()
     plain = gradients(model)
-    found, ours = recorded(model, rows, pieces)
-    assert_same(found, expected)
+    result, ours = recorded(model, rows, pieces)
+    assert_same(result, expected)
     torch.testing.assert_close(ours["mix"], plain["mix"])
 
 

@@ -73,8 +73,8 @@ def test_norms_are_unbiased_where_naive_ones_are_not(halves: int) -> None:
 
 
 def test_noise_does_not_depend_on_the_rows_per_half() -> None:
-    found = [draws(each=each, halves=2, count=100)[1].mean() for each in (4, 16, 64)]
-    np.testing.assert_allclose(found, WIDTH, rtol=0.06)
+    noises = [draws(each=each, halves=2, count=100)[1].mean() for each in (4, 16, 64)]
+    np.testing.assert_allclose(noises, WIDTH, rtol=0.06)
 
 
 def pieces_of(
@@ -102,9 +102,9 @@ def test_sums_travel_and_add_up(groups: int, halves: int, seed: int) -> None:
     both = gradient_sums(one) + gradient_sums(other) + GradientSums.zeros(groups)
     sent = GradientSums.from_vector(both.vector(), groups)
     for name in ("loss_K", "tokens_K", "norm2_K", "noise_K", "gram_KK"):
-        found = getattr(statistics([one, other]), name)
-        np.testing.assert_array_equal(found, getattr(statistics(sent), name))
-        assert found.shape == (groups,) * (2 if name == "gram_KK" else 1)
+        own = getattr(statistics([one, other]), name)
+        np.testing.assert_array_equal(own, getattr(statistics(sent), name))
+        assert own.shape == (groups,) * (2 if name == "gram_KK" else 1)
     np.testing.assert_allclose(both.gram_KK, both.gram_KK.T)
 
 

@@ -114,8 +114,8 @@ def test_what_is_no_source_is_refused() -> None:
 def test_a_comparison_has_the_promised_keys() -> None:
     cost, layout = preset("0.5b", "slow"), Layout(2, 4)
     lengths = sample_lengths("longalign", 500, seed=0, longest=4 * cost.memory_tokens)
-    found = compare_planners(lengths, layout, cost, batch=32, steps=2, planners=QUICK)
-    document = found.document()
+    comparison = compare_planners(lengths, layout, cost, batch=32, steps=2, planners=QUICK)
+    document = comparison.document()
     rows = document["planners"]
     assert set(rows) == {*QUICK, "default"}
     for row in rows.values():
@@ -131,27 +131,31 @@ def test_a_comparison_has_the_promised_keys() -> None:
 
 def test_a_comparison_adds_up_its_steps() -> None:
     lengths = list(range(1, 31))
-    found = compare_planners(lengths, Layout(2, 2), PLAIN, batch=10, steps=3, planners=["packed"])
-    assert found.tallies["packed"].steps == 3
+    comparison = compare_planners(
+        lengths, Layout(2, 2), PLAIN, batch=10, steps=3, planners=["packed"]
+    )
+    assert comparison.totals["packed"].steps == 3
     # Three batches of ten use every sequence once.
     rng = np.random.default_rng(0)
     order = rng.permutation(30)
     batches = [np.array(lengths)[order[at : at + 10]] for at in (0, 10, 20)]
     expected = sum(plan_batch(batch, Layout(2, 2), PLAIN, "packed").seconds for batch in batches)
-    assert found.tallies["packed"].seconds == pytest.approx(expected)
+    assert comparison.totals["packed"].seconds == pytest.approx(expected)
 
 
 def test_planners_that_cannot_are_left_out_with_the_reason() -> None:
-    found = compare_planners(
+    comparison = compare_planners(
         [10] * 200, Layout(4, 8), PLAIN, batch=128, steps=1, planners=["milp", "packed"]
     )
-    assert "milp" not in found.document()["planners"]
-    assert "use planner='refine'" in found.left_out["milp"]
+    assert "milp" not in comparison.document()["planners"]
+    assert "use planner='refine'" in comparison.left_out["milp"]
 
 
 def test_small_corpora_come_round_again() -> None:
-    found = compare_planners([5, 6], Layout(1, 2), PLAIN, batch=5, steps=2, planners=["packed"])
-    assert found.tallies["packed"].steps == 2
+    comparison = compare_planners(
+        [5, 6], Layout(1, 2), PLAIN, batch=5, steps=2, planners=["packed"]
+    )
+    assert comparison.totals["packed"].steps == 2
 
 
 def test_a_comparison_needs_something_to_compare() -> None:

@@ -24,14 +24,14 @@ from raymix.schedule import (
     preset,
     save_cost_model,
 )
-from raymix.schedule.cost.model import shards
+from raymix.schedule.cost.model import shard_tokens
 from tests.support.scheduling import PLAIN, cost_of, full_cost
 
 LENGTHS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def measured(cost: CostModel, noise: float = 0.0, seed: int = 0) -> list[Measurement]:
-    """What an ideal device of this model would measure, with relative noise."""
+    """Return the measurements of an ideal device of this model, with relative noise."""
     rng = np.random.default_rng(seed)
 
     def taken() -> Iterator[Measurement]:
@@ -68,7 +68,7 @@ def test_linear_layers_have_a_floor_and_cost_nothing_without_tokens() -> None:
     assert cost.linear([0, 1, 15, 100]).tolist() == pytest.approx([0, 0.2, 0.2, 1.05])
 
 
-def test_links_are_those_of_the_next_larger_team_in_the_table() -> None:
+def test_links_are_those_of_the_next_larger_width_in_the_table() -> None:
     cost = full_cost()
     assert [cost.link(width).width for width in (2, 3, 8, 64)] == [2, 8, 8, 8]
     assert cost.gather([10, 10], np.array([2, 4])).tolist() == pytest.approx([0.11, 0.35])
@@ -77,14 +77,14 @@ def test_links_are_those_of_the_next_larger_team_in_the_table() -> None:
 
 
 def test_shards_are_padded_to_equal_size() -> None:
-    assert shards([10, 8, 1], 4).tolist() == [3, 2, 1]
+    assert shard_tokens([10, 8, 1], 4).tolist() == [3, 2, 1]
 
 
-def test_the_narrowest_team_that_holds_a_sequence() -> None:
-    assert PLAIN.narrowest([100, 101, 400], (1, 2, 4)).tolist() == [1, 2, 4]
+def test_the_smallest_width_that_holds_a_sequence() -> None:
+    assert PLAIN.min_widths([100, 101, 400], (1, 2, 4)).tolist() == [1, 2, 4]
 
 
-def test_work_grows_with_the_width_of_the_team() -> None:
+def test_work_grows_with_the_width() -> None:
     cost = full_cost()
     lengths = np.arange(1, 200, 7)
     assert (cost.work(lengths, 4) > cost.work(lengths, 2)).all()
@@ -100,40 +100,40 @@ def test_a_fit_recovers_what_made_the_measurements() -> None:
         "links": (Link(2, 1e-3, 1e-7), Link(8, 3e-3, 2e-6)),
         "memory_tokens": 26_000,
     })  # fmt: skip
-    found = fitted(measured(truth))
+    fit = fitted(measured(truth))
     for name in ("quadratic_s", "edge_s", "piece_s", "linear_s", "floor_s"):
-        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-3), name
-    assert found.base_s == pytest.approx(truth.base_s, rel=1e-2)
-    for link, true in zip(found.links, truth.links, strict=True):
+        assert getattr(fit, name) == pytest.approx(getattr(truth, name), rel=1e-3), name
+    assert fit.base_s == pytest.approx(truth.base_s, rel=1e-2)
+    for link, true in zip(fit.links, truth.links, strict=True):
         assert link.width == true.width
         assert link.latency_s == pytest.approx(true.latency_s, rel=1e-6)
         assert link.token_s == pytest.approx(true.token_s, rel=1e-6)
-    assert found.memory_tokens == 26_000
-    assert found.errors is not None
-    assert max(found.errors.values()) < 1e-3
-    assert (found.hardware, found.date) == ("one device", "2026-11-22")
+    assert fit.memory_tokens == 26_000
+    assert fit.errors is not None
+    assert max(fit.errors.values()) < 1e-3
+    assert (fit.hardware, fit.date) == ("one device", "2026-11-22")
 
 
 @settings(max_examples=15)
 @given(st.integers(0, 10_000))
 def test_noise_in_measurements_is_noise_in_predictions_not_more(seed: int) -> None:
     truth = preset("0.5b", "nvlink")
-    found = fitted(measured(truth, noise=0.05, seed=seed), memory_tokens=26_000)
+    fit = fitted(measured(truth, noise=0.05, seed=seed), memory_tokens=26_000)
     for width in (1, 8):
-        ratio = found.attention(LENGTHS, width) / truth.attention(LENGTHS, width)
+        ratio = fit.attention(LENGTHS, width) / truth.attention(LENGTHS, width)
         assert np.abs(ratio - 1).max() < 0.1
-    assert np.abs(found.linear(LENGTHS) / truth.linear(LENGTHS) - 1).max() < 0.1
-    assert found.errors is not None
-    assert max(found.errors.values()) < 0.05
+    assert np.abs(fit.linear(LENGTHS) / truth.linear(LENGTHS) - 1).max() < 0.1
+    assert fit.errors is not None
+    assert max(fit.errors.values()) < 0.05
 
 
 def test_no_coefficient_is_negative_whatever_is_measured() -> None:
     odd = [Measurement("attention", n, s) for n, s in ((10, 5.0), (20, 1.0), (40, 3.0))]
     odd += [Measurement("linear", n, s) for n, s in ((10, 9.0), (20, 3.0), (30, 1.0))]
-    found = fitted(odd, memory_tokens=100)
-    assert min(found.quadratic_s, found.edge_s, found.piece_s, found.linear_s, found.base_s) >= 0
-    assert found.errors is not None
-    assert found.errors["linear"] > 0.1, "a fit that is this bad must say so"
+    fit = fitted(odd, memory_tokens=100)
+    assert min(fit.quadratic_s, fit.edge_s, fit.piece_s, fit.linear_s, fit.base_s) >= 0
+    assert fit.errors is not None
+    assert fit.errors["linear"] > 0.1, "a fit that is this bad must say so"
 
 
 def test_a_cost_model_survives_its_file(tmp_path: Path) -> None:
@@ -172,9 +172,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"linear_s": -1.0}, r"cost\.linear_s = -1\.0: not a finite number >= 0"),
         ({"quadratic_s": float("nan")}, r"cost\.quadratic_s = nan"),
         ({"memory_tokens": 0}, r"cost\.memory_tokens = 0: a rank must hold at least one token"),
-        ({"links": (Link(4, 0, 0), Link(2, 0, 0))}, "the sizes of team do not rise"),
-        ({"links": (Link(1, 0, 0),)}, "a team of one"),
-        ({"links": (Link(2, -1.0, 0),)}, "no finite number >= 0"),
+        ({"links": (Link(4, 0, 0), Link(2, 0, 0))}, "the widths do not rise"),
+        ({"links": (Link(1, 0, 0),)}, "a width below 2"),
+        ({"links": (Link(2, -1.0, 0),)}, "not finite and >= 0"),
     ],
 )
 def test_impossible_figures_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -188,7 +188,7 @@ def test_impossible_figures_are_refused(changes: dict[str, Any], message: str) -
         (("speed", 1, 1.0), r"measurement\.kind = 'speed': not a kind\. Known: attention"),
         (("linear", 0, 1.0), r"measurement\.tokens = 0"),
         (("linear", 1, -1.0), r"measurement\.value = -1\.0"),
-        (("gather", 1, 1.0), "a team of one gathers nothing"),
+        (("gather", 1, 1.0), "a group of one rank gathers nothing"),
     ],
 )
 def test_impossible_measurements_are_refused(values: tuple[Any, ...], message: str) -> None:
@@ -198,9 +198,9 @@ def test_impossible_measurements_are_refused(values: tuple[Any, ...], message: s
 
 @pytest.mark.parametrize("missing", ["attention", "linear", "memory"])
 def test_too_few_measurements_are_refused(missing: str) -> None:
-    kept = [item for item in measured(full_cost()) if item.kind != missing]
+    remaining = [item for item in measured(full_cost()) if item.kind != missing]
     with pytest.raises(ScheduleError, match=rf"measurements\.{missing} = \[\]"):
-        fitted(kept)
+        fitted(remaining)
 
 
 def test_memory_measurements_need_a_budget_that_holds_a_token() -> None:

@@ -40,44 +40,44 @@ def schedule(layout: Layout | None = None, cost: CostModel | None = None) -> Sch
 
 
 def test_micro_batches_say_what_each_rank_holds() -> None:
-    found = [schedule().micro_batches(rank) for rank in range(4)]
+    plans = [schedule().micro_batches(rank) for rank in range(4)]
     shard = Shard(0, (0, 1))
-    assert [batch.local for plan in found for batch in plan] == [
+    assert [batch.local for plan in plans for batch in plan] == [
         (), (3,), (4,), (), (1,), (), (2,), (),
     ]  # fmt: skip
-    assert [batch.sharded for plan in found for batch in plan] == [
+    assert [batch.sharded for plan in plans for batch in plan] == [
         (shard,), (), (shard,), (), (), (), (), (),
     ]  # fmt: skip
-    assert [batch.tokens for plan in found for batch in plan] == [40, 30, 60, 0, 40, 0, 40, 0]
-    assert [batch.padding for plan in found for batch in plan] == [
+    assert [batch.tokens for plan in plans for batch in plan] == [40, 30, 60, 0, 40, 0, 40, 0]
+    assert [batch.padding for plan in plans for batch in plan] == [
         False, False, False, True, False, True, False, True,
     ]  # fmt: skip
 
 
-def test_all_ranks_of_a_team_ask_the_same_of_it() -> None:
-    found = schedule()
-    assert found.teams(0) == {(0, 1): (0,)}
-    assert found.teams(1) == {}
+def test_sharded_sequences_by_cp_group() -> None:
+    plan = schedule()
+    assert plan.groups(0) == {(0, 1): (0,)}
+    assert plan.groups(1) == {}
 
 
 def test_times_by_hand() -> None:
     """Eq. (1) for one rank: max(gather, local attention) + sharded attention + linear."""
-    found = schedule(cost=full_cost())
+    plan = schedule(cost=full_cost())
     gather = 0.1 + 1e-3 * 80
     local = 1e-4 * 400 + 2e-3 * 20 + 0.01
     sharded = 1e-4 * 6400 / 2 + 2e-3 * 80 + 0.01
     linear = 0.05 + 1e-2 * 60
-    assert found.timing.busy_MR[0, 1] == pytest.approx(max(gather, local) + sharded + linear)
-    assert found.timing.gather_MR[0].tolist() == pytest.approx([gather, gather, 0, 0])
-    assert found.timing.gathered_MR[0].tolist() == [80, 80, 0, 0]
-    assert found.timing.busy_MR[1, 1:].tolist() == [0, 0, 0]
-    assert found.seconds == pytest.approx(clock(found, full_cost()))
+    assert plan.timing.busy_MR[0, 1] == pytest.approx(max(gather, local) + sharded + linear)
+    assert plan.timing.gather_MR[0].tolist() == pytest.approx([gather, gather, 0, 0])
+    assert plan.timing.gathered_MR[0].tolist() == [80, 80, 0, 0]
+    assert plan.timing.busy_MR[1, 1:].tolist() == [0, 0, 0]
+    assert plan.seconds == pytest.approx(clock(plan, full_cost()))
 
 
 @pytest.mark.parametrize("barrier", ["group", "all", "none"])
 def test_who_waits_for_whom(barrier: Any) -> None:
-    found = schedule(Layout(2, 2, barrier=barrier), full_cost())
-    busy, start = found.timing.busy_MR, found.timing.start_MR
+    plan = schedule(Layout(2, 2, barrier=barrier), full_cost())
+    busy, start = plan.timing.busy_MR, plan.timing.start_MR
     first, second = busy[0, :2].max(), busy[0, 2:].max()
     expected = {
         "group": [first, first, second, second],
@@ -86,15 +86,15 @@ def test_who_waits_for_whom(barrier: Any) -> None:
         "none": [first, first, busy[0, 2], busy[0, 3]],
     }[barrier]
     assert start[1].tolist() == pytest.approx(expected)
-    assert found.seconds == pytest.approx((start[1] + busy[1]).max())
+    assert plan.seconds == pytest.approx((start[1] + busy[1]).max())
 
 
 def test_a_schedule_knows_its_memory() -> None:
-    found = schedule()
-    assert found.memory_R.tolist() == [40, 60, 40, 40]
-    assert found.violations(PLAIN) == 0
-    assert found.violations(cost_of(memory_tokens=40)) == 1
-    assert found.violations(cost_of(memory_tokens=39)) == 4
+    plan = schedule()
+    assert plan.memory_R.tolist() == [40, 60, 40, 40]
+    assert plan.violations(PLAIN) == 0
+    assert plan.violations(cost_of(memory_tokens=40)) == 1
+    assert plan.violations(cost_of(memory_tokens=39)) == 4
 
 
 def test_a_whole_schedule_passes_its_check() -> None:
@@ -107,7 +107,7 @@ def moved(**changes: list[int]) -> Callable[[], Schedule]:
 
     def make() -> Schedule:
         good = schedule()
-        return replace(good, placed=placement(places["micro"], places["first"], places["width"]))
+        return replace(good, placement=placement(places["micro"], places["first"], places["width"]))
 
     return make
 
@@ -115,12 +115,12 @@ def moved(**changes: list[int]) -> Callable[[], Schedule]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (moved(width=[3, 1, 1, 1, 1]), r"schedule\.placed\[0\] = \(0, 0, 3\): no place"),
-        (moved(first=[1, 2, 3, 0, 1]), r"\(0, 1, 2\): no place of the layout"),
-        (moved(first=[0, 4, 3, 0, 1]), r"schedule\.placed\[1\] = \(0, 4, 1\)"),
-        (moved(first=[0, 2, -1, 0, 1]), r"schedule\.placed\[2\]"),
-        (moved(micro=[-1, 0, 0, 1, 0]), r"schedule\.placed\[0\] = \(-1"),
-        (moved(micro=[0, 0, 0]), "not one place per sequence"),
+        (moved(width=[3, 1, 1, 1, 1]), r"schedule\.placement\[0\] = \(0, 0, 3\): not a slot"),
+        (moved(first=[1, 2, 3, 0, 1]), r"\(0, 1, 2\): not a slot of the layout"),
+        (moved(first=[0, 4, 3, 0, 1]), r"schedule\.placement\[1\] = \(0, 4, 1\)"),
+        (moved(first=[0, 2, -1, 0, 1]), r"schedule\.placement\[2\]"),
+        (moved(micro=[-1, 0, 0, 1, 0]), r"schedule\.placement\[0\] = \(-1"),
+        (moved(micro=[0, 0, 0]), "not one slot per sequence"),
         (moved(first=[0, 3, 3, 0, 1]), "or other tokens per rank"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_schedule_is_for_its_own_lengths_layout_and_memory() -> None:
     for lengths, layout in ((LENGTHS[::-1], Layout(2, 2)), (LENGTHS, Layout(1, 4))):
         with pytest.raises(ScheduleError, match="made for other lengths"):
             schedule().check(lengths, layout, PLAIN)
-    with pytest.raises(ScheduleError, match=r"60: 1 micro-batches over the 50 tokens"):
+    with pytest.raises(ScheduleError, match=r"60: 1 micro-batches exceed the 50 tokens"):
         schedule().check(LENGTHS, Layout(2, 2), cost_of(memory_tokens=50))
 
 
@@ -148,13 +148,13 @@ def test_there_are_no_other_ranks() -> None:
 
 
 def test_a_schedule_travels() -> None:
-    found = plan_batch(LENGTHS, Layout(2, 2), PLAIN)
-    again = pickle.loads(pickle.dumps(found))
-    assert again.document() == found.document()
+    plan = plan_batch(LENGTHS, Layout(2, 2), PLAIN)
+    again = pickle.loads(pickle.dumps(plan))
+    assert again.document() == plan.document()
     again.check(LENGTHS, Layout(2, 2), PLAIN)
-    document = json.loads(json.dumps(found.document()))
+    document = json.loads(json.dumps(plan.document()))
     assert len(document["micro_step"]) == LENGTHS.size
-    assert len(document["tokens"]) == found.micro_steps
+    assert len(document["tokens"]) == plan.micro_steps
 
 
 def test_slots_of_a_group() -> None:
@@ -196,7 +196,7 @@ def test_the_bound_is_met_by_perfect_balance() -> None:
     assert alone.seconds == pytest.approx(lower_bound(lengths, layout, free))
 
 
-def test_the_bound_of_one_long_sequence_is_its_best_team() -> None:
+def test_the_bound_of_one_long_sequence_is_its_best_cp_group() -> None:
     cost = replace(PLAIN, links=(Link(2, 0.0, 1.0),))
     # Whole 0.1 + 0.01 s; sharded it would have to be gathered for 100 s.
     assert lower_bound(np.array([100]), Layout(1, 2), cost) == pytest.approx(0.11)

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from raymix.recipe.training import PlannerName
 from raymix.schedule import known_planners
-from raymix.schedule.cost.model import shards
+from raymix.schedule.cost.model import shard_tokens
 from raymix.schedule.shard_spans import shard_positions, shard_spans
 
 
 @given(st.integers(1, 500), st.integers(1, 16))
 def test_shards_hold_every_token_once_and_are_as_large_as_planned(length: int, width: int) -> None:
-    held = [shard_positions(length, width, index) for index in range(width)]
-    assert {len(positions) for positions in held} == {int(shards(length, width))}
-    assert sorted(np.concatenate(held).tolist()) == list(range(len(held[0]) * width))
+    shards = [shard_positions(length, width, index) for index in range(width)]
+    assert {len(positions) for positions in shards} == {int(shard_tokens(length, width))}
+    assert sorted(np.concatenate(shards).tolist()) == list(range(len(shards[0]) * width))
 
 
 @given(st.integers(1, 40), st.integers(1, 16))

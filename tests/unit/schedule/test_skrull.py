@@ -14,28 +14,28 @@ from tests.support.scheduling import PLAIN, cost_of
 
 
 def tokens_held(length_K: Ints, ranks_K: list[int], ranks: int) -> Ints:
-    """What every rank really holds."""
-    held = np.zeros(ranks, dtype=np.int64)
+    """Return the tokens on every rank."""
+    tokens = np.zeros(ranks, dtype=np.int64)
     for length, rank in zip(length_K.tolist(), ranks_K, strict=True):
         if rank == SHARDED:
-            held += -(-length // ranks)
+            tokens += -(-length // ranks)
         else:
-            held[rank] += length
-    return held
+            tokens[rank] += length
+    return tokens
 
 
 def overruns(name: str, model: str, context: int, *, paper_exact: bool) -> list[float]:
     """The fullest rank of every micro-batch of some global batches, in units of its memory."""
     cost = preset(model, "nvlink")
     layout = Layout(1, context)
-    found = []
+    fills = []
     for seed in range(3):
         longest = context * cost.memory_tokens
         lengths = np.sort(sample_lengths(name, 64, seed=seed, longest=longest))[::-1]
         for part, ranks_K in gds(lengths, layout, cost, paper_exact=paper_exact):
             most = int(tokens_held(lengths[part], ranks_K, context).max())
-            found.append(most / cost.memory_tokens)
-    return found
+            fills.append(most / cost.memory_tokens)
+    return fills
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_a_long_sequence_is_sharded_where_it_fits_on_no_rank() -> None:
 def test_repaired_dacp_never_holds_too_much(lengths: list[int], ranks: int, room: int) -> None:
     cost: CostModel = cost_of(memory_tokens=room)
     length_K = np.sort(np.array(lengths))[::-1]
-    found = dacp(length_K, ranks, cost)
-    if found is not None:
-        assert tokens_held(length_K, found, ranks).max() <= room
+    ranks_K = dacp(length_K, ranks, cost)
+    if ranks_K is not None:
+        assert tokens_held(length_K, ranks_K, ranks).max() <= room
 
 
 def test_every_micro_batch_has_short_and_long_sequences() -> None:

@@ -46,8 +46,8 @@ def test_every_document_of_a_step_is_somewhere_whole(corpus: Corpus) -> None:
                 for position in micro.local:
                     shares_of.setdefault(position, []).append(1.0)
                 for shard in micro.sharded:
-                    assert rank in shard.team
-                    shares_of.setdefault(shard.sequence, []).append(1 / len(shard.team))
+                    assert rank in shard.ranks
+                    shares_of.setdefault(shard.sequence, []).append(1 / len(shard.ranks))
         assert sorted(shares_of) == list(range(len(shares_of)))
         assert all(sum(shares) == pytest.approx(1) for shares in shares_of.values())
         assert len({len(part.micro_batches) for part in parts}) == 1
