@@ -31,6 +31,8 @@ PAGES = {
     "docs/clusters.md": ["train my.yaml", "train my.yaml name=other"],
     "docs/systems/laws.md": [],
     "docs/systems/merge.md": [],
+    "docs/systems/mixers.md": [],
+    "docs/systems/mixing.md": [],
     "docs/systems/schedule.md": ["prepare my.yaml"],
 }
 """Pages, and what has been typed before."""
@@ -70,7 +72,7 @@ def little(work: Path, page: Path) -> None:
     """Write the page's recipe, made little, or one like it, and the data that it names."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     mine = [yaml.safe_load(block) for block in blocks if re.search(r"^name: my$", block, re.M)]
-    if not mine:
+    if not mine or "train" not in mine[0]["corpus"]["tokenizer"]:
         write_recipe(work / "my.yaml", name="my", **{f"{k}": v for k, v in LITTLE.items()})
         return
     recipe: dict[str, Any] = {**mine[0], **LITTLE}
@@ -112,15 +114,17 @@ def test_what_a_page_tells_to_type_works(name: str, tmp_path: Path) -> None:
     (tmp_path / "pipelines").mkdir()
     domains = [{"name": one, "train": str(QUICKSTART / "valid" / f"{one}.parquet")}
                for one in DOMAINS[:2]]  # fmt: skip
-    write_recipe(
-        tmp_path / "pipelines" / "quickstart.yaml",
-        name="quickstart",
-        corpus__path=str(tmp_path / "corpora" / "quickstart"),
-        corpus__tokenizer={"kind": "byte"},
-        corpus__domains=domains,
-        run__dir=str(tmp_path / "runs" / "{name}"),
-        **LITTLE,
-    )
+    for pipeline, mixer in (("quickstart", "uniform"), ("pike", "pike"), ("longctx", "uniform")):
+        write_recipe(
+            tmp_path / "pipelines" / f"{pipeline}.yaml",
+            name=pipeline,
+            corpus__path=str(tmp_path / "corpora" / "quickstart"),
+            corpus__tokenizer={"kind": "byte"},
+            corpus__domains=domains,
+            run__dir=str(tmp_path / "runs" / "{name}"),
+            mixer={"kind": mixer},
+            **LITTLE,
+        )
     for at, file in enumerate(("mixtures.csv", "others.csv")):
         table(tmp_path / file, at)
     family = write_family(tmp_path, tasks=2)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from raymix.jobs.submission import COMMANDS as JOB_COMMANDS
-from raymix.merging.registry import known_methods
+from raymix.merging.registry import get_method, known_methods
 from raymix.mixers import known_mixers
 from raymix.recipe import Recipe, load_recipe
 from raymix.schedule.base import known_planners
@@ -69,6 +70,8 @@ def test_recipes_validate_and_take_the_overrides_shown(page: Path, tmp_path: Pat
     if page.name == "extending.md":  # its mixer is installed and trained with in tests/e2e
         return
     for block in blocks(page, "yaml"):
+        if "merge_method" in block:  # not a recipe of a run: see the test of its options
+            continue
         (tmp_path / "my.yaml").write_text(block)
         assert load_recipe(tmp_path / "my.yaml").name == "my"
     if page.name == "quickstart.md":
@@ -89,17 +92,33 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert importlib.util.find_spec(f"tests.benchmarks.{kept.removeprefix('bench-')}")
 
 
-def first_column(page: str) -> set[str]:
-    text = (DOCS / "systems" / page).read_text()
+def names_in_table(page: str, section: str) -> set[str]:
+    """Return the names in the first column of the table of a section."""
+    text = (DOCS / "systems" / page).read_text().split(f"## {section}\n")[1].split("\n## ")[0]
     cells = re.findall(r"^\| (`[^|]+) \|", text, flags=re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
 def test_planners_methods_and_mixers_that_are_named_exist() -> None:
-    assert first_column("schedule.md") == set(known_planners())
-    assert first_column("mixers.md") < set(known_mixers())
-    documented = first_column("merge.md") | {"drm"}
-    assert documented == set(known_methods()) - {"dare"}
+    assert names_in_table("schedule.md", "Planners") == set(known_planners())
+    assert names_in_table("mixers.md", "Peers") < set(known_mixers())
+    methods = set(known_methods()) - {"dare"}
+    assert names_in_table("merge.md", "Peers") | {"drm"} == methods
+    assert names_in_table("merge.md", "Options") == methods
+
+
+def test_options_of_merge_methods_have_the_documented_defaults() -> None:
+    text = (DOCS / "systems" / "merge.md").read_text()
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (`\w+` .*) \|$", text, flags=re.MULTILINE)
+    assert rows
+    for names, options in rows:
+        for method in re.findall(r"`(\w+)`", names):
+            fields = get_method(method).options.model_fields
+            defaults = {field.alias or name: field.default for name, field in fields.items()}
+            for option, documented in re.findall(r"`(\w+)` `?([\w.-]+)`?(?:, |$)", options):
+                default = defaults[option]
+                default = default[0] if isinstance(default, tuple) else default
+                assert default == yaml.safe_load(documented.replace("1e-5", "0.00001"))
 
 
 def test_the_field_reference_has_every_field() -> None:
