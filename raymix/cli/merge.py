@@ -110,7 +110,7 @@ def command(
 
 def _merge(source: str, out: str, *, plot: bool, **how: Any) -> dict[str, Any]:
     """Return the document of one merge, shown to people; `how`: what `merge` takes."""
-    from raymix.merging.run.engine import merge, return_freed_memory, shown_bytes
+    from raymix.merging.run.engine import format_bytes, merge, return_freed_memory
 
     return_freed_memory()
     document = merge(source, out, progress=_progress(), **how)
@@ -119,7 +119,7 @@ def _merge(source: str, out: str, *, plot: bool, **how: Any) -> dict[str, Any]:
         print(f"note: {note}")
     print(
         f"{document['out']}: {document['tensors']} tensors by {document['method']} in "
-        f"{document['seconds']:.1f} s, {shown_bytes(document['peak_bytes'])} of memory at most"
+        f"{document['seconds']:.1f} s, {format_bytes(document['peak_bytes'])} of memory at most"
     )
     return document
 

@@ -1,4 +1,9 @@
-"""Reading checkpoints in the Hugging Face layout, tensor by tensor, from memory-mapped files."""
+"""Checkpoints in the Hugging Face layout, read tensor by tensor from memory-mapped files.
+
+All that can be checked without reading values is checked when a checkpoint is opened: files,
+headers, dtypes, and that no path of an index leaves the model's directory. Pickle files are read
+only on request and only by torch's `weights_only` loader.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +32,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The dtypes that are read, by their names in safetensors files."""
+"""Supported dtypes by their names in safetensors files."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-_SINGLE, _PICKLE = "model.safetensors", "pytorch_model.bin"
+_SAFETENSORS_FILE, _PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a checkpoint says about one tensor without reading it."""
+    """File, dtype and shape of one tensor, known without reading its values."""
 
     file: str
     dtype: torch.dtype
@@ -49,7 +54,7 @@ class TensorSpec:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """A directory of weights; `read` maps a tensor and copies nothing."""
+    """A directory of weights, opened lazily; `read` maps a tensor and copies nothing."""
 
     path: str
     config: dict[str, Any]
@@ -57,12 +62,13 @@ class Checkpoint:
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor `name` as it is stored; its pages are read when they are used."""
+        """Return the tensor `name` as stored; its pages are read at first access."""
+        # Two threads may open a file twice; the second handle replaces an equal first one.
         file = self.specs[name].file
         if file not in self._open:
             self._open[file] = _open_weights(os.path.join(self.path, file))
         handle = self._open[file]
-        if isinstance(handle, dict):
+        if isinstance(handle, dict):  # torch.load's mapping, of a pickle file
             return handle[name]
         tensor: Tensor = handle.get_tensor(name)
         return tensor
@@ -72,7 +78,7 @@ class Checkpoint:
         return sorted({spec.file for spec in self.specs.values()})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without open files, for other processes."""
+        """Return the state without open files: safetensors handles do not pickle for Ray."""
         return {"path": self.path, "config": self.config, "specs": self.specs}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -81,22 +87,22 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str, field_path: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """Return the checkpoint in the directory `path`, its files checked.
+    """Return the checkpoint in the directory `path`, with its files checked.
 
     Args:
         path: A directory in the Hugging Face layout.
-        field_path: What messages call it, e.g. `models.0.model`.
-        allow_pickle: Whether `.bin` files are read, weights only.
+        field_path: Dotted path of the field for messages, e.g. `models.0.model`.
+        allow_pickle: Whether `.bin` files are read, with torch's `weights_only` loader.
 
     Raises:
-        MergeError: If a file is absent, truncated, of a refused kind, or outside the directory.
+        MergeError: If a file is absent, truncated, unsupported, or outside the directory.
     """
     check_directory(path, field_path)
     config = read_json(os.path.join(path, "config.json"), field_path)
     specs: dict[str, TensorSpec] = {}
     for file, names in _weight_files(path, field_path, allow_pickle=allow_pickle).items():
-        found = file_specs(os.path.join(path, file), field_path)
-        missing = [name for name in names or () if name not in found]
+        file_tensors = file_specs(os.path.join(path, file), field_path)
+        missing = [name for name in names or () if name not in file_tensors]
         if missing:
             raise MergeError.at(
                 field_path,
@@ -104,14 +110,15 @@ def open_checkpoint(path: str, field_path: str, *, allow_pickle: bool = False) -
                 f"the index file puts {missing[0]!r} in {file}, where it is not",
                 fix="Download it again",
             )
-        specs |= {name: found[name] for name in (names or found)}
+        # The index decides: tensors of a shard that it does not name are no part of the model.
+        specs |= {name: file_tensors[name] for name in (names or file_tensors)}
     if not specs:
         raise MergeError.at(field_path, path, "its files hold no tensors")
     return Checkpoint(path, config, specs)
 
 
 def check_directory(path: str, field_path: str) -> None:
-    """Raise MergeError unless `path` is a directory; say what may be meant."""
+    """Raise MergeError unless `path` is a directory; suggest a similar name beside it."""
     if os.path.isdir(path):
         return
     if os.path.exists(path):
@@ -119,24 +126,26 @@ def check_directory(path: str, field_path: str) -> None:
             field_path, path, "not a directory", fix="Name the directory of the model"
         )
     folder, name = os.path.split(path)
-    near = did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
-    advice = "Models of the Hub are downloaded first: `hf download NAME --local-dir DIR`"
-    raise MergeError.at(field_path, path, "no such directory", fix=near or advice)
+    suggestion = did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
+    # A Hub name ("owner/model") looks like a relative path, so it ends here too.
+    advice = "Download models of the Hub first: `hf download NAME --local-dir DIR`"
+    raise MergeError.at(field_path, path, "no such directory", fix=suggestion or advice)
 
 
 def read_json(path: str, field_path: str) -> dict[str, Any]:
     """Return the object in a JSON file of a model.
 
     Raises:
-        MergeError: If it is absent or is not a JSON object.
+        MergeError: If the file is absent or not a JSON object.
     """
     try:
         data = parse_json(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         name = os.path.basename(path)
-        wrong = f"there is no {name}"
         folder = os.path.dirname(path)
-        raise MergeError.at(field_path, folder, wrong, fix="Name a model's directory") from None
+        raise MergeError.at(
+            field_path, folder, f"there is no {name}", fix="Name a model's directory"
+        ) from None
     except (OSError, ValueError) as error:
         raise MergeError.at(field_path, path, f"cannot be read: {error}") from None
     if not isinstance(data, dict):
@@ -145,10 +154,10 @@ def read_json(path: str, field_path: str) -> dict[str, Any]:
 
 
 def file_specs(path: str, field_path: str) -> dict[str, TensorSpec]:
-    """Return what a weights file says about its tensors, in its order.
+    """Return the specs of the tensors of a weights file, in file order.
 
     Raises:
-        MergeError: If the file is absent, truncated or holds a dtype that is not read.
+        MergeError: If the file is absent, truncated or holds an unsupported dtype.
     """
     name = os.path.basename(path)
     try:
@@ -157,41 +166,45 @@ def file_specs(path: str, field_path: str) -> dict[str, TensorSpec]:
         raise MergeError.at(field_path, path, "no such file", fix="Download it again") from None
     except (SafetensorError, OSError) as error:
         raise MergeError.at(
-            field_path, path, f"not a whole safetensors file: {error}", fix="Download it again"
+            field_path, path, f"not a complete safetensors file: {error}", fix="Download it again"
         ) from None
-    except Exception as error:  # noqa: BLE001 - torch's loader raises what it meets in the file
+    except Exception as error:  # noqa: BLE001 - the unpickler raises whatever the bytes provoke
         raise MergeError.at(
             field_path,
             path,
-            f"refused by the loader that takes weights only: {str(error).splitlines()[0]}",
+            f"rejected by torch's weights_only loader: {str(error).splitlines()[0]}",
             fix="Convert it to safetensors",
         ) from None
     if isinstance(handle, dict):
+        # A pickled training state holds counters and settings beside the weights.
         tensors = {key: value for key, value in handle.items() if isinstance(value, Tensor)}
         return {k: TensorSpec(name, v.dtype, tuple(v.shape)) for k, v in tensors.items()}
     specs = {}
     for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-        part = handle.get_slice(key)
-        if part.get_dtype() not in DTYPES:
+        # A slice object reads the header only, not the values.
+        header = handle.get_slice(key)
+        if header.get_dtype() not in DTYPES:
             raise MergeError.at(
                 field_path,
                 path,
-                f"{key!r} is of dtype {part.get_dtype()}, which cannot be merged",
+                f"{key!r} is of dtype {header.get_dtype()}, which cannot be merged",
                 fix="Dequantize the model first",
             )
-        specs[key] = TensorSpec(name, DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        specs[key] = TensorSpec(name, DTYPES[header.get_dtype()], tuple(header.get_shape()))
     return specs
 
 
 def _open_weights(path: str) -> Any:
     if path.endswith(".safetensors"):
         return safe_open(path, framework="pt")
+    # mmap reads pages on demand, as safetensors does; weights_only never runs the file's code.
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _weight_files(path: str, field_path: str, *, allow_pickle: bool) -> dict[str, list[str] | None]:
-    """Return the weights files of a directory with their tensors (None: all that they hold)."""
-    for single, pickled in ((_SINGLE, False), (_PICKLE, True)):
+    """Return the tensor names of each weights file of a directory; None: all of the file."""
+    # Safetensors first: where a directory has both forms, no pickle file is opened.
+    for single, pickled in ((_SAFETENSORS_FILE, False), (_PICKLE_FILE, True)):
         index = os.path.join(path, f"{single}.index.json")
         sharded = os.path.exists(index)
         if not sharded and not os.path.exists(os.path.join(path, single)):
@@ -201,29 +214,31 @@ def _weight_files(path: str, field_path: str, *, allow_pickle: bool) -> dict[str
                 field_path,
                 path,
                 "its weights are pickle files, which can run code when they are loaded",
-                fix="Convert them, or set allow_pickle: true; then torch loads weights only",
+                fix="Convert them, or set allow_pickle: true to use torch's weights_only loader",
             )
-        return _from_index(index, field_path) if sharded else {single: None}
+        return _read_index(index, field_path) if sharded else {single: None}
     raise MergeError.at(
         field_path,
         path,
-        f"holds neither {_SINGLE} nor {_SINGLE}.index.json",
+        f"holds neither {_SAFETENSORS_FILE} nor {_SAFETENSORS_FILE}.index.json",
         fix="Name a model's or an adapter's directory",
     )
 
 
-def _from_index(index: str, field_path: str) -> dict[str, list[str] | None]:
+def _read_index(index: str, field_path: str) -> dict[str, list[str] | None]:
+    """Return the tensor names of each file of a sharded checkpoint."""
     weight_map = read_json(index, field_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise MergeError.at(field_path, index, "has no weight_map")
     files: dict[str, list[str] | None] = {}
     for tensor, file in weight_map.items():
+        # A path out of the directory would read, and copy into the merge, any file of this machine.
         inside = isinstance(file, str) and file and not os.path.isabs(file)
         if not inside or ".." in PurePosixPath(file.replace("\\", "/")).parts:
             raise MergeError.at(
                 field_path,
                 index,
-                f"{tensor!r} is said to be in {file!r}, outside the model's directory",
+                f"it puts {tensor!r} in {file!r}, outside the model's directory",
                 fix="Do not trust this download",
             )
         names = files.setdefault(file, [])

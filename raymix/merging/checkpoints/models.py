@@ -1,4 +1,8 @@
-"""The models of a merge: checkpoints, and checkpoints with an adapter on them."""
+"""Models of a merge: checkpoints, optionally with a LoRA adapter applied.
+
+A reference is a checkpoint's directory, an adapter's directory (then its base is `base_model`), or
+`MODEL+ADAPTER`. A merge writes an adapter where only adapters are given and no base.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +24,15 @@ class SourceModel:
     """One model to merge."""
 
     label: str
-    """Its path as messages, card and report show it."""
+    """The path, as messages, model card and report show it."""
     field: str
-    """Where the merge file names it."""
+    """Dotted path of the field that names it, for messages."""
     checkpoint: Checkpoint
     adapter: Adapter | None = None
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """Return a weight: as stored, or with the adapter's delta added in `dtype`."""
+        # Unadapted weights keep their stored dtype and stay memory-mapped.
         stored = self.checkpoint.read(name)
         module = name.removesuffix(".weight")
         if self.adapter is None or module not in self.adapter.scale:
@@ -35,16 +40,17 @@ class SourceModel:
         return stored.to(dtype) + self.adapter.delta(module, dtype)
 
     def delta(self, name: str, dtype: torch.dtype) -> Tensor | None:
-        """Return what the adapter adds to a weight; None for a model without an adapter."""
+        """Return the adapter's delta of a weight; None for a model without an adapter."""
         if self.adapter is None:
             return None
         module = name.removesuffix(".weight")
         if module in self.adapter.scale:
             return self.adapter.delta(module, dtype)
+        # One zero with strides of 0: a delta of the full shape without its memory.
         return torch.zeros((), dtype=dtype).expand(self.checkpoint.specs[name].shape)
 
     def weight_files(self) -> list[str]:
-        """Return the paths of the files it is read from."""
+        """Return the paths of its weights files, the adapter's included."""
         files = [os.path.join(self.checkpoint.path, name) for name in self.checkpoint.files()]
         if self.adapter is not None:
             weights = self.adapter.weights
@@ -54,42 +60,44 @@ class SourceModel:
 
 @dataclass(slots=True)
 class SourceModels:
-    """The base and the models of a merge, in the order of the file."""
+    """The base and the models of a merge, in the order of the merge file."""
 
     base: SourceModel | None
     listed: tuple[SourceModel, ...]
+    """The models under `models`; the base may be among them."""
 
     @property
     def tasks(self) -> tuple[SourceModel, ...]:
-        """Return the models without the base."""
+        """Return the listed models without the base."""
         if self.base is None:
             return self.listed
         return tuple(model for model in self.listed if model.label != self.base.label)
 
     @property
     def first(self) -> SourceModel:
-        """Return the model whose configuration, dtype and tokenizer the output has."""
+        """Return the model that the output has its configuration, dtypes and tokenizer from."""
         return self.base or self.listed[0]
 
-    def every(self) -> list[SourceModel]:
-        """Return all models, each once, the first one first."""
+    def unique(self) -> list[SourceModel]:
+        """Return all models without duplicates, `first` at the front."""
+        # A dict keeps the order of first insertion, so duplicates do not move a model.
         return list({model.label: model for model in (self.first, *self.listed)}.values())
 
 
-def only_adapters(file: MergeFile) -> bool:
-    """Return whether the merge gives an adapter: asked for, or nothing but adapters are given."""
+def writes_adapter(file: MergeFile) -> bool:
+    """Return whether the merge writes an adapter: by `output`, else if only adapters are given."""
     if file.output is not None:
         return file.output == "adapter"
     return file.base_model is None and all(is_adapter(entry.model) for entry in file.models)
 
 
 def open_adapters(file: MergeFile) -> list[Adapter]:
-    """Return the adapters of a merge that gives an adapter.
+    """Return the adapters of a merge that writes an adapter.
 
     Raises:
-        MergeError: If one of the models is none, or their bases differ.
+        MergeError: If one of the models is not an adapter, or their bases differ.
     """
-    found = []
+    adapters = []
     for index, entry in enumerate(file.models):
         path = entry.model.partition("+")[2] or entry.model
         if not is_adapter(path):
@@ -99,8 +107,9 @@ def open_adapters(file: MergeFile) -> list[Adapter]:
                 "not an adapter, and an adapter is to be written",
                 fix="Set output: model",
             )
-        found.append(open_adapter(path, f"models.{index}.model"))
-    bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in found}
+        adapters.append(open_adapter(path, f"models.{index}.model"))
+    # Compared as text: the bases need not be on this machine to merge adapters.
+    bases = {str(adapter.config.get("base_model_name_or_path")) for adapter in adapters}
     if len(bases) > 1:
         raise MergeError.at(
             "models",
@@ -108,36 +117,39 @@ def open_adapters(file: MergeFile) -> list[Adapter]:
             "the adapters were trained on different bases",
             fix="Merge adapters of one base",
         )
-    return found
+    return adapters
 
 
 def open_models(file: MergeFile) -> SourceModels:
-    """Return the models of a merge file, their files checked and their adapters opened.
+    """Return the models of a merge file, with their files checked and adapters opened.
 
     Raises:
         MergeError: With one message per model that cannot be used.
     """
-    opened: dict[str, Checkpoint] = {}
+    checkpoints: dict[str, Checkpoint] = {}
     problems: list[str] = []
 
-    def get(path: str, field: str) -> Checkpoint:
-        if path not in opened:
-            opened[path] = open_checkpoint(path, field, allow_pickle=file.allow_pickle)
-        return opened[path]
+    # One object per path: `run.work` compares checkpoints by identity to skip base - base.
+    def checkpoint(path: str, field: str) -> Checkpoint:
+        if path not in checkpoints:
+            checkpoints[path] = open_checkpoint(path, field, allow_pickle=file.allow_pickle)
+        return checkpoints[path]
 
-    def model(reference: str, field: str) -> SourceModel | None:
+    def open_or_collect(reference: str, field: str) -> SourceModel | None:
         try:
-            return _open(reference, field)
+            return open_model(reference, field)
         except MergeError as error:
             problems.extend(error.problems)
             return None
 
-    def _open(reference: str, field: str) -> SourceModel:
+    def open_model(reference: str, field: str) -> SourceModel:
+        # A directory may have a "+" in its own name; an existing path is taken as it is.
         path, _, added = ("", "", "") if os.path.exists(reference) else reference.partition("+")
         if added:
-            return SourceModel(reference, field, get(path, field), open_adapter(added, field))
+            base_model = checkpoint(path, field)
+            return SourceModel(reference, field, base_model, open_adapter(added, field))
         if not is_adapter(reference):
-            return SourceModel(reference, field, get(reference, field))
+            return SourceModel(reference, field, checkpoint(reference, field))
         if file.base_model is None:
             raise MergeError.at(
                 field,
@@ -146,30 +158,34 @@ def open_models(file: MergeFile) -> SourceModels:
                 fix="Set base_model",
             )
         adapter = open_adapter(reference, field)
-        return SourceModel(reference, field, get(file.base_model, "base_model"), adapter)
+        return SourceModel(reference, field, checkpoint(file.base_model, "base_model"), adapter)
 
-    base = None if file.base_model is None else model(file.base_model, "base_model")
-    listed = [model(entry.model, f"models.{i}.model") for i, entry in enumerate(file.models)]
+    base = None if file.base_model is None else open_or_collect(file.base_model, "base_model")
+    listed = [
+        open_or_collect(entry.model, f"models.{i}.model") for i, entry in enumerate(file.models)
+    ]
     if problems:
+        # A fault of the base is met once per adapter on it, with the same message.
         raise MergeError(*dict.fromkeys(problems))
-    found = SourceModels(base, tuple(m for m in listed if m is not None))
-    _check_adapters(found.listed)
-    return found
+    models = SourceModels(base, tuple(m for m in listed if m is not None))
+    _check_adapters(models.listed)
+    return models
 
 
 def _check_adapters(models: Sequence[SourceModel]) -> None:
-    """Raise MergeError if an adapter is for modules that its base does not have, or of a shape."""
+    """Raise MergeError if an adapter does not fit its base: an absent module, another shape."""
     for model in models:
         for module in model.adapter.modules() if model.adapter else ():
             spec = model.checkpoint.specs.get(f"{module}.weight")
             shape = model.adapter.shape(module) if model.adapter else ()
+            # Conv1D stores (inputs, outputs); the adapter's shape is always (outputs, inputs).
             if model.adapter is not None and model.adapter.fan_in_fan_out:
                 shape = shape[::-1]
             if spec is None or spec.shape != shape:
-                has = "does not have" if spec is None else f"has in shape {spec.shape}"
+                base_has = "does not have" if spec is None else f"has in shape {spec.shape}"
                 raise MergeError.at(
                     model.field,
                     model.label,
-                    f"it changes {module} in shape {tuple(shape)}, which the base {has}",
+                    f"it changes {module} in shape {tuple(shape)}, which the base {base_has}",
                     fix="Name the base it was trained on",
                 )

@@ -1,8 +1,8 @@
-"""Sign election by mass and the mean over the tasks that agree, as DRM and TIES state them.
+"""Sign election by total mass, and the mean over agreeing tasks, as in TIES and DRM.
 
-Per entry: s = sign of the tasks' sum; where the sum is exactly 0, s = the sign that most other
-entries have; tasks of another sign do not count; the others' entries, times the task's
-coefficient, are averaged over those that are not 0. Shapes: K tasks.
+Per entry: the elected sign s is that of the tasks' sum; where the sum is exactly 0, s is the
+majority sign of the other entries; tasks of another sign are excluded; the entries of the rest,
+times the task's coefficient, are averaged over those that are not 0. Shapes: K tasks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ def agreeing_mean(
     *,
     elect: bool = True,
 ) -> Tensor:
-    """Fill `out` row by row with the mean over the tasks that agree, and return it.
+    """Fill `out` chunk by chunk with the mean over agreeing tasks, and return it.
 
     Args:
-        read: Gives rows of task k; what it returns is not changed.
+        read: Returns rows of task k, which are not changed.
         chunks: The ranges of rows of `out`.
         out: The result, shape (rows, columns).
-        coefficient_K: Factor of each task, applied after the election; 0 leaves a task out.
-        elect: Whether signs are elected; if not, all tasks count wherever they are not 0.
+        coefficient_K: Factor of each task, applied after the election; 0 excludes a task from the
+            mean.
+        elect: Whether signs are elected; if not, all entries that are not 0 are averaged.
     """
+    # The majority sign is known after all chunks only; those that need it are computed again.
     undecided: list[slice] = []
     balance = 0.0
     for rows in chunks:
@@ -37,7 +39,7 @@ def agreeing_mean(
         sign = _sign_of_sum(x_K) if elect else None
         if sign is not None:
             balance += float(sign.sum(dtype=torch.float64))
-            # Entries that cancel exactly although a task has something there.
+            # Entries that cancel exactly: the sum is 0, but a task's entry is not.
             if float(_magnitude(x_K).sign_().sub_(sign.abs()).sum()) > 0:
                 undecided.append(rows)
         _mean(x_K, sign, coefficient_K, out[rows])
@@ -47,6 +49,10 @@ def agreeing_mean(
         sign = _sign_of_sum(x_K)
         _mean(x_K, sign.masked_fill_(sign == 0, majority), coefficient_K, out[rows])
     return out
+
+
+# torch's CPU kernels for booleans and `where` are several times as slow as arithmetic, so the masks
+# below are numbers: sign().abs() is 1 where an entry is not 0.
 
 
 def _sign_of_sum(x_K: Sequence[Tensor]) -> Tensor:
@@ -66,7 +72,7 @@ def _magnitude(x_K: Sequence[Tensor]) -> Tensor:
 def _mean(
     x_K: Sequence[Tensor], sign: Tensor | None, coefficient_K: Sequence[float], out: Tensor
 ) -> None:
-    """Write the mean of the tasks' entries that have the sign to `out`."""
+    """Write the mean of the tasks' entries of sign `sign` (None: of any sign) to `out`."""
     out.zero_()
     count = torch.zeros_like(out)
     for x, coefficient in zip(x_K, coefficient_K, strict=True):
@@ -76,6 +82,7 @@ def _mean(
             out.add_(x, alpha=coefficient)
             count.add_(x.sign().abs_())
         else:
+            # Times the sign, agreeing entries are positive; the last line turns them back.
             agreeing = (x * sign).clamp_min_(0)
             out.add_(agreeing, alpha=coefficient)
             count.add_(agreeing.sign_())

@@ -1,4 +1,7 @@
-"""What makes merged weights a model: configuration, tokenizer, card and report."""
+"""Files of a merged model beside its weights: configuration, tokenizer, model card, report.
+
+Also the check that models agree in what shapes do not show: token ids, heads, activations.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from typing import Any
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import MergeError, format_problem
-from raymix.merging.checkpoints.adapter import CONFIG, merged_config
+from raymix.merging.checkpoints.adapter import ADAPTER_CONFIG, merged_config
 from raymix.merging.checkpoints.models import SourceModel
-from raymix.merging.run.plan import Plan
+from raymix.merging.run.plan import MergePlan
 
-REPORT = "merge_report.json"
-"""The report's file name."""
+REPORT_FILE = "merge_report.json"
+"""File name of the report."""
 
-_TOKENIZER = (
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -34,10 +37,10 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Of a tokenizer without tokenizer.json, these say what its ids mean.
-_VOCABULARY = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
-# What changes the meaning of weights although all shapes agree.
-_STRUCTURE = (
+# Files that define the token ids where there is no tokenizer.json; compared byte by byte.
+_VOCABULARY_FILES = ("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
+# Settings that change the meaning of weights although all shapes agree: errors if they differ.
+_STRUCTURE_KEYS = (
     "model_type",
     "num_attention_heads",
     "num_key_value_heads",
@@ -45,14 +48,15 @@ _STRUCTURE = (
     "hidden_act",
     "tie_word_embeddings",
 )
-_NOTED = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "sliding_window")
+# Settings that models of one family may differ in, e.g. after context extension: notes only.
+_NOTED_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "sliding_window")
 
 
-def check_tokenizers(plan: Plan) -> list[str]:
-    """Return notes for the report on what the models' configurations say differently.
+def check_tokenizers(plan: MergePlan) -> list[str]:
+    """Return notes for the report on settings in which the models' configurations differ.
 
     Raises:
-        MergeError: If tokenizers differ, or configurations do in what weights mean.
+        MergeError: If tokenizers differ, or settings that change the meaning of weights.
     """
     if plan.models is None:
         return []
@@ -60,56 +64,66 @@ def check_tokenizers(plan: Plan) -> list[str]:
     notes: list[str] = []
     problems: list[str] = []
     expected = _vocabulary(first.checkpoint.path) if plan.file.check_tokenizer else None
-    for model in plan.models.every()[1:]:
-        if model.checkpoint is first.checkpoint:
+    for model in plan.models.unique()[1:]:
+        if model.checkpoint is first.checkpoint:  # an adapter on the base: the same files
             continue
         problems += _config_problems(model, first)
         ours, theirs = model.checkpoint.config, first.checkpoint.config
-        differing = [key for key in _NOTED if ours.get(key) != theirs.get(key)]
+        differing = [key for key in _NOTED_KEYS if ours.get(key) != theirs.get(key)]
         if differing:
             notes.append(f"{model.label}: other {', '.join(differing)} than {first.label}, kept")
-        found = _vocabulary(model.checkpoint.path) if expected is not None else None
-        if found is not None and expected is not None and found != expected:
+        # A model without a tokenizer is accepted: training code often saves weights alone.
+        vocabulary = _vocabulary(model.checkpoint.path) if expected is not None else None
+        if vocabulary is not None and expected is not None and vocabulary != expected:
+            difference = _first_difference(vocabulary, expected)
             problems.append(
                 format_problem(
                     model.field,
                     model.label,
-                    f"its tokenizer differs from that of {first.label}: {_first(found, expected)}",
+                    f"its tokenizer differs from that of {first.label}: {difference}",
                     fix=(
                         "Merge models of one tokenizer, or set check_tokenizer: false to keep "
-                        "the first"
+                        "the first one"
                     ),
                 )
             )
     if problems:
         raise MergeError(*problems)
-    _tokenizer_source(plan)
+    _tokenizer_source(plan)  # for its error, before anything is written
     return notes
 
 
 def finish_files(
-    plan: Plan,
+    plan: MergePlan,
     folder: Path,
     done: Mapping[str, Mapping[str, Any]] | None,
     notes: Sequence[str],
 ) -> None:
-    """Write everything besides the weights into `folder`; no report or card without `done`."""
+    """Write all files beside the weights into `folder`; `done` None: without report and card.
+
+    Args:
+        plan: The plan of the merge.
+        folder: The workspace.
+        done: Journal lines by job.
+        notes: Notes of `check_tokenizers`, for the report.
+    """
     index = plan.layout.index()
     if index is not None:
         (folder / f"{plan.layout.stem}.safetensors.index.json").write_text(index, "utf-8")
     if plan.models is None:
         ranks = {
-            module: plan.layout.places[plan.tensors(module)[0]].shape[0] for module in plan.choices
+            module: plan.layout.locations[plan.tensors(module)[0]].shape[0]
+            for module in plan.choices
         }
-        (folder / CONFIG).write_text(merged_config(list(plan.adapters), ranks), "utf-8")
+        (folder / ADAPTER_CONFIG).write_text(merged_config(list(plan.adapters), ranks), "utf-8")
     else:
-        _copy(plan, plan.models.first, folder)
+        _write_config_and_tokenizer(plan, plan.models.first, folder)
     if done is not None:
         _write_report(plan, folder, done, notes)
 
 
 def _write_report(
-    plan: Plan, folder: Path, done: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
+    plan: MergePlan, folder: Path, done: Mapping[str, Mapping[str, Any]], notes: Sequence[str]
 ) -> None:
     parents = [
         {
@@ -125,58 +139,64 @@ def _write_report(
         "notes": list(notes),
         "tensors": {job: done[job]["report"] for job in plan.choices},
     }
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     (folder / "README.md").write_text(_card(plan, parents), "utf-8")
 
 
-def _tokenizer_source(plan: Plan) -> str:
-    """Return the directory whose tokenizer is copied."""
+def _tokenizer_source(plan: MergePlan) -> str:
+    """Return the directory that the tokenizer is copied from.
+
+    Raises:
+        MergeError: If `tokenizer_source` is not one of the models.
+    """
     source = plan.file.tokenizer_source
     first = plan.models.first.checkpoint.path if plan.models else ""
     if source in (None, "base", first):
         return first
-    known = [model.checkpoint.path for model in plan.models.every()] if plan.models else []
+    known = [model.checkpoint.path for model in plan.models.unique()] if plan.models else []
     if source not in known:
         raise MergeError.at(
             "tokenizer_source",
             source,
             "neither `base` nor one of the models",
-            fix="Vocabularies are not united: the models must share one",
+            fix="Vocabularies are not united: the models must share one tokenizer",
         )
     return str(source)
 
 
-def _copy(plan: Plan, first: SourceModel, folder: Path) -> None:
+def _write_config_and_tokenizer(plan: MergePlan, first: SourceModel, folder: Path) -> None:
     config = dict(first.checkpoint.config)
     out = plan.file.out_dtype or plan.file.dtype
     if out is not None:
+        # transformers renamed `torch_dtype` to `dtype`; older versions read the old key only.
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = out
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     generation = Path(first.checkpoint.path, "generation_config.json")
     if generation.exists():
         shutil.copyfile(generation, folder / generation.name)
     source = Path(_tokenizer_source(plan))
-    for name in _TOKENIZER:
+    for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
 
 
 def _config_problems(model: SourceModel, first: SourceModel) -> list[str]:
+    """Return one message per structural setting that differs from the first model's."""
     ours, theirs = model.checkpoint.config, first.checkpoint.config
     return [
         format_problem(
             model.field,
             model.label,
             f"its config says {key} {ours.get(key)!r}, that of {first.label} {theirs.get(key)!r}",
-            fix="Weights of unlike models cannot be merged",
+            fix="Weights of different architectures cannot be merged",
         )
-        for key in _STRUCTURE
+        for key in _STRUCTURE_KEYS
         if key in ours and key in theirs and ours[key] != theirs[key]
     ]
 
 
 def _vocabulary(path: str) -> dict[str, Any] | None:
-    """Return what a tokenizer's ids mean, or None where a directory has no tokenizer."""
+    """Return ids by token, or file contents by name; None: the directory has no tokenizer."""
     file = Path(path, "tokenizer.json")
     if file.exists():
         try:
@@ -186,31 +206,34 @@ def _vocabulary(path: str) -> dict[str, Any] | None:
             raise MergeError.at(
                 "models", str(file), f"not a tokenizer: {error}", fix="Download it again"
             ) from None
-    held = {name: Path(path, name) for name in _VOCABULARY}
-    found = {name: file.read_bytes() for name, file in held.items() if file.exists()}
-    return found or None
+    files = {name: Path(path, name) for name in _VOCABULARY_FILES}
+    contents = {name: file.read_bytes() for name, file in files.items() if file.exists()}
+    return contents or None
 
 
 def _token_ids(document: Any) -> dict[str, Any]:
-    """Return the ids by token of a `tokenizer.json`; any exception says that it is none."""
+    """Return the ids by token of a `tokenizer.json`; raises various errors if it is malformed."""
     vocabulary = document.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the place
-        vocabulary = {pair[0]: at for at, pair in enumerate(vocabulary)}
+    if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the index
+        vocabulary = {pair[0]: index for index, pair in enumerate(vocabulary)}
     added = {token["content"]: token["id"] for token in document.get("added_tokens") or ()}
     return {**vocabulary, **added}
 
 
-def _first(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    for token, number in expected.items():
-        if found.get(token) != number:
-            if isinstance(number, bytes):
+def _first_difference(vocabulary: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Return the first difference of two vocabularies, for a message."""
+    for token, token_id in expected.items():
+        if vocabulary.get(token) != token_id:
+            if isinstance(token_id, bytes):  # file contents by name, see `_vocabulary`
                 return f"the file {token}"
-            return f"token {token!r} has id {found.get(token, 'none')} here and {number} there"
-    more = [token for token in found if token not in expected]
-    return f"{len(more)} more tokens, such as {more[0]!r}"
+            own_id = vocabulary.get(token, "none")
+            return f"token {token!r} has id {own_id} here and {token_id} there"
+    extra = [token for token in vocabulary if token not in expected]
+    return f"{len(extra)} more tokens, such as {extra[0]!r}"
 
 
-def _card(plan: Plan, parents: Sequence[Mapping[str, Any]]) -> str:
+def _card(plan: MergePlan, parents: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of the model card, in the Hub's format."""
     adapter = plan.models is None
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     if not adapter:
@@ -221,18 +244,19 @@ def _card(plan: Plan, parents: Sequence[Mapping[str, Any]]) -> str:
         for parent in parents
         for file, digest in parent["files"].items()
     ]
+    # Absolute paths would publish user and directory names of this machine.
     recipe = plan.file.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     for entry in [recipe, *recipe["models"]]:
         for key in ("base_model", "model", "tokenizer_source"):
             if entry.get(key):
                 entry[key] = _name(entry[key])
-    what = "A LoRA adapter" if adapter else "A model"
+    noun = "A LoRA adapter" if adapter else "A model"
     return "\n".join(
         [
             f"---\n{dump_yaml(head)}---\n",
             f"# {plan.file.name or 'Merged model'}\n",
-            f"{what} merged with raymix {_version()} by `{plan.file.merge_method}`; "
-            f"`{REPORT}` says per tensor what became of the parents.\n",
+            f"{noun} merged with raymix {_version()} by `{plan.file.merge_method}`; "
+            f"`{REPORT_FILE}` says per tensor what became of the parents.\n",
             "## Parents\n",
             "| model | file | SHA-256 |\n|---|---|---|\n" + "\n".join(rows) + "\n",
             "## Merge\n",

@@ -1,4 +1,7 @@
-"""The options of one parameter: filters, gradients over layers and rules resolved to values."""
+"""Method and options of each parameter: filters, gradients over layers and rules, resolved.
+
+A "gradient" is mergekit's word for a list of values interpolated over the layers.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,25 @@ from raymix.merging.recipe import KEEP_BASE, MergeFile, ParameterRule
 from raymix.merging.registry import MergeMethod, Options, get_method
 from raymix.recipe.translate import translate
 
+# The names of layer lists in Llama, GPT-2 (h), MPT (blocks), OLMo (block) and BERT (layer).
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
-# What is a table of vectors rather than a map from inputs to outputs.
+# Tables of vectors rather than maps from inputs to outputs: their singular vectors mean nothing.
 _TABLES = re.compile(r"embed|lm_head|\bwte\b|\bwpe\b|\bshared\b|rotary|position")
 
 Scope = Mapping[str, Any]
+"""One `parameters` section of a merge file."""
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a parameter belongs to, or None."""
+    """Return the index of the layer that a parameter belongs to, or None."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a parameter is a weight matrix, or a stack of them (experts)."""
+    # A matrix with a side of 1 is a vector: it has one direction, and no rows to renormalize.
     if len(shape) == 2:
         return min(shape) > 1 and not _TABLES.search(name)
     return len(shape) == 3 and "experts" in name
@@ -37,14 +43,14 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class MethodChoice:
-    """How one parameter is merged; no method means the base's bytes."""
+    """Method and options of one parameter; method None: the base's bytes."""
 
     method: MergeMethod | None
     options: Options | None = None
 
 
-class Settings:
-    """Answers, per parameter, which method and which options a merge file gives it."""
+class OptionResolver:
+    """Resolves a merge file to the method and the options of each parameter."""
 
     def __init__(
         self,
@@ -56,29 +62,24 @@ class Settings:
 
         Args:
             file: The merge file.
-            members: Gives the `parameters` of each model that a method merges, in order.
-            n_layers: Layers of the model, for gradients.
+            members: Returns the `parameters` of each model that a method merges, in order.
+            n_layers: Number of layers of the model, for gradients.
 
         Raises:
             MergeError: For a method or an option that does not exist.
         """
         self._file, self._members, self._n_layers = file, members, n_layers
-        self._main = get_method(file.merge_method)
-        named = {
-            index: rule.merge_method
+        self._default_method = get_method(file.merge_method)
+        self._rule_methods = {
+            index: get_method(str(rule.merge_method), f"rules.{index}.merge_method")
             for index, rule in enumerate(file.rules)
             if rule.merge_method not in (None, KEEP_BASE)
         }
-        methods = {
-            index: get_method(str(name), f"rules.{index}.merge_method")
-            for index, name in named.items()
-        }
-        self._methods = methods
-        self.methods = (self._main, *methods.values())
+        self.methods = (self._default_method, *self._rule_methods.values())
         self._check_names(self.methods)
 
-    def choice(self, name: str) -> MethodChoice:
-        """Return how the parameter called `name` is merged.
+    def resolve(self, name: str) -> MethodChoice:
+        """Return the method and the options of the parameter `name`.
 
         Raises:
             MergeError: If a value does not fit the option.
@@ -88,94 +89,104 @@ class Settings:
         method = self._method(rules)
         if method is None:
             return MethodChoice(None)
+        # In order of precedence; for options per model, the model's own section comes before them.
         scopes = [*(rule.parameters for _, rule in rules), self._file.parameters]
         values: dict[str, Any] = {}
         per_model, members = method.options.per_model(), self._members(method)
         for option in method.options.names():
             if option in per_model:
-                each = [self._value(option, name, layer, [own, *scopes]) for own in members]
-                values[option] = _with_default(method.options, option, each)
+                per_task = [self._value(option, name, layer, [own, *scopes]) for own in members]
+                values[option] = _fill_default(method.options, option, per_task)
             else:
                 values[option] = self._value(option, name, layer, scopes)
-        given = {key: value for key, value in values.items() if value is not None}
+        set_values = {key: value for key, value in values.items() if value is not None}
         try:
-            return MethodChoice(method, method.options.model_validate(given))
+            return MethodChoice(method, method.options.model_validate(set_values))
         except ValidationError as error:
             messages = translate(error.errors(include_url=False), method.options)
-            raise MergeError(*(f"parameters.{m} It is {name}'s." for m in messages)) from None
+            raise MergeError(
+                *(f"parameters.{m} This is its value for {name}." for m in messages)
+            ) from None
 
     def _method(self, rules: Sequence[tuple[int, ParameterRule]]) -> MergeMethod | None:
+        """Return the method of the first rule that sets one; None: the base's bytes."""
         for index, rule in rules:
             if rule.merge_method == KEEP_BASE:
                 return None
             if rule.merge_method is not None:
-                return self._methods[index]
-        return self._main
+                return self._rule_methods[index]
+        return self._default_method
 
     def _value(self, option: str, name: str, layer: int | None, scopes: Iterable[Scope]) -> Any:
+        """Return an option's value from the first scope that sets it for this parameter."""
         for scope in scopes:
             if option in scope:
-                found = _evaluated(scope[option], name, self._position(layer), option)
-                if found is not None:
-                    return found
+                value = _evaluate(scope[option], name, self._position(layer), option)
+                # A list of filters, none of which matches, leaves the option to the next scope.
+                if value is not None:
+                    return value
         return None
 
     def _position(self, layer: int | None) -> float:
-        """Return where a layer lies, 0 to 1; what belongs to none lies at 0, as in mergekit."""
+        """Return the relative depth of a layer, 0 to 1; 0 outside layers, as in mergekit."""
         if layer is None:
             return 0.0
         return layer / (self._n_layers - 1) if self._n_layers > 1 else 1.0
 
     def _check_names(self, methods: Sequence[MergeMethod]) -> None:
-        shared = {name for method in methods for name in method.options.names()}
-        places: list[tuple[str, Scope]] = [("parameters", self._file.parameters)]
-        places += [(f"rules.{i}.parameters", r.parameters) for i, r in enumerate(self._file.rules)]
-        places += [
-            (f"models.{i}.parameters", e.parameters) for i, e in enumerate(self._file.models)
+        """Raise MergeError for keys that are an option of none of the methods."""
+        # Known to any method of the file: a rule's method may have options that others lack.
+        known = {name for method in methods for name in method.options.names()}
+        file = self._file
+        scopes: list[tuple[str, Scope]] = [("parameters", file.parameters)]
+        scopes += [(f"rules.{i}.parameters", rule.parameters) for i, rule in enumerate(file.rules)]
+        scopes += [(f"models.{i}.parameters", e.parameters) for i, e in enumerate(file.models)]
+        method_names = ", ".join(sorted({method.name for method in methods}))
+        problems = [
+            format_problem(
+                f"{path}.{key}",
+                value,
+                f"no option of {method_names}",
+                allowed=f"Known: {', '.join(sorted(known))}",
+                fix=did_you_mean(key, known),
+            )
+            for path, scope in scopes
+            for key, value in scope.items()
+            if key not in known
         ]
-        problems = []
-        for path, scope in places:
-            for key, value in scope.items():
-                if key not in shared:
-                    names = ", ".join(sorted(shared))
-                    wrong = f"no option of {', '.join(sorted({m.name for m in methods}))}"
-                    near = did_you_mean(key, shared)
-                    problems.append(
-                        format_problem(
-                            f"{path}.{key}", value, wrong, allowed=f"Known: {names}", fix=near
-                        )
-                    )
         if problems:
             raise MergeError(*problems)
 
 
 def check_options(file: MergeFile) -> None:
-    """Check the methods and options of a merge file whose models are not there yet.
+    """Check the methods and options of a merge file whose models do not exist yet.
 
     Raises:
         MergeError: With one message per fault.
     """
-    settings = Settings(file, lambda method: [entry.parameters for entry in file.models], 1)
-    settings.choice("model.layers.0.weight")
-    for method in settings.methods:
+    resolver = OptionResolver(file, lambda method: [entry.parameters for entry in file.models], 1)
+    # Any parameter's name does: it validates the values that do not depend on one.
+    resolver.resolve("model.layers.0.weight")
+    for method in resolver.methods:
         count = len(file.models)
-        if count < method.least or (method.most is not None and count > method.most):
-            raise MergeError.at(
-                "models", count, f"{method.name} does not merge as many models as there are"
-            )
+        if count < method.min_models or (
+            method.max_models is not None and count > method.max_models
+        ):
+            raise MergeError.at("models", count, f"{method.name} does not merge so many models")
 
 
-def _with_default(options: type[Options], option: str, values: list[Any]) -> list[Any] | None:
-    """Return one value per model, the default where none is given; None if none is given at all."""
+def _fill_default(options: type[Options], option: str, values: list[Any]) -> list[Any] | None:
+    """Return one value per model, the default where it is None; None if all are None."""
     if all(value is None for value in values):
         return None
+    # Options are stored under Python names (`lambda_`), the file has their aliases (`lambda`).
     fields = options.model_fields.items()
     default = next(f.default for name, f in fields if option in (name, f.alias))[0]
     return [default if value is None else value for value in values]
 
 
-def _evaluated(setting: Any, name: str, t: float, option: str) -> Any:
-    """Return what a setting says about a parameter at position `t`, or None if nothing."""
+def _evaluate(setting: Any, name: str, t: float, option: str) -> Any:
+    """Return the value of a setting for a parameter at relative depth `t`; None: not set."""
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
@@ -189,22 +200,23 @@ def _evaluated(setting: Any, name: str, t: float, option: str) -> Any:
                 )
             pattern = item.get("filter")
             if pattern in (None, "*") or pattern in name:
-                return _evaluated(item["value"], name, t, option)
+                return _evaluate(item["value"], name, t, option)
         return None
-    return _interpolated(setting, t, option)
+    return _interpolate(setting, t, option)
 
 
-def _interpolated(values: list[Any], t: float, option: str) -> Any:
-    """Return the value of a gradient at `t`: between numbers by lines, else the one before."""
-    place = t * (len(values) - 1)
-    low = int(place)
+def _interpolate(values: list[Any], t: float, option: str) -> Any:
+    """Return the value of a gradient at `t`: linear between numbers, else the value before `t`."""
+    position = t * (len(values) - 1)
+    low = int(position)
+    # bool is a subclass of int; flags are not interpolated.
     numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numbers:
         if any(isinstance(value, (list, dict)) for value in values):
             raise MergeError.at(
-                f"parameters.{option}", values, "a list over the layers holds plain values"
+                f"parameters.{option}", values, "a list over the layers must hold plain values"
             )
         return values[low]
     high = min(len(values) - 1, low + 1)
-    share = place - low
-    return (1 - share) * values[low] + share * values[high]
+    fraction = position - low
+    return (1 - fraction) * values[low] + fraction * values[high]

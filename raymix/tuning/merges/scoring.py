@@ -20,7 +20,7 @@ from raymix.errors import MergeError, RecipeError
 from raymix.merging.recipe import MergeFile
 from raymix.merging.run.engine import merge
 from raymix.merging.run.plan import plan_merge
-from raymix.merging.search_space import Dimension, Point, applied
+from raymix.merging.search_space import Dimension, Point, apply_point
 from raymix.recipe import Recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.training.evaluate.held_out import HeldOutRows, held_out_rows, search_rows
@@ -178,7 +178,13 @@ class Search:
         out = self.folder / f"{_WORK}-{number}"
         shutil.rmtree(out, ignore_errors=True)
         try:
-            merge(applied(self.file, point), out, workers=threads, device=self.device, scratch=True)
+            merge(
+                apply_point(self.file, point),
+                out,
+                workers=threads,
+                device=self.device,
+                scratch=True,
+            )
             losses = self.held_out.losses(out, part, threads=threads)
         finally:
             shutil.rmtree(out, ignore_errors=True)

@@ -18,12 +18,12 @@ from typing import Any
 
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import MergeError, RecipeError, TrainingError, format_problem
-from raymix.merging.checkpoints.models import only_adapters
+from raymix.merging.checkpoints.models import writes_adapter
 from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.run.engine import merge
-from raymix.merging.run.plan import Plan, plan_merge
-from raymix.merging.search_space import applied, search_space, start_point
+from raymix.merging.run.plan import MergePlan, plan_merge
+from raymix.merging.search_space import apply_point, search_space, start_point
 from raymix.recipe import ClusterConfig, PretrainedModel, Recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.training.host.machine import Resources, resources
@@ -94,7 +94,7 @@ def search_merge(
             best = best_of(points)["options"]
             test = runner.scores(_scored(one, plan, best, seats.threads))
         document = _document(one, points, best, test)
-        merged = merge(applied(file, best), place, device=device)
+        merged = merge(apply_point(file, best), place, device=device)
         document["merge"] = merged
         document["files"] = _write(document, one, best)
     return document
@@ -104,7 +104,7 @@ def _opened(
     file: MergeFile, out: Path, search: str, recipe: Recipe, trials: int | None, device: str
 ) -> Search:
     """Return the search; refuse what cannot work."""
-    if only_adapters(file):
+    if writes_adapter(file):
         raise MergeError.at(
             "base_model",
             file.base_model,
@@ -114,7 +114,7 @@ def _opened(
     if trials is not None and trials < 1:
         raise RecipeError.at("--trials", trials, "too small", allowed="Allowed: 1 or more")
     space = search_space(file, search)
-    applied(file, start_point(space))
+    apply_point(file, start_point(space))
     corpus = _corpus(recipe)
     held_out = HeldOut.of(recipe, corpus, _scored_domains(recipe, corpus))
     _refuse_misfit(file, recipe, corpus)
@@ -157,10 +157,10 @@ def _refuse_misfit(file: MergeFile, recipe: Recipe, corpus: Corpus) -> None:
 
 
 def _seats(
-    plan: Plan, has: Resources, workers: int | None, points: int, *, on_gpu: bool
+    plan: MergePlan, has: Resources, workers: int | None, points: int, *, on_gpu: bool
 ) -> TrialResources:
     """Return how many points at once: one per core, fewer where memory holds fewer models."""
-    entries = sum(place.n_bytes // place.dtype.itemsize for place in plan.layout.places.values())
+    entries = sum(place.n_bytes // place.dtype.itemsize for place in plan.layout.locations.values())
     largest = max(plan.job_bytes(job) for job in plan.choices)
     room = max(1, has.memory_bytes // (_FP32_COPIES * 4 * entries + largest))
     one = ClusterConfig(workers=0, gpus_per_worker="auto" if on_gpu else 0)
@@ -210,12 +210,12 @@ class _Runner:
 
 
 def _scored(
-    search: Search, plan: Plan, best: Mapping[str, float], threads: int
+    search: Search, plan: MergePlan, best: Mapping[str, float], threads: int
 ) -> list[ScoreTrial]:
     """Return what is scored on the test rows: base, models, and the merges."""
     models = plan.models
     assert models is not None, "adapters alone were refused"
-    whole = [model for model in models.every() if model.adapter is None]
+    whole = [model for model in models.unique() if model.adapter is None]
     found = [
         ScoreTrial(_name(at, model.label), search, threads, checkpoint=model.checkpoint.path)
         for at, model in enumerate(whole)
@@ -254,7 +254,7 @@ def _document(
 def _write(document: Mapping[str, Any], search: Search, best: Mapping[str, float]) -> list[str]:
     """Return the files written: the result, the chosen merge file, and a picture."""
     folder = search.folder
-    chosen = applied(search.file, best).model_dump(
+    chosen = apply_point(search.file, best).model_dump(
         mode="json", exclude_unset=True, exclude_none=True
     )
     atomic_write_text(str(folder / "merge.yaml"), dump_yaml(chosen))

@@ -83,18 +83,18 @@ def test_3_frozen_layers_give_no_nan(family: dict[str, Any], tmp_path: Path) -> 
     other = {**weights(2), DOWN: base[DOWN]}
     write_model(tmp_path / "other", other)
     models = [{"model": str(tmp_path / "frozen")}, {"model": str(tmp_path / "other")}]
-    found = drm(family, tmp_path / "out", models=models)
-    assert all(torch.isfinite(tensor).all() for tensor in found.values())
-    assert torch.equal(found[DOWN], base[DOWN])
-    assert not torch.equal(found[Q_PROJ], base[Q_PROJ])
+    result = drm(family, tmp_path / "out", models=models)
+    assert all(torch.isfinite(tensor).all() for tensor in result.values())
+    assert torch.equal(result[DOWN], base[DOWN])
+    assert not torch.equal(result[Q_PROJ], base[Q_PROJ])
 
 
 def test_4_orthogonal_tasks_of_rank_one_add_up(tmp_path: Path) -> None:
     u, _ = torch.linalg.qr(torch.randn(24, 3, generator=torch.Generator().manual_seed(0)))
     v = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     deltas = [(k + 1.0) * torch.outer(u[:, k], v[k]) for k in range(3)]
-    found = of_deltas(tmp_path, *deltas, drop=0.0)
-    assert torch.allclose(found, deltas[0] + deltas[1] + deltas[2], atol=1e-5)
+    result = of_deltas(tmp_path, *deltas, drop=0.0)
+    assert torch.allclose(result, deltas[0] + deltas[1] + deltas[2], atol=1e-5)
 
 
 def test_5_without_drop_signs_and_coefficients_count(
@@ -120,7 +120,7 @@ def test_7_the_switch_of_signs_reaches_matrices_and_nothing_is_printed(
     family: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     parameters = {"elect": False, "drop": 0.0, "rank_tolerance": 0.0}
-    found = drm(family, tmp_path / "out", parameters=parameters)
+    result = drm(family, tmp_path / "out", parameters=parameters)
     mean = (weights(1)[DOWN] + weights(2)[DOWN]) / 2
-    assert torch.allclose(found[DOWN], mean, atol=1e-5)
+    assert torch.allclose(result[DOWN], mean, atol=1e-5)
     assert capfd.readouterr() == ("", "")

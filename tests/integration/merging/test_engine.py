@@ -53,11 +53,11 @@ def test_every_method_writes_a_whole_model(
 ) -> None:
     models = family["models"][:1] if method == "slerp" else family["models"]
     document = run(family, tmp_path / "out", merge_method=method, models=models)
-    found = read_model(tmp_path / "out")
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes()
-    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    result = read_model(tmp_path / "out")
+    assert {name: tuple(tensor.shape) for name, tensor in result.items()} == shapes()
+    assert all(torch.isfinite(tensor).all() for tensor in result.values())
     assert {"out", "method", "tensors", "seconds", "peak_bytes"} <= set(document)
-    assert document["tensors"] == len(found)
+    assert document["tensors"] == len(result)
     about = report(tmp_path / "out")["tensors"][Q_PROJ]
     assert about["method"] == method
     assert (about["rank"] is not None) == (method in SPECTRAL)
@@ -97,11 +97,11 @@ def test_dtypes_are_kept_or_asked_for(tmp_path: Path) -> None:
     run(family, tmp_path / "kept", merge_method="ties")
     assert {tensor.dtype for tensor in read_model(tmp_path / "kept").values()} == {torch.bfloat16}
     run(family, tmp_path / "asked", merge_method="ties", out_dtype="float32")
-    found = read_model(tmp_path / "asked")
-    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    result = read_model(tmp_path / "asked")
+    assert {tensor.dtype for tensor in result.values()} == {torch.float32}
     assert json.loads((tmp_path / "asked" / "config.json").read_text())["dtype"] == "float32"
-    kept = read_model(tmp_path / "kept")
-    assert all(torch.equal(found[name].bfloat16(), kept[name]) for name in found)
+    surviving = read_model(tmp_path / "kept")
+    assert all(torch.equal(result[name].bfloat16(), surviving[name]) for name in result)
 
 
 def test_shards_hold_the_same_tensors(tmp_path: Path, family: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ def test_the_bytes_do_not_depend_on_the_workers(family: dict[str, Any], tmp_path
 def test_layouts_align_mixed_dtypes() -> None:
     tensors = {"a": (torch.bool, (3,)), "b": (torch.float64, (2,)), "c": (torch.bfloat16, (5,))}
     layout = plan_checkpoint_layout(tensors, 1000)
-    for place in layout.places.values():
+    for place in layout.locations.values():
         assert place.offset % place.dtype.itemsize == 0
     assert layout.total_bytes == 3 + 16 + 10
     assert layout.index() is None
@@ -147,10 +147,10 @@ def test_frozen_tensors_keep_the_bases_bytes(tmp_path: Path) -> None:
     }
     for method in ("drm", "ties", "tsv", "task_arithmetic"):
         run(family, tmp_path / method, merge_method=method)
-        found = read_model(tmp_path / method)
+        result = read_model(tmp_path / method)
         for name in (Q_PROJ, NORM):
-            assert found[name].view(torch.int32).equal(base[name].view(torch.int32))
-        assert not found[DOWN].equal(base[DOWN])
+            assert result[name].view(torch.int32).equal(base[name].view(torch.int32))
+        assert not result[DOWN].equal(base[DOWN])
 
 
 class Planted(Exception):
@@ -208,7 +208,7 @@ def test_a_parameter_may_have_values_by_model_layer_and_name(
         "weight": [{"filter": "down_proj", "value": 0.5}, {"value": [0.2, 0.4]}]
     }
     run(family, tmp_path / "out", merge_method="task_arithmetic", models=models)
-    found, base = read_model(tmp_path / "out"), weights(0)
+    result, base = read_model(tmp_path / "out"), weights(0)
     one, two = weights(1), weights(2)
 
     def expected(name: str, first: float, second: float) -> Tensor:
@@ -217,11 +217,11 @@ def test_a_parameter_may_have_values_by_model_layer_and_name(
     for layer, first, second in ((0, 0.0, 0.2), (1, 0.5, 0.3), (2, 1.0, 0.4)):
         at = f"model.layers.{layer}"
         name = f"{at}.mlp.up_proj.weight"
-        assert torch.allclose(found[name], expected(name, first, second), atol=1e-6)
+        assert torch.allclose(result[name], expected(name, first, second), atol=1e-6)
         name = f"{at}.mlp.down_proj.weight"
-        assert torch.allclose(found[name], expected(name, first, 0.5), atol=1e-6)
+        assert torch.allclose(result[name], expected(name, first, 0.5), atol=1e-6)
     # What belongs to no layer lies where the first layer does.
-    assert torch.allclose(found["lm_head.weight"], expected("lm_head.weight", 0.0, 0.2), atol=1e-6)
+    assert torch.allclose(result["lm_head.weight"], expected("lm_head.weight", 0.0, 0.2), atol=1e-6)
 
 
 def test_rules_change_methods_and_options(family: dict[str, Any], tmp_path: Path) -> None:
@@ -238,19 +238,19 @@ def test_rules_change_methods_and_options(family: dict[str, Any], tmp_path: Path
     assert about[DOWN]["method"] == "task_arithmetic"
     assert about["model.layers.2.self_attn.o_proj.weight"]["kept"] == 1.0
     assert about["model.layers.1.self_attn.o_proj.weight"]["kept"] < 0.3
-    found, base = read_model(tmp_path / "out"), weights(0)
+    result, base = read_model(tmp_path / "out"), weights(0)
     total = sum(weights(k)[DOWN] - base[DOWN] for k in (1, 2, 3))
-    assert torch.allclose(found[DOWN], base[DOWN] + 0.5 * total, atol=1e-6)
+    assert torch.allclose(result[DOWN], base[DOWN] + 0.5 * total, atol=1e-6)
 
 
 def test_drm_of_tensors_that_are_no_matrices(family: dict[str, Any], tmp_path: Path) -> None:
     run(family, tmp_path / "out", merge_method="drm")
-    found, base = read_model(tmp_path / "out"), weights(0)
+    result, base = read_model(tmp_path / "out"), weights(0)
     for name in (NORM, "model.embed_tokens.weight"):
         deltas = torch.stack([weights(k)[name] - base[name] for k in (1, 2, 3)])
         agreeing = deltas * (deltas.sign() == deltas.sum(0).sign())
         mean = agreeing.sum(0) / (agreeing != 0).sum(0)
-        assert torch.allclose(found[name], base[name] + mean, atol=1e-6)
+        assert torch.allclose(result[name], base[name] + mean, atol=1e-6)
         assert report(tmp_path / "out")["tensors"][name]["rank"] is None
 
 
@@ -262,11 +262,11 @@ def test_experts_are_merged_one_by_one(tmp_path: Path) -> None:
         for e in range(2):
             write_model(tmp_path / f"e{k}-{e}", {"a.weight": stack[e].clone()})
     run(_files(tmp_path, "m0", "m1", "m2"), tmp_path / "out", merge_method="drm")
-    found = read_model(tmp_path / "out")[name]
+    result = read_model(tmp_path / "out")[name]
     for e in range(2):
         files = _files(tmp_path, f"e0-{e}", f"e1-{e}", f"e2-{e}")
         run(files, tmp_path / f"one{e}", merge_method="drm")
-        assert torch.equal(found[e], read_model(tmp_path / f"one{e}")["a.weight"])
+        assert torch.equal(result[e], read_model(tmp_path / f"one{e}")["a.weight"])
 
 
 def _files(folder: Path, base: str, *tasks: str) -> dict[str, Any]:
@@ -282,12 +282,12 @@ def test_whole_numbers_are_copied_if_they_agree(tmp_path: Path) -> None:
         more = {"ids": ids, "nothing": torch.zeros(0, 4), "scale": torch.tensor(float(k))}
         write_model(tmp_path / f"m{k}", {**weights(k), **more})
     run(_files(tmp_path, "m0", "m1", "m2"), tmp_path / "out", merge_method="linear")
-    found = read_model(tmp_path / "out")
-    assert torch.equal(found["ids"], ids)
-    assert found["nothing"].shape == (0, 4)
-    assert found["scale"] == 1.5
+    result = read_model(tmp_path / "out")
+    assert torch.equal(result["ids"], ids)
+    assert result["nothing"].shape == (0, 4)
+    assert result["scale"] == 1.5
     write_model(tmp_path / "m2", {**weights(2), **more, "ids": ids + 1})
-    with pytest.raises(MergeError, match="'ids' holds whole numbers that differ"):
+    with pytest.raises(MergeError, match="'ids' holds integers that differ"):
         run(_files(tmp_path, "m0", "m1", "m2"), tmp_path / "other", merge_method="linear")
 
 
@@ -309,8 +309,8 @@ def test_a_method_of_ones_own(family: dict[str, Any], tmp_path: Path) -> None:
         return deltas[options.which]
 
     run(family, tmp_path / "out", merge_method="test_pick", parameters={"which": 1})
-    found = read_model(tmp_path / "out")
-    assert all(torch.allclose(found[name], weights(2)[name]) for name in found)
+    result = read_model(tmp_path / "out")
+    assert all(torch.allclose(result[name], weights(2)[name]) for name in result)
 
 
 def test_the_package_can_be_called_with_a_file(family: dict[str, Any], tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return, by name and dtype of the inputs, what mergekit made and what we made."""
     folder = tmp_path_factory.mktemp("mergekit")
     runs: list[tuple[str, str]] = []
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         own = folder / str(dtype).removeprefix("torch.")
         write_family(own, tasks=2, dtype=dtype)
@@ -139,11 +139,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
         file.write_text(text)
         merge(file, ours)
         path = Path(theirs)
-        found[f"{path.parent.name}/{path.name.removeprefix('theirs_')}"] = (
+        result[f"{path.parent.name}/{path.name.removeprefix('theirs_')}"] = (
             read_model(theirs),
             read_model(ours),
         )
-    return found
+    return result
 
 
 def error(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> float:

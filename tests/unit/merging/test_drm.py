@@ -34,14 +34,14 @@ def tasks(m: int = 12, n: int = 20, k: int = 3, seed: int = 0) -> list[Tensor]:
 
 
 def merged(deltas: Sequence[Tensor], **options: object) -> Tensor:
-    found = drm(None, deltas, DrmOptions.model_validate({"rank_tolerance": 0.0, **options}))
-    assert isinstance(found, Merged)
-    return found.delta
+    result = drm(None, deltas, DrmOptions.model_validate({"rank_tolerance": 0.0, **options}))
+    assert isinstance(result, Merged)
+    return result.delta
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
+def close(result: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
     scale = max(1e-30, float(expected.norm()))
-    return float((found - expected).norm()) <= tolerance * scale
+    return float((result - expected).norm()) <= tolerance * scale
 
 
 def published(deltas: Sequence[Tensor], drop: float, tolerance: float = 1e-2) -> Tensor:
@@ -143,16 +143,16 @@ def test_08_of_one_row_it_is_ties_on_normalized_entries() -> None:
     place = 150 - round(150 * (1 - 0.6))
     lowest = unit.abs().flatten().kthvalue(place).values
     trimmed = [d * (v.abs() >= lowest) for d, v in zip(deltas, unit, strict=True)]
-    found = ties(None, trimmed, TiesOptions())
-    assert isinstance(found, Merged)
-    assert close(merged(deltas, drop=0.6), found.delta)
+    result = ties(None, trimmed, TiesOptions())
+    assert isinstance(result, Merged)
+    assert close(merged(deltas, drop=0.6), result.delta)
 
 
 def test_08_without_drop_it_is_knots_of_density_one() -> None:
     deltas = tasks()
-    found = knots(None, deltas, KnotsOptions(rank_tolerance=0.0))
-    assert isinstance(found, Merged)
-    assert close(merged(deltas, drop=0), found.delta)
+    result = knots(None, deltas, KnotsOptions(rank_tolerance=0.0))
+    assert isinstance(result, Merged)
+    assert close(merged(deltas, drop=0), result.delta)
 
 
 def test_09_renormalizing_changes_only_what_is_pruned() -> None:
@@ -165,11 +165,11 @@ def test_09_renormalizing_changes_only_what_is_pruned() -> None:
 @pytest.mark.parametrize("renorm", [True, False])
 def test_09_the_kept_fraction_is_what_was_asked(drop: float, renorm: bool) -> None:
     deltas = tasks()
-    found = drm(None, deltas, DrmOptions(drop=drop, renorm=renorm, rank_tolerance=0.0))
-    assert isinstance(found, Merged)
-    assert found.kept is not None
-    assert abs(found.kept - (1 - drop)) <= 1.5 / (3 * 12 * 20)
-    assert found.rank == 12
+    result = drm(None, deltas, DrmOptions(drop=drop, renorm=renorm, rank_tolerance=0.0))
+    assert isinstance(result, Merged)
+    assert result.density is not None
+    assert abs(result.density - (1 - drop)) <= 1.5 / (3 * 12 * 20)
+    assert result.rank == 12
 
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical", "auto"])
@@ -239,8 +239,8 @@ def test_auto_takes_the_cheaper_side() -> None:
 def test_randomized_is_right_for_low_rank_only() -> None:
     low = [random(30, 3, seed=k) @ random(3, 40, seed=9 + k) for k in range(3)]
     exact = merged(low, rank_tolerance=1e-2)
-    found = merged(low, decomposition="randomized", rank=9, rank_tolerance=1e-2)
-    assert close(found, exact, 1e-8)
+    result = merged(low, decomposition="randomized", rank=9, rank_tolerance=1e-2)
+    assert close(result, exact, 1e-8)
     full = [random(30, 40, seed=k) for k in range(3)]
     assert not close(merged(full, decomposition="randomized", rank=9), merged(full), 0.3)
 
@@ -256,10 +256,10 @@ def test_any_shape_gives_finite_results_within_the_tasks_span(
     deltas = [random(m, n, seed=seed + i) for i in range(k)]
     deltas[0][seed % m] = 0
     direction = "vertical" if rows else "horizontal"
-    found = merged(deltas, drop=drop, direction=direction)
-    assert torch.isfinite(found).all()
+    result = merged(deltas, drop=drop, direction=direction)
+    assert torch.isfinite(result).all()
     # The mean over agreeing tasks has at most the largest coordinate of any task.
-    assert float(found.norm()) <= sum(float(d.norm()) for d in deltas) * (1 + 1e-9)
+    assert float(result.norm()) <= sum(float(d.norm()) for d in deltas) * (1 + 1e-9)
 
 
 def test_the_basis_spans_the_columns() -> None:

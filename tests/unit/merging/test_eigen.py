@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raymix.merging.methods.eigen import LARGE, eigh, eigh_in_steps, one_thread
+from raymix.merging.methods.eigen import (
+    MIN_STEPWISE_ROWS,
+    eigh,
+    eigh_in_steps,
+    single_threaded_blas,
+)
 
 F64 = torch.float64
 
@@ -68,8 +73,8 @@ def test_of_gram_matrices(n: int, columns: int, seed: int) -> None:
 
 
 def test_of_a_large_matrix_it_reads_the_lower_triangle_only() -> None:
-    part = random(LARGE, 40)
-    matrix = part @ part.T + torch.diag(torch.linspace(0, 1, LARGE, dtype=F64))
+    part = random(MIN_STEPWISE_ROWS, 40)
+    matrix = part @ part.T + torch.diag(torch.linspace(0, 1, MIN_STEPWISE_ROWS, dtype=F64))
     marked = matrix.tril() + torch.full_like(matrix, torch.nan).triu(1)
     check(matrix, *eigh(marked))
 
@@ -96,7 +101,7 @@ def test_what_is_not_finite_has_none(bad: float) -> None:
 def test_threads_find_the_same_bits_at_a_time() -> None:
     matrices = [random(200, 250, seed=seed) for seed in range(4)]
     matrices = [part @ part.T for part in matrices]
-    with one_thread(), ThreadPoolExecutor(2) as pool:
+    with single_threaded_blas(), ThreadPoolExecutor(2) as pool:
         alone = [eigh_in_steps(matrix.clone()) for matrix in matrices]
         together = list(pool.map(lambda matrix: eigh_in_steps(matrix.clone()), matrices))
     for (values, vectors), (own_values, own_vectors) in zip(alone, together, strict=True):

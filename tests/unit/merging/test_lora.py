@@ -92,10 +92,10 @@ def test_factored_merges_are_the_dense_ones(
     }
     if "density" in options:
         options["density"] = [options["density"]]
-    found = get_method(method)
+    result = get_method(method)
     for module in (Q, UP):
         deltas = [delta_of(adapters / name, module) for name in "abc"]
-        dense = found.function(None, deltas, found.options.model_validate(options))
+        dense = result.function(None, deltas, result.options.model_validate(options))
         expected = dense.delta if isinstance(dense, Merged) else dense
         error = (delta_of(adapters / "out", module) - expected).norm() / expected.norm()
         assert float(error) < 1e-10
@@ -140,12 +140,12 @@ def test_adapters_on_a_base_give_a_model(method: str, adapters: Path) -> None:
     full = read_model(adapters / "out")
     (adapters / "out").rename(adapters / "full")
     run(adapters, method, "a b c", **how)
-    found = read_model(adapters / "out")
-    assert torch.equal(found[NORM], full[NORM])
+    result = read_model(adapters / "out")
+    assert torch.equal(result[NORM], full[NORM])
     for module in (Q, UP):
         name = f"{module}.weight"
-        assert torch.allclose(found[name], full[name], rtol=1e-6, atol=1e-6)
-        assert not torch.equal(found[name], base[name])
+        assert torch.allclose(result[name], full[name], rtol=1e-6, atol=1e-6)
+        assert not torch.equal(result[name], base[name])
 
 
 def test_mergekits_way_to_name_an_adapter(adapters: Path) -> None:

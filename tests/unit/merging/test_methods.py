@@ -16,10 +16,10 @@ from torch import Tensor
 from raymix.errors import MergeError
 from raymix.merging.methods.drm import KnotsOptions, knots
 from raymix.merging.methods.order_statistics import (
-    keep_from,
-    keep_up_to,
-    largest,
+    kth_largest_magnitude,
     order_statistics,
+    zero_above,
+    zero_below,
 )
 from raymix.merging.methods.sign_election import agreeing_mean
 from raymix.merging.methods.spectral import orthogonalized
@@ -38,12 +38,12 @@ def merged(name: str, deltas: Sequence[Tensor], **options: Any) -> Tensor:
 
 def outcome(name: str, deltas: Sequence[Tensor], **options: Any) -> Merged:
     method = get_method(name)
-    found = method.function(None, deltas, method.options.model_validate(options))
-    return found if isinstance(found, Merged) else Merged(found)
+    result = method.function(None, deltas, method.options.model_validate(options))
+    return result if isinstance(result, Merged) else Merged(result)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
-    return float((found - expected).norm()) <= tolerance * max(1e-30, float(expected.norm()))
+def close(result: Tensor, expected: Tensor, tolerance: float = 1e-12) -> bool:
+    return float((result - expected).norm()) <= tolerance * max(1e-30, float(expected.norm()))
 
 
 def tasks(k: int = 3, m: int = 10, n: int = 14) -> list[Tensor]:
@@ -61,12 +61,12 @@ def test_linear_and_task_arithmetic() -> None:
 
 def by_hand(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
     """Return TIES' merge by its definition."""
-    kept = []
+    surviving = []
     for delta in deltas:
         count = max(1, int(density * delta.numel()))
         lowest = delta.abs().flatten().sort(descending=True).values[count - 1]
-        kept.append(torch.where(delta.abs() >= lowest, delta, 0.0))
-    weighted = torch.stack([w * d for w, d in zip(weights, kept, strict=True)])
+        surviving.append(torch.where(delta.abs() >= lowest, delta, 0.0))
+    weighted = torch.stack([w * d for w, d in zip(weights, surviving, strict=True)])
     sign = torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
     agreeing = weighted.sign() == sign
     divisor = (torch.tensor(weights, dtype=F64)[:, None, None] * agreeing).sum(0)
@@ -77,17 +77,17 @@ def by_hand(deltas: Sequence[Tensor], weights: Sequence[float], density: float) 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.3, 1.2, 0.5), (1.0, -0.4, 0.7)])
 def test_ties_is_its_definition(density: float, weights: tuple[float, ...]) -> None:
     deltas = tasks()
-    found = outcome("ties", deltas, weight=weights, density=[density])
-    assert close(found.delta, by_hand(deltas, weights, density))
+    result = outcome("ties", deltas, weight=weights, density=[density])
+    assert close(result.delta, by_hand(deltas, weights, density))
     if density < 1:
-        assert found.kept == pytest.approx(max(1, int(density * 140)) / 140)
+        assert result.density == pytest.approx(max(1, int(density * 140)) / 140)
 
 
 def test_ties_keeps_all_ties_and_says_how_many() -> None:
     delta = torch.tensor([[3.0, -2.0, 2.0, 2.0, 1.0, 0.0]], dtype=F64)
-    found = outcome("ties", [delta], density=[0.4])
-    assert torch.equal(found.delta, torch.tensor([[3.0, -2.0, 2.0, 2.0, 0.0, 0.0]], dtype=F64))
-    assert found.kept == pytest.approx(4 / 6)
+    result = outcome("ties", [delta], density=[0.4])
+    assert torch.equal(result.delta, torch.tensor([[3.0, -2.0, 2.0, 2.0, 0.0, 0.0]], dtype=F64))
+    assert result.density == pytest.approx(4 / 6)
     assert not merged("ties", [delta], density=[0.0]).any()
 
 
@@ -105,37 +105,37 @@ def test_random_drops_are_unbiased_and_repeatable(name: str) -> None:
     options: dict[str, Any] = {"density": [0.4], "rescale_to": "density"}
     if name == "della_linear":
         options["epsilon"] = [0.0001]
-    found = outcome(name, [delta], **options)
-    assert found.kept is not None
-    assert abs(found.kept - 0.4) < 0.01
-    kept = found.delta != 0
-    assert close(found.delta[kept], delta[kept] / 0.4)
-    assert torch.equal(found.delta, merged(name, [delta], **options))
-    assert not torch.equal(found.delta, merged(name, [delta], seed=1, **options))
+    result = outcome(name, [delta], **options)
+    assert result.density is not None
+    assert abs(result.density - 0.4) < 0.01
+    surviving = result.delta != 0
+    assert close(result.delta[surviving], delta[surviving] / 0.4)
+    assert torch.equal(result.delta, merged(name, [delta], **options))
+    assert not torch.equal(result.delta, merged(name, [delta], seed=1, **options))
 
 
 def test_rescaling_to_the_l1_norm() -> None:
     delta = random(30, 40)
     for name in ("dare_linear", "della_linear"):
-        found = merged(name, [delta], density=[0.5])
-        assert float(found.abs().sum()) == pytest.approx(float(delta.abs().sum()))
+        result = merged(name, [delta], density=[0.5])
+        assert float(result.abs().sum()) == pytest.approx(float(delta.abs().sum()))
     plain = merged("dare_linear", [delta], density=[0.5], rescale=False)
     assert torch.equal(plain, torch.where(plain != 0, delta, 0.0))
 
 
 def test_della_keeps_large_entries_more_often() -> None:
     delta = random(400, 100)
-    kept = merged("della_linear", [delta], density=[0.5], epsilon=[0.4]) != 0
+    surviving = merged("della_linear", [delta], density=[0.5], epsilon=[0.4]) != 0
     rank = delta.abs().argsort(dim=1).argsort(dim=1)
-    assert float(kept[rank >= 90].double().mean()) > 0.8
-    assert float(kept[rank < 10].double().mean()) < 0.2
+    assert float(surviving[rank >= 90].double().mean()) > 0.8
+    assert float(surviving[rank < 10].double().mean()) < 0.2
     assert not merged("della_linear", [delta], density=[0.0], epsilon=[0.0]).any()
 
 
 def test_breadcrumbs_cuts_both_ends() -> None:
     delta = torch.arange(1.0, 101.0, dtype=F64)[None, :]
-    found = merged("breadcrumbs", [delta], density=[0.5], gamma=[0.1])
-    assert torch.equal(found.nonzero()[:, 1], torch.arange(40, 90))
+    result = merged("breadcrumbs", [delta], density=[0.5], gamma=[0.1])
+    assert torch.equal(result.nonzero()[:, 1], torch.arange(40, 90))
     few = merged("breadcrumbs", [delta], density=[0.95], gamma=[0.1])
     assert torch.equal(few.nonzero()[:, 1], torch.arange(0, 95))
     assert not merged("breadcrumbs_ties", [delta], density=[0.0]).any()
@@ -146,14 +146,14 @@ def test_breadcrumbs_cuts_both_ends() -> None:
 def test_thresholds_are_exact(values: list[float], data: st.DataObject) -> None:
     tensor = torch.tensor(values)
     count = data.draw(st.integers(1, len(values)))
-    lowest, at_least = largest(Deltas([tensor]), 0, count)
+    lowest, at_least = kth_largest_magnitude(Deltas([tensor]), 0, count)
     magnitudes = sorted((abs(v) for v in tensor.tolist()), reverse=True)
     assert lowest == magnitudes[count - 1]
     assert at_least == sum(m >= lowest for m in magnitudes)
     expected = torch.where(tensor.abs() >= lowest, tensor, 0.0)
-    assert torch.equal(keep_from(tensor, lowest), expected)
+    assert torch.equal(zero_below(tensor, lowest), expected)
     capped = torch.where(tensor.abs() <= lowest, tensor, 0.0)
-    assert torch.equal(keep_up_to(tensor, lowest), capped)
+    assert torch.equal(zero_above(tensor, lowest), capped)
     assert order_statistics(tensor.clone(), 0, -1) == [min(values), max(values)]
 
 
@@ -167,7 +167,7 @@ def test_deltas_read_by_chunks_are_whole() -> None:
         assert len(chunks) > 2
         assert torch.equal(torch.cat([deltas.chunk(k, rows) for rows in chunks]), whole)
     stack = Deltas([part.view(7, 100, 300) for part in parts[1:]], parts[0].view(7, 100, 300))
-    assert torch.equal(next(stack.unstacked())[1], deltas[1][:100])
+    assert torch.equal(next(stack.unstack())[1], deltas[1][:100])
 
 
 def test_exact_cancellation_takes_the_majoritys_sign() -> None:
@@ -245,10 +245,10 @@ def test_tsv_keeps_each_tasks_largest_directions() -> None:
 
 def test_tsv_is_its_definition() -> None:
     deltas = tasks(2, 9, 12)
-    kept = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
-    u = torch.cat([part[0][:, :4] for part in kept], dim=1)
-    s = torch.cat([part[1][:4] for part in kept])
-    v = torch.cat([part[2][:4] for part in kept]).T
+    surviving = [torch.linalg.svd(d, full_matrices=False) for d in deltas]
+    u = torch.cat([part[0][:, :4] for part in surviving], dim=1)
+    s = torch.cat([part[1][:4] for part in surviving])
+    v = torch.cat([part[2][:4] for part in surviving]).T
     p, _, q = torch.linalg.svd(u, full_matrices=False)
     x, _, y = torch.linalg.svd(v, full_matrices=False)
     assert close(merged("tsv", deltas), (p @ q) @ torch.diag(s) @ (x @ y).T, 1e-9)
@@ -256,12 +256,12 @@ def test_tsv_is_its_definition() -> None:
 
 def test_orthogonalized_columns() -> None:
     columns = random(20, 6)
-    found = orthogonalized(columns)
-    assert close(found.T @ found, torch.eye(6, dtype=F64))
+    result = orthogonalized(columns)
+    assert close(result.T @ result, torch.eye(6, dtype=F64))
     dependent = torch.cat([columns, columns[:, :2]], dim=1)
-    found = orthogonalized(dependent)
-    assert torch.isfinite(found).all()
-    assert int(torch.linalg.matrix_rank(found)) == 6
+    result = orthogonalized(dependent)
+    assert torch.isfinite(result).all()
+    assert int(torch.linalg.matrix_rank(result)) == 6
 
 
 @pytest.mark.parametrize("name", ["tsv", "iso_c", "iso_cts"])
@@ -296,9 +296,9 @@ def test_spectral_merges_of_nothing(name: str) -> None:
 def test_knots_prunes_each_task_by_itself() -> None:
     deltas = tasks(2)
     loud = [deltas[0], 100 * deltas[1]]
-    found = knots(None, loud, KnotsOptions(density=(0.3,)))
-    assert isinstance(found, Merged)
-    assert found.kept == pytest.approx(0.3, abs=0.01)
+    result = knots(None, loud, KnotsOptions(density=(0.3,)))
+    assert isinstance(result, Merged)
+    assert result.density == pytest.approx(0.3, abs=0.01)
     half = merged("knots", deltas, **{"lambda": 0.5})
     assert close(half, 0.5 * merged("knots", deltas))
     flipped = merged("knots", [d.T for d in deltas], density=[0.3], direction="vertical").T

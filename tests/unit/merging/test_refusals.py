@@ -54,10 +54,10 @@ def test_values_that_are_not_finite(
     tensors = weights(0 if model == "base" else 2)
     tensors[DOWN][3, 5] = bad
     write_model(tmp_path / model, tensors)
-    said = refused(family, tmp_path / "out")
+    message = refused(family, tmp_path / "out")
     field = "base_model" if model == "base" else "models.1.model"
-    assert said.startswith(f"{field} = {str(tmp_path / model)!r}: tensor {DOWN!r} holds ")
-    assert ("NaN" if bad != bad else "Inf") in said
+    assert message.startswith(f"{field} = {str(tmp_path / model)!r}: tensor {DOWN!r} holds ")
+    assert ("NaN" if bad != bad else "Inf") in message
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -111,15 +111,15 @@ VOCAB = {"model.embed_tokens.weight": torch.zeros(41, 16)}
 
 SPOILED = {
     "missing": (edit(lambda t: t.pop(Q_PROJ)), f"lacks {Q_PROJ!r}, compared to"),
-    "extra": (edit(lambda t: t.update(more=t[NORM].clone())), "has besides 'more'"),
+    "extra": (edit(lambda t: t.update(more=t[NORM].clone())), "also has 'more'"),
     "untied": (edit(lambda t: t.pop("lm_head.weight")), "ties its embeddings"),
     "shape": (
         edit(lambda t: t.update({Q_PROJ: torch.zeros(16, 8)})),
         r"is \[16, 8\] here and \[16, 16\] in",
     ),
     "vocabulary": (edit(lambda t: t.update(VOCAB)), "vocabularies differ: resize"),
-    "truncated": (_truncate, "not a whole safetensors file"),
-    "no header": (_no_header, "not a whole safetensors file"),
+    "truncated": (_truncate, "not a complete safetensors file"),
+    "no header": (_no_header, "not a complete safetensors file"),
     "outside": (_index(more="../base/model.safetensors"), "outside the model's directory"),
     "absolute": (_index(more="/etc/passwd"), "outside the model's directory"),
     "absent file": (_index(more="gone.safetensors"), "no such file"),
@@ -149,8 +149,8 @@ def test_tokenizers_that_differ(tmp_path: Path) -> None:
     assert (tmp_path / "same" / "tokenizer.json").exists()
     other = {**VOCABULARY, "ab": 3}
     write_model(tmp_path / "m2", weights(2), vocabulary=other)
-    said = refused(family, tmp_path / "out")
-    assert "token 'ab' has id 3 here and 2 there" in said
+    message = refused(family, tmp_path / "out")
+    assert "token 'ab' has id 3 here and 2 there" in message
     write_model(tmp_path / "m2", weights(2), vocabulary={**VOCABULARY, "more": 3})
     assert "1 more tokens, such as 'more'" in refused(family, tmp_path / "out")
     merge({"merge_method": "drm", "check_tokenizer": False, **family}, tmp_path / "anyway")
@@ -171,16 +171,16 @@ def test_pickles_are_refused_unless_asked_for(family: dict[str, Any], tmp_path: 
     assert not read_model(tmp_path / "out")[DOWN].equal(weights(0)[DOWN])
     with (tmp_path / "m2" / "pytorch_model.bin").open("wb") as file:
         pickle.dump({"a": _Evil()}, file)
-    said = refused(family, tmp_path / "other", allow_pickle=True)
-    assert "refused by the loader that takes weights only" in said
+    message = refused(family, tmp_path / "other", allow_pickle=True)
+    assert "rejected by torch's weights_only loader" in message
 
 
 def test_values_that_do_not_fit_the_output(family: dict[str, Any], tmp_path: Path) -> None:
-    said = refused(
+    message = refused(
         family, tmp_path / "out", merge_method="task_arithmetic", out_dtype="float16",
         parameters={"lambda": 1e7},
     )  # fmt: skip
-    assert "do not fit float16" in said
+    assert "do not fit float16" in message
 
 
 FILES: dict[str, tuple[dict[str, Any], str]] = {
@@ -192,7 +192,7 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
     "rule": ({"rules": [{"match": "("}]}, "not a regular expression"),
     "layers": ({"rules": [{"layers": ["first"]}]}, "not a layer number"),
     "rule method": ({"rules": [{"merge_method": "tie"}]}, r"rules\.0\.merge_method = 'tie'"),
-    "no base": ({"base_model": None}, "drm needs the model that the others come from"),
+    "no base": ({"base_model": None}, "drm needs the model that the others were fine-tuned from"),
     "few": ({"merge_method": "model_stock", "models": 1}, "merges at least 2 models"),
     "many": ({"merge_method": "slerp"}, "at most 1 models"),
     "none": ({"models": 0}, "no models to merge"),
@@ -258,15 +258,15 @@ def test_adapters_that_cannot_be_merged(config: dict[str, Any], words: str, tmp_
 def test_an_adapter_without_weights(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", FACTORS)
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "adapter_model.bin")
-    said = refused({"models": [{"model": str(tmp_path / "a")}]}, tmp_path / "out")
-    assert "holds no adapter_model.safetensors" in said
+    message = refused({"models": [{"model": str(tmp_path / "a")}]}, tmp_path / "out")
+    assert "holds no adapter_model.safetensors" in message
 
 
 def test_entry_wise_methods_give_no_adapter(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", FACTORS)
     models = [{"model": str(tmp_path / "a")}]
-    said = refused({"models": models}, tmp_path / "out", merge_method="ties")
-    assert "its result has no low rank" in said
+    message = refused({"models": models}, tmp_path / "out", merge_method="ties")
+    assert "its result has no low rank" in message
 
 
 def test_an_adapter_for_another_base(family: dict[str, Any], tmp_path: Path) -> None:
@@ -280,14 +280,14 @@ def test_the_command_line_says_it_in_one_document(family: dict[str, Any], tmp_pa
     file = tmp_path / "merge.yaml"
     file.write_text(json.dumps({"merge_method": "drm", **family}))
     options = ["--json", "--no-plot", "--out", str(tmp_path / "out")]
-    found = CliRunner().invoke(app, ["merge", str(file), "parameters.drop=2", *options])
-    assert found.exit_code == 2
-    document = json.loads(found.stdout)
+    result = CliRunner().invoke(app, ["merge", str(file), "parameters.drop=2", *options])
+    assert result.exit_code == 2
+    document = json.loads(result.stdout)
     assert document["error"] == "MergeError"
     assert document["problems"][0].startswith("parameters.drop = 2: too large")
-    found = CliRunner().invoke(app, ["merge", str(file), "parameters.drop=0.5", *options])
-    assert found.exit_code == 0, found.stderr
-    document = json.loads(found.stdout)
+    result = CliRunner().invoke(app, ["merge", str(file), "parameters.drop=0.5", *options])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
     assert {"out", "method", "tensors", "seconds", "peak_bytes"} <= set(document)
     assert document["out"] == str(tmp_path / "out")
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from raymix.errors import MergeError
 from raymix.merging import get_method, load_merge
 from raymix.merging.recipe import MergeFile
-from raymix.merging.run.settings import Settings, check_options
+from raymix.merging.run.settings import OptionResolver, check_options
 from raymix.merging.search_space import (
     Dimension,
-    applied,
+    apply_point,
     next_points,
     round_sizes,
     search_space,
@@ -33,10 +33,10 @@ def file(method: str = "drm", **more: Any) -> MergeFile:
     return load_merge({"merge_method": method, "base_model": "base", "models": models, **more})
 
 
-def option(found: MergeFile, name: str) -> Any:
+def option(result: MergeFile, name: str) -> Any:
     """Return the value of an option for a weight of the first layer."""
-    scopes = [entry.parameters for entry in found.models]
-    choice = Settings(found, lambda method: scopes, 4).choice("model.layers.0.mlp.weight")
+    scopes = [entry.parameters for entry in result.models]
+    choice = OptionResolver(result, lambda method: scopes, 4).resolve("model.layers.0.mlp.weight")
     assert choice.options is not None
     value = choice.options.model_dump(by_alias=True)[name]
     # One value for all models, or the same for each: it means the same.
@@ -74,14 +74,14 @@ def test_what_a_method_can_be_searched_for(method: str, names: list[str]) -> Non
         (
             "ties",
             "drop,density",
-            "--search = 'drop,density': drop is 1 - density of ties: one number under two names. "
-            "Name one of them.",
+            "--search = 'drop,density': drop is 1 - density of ties: "
+            "the same number under two names. Name one of them.",
         ),
         ("drm", "scale,scale", "--search = 'scale,scale': scale is named twice."),
-        ("drm", "", "--search = '': no option is named. Name some, e.g. --search scale,drop."),
+        ("drm", "", "--search = '': no option is named. Name options, e.g. --search scale,drop."),
         ("drm", "scale=2:1", "--search = 'scale=2:1': not a range."),
         ("drm", "scale=0:1", "not a range. Write NAME=LOW:HIGH with LOW below HIGH and above 0."),
-        ("drm", "drop=0:2", "--search = 'drop=0:2': a part of a whole. Allowed: within 0:1."),
+        ("drm", "drop=0:2", "--search = 'drop=0:2': drop is a fraction. Allowed: within 0:1."),
         ("drm", "drop=a:b", "not a range"),
         ("drm", "scale:2", "--search = 'scale:2': not the name of an option."),
     ],
@@ -111,7 +111,7 @@ def test_the_first_point_is_the_file_itself() -> None:
         given_file = file(method, parameters=parameters)
         names = "scale,drop" if method != "tsv" else "scale"
         point = next_points(search_space(given_file, names), [], 7)[0]
-        same = applied(given_file, point)
+        same = apply_point(given_file, point)
         for name in get_method(method).options.names():
             assert option(same, name) == option(given_file, name)
     assert start_point(search_space(file("ties", parameters={"density": 0.25}), "drop")) == {
@@ -122,26 +122,28 @@ def test_the_first_point_is_the_file_itself() -> None:
 def test_scale_is_a_factor_wherever_the_file_says_something() -> None:
     models = [{"model": "a", "parameters": {"weight": 0.5}}, {"model": "b"}]
     rules = [{"match": "mlp", "parameters": {"weight": [1.0, 3.0]}}]
-    found = applied(file(models=models, rules=rules, parameters={"weight": 2.0}), {"scale": 0.5})
-    assert found.models[0].parameters == {"weight": 0.25}
-    assert found.rules[0].parameters == {"weight": [0.5, 1.5]}
-    assert found.parameters == {"weight": 1.0}
-    assert option(applied(file("ties"), {"scale": 0.5}), "lambda") == 0.5
+    result = apply_point(
+        file(models=models, rules=rules, parameters={"weight": 2.0}), {"scale": 0.5}
+    )
+    assert result.models[0].parameters == {"weight": 0.25}
+    assert result.rules[0].parameters == {"weight": [0.5, 1.5]}
+    assert result.parameters == {"weight": 1.0}
+    assert option(apply_point(file("ties"), {"scale": 0.5}), "lambda") == 0.5
     filtered = {"lambda": [{"filter": "mlp", "value": 2}, {"value": 1}]}
-    assert option(applied(file("ties", parameters=filtered), {"scale": 3.0}), "lambda") == 6
+    assert option(apply_point(file("ties", parameters=filtered), {"scale": 3.0}), "lambda") == 6
 
 
 def test_drop_is_what_the_method_calls_it() -> None:
-    assert option(applied(file(), {"drop": 0.3}), "drop") == 0.3
-    assert option(applied(file("ties"), {"drop": 0.3}), "density") == 0.7
+    assert option(apply_point(file(), {"drop": 0.3}), "drop") == 0.3
+    assert option(apply_point(file("ties"), {"drop": 0.3}), "density") == 0.7
 
 
 def test_methods_that_are_scaled_by_different_options_are_refused() -> None:
     mixed = file(rules=[{"match": "mlp", "merge_method": "ties"}])
     with pytest.raises(MergeError, match="ties is not scaled as drm"):
-        applied(mixed, {"scale": 2.0})
-    kept = applied(file(rules=[{"match": "mlp", "merge_method": "base"}]), {"scale": 2.0})
-    assert kept.parameters == {"weight": 2.0}
+        apply_point(mixed, {"scale": 2.0})
+    surviving = apply_point(file(rules=[{"match": "mlp", "merge_method": "base"}]), {"scale": 2.0})
+    assert surviving.parameters == {"weight": 2.0}
 
 
 def test_options_are_checked_before_there_are_models() -> None:
@@ -150,7 +152,7 @@ def test_options_are_checked_before_there_are_models() -> None:
         check_options(file(parameters={"drop": 1.5}))
     with pytest.raises(MergeError, match=r"parameters\.denstiy = 0\.5: no option of ties"):
         check_options(file("ties", parameters={"denstiy": 0.5}))
-    with pytest.raises(MergeError, match="does not merge as many"):
+    with pytest.raises(MergeError, match="does not merge so many"):
         check_options(file("slerp"))
 
 
@@ -161,7 +163,7 @@ def searched(space: tuple[Dimension, ...], total: int, best: Loss) -> list[tuple
     """Return a whole search on a bowl whose lowest point is at `best`."""
 
     def loss(point: Loss) -> float:
-        return sum((d.unit(point[d.name]) - d.unit(best[d.name])) ** 2 for d in space)
+        return sum((d.unit_of(point[d.name]) - d.unit_of(best[d.name])) ** 2 for d in space)
 
     tried: list[tuple[Loss, float]] = []
     while points := next_points(space, tried, total):
@@ -175,20 +177,20 @@ def searched(space: tuple[Dimension, ...], total: int, best: Loss) -> list[tuple
 def test_as_many_points_as_asked_all_within_limits(
     total: int, space: tuple[Dimension, ...], at: float
 ) -> None:
-    tried = searched(space, total, {d.name: d.at(at) for d in space})
+    tried = searched(space, total, {d.name: d.value_at(at) for d in space})
     assert len(tried) == total == sum(round_sizes(total))
     for point, _ in tried:
         for d in space:
             assert d.low - 1e-9 <= point[d.name] <= d.high + 1e-9
     # A search that begins anew with the same losses goes the same way.
-    assert tried == searched(space, total, {d.name: d.at(at) for d in space})
+    assert tried == searched(space, total, {d.name: d.value_at(at) for d in space})
 
 
 @given(st.floats(0.15, 3.8))
 def test_eleven_points_find_the_scale_to_a_fifth(best: float) -> None:
     tried = searched((SCALE,), 11, {"scale": best})
-    found = min(tried, key=lambda pair: pair[1])[0]["scale"]
-    assert abs(math.log(found / best)) < math.log(1.2)
+    result = min(tried, key=lambda pair: pair[1])[0]["scale"]
+    assert abs(math.log(result / best)) < math.log(1.2)
 
 
 def test_a_scale_beyond_the_range_is_followed() -> None:
