@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from raymix.training.plan.runplan import DomainPlan, RunPlan
 
-_MOST_DOMAINS = 40
-_MOST_PIECES = 12
+_MAX_DOMAINS_SHOWN = 40
+_MAX_PIECES_SHOWN = 12
 _GB = 1e9
 
 
@@ -76,7 +76,7 @@ def _mixture(plan: RunPlan, *, fancy: bool) -> Table:
     table = plain_table(*head, *(["bytes/token"] if bytes_known else []), "entropy", fancy=fancy)
     rows = sorted(plan.domains, key=lambda domain: -domain.share)
     about = "~" if plan.estimated else ""
-    for domain in rows[:_MOST_DOMAINS]:
+    for domain in rows[:_MAX_DOMAINS_SHOWN]:
         sizes = domain.sizes
         cells = [
             sizes.name,
@@ -91,7 +91,7 @@ def _mixture(plan: RunPlan, *, fancy: bool) -> Table:
             cells.append(f"{known:.2f}" if known else "-")
         entropy = sizes.unigram_entropy
         table.add_row(*cells, "-" if entropy is None else f"{entropy:.2f}")
-    _add_rest(table, rows[_MOST_DOMAINS:])
+    _add_rest(table, rows[_MAX_DOMAINS_SHOWN:])
     total = sum(domain.sizes.tokens for domain in plan.domains)
     read = sum(domain.read for domain in plan.domains)
     table.add_section()
@@ -110,11 +110,11 @@ def _add_rest(table: Table, rest: Sequence[DomainPlan]) -> None:
 def _pieces(plan: RunPlan, *, fancy: bool) -> Table:
     """Return the shares of each domain at the steps where they change."""
     pieces = plan.segments
-    if len(pieces) > _MOST_PIECES:
-        stride = (len(pieces) - 1) / (_MOST_PIECES - 1)
-        pieces = tuple(pieces[round(at * stride)] for at in range(_MOST_PIECES))
+    if len(pieces) > _MAX_PIECES_SHOWN:
+        stride = (len(pieces) - 1) / (_MAX_PIECES_SHOWN - 1)
+        pieces = tuple(pieces[round(at * stride)] for at in range(_MAX_PIECES_SHOWN))
     table = plain_table("share from step", *(f"{piece.start:,}" for piece in pieces), fancy=fancy)
-    for at, domain in enumerate(plan.domains[:_MOST_DOMAINS]):
+    for at, domain in enumerate(plan.domains[:_MAX_DOMAINS_SHOWN]):
         table.add_row(domain.sizes.name, *(percent(float(piece.share_D[at])) for piece in pieces))
     return table
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_MOST_DOMAINS = 8
+_MAX_DOMAINS_SHOWN = 8
 
 
 def command(
@@ -134,7 +134,7 @@ def _differences(document: Mapping[str, Any], first: str, *, fancy: bool) -> Tab
 
 
 def _domains(document: Mapping[str, Any], *, fancy: bool) -> Table:
-    domains = document["domains"][:_MOST_DOMAINS]
+    domains = document["domains"][:_MAX_DOMAINS_SHOWN]
     table = plain_table("model", *domains, fancy=fancy)
     rows = document["rows"] | {name: row["best"] for name, row in document["merges"].items()}
     for name, row in rows.items():

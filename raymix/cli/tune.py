@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_MOST_DOMAINS = 40
+_MAX_DOMAINS_SHOWN = 40
 
 
 def command(
@@ -160,8 +160,8 @@ def _verified(document: Mapping[str, Any], *, fancy: bool) -> Table:
 def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
     roles = document["verified"]
     table = plain_table("domain", *roles, fancy=fancy)
-    for name in document["domains"][:_MOST_DOMAINS]:
+    for name in document["domains"][:_MAX_DOMAINS_SHOWN]:
         table.add_row(name, *(f"{100 * row['shares'][name]:.1f} %" for row in roles.values()))
-    if len(document["domains"]) > _MOST_DOMAINS:
-        table.add_row(f"... {len(document['domains']) - _MOST_DOMAINS} more in the files")
+    if len(document["domains"]) > _MAX_DOMAINS_SHOWN:
+        table.add_row(f"... {len(document['domains']) - _MAX_DOMAINS_SHOWN} more in the files")
     return table
