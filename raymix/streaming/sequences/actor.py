@@ -79,7 +79,7 @@ class SequenceScheduler:
         self._planning = asyncio.Lock()
         self._lookahead: asyncio.Task[None] | None = None
         # A thread, as planning is CPU work that would block the event loop; one, for the lock.
-        self._thread = ThreadPoolExecutor(1, "raymix-bucketer")
+        self._thread = ThreadPoolExecutor(1, "raymix-sequences")
 
     async def plan(self, request: PlanRequest) -> RankMicroBatches | None:
         """Return the rank's part of a step; None: repeat the request with log and state.

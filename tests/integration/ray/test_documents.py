@@ -85,13 +85,13 @@ def steps(directory: Path, name: str) -> list[dict[str, Any]]:
 
 
 def planner_pid() -> int:
-    """Return the process of the actor that plans ranks, 0 where it does not answer."""
-    for found in ray.util.list_named_actors(all_namespaces=True):
-        if found["name"].startswith("raymix-bucketer-"):
-            handle = ray.get_actor(found["name"], namespace=found["namespace"])
+    """Return the process of the actor that plans ranks."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["name"].startswith("raymix-sequences-"):
+            handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
             pid: int = ray.get(handle.status.remote(), timeout=200)["pid"]
             return pid
-    return 0
+    raise LookupError("no sequence scheduler")
 
 
 @pytest.fixture(scope="module")
