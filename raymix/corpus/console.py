@@ -31,6 +31,7 @@ _LINE_EVERY_S = 5.0
 def watching() -> Iterator[Listener]:
     """Yield a listener that shows progress on stdout: live on a terminal, else line by line."""
     if sys.stdout.isatty():
+        # stdout: with --json, stdout is redirected before, so that only the document is left there.
         with _live(Console(file=sys.stdout)) as listener:
             yield listener
     else:

@@ -61,6 +61,7 @@ def job_dataset(
     """Return the dataset of the outcomes; reading it runs the bundles, `concurrency` at a time."""
     return ray.data.read_datasource(
         _Jobs(function, bundles),
+        # Tokenizing uses one core per task: `rust_threads` is off inside.
         num_cpus=1,
         concurrency=min(concurrency, len(bundles)),
         # Ray Data would otherwise split or join tasks by their estimated size.
@@ -81,6 +82,7 @@ def run_bundle(
                 outcome = function(job)
         except RaymixError as error:
             outcome = error
+        # A row per result, yielded at once: progress is seen before the bundle ends.
         pickled = pa.array([pickle.dumps(outcome)], pa.binary())
         yield pa.table({"job": [index], "outcome": pickled})
         # The run ends with this error; the rest of the bundle would be work for nothing.

@@ -37,6 +37,7 @@ class PrepareProgress:
     @property
     def eta_s(self) -> float | None:
         """Return the seconds the stage is likely to take yet, or None while that is unknown."""
+        # Before the first part ends there is nothing to extrapolate from.
         if not self.bytes_done:
             return None
         # By bytes, not parts: parts differ in size by a factor of ten, and the largest go first.

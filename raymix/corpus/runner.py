@@ -22,7 +22,9 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 _MAX_THREADS = 8
+# Enough tasks per CPU that the last ones end together, few enough that starting them costs little.
 _TASKS_PER_CPU = 64
+# Tasks return a few numbers, so the object store can be near Ray's minimum.
 _PRIVATE_STORE_BYTES = 150_000_000
 _QUIET_LOGGERS = ("ray", "ray.data")
 
@@ -83,6 +85,7 @@ class OnRay:
         import ray
 
         cpus = int(ray.cluster_resources().get("CPU", 0))
+        # A head node without CPUs is common; tasks would wait for ever.
         if not cpus:
             raise ClusterError.at(
                 "cluster",
@@ -101,6 +104,7 @@ class OnRay:
         from raymix.corpus.job_dataset import job_dataset
 
         with _quiet_ray_data():
+            # In consecutive bundles, so that neighboring parts of a file are read by one task.
             bundles = bundled(sizes, self._concurrency * _TASKS_PER_CPU)
             dataset = job_dataset(
                 function,
@@ -117,6 +121,7 @@ class OnRay:
 
 def bundled(sizes: Sequence[int], max_bundles: int) -> list[list[int]]:
     """Return the indices of jobs in consecutive bundles of about equal size, `wanted` or fewer."""
+    # One unit per job stands for its fixed cost: empty jobs must not all end up in one bundle.
     target = (sum(sizes) + len(sizes)) / max_bundles
     bundles: list[list[int]] = []
     remaining = 0.0
@@ -141,6 +146,7 @@ def choose_runner(
     """
     import sys
 
+    # Not `import ray`: that takes a second, and most corpora are prepared without it.
     connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     address = address or os.environ.get("RAY_ADDRESS")
     # Ray itself takes "local" to mean a cluster of one's own.
@@ -149,6 +155,7 @@ def choose_runner(
     if parallelism == 0 or (parallelism is None and not reachable and source_bytes < SMALL_CORPUS):
         yield InProcess()
         return
+    # A cluster that the caller connected to stays connected.
     with contextlib.nullcontext() if connected else _cluster(parallelism, address):
         yield OnRay(parallelism)
 
@@ -207,5 +214,6 @@ def _quiet_ray_data() -> Iterator[None]:
 
 def in_order(results: Iterable[tuple[int, Result]], count: int) -> list[Result]:
     """Return the results by the index of their jobs."""
+    # Results come in the order of completion; the manifest needs the order of the jobs.
     by_index = dict(results)
     return [by_index[index] for index in range(count)]

@@ -107,6 +107,7 @@ def differences(config: CorpusConfig) -> list[str]:
         for path in [*now, *(key for key in then if key not in now)]
         if then.get(path) != now.get(path)
     ]
+    # Globs and paths may differ while the content is equal; this costs a listing, so it comes last.
     changed = [path for path in changed if not _is_equivalent(path, config, before, manifest)]
     problems = [
         format_problem(
@@ -163,6 +164,7 @@ def _is_equivalent(
         sources = find_sources(config)
         if domain in sources and domain in before.sources:
             now = _stamps(sources[domain].train if last == "train" else sources[domain].valid)
+            # Not by time of change: copying a corpus with its sources gives new ones.
             return _sizes(now) == _sizes(before.sources[domain][last])
     return False
 
@@ -214,6 +216,8 @@ def refuse_missing_shards(path: str, manifest: Manifest) -> None:
                 files.list_directory(files.join(path, name, split)) if split_info.shards else []
             )
             names = {f"{name}/{split}/{file}" for file in present}
+            # A listing per directory, not a request per shard: there may be thousands on an object
+            # store.
             missing += [shard.file for shard in split_info.shards if shard.file not in names]
     if missing:
         raise CorpusError.at(
@@ -268,6 +272,7 @@ def remove_temporary(path: str) -> None:
     filesystem, base = files.locate(path)
     selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
     for info in filesystem.get_file_info(selector):
+        # The names that AtomicFile writes under; anything else in the directory is the user's.
         if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
             files.remove_quietly(filesystem, info.path)
 
@@ -280,6 +285,7 @@ def locked(path: str) -> Iterator[None]:
         CorpusError: If another process holds it.
     """
     filesystem, base = files.locate(path)
+    # The lock needs its directory, before anything is written there.
     files.make_directory(files.join(path, WORK))
     # Object stores have no locks. Two writers of one recipe write the same bytes.
     if not isinstance(filesystem, pafs.LocalFileSystem):

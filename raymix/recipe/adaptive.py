@@ -76,6 +76,7 @@ class PikeMixer(AdaptiveModel):
     @model_validator(mode="after")
     def _constants(self) -> PikeMixer:
         given = self.lr if self.smoothness is None else self.smoothness
+        # Only their product with the other constants has a meaning; one alone would be ignored.
         alone = (self.lr is None) != (self.smoothness is None)
         name = "lr" if self.smoothness is None else "smoothness"
         wrong = "lr and smoothness go together"
@@ -113,6 +114,7 @@ class DgaMixer(AdaptiveModel):
         no_target = Fault("targets", list(self.targets), "dga needs a target", (advice,))
         mixed = self.bases is not None and self.several == "grape" and len(self.targets) > 1
         wrong = "bases go with the mean of the targets only"
+        # With bases the weights are of histograms, so shares by domain cannot be their start.
         by_name = self.bases is not None and isinstance(self.initial, dict)
         raise_if(
             None if self.targets else no_target,
@@ -155,6 +157,7 @@ class DoremiMixer(AdaptiveModel):
     """Change of a log weight per nat above the reference."""
     loss: LossKind = "train"
     """Which loss is compared; Sheared-LLaMA takes the held-out one."""
+    # The papers' own value, and not the 0.02 of the other mixers.
     floor: Number = Field(default=1e-3, ge=0, lt=1)
     """Part c of (1 - c) w + c / K, the papers' smoothing; mixed in at every update."""
 

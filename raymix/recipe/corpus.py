@@ -52,7 +52,10 @@ class PretrainedTokenizer(RecipeModel):
 
 
 def _tokenizer_kind(value: Any) -> str:
+    # pydantic also calls it with models when it serializes.
     if isinstance(value, dict):
+        # Told by the fields, so that a tokenizer needs no `kind`; vocab_size alone means a trained
+        # one.
         hints = {"train": "train", "path": "path", "vocab_size": "train", "eos_token": "path"}
         return next((tag for key, tag in hints.items() if key in value), "kind")
     return {"TrainedTokenizer": "train", "PretrainedTokenizer": "path"}.get(
@@ -62,6 +65,7 @@ def _tokenizer_kind(value: Any) -> str:
 
 def _tokenizer_shorthand(value: Any) -> Any:
     if isinstance(value, str):
+        # `byte` is the one word that is no path; a directory of that name can be written ./byte.
         return {"kind": "byte"} if value == "byte" else {"path": value}
     return value
 
@@ -124,6 +128,7 @@ class DomainConfig(RecipeModel):
 
     @model_validator(mode="after")
     def _rules(self) -> DomainConfig:
+        # Domains are directories of the prepared corpus, beside these entries.
         reserved = self.name.lower() in RESERVED_NAMES
         columnless = self.format == "text" and self.column_field != "text_column"
         raise_if(
@@ -183,6 +188,7 @@ class CorpusConfig(RecipeModel):
 
 def _twice(domains: tuple[DomainConfig, ...]) -> list[Fault]:
     """Return a fault per domain name that an earlier domain has; letter case does not count."""
+    # On macOS and Windows `Books` and `books` are one directory.
     counts = Counter(domain.name.lower() for domain in domains)
     first: dict[str, int] = {}
     faults = []
@@ -203,6 +209,7 @@ def _too_short(corpus: CorpusConfig) -> Fault | None:
 
 def _untrainable(corpus: CorpusConfig) -> list[Fault]:
     """Return a fault per domain of ready token ids whose tokenizer is yet to be trained."""
+    # A byte tokenizer is accepted: ids that fit its vocabulary may be meant.
     if not isinstance(corpus.tokenizer, TrainedTokenizer):
         return []
     return [

@@ -33,6 +33,7 @@ class FieldSpec:
         """Return the specification without `Annotated` around it, with its metadata."""
         if get_origin(self.annotation) is not Annotated:
             return self
+        # Annotated can be nested; pydantic flattens it only for a field's own type.
         inner, *extra = get_args(self.annotation)
         tags = [m.discriminator for m in extra if isinstance(m, FieldInfo) and m.discriminator]
         named = next((tag for tag in tags if isinstance(tag, str)), self.discriminator)
@@ -71,6 +72,7 @@ class FieldSpec:
             return None if field is None else FieldSpec.of_field(field)
         origin, args = get_origin(self.annotation), get_args(self.annotation)
         if origin is tuple and isinstance(key, int):
+            # tuple[X, ...] is a list of any length; tuple[X, Y] has a type per place.
             if len(args) == 2 and args[1] is Ellipsis:
                 return FieldSpec(args[0]).unwrapped()
             return FieldSpec(args[key]).unwrapped() if key < len(args) else None
@@ -91,7 +93,9 @@ def field_paths(spec: FieldSpec, path: str = "") -> list[str]:
     for model in (member.model for member in spec.members()):
         for name, field in model.model_fields.items() if model else ():
             below = f"{path}.{name}" if path else name
+            # The section itself is a target of suggestions too: `corpus.tokenizr`.
             paths += [below, *field_paths(FieldSpec.of_field(field), below)]
+    # Members of a union share fields; each path is listed once, in order.
     return list(dict.fromkeys(paths))
 
 
@@ -139,10 +143,12 @@ def _describe_one(spec: FieldSpec) -> str:
 
 
 def _plural(noun: str) -> str:
+    # A list `of texts`, `of whole numbers`, `of mappings`.
     return "texts" if noun == "text" else re.sub(r"^a ((?:whole )?number|mapping)", r"\1s", noun)
 
 
 def _bounds(metadata: Iterable[Any]) -> str:
+    # One bound per kind: pydantic itself applies the last of several.
     bounds = {type(bound): bound for bound in _flat(metadata)}
     low, high = bounds.get(at.Ge), bounds.get(at.Le)
     if low and high:

@@ -58,6 +58,7 @@ class Recipe(RecipeModel):
     @property
     def run_dir(self) -> str:
         """Return the run directory with the name and the seed filled in."""
+        # The seed in the path keeps runs that differ in it alone apart.
         return self.run.dir.format(name=self.name, seed=self.seed)
 
     @field_validator("extends")
@@ -70,5 +71,6 @@ class Recipe(RecipeModel):
 
     @model_validator(mode="after")
     def _rules(self) -> Recipe:
+        # Last: rules over several sections need each of them to be valid.
         raise_if(*broken_rules({name: getattr(self, name) for name in type(self).model_fields}))
         return self

@@ -42,15 +42,18 @@ def read_layers(path: str) -> list[tuple[str, dict[str, Any]]]:
     chain: list[str] = []
     while True:
         data = read_mapping(path) if not layers else _read_base(layers[-1][0], path)
+        # By real path, so that a cycle through a symbolic link is found as well.
         chain.append(os.path.realpath(path))
         base = data.pop(KEY, None)
         layers.append((path, data))
+        # `extends:` with nothing below it reads as None and means no base.
         if base is None:
             return layers
         if not isinstance(base, str) or not base:
             raise RecipeError.at(
                 KEY, base, f"not a path, in {path}", fix="Name one YAML file, from this file on"
             )
+        # From this file's directory, as sources do: a recipe and its base move together.
         base_path = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         if os.path.realpath(base_path) in chain:
             cycle = " -> ".join([*(name for name, _ in layers), base_path])
@@ -71,7 +74,9 @@ def merge_layers(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, A
     """
     *extending, (path, data) = layers
     merged = dict(data)
+    # From the deepest base up, so that each file wins over all below it.
     for own_path, own in reversed(extending):
+        # Before merging: afterward nobody knows which file a relative path came from.
         merged = _rebase(merged, os.path.dirname(path), os.path.dirname(own_path))
         merged = _merge(merged, own, FieldSpec(Recipe), "")
         path = own_path
@@ -82,6 +87,7 @@ def name_origin(message: str, layers: Sequence[tuple[str, Mapping[str, Any]]]) -
     """Return an error message with the base file that its field comes from, if it is inherited."""
     keys = message.split(" = ")[0].split(".")
     for at, (path, data) in enumerate(layers):
+        # The first file that has the key wins in the merge, so it is the one to name.
         if _holds(data, keys):
             return f"{message} Inherited from {path}." if at else message
     return message
@@ -92,6 +98,7 @@ def _read_base(from_path: str, path: str) -> dict[str, Any]:
         return read_mapping(path)
     except RecipeError as error:
         named = (f"{message} {from_path} extends it." for message in error.problems)
+        # `from None`: the first error's traceback would show the same message again.
         raise RecipeError(*named) from None
 
 
@@ -109,12 +116,14 @@ def _merge(base: Any, own: Any, spec: FieldSpec, path: str) -> Any:
         return _merge_named(base, own, spec, path)
     if not (isinstance(base, dict) and isinstance(own, dict) and _has_fields(spec)):
         return own
+    # A byte tokenizer over a trained one: fields of both kinds together would be an error.
     if _kind_without_key(base, spec) != _kind_without_key(own, spec):
         return own
     merged = dict(base)
     key = spec.discriminator
     if key is not None and key in own and own[key] != base.get(key):
         drop_fields(merged, spec, own[key])
+    # The kind may be given by either file.
     below = union_member(spec, {**merged, **own})
     for name, value in own.items():
         child = below.child(name) or FieldSpec(Any)
@@ -166,6 +175,7 @@ def _merge_named(base: list[Any], own: list[Any], spec: FieldSpec, path: str) ->
                     for name in unknown
                 )
             )
+        # In the order of the extending file: the order of domains is part of the corpus.
         return [by_name[name] for name in own]
     item_spot = spec.child(0) or FieldSpec(Any)
     merged = dict(by_name)
@@ -181,6 +191,7 @@ def _merge_named(base: list[Any], own: list[Any], spec: FieldSpec, path: str) ->
 
 def _rebase(data: dict[str, Any], old: str, new: str) -> dict[str, Any]:
     """Return a recipe's data with relative sources that started at `old` starting at `new`."""
+    # Relative, as written: jobs ship recipes to machines with other directories.
     prefix = os.path.relpath(old or ".", new or ".")
     if prefix == ".":
         return data

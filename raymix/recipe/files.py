@@ -17,6 +17,7 @@ def read_mapping(path: str) -> dict[str, Any]:
         RecipeError: If the file cannot be read, is too large, not UTF-8, or not a mapping.
     """
     try:
+        # Before reading: a data file named by mistake can be larger than memory.
         size = os.path.getsize(path)
         raw = Path(path).read_bytes() if size <= MAX_BYTES else b""
     except (OSError, ValueError) as error:
@@ -29,8 +30,10 @@ def read_mapping(path: str) -> dict[str, Any]:
             fix="Data belongs in files that it names",
         )
     try:
+        # -sig drops the byte order mark that some Windows editors write.
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        # The decoder knows only bytes; editors show lines.
         line = raw.count(b"\n", 0, error.start) + 1
         raise RecipeError.at(
             "recipe",
@@ -51,6 +54,7 @@ def _unreadable(path: str, error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError):
         folder = os.path.dirname(path) or "."
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        # Only YAML files: the nearest name may be a run directory.
         recipes = [name for name in names if name.endswith((".yaml", ".yml"))]
         near = did_you_mean(os.path.basename(path), recipes)
         return format_problem("recipe", path, "no such file", fix=near)

@@ -61,16 +61,20 @@ def read_recipe(
         RecipeError: As `load_recipe` does.
     """
     name = source if isinstance(source, Recipe) else os.fspath(source)
+    # A file wins over `module:function`, as its name may hold a colon.
     if isinstance(name, str) and not (_FUNCTION.fullmatch(name) and not os.path.exists(name)):
         layers = read_layers(name)
         data = merge_layers(layers)
         try:
+            # Overrides go on the data, not on the model: they may change a kind, or supply a
+            # missing field.
             return _validate(apply_overrides(data, overrides)), _directory(name)
         except RecipeError as error:
             raise RecipeError(*(name_origin(text, layers) for text in error.problems)) from None
     recipe = name if isinstance(name, Recipe) else _call(name)
     if not overrides:
         return recipe, os.getcwd()
+    # JSON mode gives lists for tuples, as a YAML file would.
     data = recipe.model_dump(mode="json")
     return _validate(apply_overrides(data, overrides)), os.getcwd()
 
@@ -102,6 +106,7 @@ def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
             prepared corpus, the run, models and logs of other runs) start at the working
             directory.
     """
+    # Sources belong to the recipe's author, results to whoever runs it.
     start, here = os.path.abspath(base), os.getcwd()
     # `run.dir` is a template: braces in the working directory's own name must stay literal.
     braces = here.replace("{", "{{").replace("}", "}}")
@@ -113,6 +118,7 @@ def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
     if isinstance(model, PretrainedModel):
         changes["model"] = model.model_copy(update={"path": absolute(model.path, here)})
     mixer: MixerConfig = recipe.mixer
+    # A replayed log is a result of another run, so it starts at the working directory.
     if isinstance(mixer, ReplayMixer):
         changes["mixer"] = mixer.model_copy(update={"log": absolute(mixer.log, here)})
     elif isinstance(mixer, DgaMixer) and isinstance(mixer.bases, str):
@@ -122,6 +128,7 @@ def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
 
 def absolute(path: str, base: str) -> str:
     """Return a local path made absolute from `base`, its `~` filled in; a URL unchanged."""
+    # Two letters or more before the colon: `C:/` is a drive.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
         return path
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
@@ -162,6 +169,7 @@ def _call(source: str) -> Recipe:
                 fix="Give a YAML file, or a module that Python finds from here",
             ) from error
         function = getattr(module, function_name, None)
+        # vars(module) also lists what it imported; a near miss among those still helps.
         if not callable(function):
             known = [name for name, item in vars(module).items() if callable(item)]
             problem = f"module {module_name!r} has no function {function_name!r}"
@@ -180,6 +188,7 @@ def _call(source: str) -> Recipe:
 @contextmanager
 def _importing_from_here() -> Iterator[None]:
     """Let modules of the working directory be imported, as `python -m` does."""
+    # Console scripts, unlike `python -m`, do not have the working directory on the path.
     sys.path.insert(0, os.getcwd())
     try:
         yield
@@ -197,6 +206,7 @@ def _validate(data: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         messages = translate(error.errors(include_url=False), Recipe)
     messages += [fault_message(fault) for fault in broken_rules(_sound_sections(data))]
+    # A rule inside a section is reported by pydantic and by the check of sections; once is enough.
     raise RecipeError(*dict.fromkeys(messages))
 
 
@@ -208,6 +218,7 @@ def _sound_sections(data: Mapping[str, Any]) -> dict[str, Any]:
             if not field.is_required():
                 sections[name] = field.get_default(call_default_factory=True)
             continue
+        # Its errors have been reported; the rules over the sections that are valid still apply.
         with suppress(ValidationError):
             tag = Field(discriminator=field.discriminator)
             kind: Any = field.annotation

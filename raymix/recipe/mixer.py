@@ -125,7 +125,9 @@ class ScheduleMixer(MixerModel):
             for i, step in enumerate(steps)
             if i > 0 and step <= steps[i - 1]
         ]
+        # A run needs shares from its first step; a default here would hide a forgotten piece.
         if steps[0] != 0:
+            # Put first, since the faults after it may follow from it.
             first = Fault("pieces.0.step", steps[0], "the first piece must start at step 0")
             faults.insert(0, first)
         raise_if(*faults)
@@ -163,6 +165,7 @@ _Own = (
     | RbMixer
     | AioliMixer
 )
+# Written out: read from the models, it would be known only after the union is built.
 OWN_KINDS = frozenset(
     {"static", "uniform", "proportional", "temperature", "unimax", "importance", "schedule"}
     | {"replay", "pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}

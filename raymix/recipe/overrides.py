@@ -24,6 +24,7 @@ def apply_overrides(
     Raises:
         RecipeError: With one message per override that cannot be read or placed.
     """
+    # The caller may apply other overrides to the same data (a search does, per trial).
     changed = copy.deepcopy(dict(data))
     problems: list[str] = []
     for override in overrides:
@@ -39,6 +40,7 @@ def apply_overrides(
 
 def _split(override: str) -> tuple[str, Any]:
     path, equals, text = (part.strip() for part in override.partition("="))
+    # `a..b=1` and `=1` would otherwise create fields with empty names.
     if not equals or not all(path.split(".")):
         raise RecipeError.at(
             "override",
@@ -49,6 +51,7 @@ def _split(override: str) -> tuple[str, Any]:
     try:
         return path, parse_yaml(text, name=path, value=text)
     except RecipeError:
+        # These begin YAML on purpose; taken as text, the mistake would surface far away.
         if text[:1] in ("{", "[", '"', "'"):
             raise
         # `*.txt` is an alias and `a: b` a mapping to YAML; on a command line both are plain text.
@@ -74,6 +77,7 @@ def _place(node: Any, spec: FieldSpec, keys: Sequence[str], value: Any, *, at: s
     if not rest:
         node[key] = value
         return
+    # `train:` with nothing below it is None, and takes fields like a missing section.
     if isinstance(node, dict) and node.get(key) is None:
         node[key] = {}
     below = union_member(spec, node).child(key) or FieldSpec(Any)
@@ -101,6 +105,7 @@ def union_member(spec: FieldSpec, node: Any) -> FieldSpec:
     """Return the alternative of a union that `node` selects."""
     members = spec.members()
     tag = node.get(spec.discriminator) if isinstance(node, dict) else None
+    # A wrong tag is left to validation, which names it.
     return next((m for m in members if tag_of(m, spec) == tag), members[0])
 
 

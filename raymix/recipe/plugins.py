@@ -31,6 +31,7 @@ class Registry:
 
     def entry_points(self, kind: str | None = None) -> EntryPoints:
         """Return the installed packages' entry points, of one kind or of all."""
+        # Names only. Importing a package's mixer happens when a recipe uses it.
         points = entry_points(group=self.group)
         return points if kind is None else points.select(name=kind)
 
@@ -63,6 +64,7 @@ class OpenUnion:
         if isinstance(value, self.model):
             return value
         if isinstance(value, dict) and self.knows(value.get("kind")):
+            # Not through the union, whose discriminator refuses unknown kinds.
             return self.model.model_validate(value)
         return handler(value)
 
@@ -88,8 +90,10 @@ class OpenUnion:
     ) -> JsonSchemaValue:
         own = handler(schema)
         others = self.others()
+        # Without plug-ins the schema stays the one in the documentation.
         if not others:
             return own
+        # The package's own keys are unknown here, so editors check the kind alone.
         kinds = {"type": "object", "properties": {"kind": {"enum": list(others)}}}
         return {"anyOf": [own, {**kinds, "required": ["kind"]}]}
 
@@ -97,6 +101,7 @@ class OpenUnion:
 class PluginMixer(RecipeModel):
     """A mixer of another package, which checks the keys itself."""
 
+    # The keys belong to the package; its own model checks them.
     model_config = ConfigDict(extra="allow")
 
     kind: str

@@ -29,11 +29,13 @@ def broken_rules(sections: Mapping[str, Any]) -> list[Fault]:
         fault
         for needed, rule in _RULES
         if all(name in sections for name in needed)
+        # A rule runs only when all its sections are valid, so no rule has to check types.
         for fault in rule(*(sections[name] for name in needed))
     ]
 
 
 def _weights_name_domains(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[Fault]:
+    # A plug-in's mixer checks its own names.
     if isinstance(mixer, MixerModel):
         for field, values in (mixer.shares() | mixer.values()).items():
             yield from _unknown_domains(corpus, f"mixer.{field}", values)
@@ -45,6 +47,7 @@ def _targets_are_held_out(corpus: CorpusConfig, mixer: MixerConfig) -> Iterable[
     for name in [name for name in mixer.targets if known and name not in known][:_MAX_SHOWN]:
         advice = (did_you_mean(name, names), f"Known: {known_names(names)}")
         yield Fault("mixer.targets", name, "no domain of the corpus has this name", advice)
+    # A recipe without domains uses a prepared corpus, whose names are checked when it is opened.
     if known and known <= targets:
         advice = "Leave at least one domain to train on"
         yield Fault("mixer.targets", mixer.targets, "every domain is a target", (advice,))
@@ -90,6 +93,7 @@ def _unknown_domains(
 
 
 def _rows_for_every_worker(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
+    # A rank without rows would wait in every collective and learn nothing.
     if isinstance(data, PackedData) and data.rows_per_step < cluster.workers:
         wrong = f"fewer rows than the {cluster.workers} workers of cluster.workers"
         advice = "Every worker needs at least one row per step"
@@ -120,6 +124,7 @@ def _min_workers(data: DataConfig, cluster: ClusterConfig) -> Iterable[Fault]:
     if min_workers > cluster.workers:
         wrong = f"more than the {cluster.workers} of cluster.workers, the most there are"
         yield Fault("cluster.min_workers", min_workers, wrong, ("Take that many or fewer",))
+    # Schedules depend on the number of ranks, so another number would give other micro-batches.
     elif isinstance(data, DocumentData) and min_workers < cluster.workers:
         wrong = "documents are assigned to a number of workers (data.mode) that must not change"
         advice = "Leave it out, or pack the documents into rows"

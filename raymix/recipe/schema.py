@@ -22,6 +22,7 @@ _WIDTH = 98
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema (draft 2020-12) of a recipe, with every field's description."""
     schema = Recipe.model_json_schema(mode="validation")
+    # First, where editors look for it; dicts keep their order.
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "raymix recipe"}
     # A file that extends another may leave any section to it.
     required = schema.pop("required")
@@ -81,6 +82,7 @@ def _model_lines(
         spec = FieldSpec.of_field(field)
         value = values.get(name, _plain_default(field))
         inner = _member(spec, value)
+        # A blank line between top-level sections only.
         if not indent:
             yield ""
         yield from _comment(field.description or "", indent)
@@ -103,6 +105,7 @@ def _domain_lines(spec: FieldSpec, domains: list[dict[str, Any]], indent: str) -
     assert item is not None, "domains is a list"
     assert item.model is not None, "domains is a list of models"
     lines = list(_model_lines(item.model, domains[0], indent + "  "))
+    # YAML wants the dash on the first field, below the field's comment.
     entry = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
     yield from lines[:entry]
     yield f"{indent}- {lines[entry].strip()}"
@@ -113,6 +116,7 @@ def _domain_lines(spec: FieldSpec, domains: list[dict[str, Any]], indent: str) -
 
 def _kinds(spec: FieldSpec, value: Mapping[str, Any], indent: str) -> Iterator[str]:
     """Yield, where a section comes in kinds, what the other kinds are."""
+    # One line per other kind: the file shows every field only of the chosen one.
     others = [m for m in spec.members() if m is not _chosen(spec, value)]
     for member in others:
         if member.model is None:
@@ -137,6 +141,7 @@ def _member(spec: FieldSpec, value: Any) -> type[BaseModel] | None:
 
 
 def _plain_default(field: FieldInfo) -> Any:
+    # A factory may take the other fields; the defaults here need none.
     default = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(default, BaseModel):
         return default.model_dump(mode="json")
@@ -158,6 +163,7 @@ def _flow(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_flow(item) for item in value) + "]"
+    # A bare scalar is dumped with an end-of-document marker.
     return dump_yaml(value).removesuffix("\n").removesuffix("\n...")
 
 
@@ -169,6 +175,7 @@ def _comment(text: str, indent: str, hang: int = 0) -> list[str]:
         initial_indent=start,
         subsequent_indent=start + " " * hang,
         break_long_words=False,
+        # A name or glob with a hyphen, broken there, reads as two words.
         break_on_hyphens=False,
     )
 

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from raymix.recipe.base import Fault, FieldDescription, Number, RecipeModel
 
 Weights = dict[str, Annotated[Number, Field(ge=0)]]
+# Wider than rounding to six digits by hand over a few domains, far below any share that matters.
 SUM_TOLERANCE = 1e-6
 
 

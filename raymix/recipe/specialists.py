@@ -44,6 +44,7 @@ class SpecialistsConfig(RecipeModel):
         return self
 
     def _few_fault(self) -> Fault | None:
+        # Left out means all domains, whose number is known only with the corpus.
         if not self.domains or len(set(self.domains)) >= _MIN_DOMAINS:
             return None
         return Fault("domains", self.domains, "nothing to merge", ("Name two domains or more",))
@@ -61,5 +62,6 @@ class SpecialistsConfig(RecipeModel):
         return [
             Fault(f"finetune.{key}", value, "cannot differ in fine-tuning", (advice,))
             for key, value in self.finetune.items()
+            # Keys are dotted paths, so the first part is the section.
             if key.split(".")[0] in _NOT_IN_FINETUNING
         ]

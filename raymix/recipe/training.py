@@ -61,6 +61,7 @@ class AssignmentConfig(RecipeModel):
 
     @model_validator(mode="after")
     def _widths_divide(self) -> AssignmentConfig:
+        # Ranks of a group are split evenly, so that every rank is in one sub-group of each width.
         odd = [width for width in self.widths if self.context % width]
         wrong = f"{odd[0] if odd else 0} does not divide context = {self.context}"
         raise_if(Fault("widths", self.widths, wrong) if odd else None)
@@ -95,6 +96,7 @@ class DocumentData(RecipeModel):
     @property
     def step_rows(self) -> int:
         """Return about how many rows of `sequence_length` a step has, over all workers."""
+        # Rounded up: a step of fewer tokens than one row still has a row.
         return -(-self.tokens_per_step // self.sequence_length)
 
 
@@ -119,6 +121,7 @@ class ConfigModel(RecipeModel):
     @field_validator("config")
     @classmethod
     def _finite(cls, config: dict[str, Any]) -> dict[str, Any]:
+        # allow_inf_nan reaches declared fields only, and this mapping is free-form.
         raise_if(*_infinities(config))
         return config
 
@@ -180,8 +183,10 @@ class TrainConfig(RecipeModel):
     """Share of the steps that `wsd` decays over."""
     weight_decay: Number = Field(default=0.1, ge=0)
     """AdamW's decoupled weight decay; biases and norms are left out."""
+    # 0.95 rather than torch's 0.999, as in the published recipes of large language models.
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moment decay rates."""
+    # torch's default.
     eps: Number = Field(default=1e-8, gt=0)
     """AdamW's epsilon."""
     clip_norm: Number | None = Field(default=1.0, gt=0)
@@ -215,10 +220,12 @@ class TrainConfig(RecipeModel):
 
     def uses_bf16(self, *, on_gpu: bool) -> bool:
         """Return whether workers on such a device run under bf16 autocast."""
+        # fp32 on CPUs: bf16 matrix products there are emulated on most processors.
         return self.precision == "bf16" or (self.precision == "auto" and on_gpu)
 
 
 def _length_fault(train: TrainConfig) -> Fault | None:
+    # Exactly one: with both, a change of the batch size would make them contradict each other.
     if (train.steps is None) != (train.tokens is None):
         return None
     if train.steps is None:
@@ -230,6 +237,7 @@ def _length_fault(train: TrainConfig) -> Fault | None:
 
 
 def _ratio_fault(train: TrainConfig) -> Fault | None:
+    # The other schedules use no decay_ratio, so its value does not matter to them.
     if train.schedule != "wsd" or train.warmup_ratio + train.decay_ratio <= 1:
         return None
     wrong = f"with warmup_ratio = {train.warmup_ratio:g} more than the whole run"
@@ -280,6 +288,7 @@ class RunConfig(RecipeModel):
     @classmethod
     def _template(cls, value: str) -> str:
         try:
+            # Tried now: a bad template would otherwise fail after the corpus has been prepared.
             value.format(name="", seed=0)
         except (LookupError, ValueError, AttributeError):
             advice = "Only {name} and {seed} are filled in; a brace itself is written twice"

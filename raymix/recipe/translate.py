@@ -114,11 +114,13 @@ def _locate(error: ErrorDetails, spec: FieldSpec) -> _ErrorLocation:
     path: list[str | int] = []
     parent = spec
     branch: _Path | None = None
+    # pydantic's location holds union tags between the keys; the user's path has only keys.
     keys = list(error["loc"])
     while keys:
         members = spec.members()
         if len(members) > 1:
             tag = str(keys.pop(0))
+            # An untagged union reports every alternative; remember where, to keep one of them.
             if not spec.tagged:
                 branch = tuple(path)
             if not keys:
@@ -144,6 +146,7 @@ def _one_per_place(located: Sequence[_ErrorLocation]) -> list[_ErrorLocation]:
             selected.extend([] if inner and item.error["type"] == "too_short" else [item])
             continue
         rivals = [other for other in located if other.branch == item.branch]
+        # An error inside an alternative means that alternative was meant.
         deeper = [other for other in rivals if other.path != item.branch]
         if deeper:
             selected.extend([item] if item in deeper else [])
@@ -163,6 +166,7 @@ def _rank(kind: str) -> int:
 def _message(item: _ErrorLocation, root: FieldSpec) -> list[str]:
     error, kind, value = item.error, item.error["type"], item.error["input"]
     name = dotted(item.path)
+    # The commonest mistake, a misspelled field, gets suggestions from the whole recipe.
     if kind == "extra_forbidden":
         return [_unknown_key(item, name, root)]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -222,7 +226,9 @@ def _unknown_key(item: _ErrorLocation, name: str, root: FieldSpec) -> str:
 
 def _elsewhere(key: str, root: FieldSpec) -> str:
     """Return `Did you mean 'train.steps'?` for a field of another section."""
+    # Reversed, so that of fields with one name the first of the recipe remains.
     paths = {path.rpartition(".")[2]: path for path in reversed(field_paths(root))}
+    # Stricter than within a section: there are hundreds of fields elsewhere.
     near = difflib.get_close_matches(key, list(paths), n=1, cutoff=0.8)
     return f"Did you mean {paths[near[0]]!r}?" if near else ""
 
@@ -232,6 +238,7 @@ def _unknown_kind(item: _ErrorLocation, name: str) -> str:
     key = str(context.get("discriminator", "kind")).strip("'")
     known = [tag_of(member, item.spec) for member in item.spec.members()]
     known += [kind for m in item.spec.metadata if isinstance(m, OpenUnion) for kind in m.others()]
+    # pydantic points at the section; the user has to change its tag.
     name = f"{name}.{key}"
     if item.error["type"] == "union_tag_not_found":
         return format_problem(name, MISSING, "required", allowed=f"Known: {', '.join(known)}")

@@ -29,6 +29,7 @@ from raymix.corpus.passes.tokenize import part_base
 from raymix.store import ShardInfo, ShardWriter, Split, atomic_write_text, token_dtype
 from raymix.store.remote import files
 
+# Small enough to write within a task's memory, large enough for few requests to a bucket.
 SHARD_BYTES = 64 << 20
 """Bytes of token ids in a full shard."""
 
@@ -36,6 +37,7 @@ MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 1 << 12, 1 << 20
 WINDOW_BLOCKS = 16
 """Blocks that training shuffles together by default; a domain should have that many."""
 
+# 4 million tokens, 8 or 16 MB: large reads, small memory.
 _CHUNK_TOKENS = 1 << 22
 
 
@@ -102,6 +104,7 @@ def plan_shards(
 ) -> list[ShardJob]:
     """Return the shards of a split in order; `part_tokens` are the tokens of each part in it."""
     itemsize = token_dtype(vocab_size).itemsize
+    # Whole blocks only, so that just the last block of a split can be short.
     shard_tokens = max(1, SHARD_BYTES // itemsize // block_tokens) * block_tokens
     edges = np.cumsum([0, *part_tokens])
     total = int(edges[-1])

@@ -48,6 +48,7 @@ def _trained(
     report: Reporter,
 ) -> TokenizerInfo:
     job = _train_job(config, chosen, parts, template)
+    # The sample depends on every part, so a changed file trains the tokenizer anew.
     keys = [part.key() for _, domain_parts in job.domains for part in domain_parts]
     columns = [domain.model_dump(mode="json") for domain, _ in job.domains]
     limits = [config.min_characters, config.max_characters, config.valid_fraction]
@@ -85,6 +86,7 @@ def _train_job(
         (domain, tuple(part for part in parts[domain.name] if part.held_out != "yes"))
         for domain in config.domains
     ]
+    # By name where sizes are equal, so that the sample does not depend on the recipe's order.
     domains.sort(key=lambda entry: (sum(part.size for part in entry[1]), entry[0].name))
     return TrainJob(
         config=chosen,

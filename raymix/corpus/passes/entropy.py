@@ -128,6 +128,7 @@ def bigram_entropy(runs: Sequence[tuple[str, int, int]], vocab_size: int) -> flo
     within = 0.0
     for pairs, counts in _merged(runs):
         within += _plain_spread(counts)
+        # add.at, not indexing: a token is the first of many pairs, and indexing would add once.
         np.add.at(currents, (pairs >> np.uint64(32)).astype(np.int64), counts)
     total = int(currents.sum())
     # The difference of two sums of rounding errors can end a hair below zero.

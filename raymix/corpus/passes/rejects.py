@@ -84,6 +84,7 @@ def too_many(
     records = sum(part_counts.records for part_counts in counts_of_parts)
     reasons = by_reason(counts_of_parts)
     bad = sum(reasons.values())
+    # A product, not a quotient: a domain may have no records at all.
     if bad <= limit * records:
         return []
     counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())

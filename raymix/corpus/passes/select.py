@@ -130,6 +130,7 @@ def _codes(job: SelectJob) -> tuple[list[Codes], int]:
 
     edges = np.cumsum([0, *job.documents])
     is_first = first_of_each(load, job.documents) if job.deduplicate else np.ones(edges[-1], bool)
+    # One byte per document: a domain of a billion documents takes 1 GB.
     codes = np.where(is_first, np.uint8(TRAIN), np.uint8(DROPPED))
     parts = np.split(codes, edges[1:-1])
     for number, (held_out, part) in enumerate(zip(job.held_out, parts, strict=True)):
@@ -137,6 +138,7 @@ def _codes(job: SelectJob) -> tuple[list[Codes], int]:
             part[is_held_out(load(number), job.valid_fraction) & (part == TRAIN)] = VALID
         elif held_out == "yes":
             part[part == TRAIN] = VALID
+    # Files named as held out are the user's choice, even if a split is empty.
     if "by hash" in job.held_out:
         _fill_empty_split(parts, load)
     return parts, int(np.count_nonzero(~is_first))

@@ -68,6 +68,7 @@ def conversation(value: object) -> Conversation | None:
         return None
     messages = [_message(item) for item in value]
     valid = tuple(message for message in messages if message is not None)
+    # One bad message spoils the conversation: without it the turns would not fit.
     return Conversation(valid) if len(valid) == len(messages) else None
 
 
@@ -101,6 +102,7 @@ class ChatTemplate:
         """
         messages = list(chat.messages)
         if self._marked:
+            # Marks are exact and cost one rendering; without them each answer costs two.
             text, spans = self._jinja(messages, marks=True)
         else:
             text = self._jinja(messages)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+# Large enough that the Python loop per chunk does not show in a profile.
 CHUNK = 1 << 20
 """Bytes read at a time."""
 
@@ -41,11 +42,13 @@ def lines_between(
             position += length + 1
             pending, kept_bytes, length, skipping = list[bytes](), 0, 0, False
             begin = end + 1
+            # The next line starts beyond the range and belongs to the next reader.
             if high is not None and position >= high:
                 return
         # The chunk ends within a line: keep its beginning until the line end is found.
         kept_bytes += _keep(pending, chunk, begin, len(chunk), limit - kept_bytes)
         length += len(chunk) - begin
+    # The last line of a file may have no line end.
     if length and not skipping and (high is None or position < high):
         yield _line(pending, length <= limit)
 

@@ -29,6 +29,7 @@ MIN_PART_BYTES = 4 << 20
 MAX_PART_BYTES = 64 << 20
 """Bytes of text in a part of a huge one, so that there are not too many parts."""
 
+# About as many parts as hundreds of CPUs can take, each still of some seconds.
 _TARGET_PARTS = 512
 # A part of very many tiny files would be a huge job description, pickled into its task.
 _MAX_SLICES = 1000
@@ -82,6 +83,7 @@ class Part:
 
 def digest(content: object) -> str:
     """Return the hash of JSON-able content."""
+    # Canonical JSON, so that equal content has one hash in every process and version.
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -102,6 +104,7 @@ def plan_parts(
         if group_files.valid:
             groups.append((configs[name], "yes", group_files.valid))
         groups.append((configs[name], "no" if group_files.valid else "by hash", group_files.train))
+    # Footers of all files are read first: the size of parts depends on the total.
     sliced = [_slices(domain, group_files) for domain, _, group_files in groups]
     total = sum(file_slice.size for slices in sliced for file_slice in slices)
     part_bytes = min(max(total // _TARGET_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
@@ -144,6 +147,7 @@ def _cut(slices: Iterable[FileSlice], part_bytes: int) -> Iterator[FileSlice]:
 
 
 def _slices(domain: DomainConfig, domain_files: tuple[SourceFile, ...]) -> list[FileSlice]:
+    # Reading a footer waits for the disk or the network, not for a core.
     with ThreadPoolExecutor(8) as pool:
         cuts = pool.map(_file_slices, itertools.repeat(domain), domain_files)
         return list(itertools.chain.from_iterable(cuts))
@@ -171,6 +175,7 @@ def _guarded(file: SourceFile, read: Callable[[], list[FileSlice]]) -> list[File
 
 def unreadable(file: SourceFile, error: BaseException) -> RaymixError:
     """Return the error for a file that cannot be read as what its name says."""
+    # Arrow's messages go on with a stack of C++ calls.
     first = (str(error) or type(error).__name__).splitlines()[0]
     return storage_errors(file.url, error, "file") or CorpusError.at(
         "file",
@@ -202,11 +207,13 @@ def _arrow_slices(domain: DomainConfig, file: SourceFile, column: str) -> list[F
         reader = pa.ipc.open_file(source)
         check_column(domain, file, reader.schema, column)
         count = reader.num_record_batches
+    # Record batches have no size in the footer; an even split is good enough to order the work.
     return [FileSlice(file, low, low + 1, file.size // count) for low in range(count)]
 
 
 def is_arrow_file(source: pa.NativeFile) -> bool:
     """Return whether an Arrow source has the random-access form, leaving it at its start."""
+    # Random-access files begin with this; the stream form begins with a message length.
     magic = source.read(6)
     source.seek(0)
     return magic == b"ARROW1"

@@ -96,12 +96,17 @@ def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
     filesystem, path = files.locate(file_slice.file.url)
     remote = not isinstance(filesystem, pafs.LocalFileSystem)
     with filesystem.open_input_file(path) as source:
+        # Coalesced reads hide the latency of an object store; on a local disk they only take
+        # memory.
         reader = pq.ParquetFile(source, pre_buffer=remote)
         check_column(domain, file_slice.file, reader.schema_arrow, column)
         end = reader.num_row_groups if file_slice.high is None else file_slice.high
         groups = range(file_slice.low, end)
+        # Rows per batch by the mean size: long documents give small batches, so memory stays
+        # bounded.
         rows = sum(reader.metadata.row_group(group).num_rows for group in groups)
         batch = min(max(rows * BATCH_BYTES // max(file_slice.size, 1), 1), _MAX_BATCH_ROWS)
+        # Arrow's own threads would compete with one reader per core.
         batches = reader.iter_batches(batch, row_groups=groups, columns=[column], use_threads=False)
         columns = (_column(records.column(0), domain) for records in batches)
         yield from enumerate(chain.from_iterable(columns), 1)
@@ -121,6 +126,7 @@ def _arrow_values(
         index = records.schema.get_field_index(column)
         for low in range(0, records.num_rows, _MAX_BATCH_ROWS):
             values = records.column(index).slice(low, _MAX_BATCH_ROWS)
+            # Only Arrow files: Parquet's decoder writes its own offsets.
             _check_layout(values)
             yield from _column(values, domain)
 
@@ -201,9 +207,11 @@ def _jsonl(file_slice: FileSlice, domain: DomainConfig, limit: int) -> Records:
 def json_value(line: bytes, domain: DomainConfig) -> Value:
     """Return the document in one line of JSON, or why there is none."""
     try:
+        # Decoded here, not by json: it would accept UTF-16 and UTF-32 by guessing.
         record = json.loads(line.decode())
     except UnicodeDecodeError:
         return Reject("invalid UTF-8", excerpt(line))
+    # Deeply nested brackets exhaust the recursion limit, not the parser.
     except (ValueError, RecursionError):
         return Reject("invalid JSON", excerpt(line))
     if not isinstance(record, dict):
@@ -228,6 +236,7 @@ def _messages(value: object) -> Conversation | Reject:
 
 
 def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
+    # `type(...) is int`: True is an int to isinstance.
     if isinstance(value, list) and all(type(item) is int for item in value):
         with contextlib.suppress(OverflowError):
             return np.array(value, dtype=np.int64)
@@ -247,6 +256,7 @@ def _text(file_slice: FileSlice, domain: DomainConfig, limit: int) -> Records:
 
 
 def _whole_file(source: pa.NativeFile, limit: int) -> Value:
+    # One byte more than the longest document allowed tells that it is too long.
     content = source.read(limit)
     return _decoded(content) if len(content) < limit else TOO_LONG
 

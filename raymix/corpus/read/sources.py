@@ -91,6 +91,7 @@ def _expand_all(
     for pattern in globs:
         try:
             for url, info in expand(path, pattern, listings):
+                # A file that two globs match is one source, at the place of the first.
                 matched.setdefault(url, _source_file(path, url, info, domain))
         except CorpusError as error:
             problems += error.problems
@@ -108,6 +109,7 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
     Raises:
         CorpusError: If the name's ending is not known and the recipe says `auto`.
     """
+    # Of the name alone: a directory may have dots as well.
     endings = url.rsplit("/", 1)[-1].lower().split(".")[1:]
     compression = _COMPRESSIONS.get(endings[-1]) if endings else None
     if compression:
@@ -115,6 +117,7 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
     if domain.format != "auto":
         return domain.format, compression
     kind = _FORMATS.get(endings[-1]) if endings else None
+    # Only where the format is guessed: the recipe's own choice is checked by its model.
     if kind == "text" and domain.column_field != "text_column":
         raise CorpusError.at(
             path,
@@ -182,6 +185,7 @@ def expand(
             if info.type == pafs.FileType.NotFound:
                 files.check_store(root, path)
             return [(root, _plain_file(path, root, info))]
+        # A flat listing where one level is enough: a bucket may hold millions of keys below.
         deep = len(segments) > 1 or "**" in segments
         tails = (listings or Listings()).files(filesystem, base, deep=deep)
     except (OSError, pa.ArrowException) as error:
@@ -189,6 +193,7 @@ def expand(
         raise known or CorpusError.at(path, pattern, f"cannot be listed: {error}") from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")
+    # Listings come in any order, and the order of sources decides the bytes of the corpus.
     matched = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
     if not matched:
         files.check_store(root, path)  # nothing is listed of a bucket that does not exist
@@ -223,12 +228,14 @@ def _segment_pattern(segment: str) -> str:
     position = 0
     while position < len(segment):
         character = segment[position]
+        # From the second character on: in `[]a]` the first bracket is a member.
         end = segment.find("]", position + 2) if character == "[" else -1
         if end > 0:
             inside = segment[position + 1 : end].replace("\\", r"\\").replace("[", r"\[")
             pattern += f"[^/{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
             position = end + 1
             continue
+        # Not fnmatch.translate, whose `*` matches slashes too.
         pattern += {"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character))
         position += 1
     return pattern
