@@ -9,13 +9,13 @@ from tests.support.scripts import run_script
 AFTER = """
 import os
 from raymix.recipe import ClusterConfig
-from raymix.training.launch.cluster import joined
+from raymix.training.launch.cluster import ray_cluster
 
 reported = "RAY_enable_metrics_collection"
 config = ClusterConfig(workers=1, address="local")
-with joined(config):
+with ray_cluster(config):
     within = os.environ[reported]
-    with joined(config):  # of a Ray that is joined already, nothing is changed
+    with ray_cluster(config):  # of a Ray that is joined already, nothing is changed
         pass
     still = os.environ[reported]
 print("told", within, still, os.environ.get(reported))
@@ -26,17 +26,18 @@ import os, signal, time
 from pathlib import Path
 from raymix.errors import TrainingError
 from raymix.recipe import ClusterConfig
-from raymix.training.launch.cluster import check_own, joined, ray_notices_to
+from raymix.training.launch.cluster import check_private_cluster, ray_cluster, redirect_ray_output
 
 try:
-    with ray_notices_to(Path("ray.log")), joined(ClusterConfig(workers=1, address="local")):
+    config = ClusterConfig(workers=1, address="local")
+    with redirect_ray_output(Path("ray.log")), ray_cluster(config):
         import ray._private.worker as worker
 
-        check_own()
+        check_private_cluster()
         os.kill(worker._global_node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            check_own()
+            check_private_cluster()
             time.sleep(0.1)
 except TrainingError as error:
     print(error)

@@ -62,8 +62,8 @@ print("listening " + json.dumps(sorted(set(listening()))))
 STARTS = {
     "train": (
         "from raymix.recipe import ClusterConfig\n"
-        "from raymix.training.launch.cluster import joined\n"
-        "cluster = joined(ClusterConfig(workers=1, address='local'))\n"
+        "from raymix.training.launch.cluster import ray_cluster\n"
+        "cluster = ray_cluster(ClusterConfig(workers=1, address='local'))\n"
         "cluster.__enter__()",
         "cluster.__exit__(None, None, None)",
     ),
