@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 TokenArray = npt.NDArray[np.unsignedinteger]
+# 32 bits suffice: a block has at most 2**31 tokens.
 StartArray = npt.NDArray[np.uint32]
 
 

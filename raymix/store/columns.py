@@ -27,6 +27,7 @@ def write_numbers(
         pa.ipc.new_file(pa.PythonFile(file, "w"), schema) as writer,
     ):
         for chunk in chunks:
+            # Arrow takes a contiguous NumPy array without copying, a strided one value by value.
             values = pa.array(np.ascontiguousarray(chunk, dtype=dtype))
             writer.write_batch(pa.RecordBatch.from_arrays([values], schema=schema))
     return file.sha256.hexdigest()
@@ -69,4 +70,5 @@ def read_lengths(url: str) -> npt.NDArray[np.uint32]:
 
 
 def _schema(name: str, dtype: npt.DTypeLike) -> pa.Schema:
+    # The name is part of the check: lengths and edges are both integers.
     return pa.schema([pa.field(name, pa.from_numpy_dtype(np.dtype(dtype)))])

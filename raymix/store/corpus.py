@@ -54,6 +54,8 @@ class Corpus:
         return cls(str(path), read_manifest(str(path)))
 
     def __reduce__(self) -> tuple[Callable[[str], Corpus], tuple[str]]:
+        # Mapped files and locks cannot be pickled; a manifest is cheaper to read than to send to
+        # each rank.
         return Corpus.open, (self.path,)
 
     @property
@@ -104,6 +106,7 @@ class Corpus:
             )
         ends = self._ends.get((domain, split))
         if ends is None:
+            # Computed on first use: with 10,000 domains most splits are never read by a rank.
             ends = np.cumsum([shard.blocks for shard in info.shards], dtype=np.int64)
             self._ends[domain, split] = ends
         shard = int(np.searchsorted(ends, block, side="right"))
@@ -118,6 +121,7 @@ class Corpus:
         """
         file, row = self.shard_of(domain, split, block)
         content = self._guarded(file, row, lambda: self._read(file, row))
+        # The checksum shows that the block is intact, this that it is the one meant.
         self._check(content, domain, split, block)
         return content
 
@@ -140,6 +144,7 @@ class Corpus:
             return np.empty(0, dtype=np.uint32)
         file = f"{domain}/{split}/documents.arrow"
         lengths = self._guarded(file, None, lambda: read_lengths(files.join(self.path, file)))
+        # A file of the right form from another corpus would shift every document.
         if len(lengths) != expected:
             raise self._corrupt(file, None, f"{len(lengths)} documents, {expected} expected")
         return lengths
@@ -153,6 +158,7 @@ class Corpus:
         info = self.split(domain, split)
         if info.loss_mask is None:
             return None
+        # Without the lock: two threads may read it twice, and get equal masks.
         cached = self._loss_mask.get((domain, split))
         if cached is not None:
             return cached

@@ -32,6 +32,7 @@ class LossMask:
             raise ValueError("the edges of the loss mask do not increase")
         self.edge_E = edge_E
         lengths = edge_E[1::2] - edge_E[::2]
+        # Prefix sums, so that counting takes two searches per range, whatever its length.
         self._before = np.concatenate([[0], np.cumsum(lengths)])
 
     def count(self, first_N: Ints, last_N: Ints) -> Ints:
@@ -48,6 +49,8 @@ class LossMask:
 
     def _until(self, position_N: Ints) -> Ints:
         """Return the number of tokens to predict before each position, shape (N,)."""
+        # Spans that began strictly before the position; a span that begins at it has no token
+        # before it.
         begun_N = np.searchsorted(self.edge_E[::2], position_N, side="left")
         open_N = np.maximum(begun_N - 1, 0)
         if not self.edge_E.size:

@@ -91,6 +91,7 @@ class SplitInfo(_ManifestModel):
     """Entropy of the token distribution, nats per token."""
     bigram_entropy: float
     """Entropy of the next token given the current one, nats per token."""
+    # Likewise optional: corpora of plain text have no mask.
     loss_mask: str | None = None
     """Hash of the loss mask's file; None: all tokens but each document's first are predicted."""
     loss_tokens: int | None = None
@@ -108,6 +109,7 @@ class DomainInfo(_ManifestModel):
     """Records found in the sources."""
     rejected: int
     """Bad records: all reasons together."""
+    # With a default, so that corpora prepared before the field existed can be read.
     rejected_by_reason: dict[str, int] = {}
     """Bad records by reason."""
     duplicates: int
@@ -203,6 +205,7 @@ def _check_format(corpus: str, version: int) -> None:
 
 
 def _damaged(corpus: str, error: Exception) -> CorpusError:
+    # One line: pydantic lists every field of every domain otherwise.
     first = str(error).splitlines()[0]
     if isinstance(error, ValidationError):
         first_error = error.errors(include_url=False, include_context=False, include_input=False)[0]

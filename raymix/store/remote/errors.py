@@ -39,9 +39,12 @@ def storage_errors(url: str, error: BaseException, field: str = "path") -> Stora
         error: The error that the file system raised.
         field: Recipe field that holds the URL, for the message.
     """
+    # Absence has a meaning of its own to callers, local or not.
     if not is_remote(url) or not isinstance(error, OSError) or _is_absence(error):
         return None
+    # Messages of stores hold line breaks.
     text = " ".join(str(error).split())
+    # Before permissions: some stores deny access to a bucket that does not exist, and name it.
     if any(word in text for word in _NO_BUCKET):
         return StorageError.at(field, url, "no such bucket", fix="Create the bucket first")
     if isinstance(error, PermissionError) or any(word in text for word in _FORBIDDEN):

@@ -49,6 +49,7 @@ def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
         CorpusError: If nothing installed understands the scheme.
         StorageError: If the URL holds a password, or the store refuses it.
     """
+    # Absolute at once: Ray workers have another working directory.
     if "://" not in url:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
     if _PASSWORD.match(url):
@@ -86,11 +87,13 @@ def check_store(url: str, field: str) -> None:
         return
     filesystem, path = locate(url, field)
     with translate_storage_errors(url, field), contextlib.suppress(FileNotFoundError):
+        # Listing asks the store itself; get_file_info of a path can be answered without the bucket.
         filesystem.get_file_info(pafs.FileSelector(path))
 
 
 def join(url: str, *parts: str) -> str:
     """Return `url` with `parts` appended, separated by slashes."""
+    # posixpath, since URLs have slashes on every system.
     return posixpath.join(url, *parts)
 
 
@@ -116,6 +119,8 @@ def open_mapped(url: str) -> pa.NativeFile:
     """Return the file at `url` for random access, memory-mapped where it is local."""
     filesystem, path = locate(url)
     if isinstance(filesystem, pafs.LocalFileSystem):
+        # Mapped pages are shared by all processes of a machine, and reading touches only what is
+        # used.
         return pa.memory_map(path, "r")
     with translate_storage_errors(url):
         return filesystem.open_input_file(path)
@@ -129,6 +134,7 @@ def make_directory(url: str) -> None:
     """
     filesystem, path = locate(url)
     try:
+        # On object stores this writes a marker or nothing.
         filesystem.create_dir(path, recursive=True)
     except OSError as error:
         raise write_error(url, error, 0) from error
@@ -221,6 +227,7 @@ class AtomicFile:
             self._stream.write(view)
         except OSError as error:
             raise write_error(self.url, error, len(view)) from error
+        # Hashed while the bytes are in the cache, instead of reading the file again.
         self.sha256.update(view)
         self.size += len(view)
         return len(view)

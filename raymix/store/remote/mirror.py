@@ -72,6 +72,7 @@ class Mirror:
             self._moved(sum(with_retries(partial(self._send, name)) for name in paths))
 
     def _moved(self, size: int) -> None:
+        # A round without changes keeps the pause of the last one that moved bytes.
         self._last_bytes = size or self._last_bytes
 
     def _fetch(self, name: str) -> int:
@@ -96,6 +97,7 @@ class Mirror:
             return 0
         if info.mtime_ns:  # `raymix watch` shows when a file was written
             os.utime(temporary, ns=(info.mtime_ns, info.mtime_ns))
+        # Readers of the copy see the old file or the new one, never half of it.
         os.replace(temporary, here)
         self._fetched[name] = stamp
         return info.size

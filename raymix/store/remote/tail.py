@@ -34,6 +34,7 @@ class LineTail:
         except FileNotFoundError:
             return iter(()), False
         info, known = os.fstat(file.fileno()), self._inode
+        # Compared by inode: a file that was replaced may be longer than the one before.
         restarted = info.st_ino != known or info.st_size < self._offset
         if restarted:
             self._inode, self._offset = info.st_ino, 0
@@ -47,5 +48,6 @@ class LineTail:
                 # The writer is in the middle of this line.
                 if not line.endswith(b"\n"):
                     return
+                # After each line, not at the end: the caller may stop in between.
                 self._offset += len(line)
                 yield line[:-1]
