@@ -87,7 +87,7 @@ def check_store(url: str, field: str) -> None:
         return
     filesystem, path = locate(url, field)
     with translate_storage_errors(url, field), contextlib.suppress(FileNotFoundError):
-        # Listing asks the store itself; get_file_info of a path can be answered without the bucket.
+        # Listing fails where the bucket is missing; get_file_info would say `not found`.
         filesystem.get_file_info(pafs.FileSelector(path))
 
 
