@@ -21,7 +21,7 @@ from raymix.laws import (
     scores,
 )
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
-from raymix.laws.models.gaussian_process import ProcessRows, negative_evidence, usual
+from raymix.laws.models.gaussian_process import ProcessRows, hyper_prior, negative_log_posterior
 from raymix.laws.models.least_squares import Inputs
 from tests.support.tables import AdditiveTruth, BiMixTruth, as_table, draw_shares
 
@@ -148,14 +148,14 @@ def test_the_evidence_has_the_gradient_it_says() -> None:
         0.3 * random.normal(size=(20, 4)),
         random.uniform(0.5, 1, 20),
     )
-    trend = rows.spread_NP @ rows.spread_NP.T
-    mean, spread = usual(3, 0.1)
+    trend = rows.scaled_jac_NP @ rows.scaled_jac_NP.T
+    mean, spread = hyper_prior(3, 0.1)
     at = mean + 0.3 * random.normal(size=len(mean))
-    _, gradient = negative_evidence(at, rows, trend, mean, spread)
+    _, gradient = negative_log_posterior(at, rows, trend, mean, spread)
     for number in range(len(at)):
         nudge = 1e-5 * np.eye(len(at))[number]
         up, down = (
-            negative_evidence(at + s * nudge, rows, trend, mean, spread)[0] for s in (1, -1)
+            negative_log_posterior(at + s * nudge, rows, trend, mean, spread)[0] for s in (1, -1)
         )
         assert gradient[number] == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-5)
 

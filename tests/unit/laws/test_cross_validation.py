@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from raymix.laws import Score, mean_score, scores
-from raymix.laws.cross_validation import FOLDS, early, folds, left_out, score, verdict
-from raymix.laws.models.fitted_law import make_training_table, null_scores, questions
+from raymix.laws.cross_validation import FOLDS, early_rows, folds, out_of_fold, score, verdict
+from raymix.laws.models.fitted_law import cross_validate, make_training_table, null_scores
 from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats, MixtureTable
 from tests.support.tables import STEPS, AdditiveTruth, BiMixTruth, as_table, draw_shares
@@ -130,7 +130,7 @@ def test_folds_are_of_names_not_of_places() -> None:
 
 def test_early_rows_are_in_the_first_part_of_the_range_of_steps() -> None:
     table = of_runs(["x"] * 5 + ["y"] * 5, [100, 200, 300, 400, 500] * 2)
-    early_R = early(table)
+    early_R = early_rows(table)
     assert early_R is not None
     assert early_R.tolist() == [True, True, True, False, False] * 2
 
@@ -138,14 +138,14 @@ def test_early_rows_are_in_the_first_part_of_the_range_of_steps() -> None:
 @pytest.mark.parametrize("step", [None, [5, 5, 5], [1, 900, 1000], [700, 700, 800]])
 def test_where_steps_are_too_few_nothing_is_asked_ahead(step: list[float] | None) -> None:
     """One early step, or none that is later: a slope in steps cannot be tested."""
-    assert early(of_runs(["x", "y", "z"], step)) is None
+    assert early_rows(of_runs(["x", "y", "z"], step)) is None
 
 
 def test_what_is_left_out_is_what_the_fold_without_it_says() -> None:
     use_FR = np.array([[False, True, True], [True, False, True], [True, True, False]])
     predicted_FRV = np.arange(18.0).reshape(3, 3, 2)
     expected = [[0, 1], [8, 9], [16, 17]]
-    np.testing.assert_array_equal(left_out(use_FR, predicted_FRV), expected)
+    np.testing.assert_array_equal(out_of_fold(use_FR, predicted_FRV), expected)
 
 
 def says(
@@ -239,8 +239,8 @@ class Oracle(RidgeSolver):
 
 def test_no_row_is_judged_by_a_fold_that_has_seen_it() -> None:
     table = BiMixTruth(3).table(12, noise=0.01)
-    apart, ahead = questions(Oracle(table.loss_RV), make_training_table(table))
-    late_R = ~early(table)
+    apart, ahead = cross_validate(Oracle(table.loss_RV), make_training_table(table))
+    late_R = ~early_rows(table)
     for at, target in enumerate(table.targets):
         off_R = np.abs(1 - table.loss_RV[:, at]) / table.loss_RV[:, at]
         assert apart[target].mre == pytest.approx(off_R.mean())
@@ -251,7 +251,7 @@ def test_no_row_is_judged_by_a_fold_that_has_seen_it() -> None:
 def test_losses_known_only_late_are_not_asked_about_ahead() -> None:
     table = BiMixTruth(3).table(12, noise=0.01)
     table.loss_RV[table.step_R < STEPS[-1], 1] = np.nan
-    apart, ahead = questions(Oracle(table.loss_RV), make_training_table(table))
+    apart, ahead = cross_validate(Oracle(table.loss_RV), make_training_table(table))
     assert set(apart) == set(table.targets)
     assert set(ahead) == {"d0", "d2"}
     assert np.isfinite(apart["d1"].mre)

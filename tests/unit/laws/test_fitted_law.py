@@ -27,7 +27,7 @@ from raymix.laws import (
     load_law,
     save_law,
 )
-from raymix.laws.models.fitted_law import absent, make_training_table, own_domains
+from raymix.laws.models.fitted_law import make_training_table, own_domains, share_offset
 from raymix.laws.models.parametric import run_weights
 from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats
@@ -53,7 +53,7 @@ def learned(kind: str, table: MixtureTable) -> FittedLaw:
     law, data = build_law(kind), make_training_table(table)
     assert isinstance(law, FittedLaw)
     law.solver.learn(data)
-    law.settle(data)
+    law.record_table(data)
     return law
 
 
@@ -195,12 +195,12 @@ def test_a_fit_that_is_refused_leaves_the_law_as_it_was(stepped: MixtureTable) -
 
 def test_a_law_knows_the_range_it_has_seen(stepped: MixtureTable, laws: dict[str, Law]) -> None:
     for law in laws.values():
-        np.testing.assert_array_equal(law.most_D, stepped.share_RD.max(axis=0))
+        np.testing.assert_array_equal(law.max_share_D, stepped.share_RD.max(axis=0))
 
 
 def test_what_is_added_to_shares_is_half_of_the_least() -> None:
-    assert absent(np.array([[0.2, 0.8], [1.0, 0.0]])) == 0.1
-    assert absent(np.array([[0.2, 0.8]])) == 0.0
+    assert share_offset(np.array([[0.2, 0.8], [1.0, 0.0]])) == 0.1
+    assert share_offset(np.array([[0.2, 0.8]])) == 0.0
 
 
 def test_the_steps_of_training_are_relative_to_their_geometric_mean(stepped: MixtureTable) -> None:
@@ -330,7 +330,7 @@ def test_auto_before_a_fit_knows_nothing() -> None:
         law.predict(NEW)
     with pytest.raises(LawError, match="not fitted yet"):
         law.state_dict()
-    with pytest.raises(LawError, match="no kind of a fitted law"):
+    with pytest.raises(LawError, match="not the kind of a fitted law"):
         law.load_state_dict({})
 
 

@@ -10,9 +10,9 @@ from scipy.optimize import least_squares
 
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
 from raymix.laws.models.least_squares import (
-    FIRST_SCALE,
+    INITIAL_SCALE,
     Curve,
-    Fitted,
+    CurveFits,
     Inputs,
     bootstrap,
     fit_curves,
@@ -58,7 +58,7 @@ def test_the_fit_is_the_least_squares_of_scipy_with_the_prior_as_rows(kind: str)
         which = np.array([at])
 
         def residuals(theta_P: Floats, at: int = at, which: np.ndarray = which) -> Floats:
-            off_N = (curve.evaluate(theta_P[None], inputs, which)[0][0] - y_BN[at]) / FIRST_SCALE
+            off_N = (curve.evaluate(theta_P[None], inputs, which)[0][0] - y_BN[at]) / INITIAL_SCALE
             return np.concatenate([off_N, (theta_P - found.mean_BP[at]) / found.sd_P])
 
         best = least_squares(residuals, found.mean_BP[at], xtol=1e-14, ftol=1e-14, gtol=1e-10)
@@ -77,7 +77,7 @@ def test_problems_of_a_batch_do_not_know_each_other(kind: str) -> None:
     together = fit_curves(curve, inputs, np.tile(y_BN, (2, 1)), use_BN)
     for half in (slice(0, 2), slice(2, 4)):
         apart = fit_curves(curve, inputs, y_BN, use_BN[half])
-        mine = together.part(half)
+        mine = together.select(half)
         np.testing.assert_allclose(mine.theta_BP, apart.theta_BP, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(mine.scale_B, apart.scale_B, rtol=1e-9)
         np.testing.assert_allclose(mine.cost_B, apart.cost_B, rtol=1e-9)
@@ -148,7 +148,7 @@ def test_a_fit_that_begins_at_another_ends_where_it_would_without(kind: str) -> 
     whole = fit_curves(curve, inputs, y_BN, use_BN)
     use_BN[:, ::7] = 0
     fresh = fit_curves(curve, inputs, y_BN, use_BN)
-    warm = fit_curves(curve, inputs, y_BN, use_BN, like=whole)
+    warm = fit_curves(curve, inputs, y_BN, use_BN, warm_start=whole)
     np.testing.assert_array_equal(warm.mean_BP, whole.mean_BP)
     losses = [curve.evaluate(f.theta_BP, inputs)[0] for f in (warm, fresh)]
     np.testing.assert_allclose(losses[0], losses[1], atol=0.005)
@@ -157,10 +157,10 @@ def test_a_fit_that_begins_at_another_ends_where_it_would_without(kind: str) -> 
 def test_copies_of_a_fit_are_the_fit_over_again() -> None:
     inputs, y_BN = noisy(6, 0.01)
     found = fit_curves(CURVES["bimix"], inputs, y_BN, np.ones_like(y_BN))
-    thrice = found.times(3)
+    thrice = found.tile(3)
     for at in range(3):
-        part = thrice.part(slice(2 * at, 2 * at + 2))
-        for name in Fitted.__slots__:
+        part = thrice.select(slice(2 * at, 2 * at + 2))
+        for name in CurveFits.__slots__:
             np.testing.assert_array_equal(getattr(part, name), getattr(found, name))
 
 

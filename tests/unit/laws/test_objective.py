@@ -153,7 +153,7 @@ def test_the_nearest_shares_are_a_clipped_multiple(
     region: Region, seed: int, spread: float
 ) -> None:
     log_A = np.random.default_rng(seed).normal(0, spread, region.low_A.size)
-    share_A = region.nearest(log_A)
+    share_A = region.project(log_A)
     assert share_A.sum() == pytest.approx(1, abs=1e-12)
     assert (share_A >= region.low_A).all()
     assert (share_A <= region.high_A).all()
@@ -180,4 +180,4 @@ def test_the_cheapest_shares_beat_random_ones(region: Region, seed: int) -> None
     assert (best >= region.low_A - 1e-15).all()
     assert (best <= region.high_A + 1e-15).all()
     for _ in range(5):
-        assert cost @ best <= cost @ region.nearest(rng.normal(0, 2, cost.size)) + 1e-12
+        assert cost @ best <= cost @ region.project(rng.normal(0, 2, cost.size)) + 1e-12

@@ -64,7 +64,7 @@ def test_faults_of_chosen_rows_name_the_rows_of_the_file(tmp_path: Path) -> None
         (("y,100,9M,1,0,3.0,6.5", "x,300,9M,1,0,3.0,6.5"), r"row 4, .* other shares than in row 2"),
         (("loss.a,loss.b", "lost.a,lost.b"), r"no loss\.<target> column"),
         (("share.a,share.b", "part.a,part.b"), r"no share\.<domain> column"),
-        (("loss.a,loss.b", "loss.a,loss.a"), r"column 'loss\.a' is there twice"),
+        (("loss.a,loss.b", "loss.a,loss.a"), r"column 'loss\.a' appears twice"),
         ((",3.5\n", ",3.5,1\n"), "row 2 has 8 cells, the header 7"),
     ],
 )
