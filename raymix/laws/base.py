@@ -207,8 +207,10 @@ def build_law(kind: str, **options: Any) -> Law:
     """
     if kind not in _FACTORIES:
         known = known_laws()
-        near = did_you_mean(kind, known)
-        raise LawError.at("law", kind, "not a law", allowed=f"Known: {', '.join(known)}", fix=near)
+        suggestion = did_you_mean(kind, known)
+        raise LawError.at(
+            "law", kind, "not a law", allowed=f"Known: {', '.join(known)}", fix=suggestion
+        )
     factory = _FACTORIES[kind]
     # Checked against the signature, not by calling: the factory's own TypeError has no hint, and
     # one raised deep inside it would be mistaken for a wrong option.
@@ -216,13 +218,13 @@ def build_law(kind: str, **options: Any) -> Law:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for name in options.keys() - parameters.keys():
             known = f"Options: {', '.join(parameters)}" if parameters else "It has none"
-            near = did_you_mean(name, list(parameters))
+            suggestion = did_you_mean(name, list(parameters))
             raise LawError.at(
                 f"law.{name}",
                 options[name],
                 f"no option of the law {kind!r}",
                 allowed=known,
-                fix=near,
+                fix=suggestion,
             )
     return factory(**options)
 
@@ -260,7 +262,7 @@ def law_from_dict(document: Mapping[str, Any]) -> Law:
         raise LawError.at(
             "law",
             document.get("law"),
-            f"no law: {type(error).__name__} {error}",
+            f"not a law: {type(error).__name__} {error}",
             fix="Fit it again",
         ) from error
     return fitted

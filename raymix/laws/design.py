@@ -144,7 +144,7 @@ def space_filling_design(runs: int, *, floor_D: Floats, cap_D: Floats, seed: int
     chosen: list[int] = []
     for step in range(runs):
         score_C = mean_C - chosen_distance_C / (step + 1)
-        # Greedy herding may choose a candidate again; a second run of it would teach nothing.
+        # Greedy herding may choose a candidate again; a second run of it adds little information.
         score_C[chosen] = np.inf
         chosen.append(int(score_C.argmin()))
         chosen_distance_C += distance_CC[chosen[-1]]
@@ -212,7 +212,7 @@ def vertices(floor_D: Floats, cap_D: Floats) -> Floats:
 def leave_one_out(prior_D: Floats, floor_D: Floats, cap_D: Floats) -> Floats:
     """Return the prior with one domain each reduced to its floor, shape (D, D)."""
     even_D = np.full(prior_D.size, 1 / prior_D.size)
-    # Where the other priors are all 0 there is nothing to scale up: a little of each takes over.
+    # Where the other priors are all 0 scaling up has no effect: a little of each is added.
     base_D = np.where(prior_D > 0, prior_D, _RESOLUTION * even_D)
     return within_limits(np.where(np.eye(prior_D.size) > 0, _TINY_SHARE, base_D), floor_D, cap_D)
 

@@ -43,7 +43,7 @@ def entropy_shares(
         raise LawError.at(
             "proxy",
             proxy,
-            "no entropy",
+            "not an entropy",
             allowed=f"Known: {', '.join(get_args(Proxy))}",
             fix=did_you_mean(proxy, get_args(Proxy)),
         )

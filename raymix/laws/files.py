@@ -58,5 +58,5 @@ def load_law(path: str | os.PathLike[str]) -> Law:
     except (OSError, ValueError) as error:
         raise LawError.at("law", os.fspath(path), f"cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise LawError.at("law", os.fspath(path), "no law", fix="Make one with `raymix fit`")
+        raise LawError.at("law", os.fspath(path), "not a law", fix="Make one with `raymix fit`")
     return law_from_dict(document)

@@ -84,7 +84,7 @@ class MixtureTable:
                 known = f"The table has: {', '.join(self.targets)}"
                 suggestion = did_you_mean(name, self.targets)
                 raise LawError.at(
-                    "target", name, "no loss of the table", allowed=known, fix=suggestion
+                    "target", name, "not a loss of the table", allowed=known, fix=suggestion
                 )
         at = [self.targets.index(name) for name in names]
         return MixtureTable(
@@ -146,7 +146,7 @@ def read_table(
     for column, value in (where or {}).items():
         if column not in table:
             suggestion = did_you_mean(column, header)
-            raise LawError.at("where", column, f"no column of {name}", fix=suggestion)
+            raise LawError.at("where", column, f"not a column of {name}", fix=suggestion)
         row_ids = [row for row in row_ids if str(table[column][row]) == value]
         if not row_ids:
             values = ", ".join(dict.fromkeys(map(str, table[column])))[:200]
@@ -301,7 +301,7 @@ def _numbers(
 def _checked_shares(share_RD: Floats, domains: Sequence[str], faults: _TableFaults) -> Floats:
     for row, at in zip(*np.nonzero((share_RD < 0) | (share_RD > 1 + SUM_TOLERANCE)), strict=True):
         value = float(share_RD[row, at])
-        faults.add(int(row), f"share.{domains[at]}", value, "no share", "Allowed: 0 to 1")
+        faults.add(int(row), f"share.{domains[at]}", value, "not a share", "Allowed: 0 to 1")
     # A share of 1e308 has its message above; its sum need not warn.
     with np.errstate(over="ignore"):
         total_R = share_RD.sum(axis=1)
@@ -314,7 +314,7 @@ def _checked_shares(share_RD: Floats, domains: Sequence[str], faults: _TableFaul
 def _check_losses(loss_RV: Floats, targets: Sequence[str], faults: _TableFaults) -> None:
     for row, at in zip(*np.nonzero(loss_RV <= 0), strict=True):
         value = float(loss_RV[row, at])
-        faults.add(int(row), f"loss.{targets[at]}", value, "no loss", "Allowed: above 0")
+        faults.add(int(row), f"loss.{targets[at]}", value, "not a loss", "Allowed: above 0")
     # Row 0 stands for the column: the fault is in no single row.
     for at in np.flatnonzero(np.isnan(loss_RV).all(axis=0)):
         faults.add(0, f"loss.{targets[int(at)]}", None, "measured in no row")
@@ -329,7 +329,7 @@ def _check_rows(
     for row, run in enumerate(runs):
         step = 0.0 if step_R is None else float(step_R[row])
         if step_R is not None and step <= 0:
-            faults.add(row, "step", step, "no step", "Allowed: above 0")
+            faults.add(row, "step", step, "not a step", "Allowed: above 0")
         duplicate_of = first_row.setdefault((run, step), row)
         if duplicate_of != row:
             where = f"the same run and step as row {faults.line(duplicate_of)}"

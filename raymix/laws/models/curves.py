@@ -270,8 +270,8 @@ class AdditiveCurve:
         # At S = C_0, no share that helps, the loss is about the largest measured one.
         base_B = -np.log(part * (_max_loss(log_loss_BN, use_BN) - floor_B))
         own_B = np.tile(self.own_V, problems // len(self.own_V))
-        known = np.flatnonzero(own_B >= 0)
-        c_BD[known, own_B[known]] += 1.0
+        named = np.flatnonzero(own_B >= 0)
+        c_BD[named, own_B[named]] += 1.0
         columns = [np.log(floor_B), np.zeros(problems), base_B, *c_BD.T]
         columns += [np.full(problems, 0.5)] * count
         spread = [1.0, 0.5, 0.5, *[1.5] * count, *[1.0] * count]

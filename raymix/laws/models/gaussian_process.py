@@ -154,22 +154,22 @@ def negative_log_posterior(
     scale_D = np.sqrt(5) * np.exp(-hyper.length_D)
     a_ND = rows.root_ND * scale_D
     square_N = np.square(a_ND).sum(axis=1)
-    far = a_ND @ a_ND.T
-    far *= -2
-    far += square_N[:, None]
-    far += square_N
-    np.sqrt(np.maximum(far, 0.0, out=far), out=far)
-    decay = np.exp(-far)
+    distance = a_ND @ a_ND.T
+    distance *= -2
+    distance += square_N[:, None]
+    distance += square_N
+    np.sqrt(np.maximum(distance, 0.0, out=distance), out=distance)
+    decay = np.exp(-distance)
     decay *= np.exp(2 * hyper.amplitude)
-    late = np.abs(rows.log_step_N[:, None] - rows.log_step_N)
-    has_steps = bool(late.any())
+    step_distance = np.abs(rows.log_step_N[:, None] - rows.log_step_N)
+    has_steps = bool(step_distance.any())
     if has_steps:
-        late *= np.sqrt(3) * np.exp(-hyper.step_length)
-        fall = np.exp(-late)
-        decay *= (1 + late) * fall
-    kernel = far * far
+        step_distance *= np.sqrt(3) * np.exp(-hyper.step_length)
+        fall = np.exp(-step_distance)
+        decay *= (1 + step_distance) * fall
+    kernel = distance * distance
     kernel /= 3
-    kernel += far
+    kernel += distance
     kernel += 1
     kernel *= decay
     noise_N = hyper.noise_at(rows.level_N, rows.robust_weight_N)
@@ -196,34 +196,38 @@ def negative_log_posterior(
     gradient[-1] = 0.0
     if has_steps:
         # d/d(log length) of (1 + q) exp(-q) is q^2 exp(-q): the kernel times q^2 / (1 + q).
-        step_derivative = kernel * (late**2 / (1 + late))
+        step_derivative = kernel * (step_distance**2 / (1 + step_distance))
         gradient[-1] = (half * step_derivative).sum() - 0.5 * weight_N @ (
             step_derivative @ weight_N
         )
-    gradient[:-4] = _length_gradient(hyper, rows, weight_N, half, far, decay)
+    gradient[:-4] = _length_gradient(hyper, rows, weight_N, half, distance, decay)
     z_H = (vector_H - mean_H) / sd_H
     return float(value + 0.5 * z_H @ z_H), gradient + z_H / sd_H
 
 
 def _length_gradient(
-    hyper: Hyper, rows: ProcessRows, weight_N: Floats, half: Floats, far: Floats, decay: Floats
+    hyper: Hyper, rows: ProcessRows, weight_N: Floats, half: Floats, distance: Floats, decay: Floats
 ) -> Floats:
     """Return the gradient of the negative log likelihood by the log lengths, shape (D,).
 
-    `half` and `far` are overwritten.
+    `half` and `distance` are overwritten.
     """
-    # `far` becomes the derivative of the kernel by the squared distance in lengths (hence the 5),
-    # then `half` and `far` the two terms of the gradient. Squared distances are expanded as above,
-    # so that all D lengths cost three products with (N, D) instead of D arrays of (N, N).
-    far += 1
-    far *= decay
-    far *= -5 / 6
-    half *= far
-    far *= weight_N
-    far *= weight_N[:, None]
-    line_N = 0.5 * (half.sum(axis=1) + half.sum(axis=0) - far.sum(axis=1))
-    moved = 0.5 * (half @ rows.root_ND + half.T @ rows.root_ND - far @ rows.root_ND)
-    inner_D = (rows.root_ND**2 * line_N[:, None]).sum(axis=0) - (rows.root_ND * moved).sum(axis=0)
+    # In the memory of `distance`: the derivative of the kernel by the squared distance in lengths
+    # (hence the 5), then this and `half` are the two terms of the gradient. Squared distances are
+    # expanded as above, so that all D lengths cost three products with (N, D) instead of D arrays
+    # of (N, N).
+    slope = distance
+    slope += 1
+    slope *= decay
+    slope *= -5 / 6
+    half *= slope
+    slope *= weight_N
+    slope *= weight_N[:, None]
+    line_N = 0.5 * (half.sum(axis=1) + half.sum(axis=0) - slope.sum(axis=1))
+    weighted_root = 0.5 * (half @ rows.root_ND + half.T @ rows.root_ND - slope @ rows.root_ND)
+    inner_D = (rows.root_ND**2 * line_N[:, None]).sum(axis=0) - (rows.root_ND * weighted_root).sum(
+        axis=0
+    )
     return -4 * inner_D * np.exp(-2 * hyper.length_D)
 
 

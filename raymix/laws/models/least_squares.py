@@ -26,7 +26,7 @@ INITIAL_SCALE = 0.01
 """Noise scale of the log loss before the first residuals, about 1 % of the loss."""
 # Tables computed from a formula have no noise: weights of 1 / scale must stay finite.
 _MIN_SCALE = 1e-5
-# Coefficients are logs: a step of 2 is a factor of 7, beyond which the linearization means nothing.
+# Coefficients are logs: a step of 2 is a factor of 7, far outside the range of the linearization.
 _MAX_STEP = 2.0
 # A gain of the cost below this, relative to 1 + cost, ends a problem. The cost is in units of the
 # noise, so such a gain moves no prediction visibly.

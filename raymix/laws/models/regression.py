@@ -22,7 +22,7 @@ _PENALTIES = np.logspace(-6, 3, 19)  # per row, of standardized features; two pe
 # Smaller offsets stretch log(r + eps) near 0 so far that one zero share dominates the feature.
 _MIN_EPS = 1e-3
 _MAX_BOOSTING_ROUNDS = 1000
-# Differences of trees see nothing between split points; this is a share that runs can realize.
+# Differences are 0 between split points; this is the smallest share that runs can realize.
 _DIFFERENCE_STEP = 1e-4
 
 

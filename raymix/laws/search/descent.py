@@ -110,20 +110,20 @@ class Descender:
             # Values may rise for some steps (nonmonotone search); a stalling descent may cycle, so
             # it must then decrease.
             stalling = step - last_progress > max_stalled // 8
-            found = self._step(point, sigma, point.value if stalling else max(recent))
+            next_step = self._step(point, sigma, point.value if stalling else max(recent))
             point_bound = self._lower_bound(
-                point, best.value, exact=found is None or step % _LP_BOUND_INTERVAL == 0
+                point, best.value, exact=next_step is None or step % _LP_BOUND_INTERVAL == 0
             )
             bound = max(bound, point_bound)
             new_gap = best.value - bound if convex else point.value - point_bound
             gap, last_progress = (new_gap, step) if new_gap < 0.9 * gap else (gap, last_progress)
             if (
-                found is None
+                next_step is None
                 or self._done(new_gap, best.value)
                 or step - last_progress > max_stalled
             ):
                 break
-            new, sigma = found
+            new, sigma = next_step
             sigma = self._next_sigma(point, new, sigma)
             point = new
             best = point if point.value <= best.value else best
@@ -170,10 +170,10 @@ class Descender:
             self._entropic_minimum(slope_A, 0.0, None) if self.kl else self.region.vertex(slope_A)
         )
         level = float(self._q_K @ point.level_K)
-        found = level + float(slope_A @ (best_A - point.share_A)) + self._prior_term(best_A)
-        if not exact or self._q_K.size == 1 or self._done(best - found, best):
-            return found
-        return max(found, self._lp_bound(point))
+        bound = level + float(slope_A @ (best_A - point.share_A)) + self._prior_term(best_A)
+        if not exact or self._q_K.size == 1 or self._done(best - bound, best):
+            return bound
+        return max(bound, self._lp_bound(point))
 
     def _lp_bound(self, point: _Point) -> float:
         """Return min over s of max_k [f_k + g_k . (s - r)], by a linear program.
@@ -268,9 +268,9 @@ class Descender:
         """Return the curvature along the last step, relative to that of the entropy."""
         # Barzilai-Borwein in the geometry of the entropy, whose gradient is the log of the shares.
         moved_A = new.share_A - old.share_A
-        both = (new.share_A > 0) & (old.share_A > 0)
+        positive = (new.share_A > 0) & (old.share_A > 0)
         curvature = float(self._q_K @ (new.slope_KA - old.slope_KA) @ moved_A)
-        entropy = float(moved_A[both] @ np.log(new.share_A[both] / old.share_A[both]))
+        entropy = float(moved_A[positive] @ np.log(new.share_A[positive] / old.share_A[positive]))
         if not (curvature > 0 and entropy > 0):
             return sigma / 8  # concave or flat along the step: a longer one
         return float(np.clip(curvature / entropy, sigma / 100, sigma * 100))

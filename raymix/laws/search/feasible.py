@@ -129,9 +129,9 @@ def feasible(objective: Objective, domains: Sequence[str], targets: Sequence[str
     low_D, high_D = _limits(objective, faults)
     prior_D = _prior(objective, high_D, faults)
     if objective.horizon is not None and not 0 < objective.horizon < np.inf:
-        faults.add("horizon", objective.horizon, "no length of a run", "Allowed: above 0")
+        faults.add("horizon", objective.horizon, "not a number of steps", "Allowed: above 0")
     if not 0 <= objective.kl < np.inf:
-        faults.add("kl", objective.kl, "no weight", "Allowed: a number of at least 0")
+        faults.add("kl", objective.kl, "not a weight", "Allowed: a number of at least 0")
     if faults.messages:
         raise LawError(*faults.messages)
     return Problem(

@@ -52,7 +52,9 @@ def minimize(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum
         LawError: If the objective is invalid, or the predicted losses are not finite.
     """
     if starts < 1:
-        raise LawError.at("starts", starts, "no number of descents", allowed="Allowed: 1 or more")
+        raise LawError.at(
+            "starts", starts, "not a number of descents", allowed="Allowed: 1 or more"
+        )
     task = _DescentTask(law, feasible(objective, law.domains, law.targets))
     exact = _closed_form(law, task.problem)
     if exact is not None:
@@ -67,11 +69,11 @@ def minimize(law: Law, objective: Objective, *, starts: int = STARTS) -> Optimum
     descents = [descent if not law.convex else task.descend(task.prior_start(), convex=False)]
     descents += [task.descend(start_A, convex=False) for start_A in task.starts(starts - 1)]
     best = min(descents, key=lambda descent: descent.value)
-    near = best.value + _VALUE_TOLERANCE * abs(best.value)
+    max_value = best.value + _VALUE_TOLERANCE * abs(best.value)
     optimum = optimum_at(
         law, task.problem, task.snap_to_floors(best)[0], method="restarts", gap=None
     )
-    agreeing = sum(descent.value <= near for descent in descents)
+    agreeing = sum(descent.value <= max_value for descent in descents)
     return replace(optimum, restarts=len(descents), agreeing=agreeing)
 
 

@@ -41,17 +41,19 @@ def test_bimix_finds_planted_coefficients(noise: float, tolerance: float) -> Non
     law, report = fit_law(table, law="bimix")
     assert isinstance(law, FittedLaw)
     unit = law.state_dict()["unit"]
-    found = theta_of(law)
-    np.testing.assert_allclose(found["alpha"], truth.alpha, rtol=tolerance, atol=0.02 * noise * 100)
-    np.testing.assert_allclose(found["C"], truth.C, rtol=2 * tolerance)
+    actual = theta_of(law)
+    np.testing.assert_allclose(
+        actual["alpha"], truth.alpha, rtol=tolerance, atol=0.02 * noise * 100
+    )
+    np.testing.assert_allclose(actual["C"], truth.C, rtol=2 * tolerance)
     late = np.array([40_000.0])
     share = np.full((1, 6), 1 / 6)
     np.testing.assert_allclose(
         law.predict(share, late), truth(share, late), rtol=1e-4 if not noise else 0.02
     )
     if not noise:
-        np.testing.assert_allclose(found["b"], truth.b, rtol=tolerance)
-        np.testing.assert_allclose(found["B"] * unit**truth.b, truth.B, rtol=5 * tolerance)
+        np.testing.assert_allclose(actual["b"], truth.b, rtol=tolerance)
+        np.testing.assert_allclose(actual["B"] * unit**truth.b, truth.B, rtol=5 * tolerance)
         assert report.mean.mre < 1e-4
 
 
@@ -84,9 +86,9 @@ def test_laws_with_cross_terms_predict_what_own_shares_cannot(kind: str) -> None
     pair = ["d0", "d3"]
     law, report = fit_law(truth.table(60, noise=0.002), law=kind, targets=pair)
     test = truth.table(40, seed=9).with_targets(pair)
-    found = mean_score(scores(test, law.predict(test.share_RD)))
-    assert found.spearman > 0.98
-    assert found.mre < 0.01
+    actual = mean_score(scores(test, law.predict(test.share_RD)))
+    assert actual.spearman > 0.98
+    assert actual.mre < 0.01
     assert report.nulls["own"].mre > 3 * report.mean.mre
     assert report.mean.mre < 0.015
 
@@ -187,13 +189,13 @@ def test_the_deviation_is_the_size_of_the_error() -> None:
 def test_intervals_hold_what_was_planted() -> None:
     truth = BiMixTruth(6)
     _, report = fit_law(truth.table(30, noise=0.005), law="bimix")
-    held = [
+    fixed = [
         low <= true <= high
         for true, target in zip(truth.alpha, report.coefficients, strict=True)
         for value, low, high in [report.coefficients[target]["alpha"]]
         if low <= value <= high
     ]
-    assert sum(held) >= 4
+    assert sum(fixed) >= 4
 
 
 def test_outliers_and_missing_losses_do_little_harm() -> None:
@@ -261,7 +263,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_law(same)
     with pytest.raises(LawError, match="Did you mean 'bimix'"):
         build_law("bimx")
-    with pytest.raises(LawError, match="target = 'zz': no loss"):
+    with pytest.raises(LawError, match="target = 'zz': not a loss"):
         fit_law(table, targets=["zz"])
     law = build_law("additive")
     with pytest.raises(LawError, match="not fitted yet"):

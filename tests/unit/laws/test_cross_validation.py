@@ -40,20 +40,20 @@ losses = st.lists(st.integers(1, 9).map(float), min_size=3, max_size=20)
 def test_rank_correlation_is_that_of_scipy_with_ties(measured: list[float], seed: int) -> None:
     given_R = np.array(measured)
     guess_R = np.random.default_rng(seed).integers(1, 5, given_R.size).astype(float)
-    found = score(guess_R, given_R).spearman
+    actual = score(guess_R, given_R).spearman
     if np.ptp(given_R) == 0 or np.ptp(guess_R) == 0:
-        assert np.isnan(found)
+        assert np.isnan(actual)
     else:
-        assert found == pytest.approx(spearmanr(guess_R, given_R).statistic, abs=1e-12)
+        assert actual == pytest.approx(spearmanr(guess_R, given_R).statistic, abs=1e-12)
 
 
 def test_scores_by_hand() -> None:
     # Deviations of the measured from their mean of 3: -1, 0, 1; errors: 1, 0, -1/2.
-    found = score(np.array([3.0, 3.0, 3.5]), np.array([2.0, 3.0, 4.0]))
-    assert found.r2 == pytest.approx(1 - 1.25 / 2)
-    assert found.mre == pytest.approx((1 / 2 + 0 + 1 / 8) / 3)
+    actual = score(np.array([3.0, 3.0, 3.5]), np.array([2.0, 3.0, 4.0]))
+    assert actual.r2 == pytest.approx(1 - 1.25 / 2)
+    assert actual.mre == pytest.approx((1 / 2 + 0 + 1 / 8) / 3)
     # Ranks 1.5, 1.5, 3 against 1, 2, 3.
-    assert found.spearman == pytest.approx(1.5 / np.sqrt(1.5 * 2))
+    assert actual.spearman == pytest.approx(1.5 / np.sqrt(1.5 * 2))
 
 
 @settings(max_examples=15)
@@ -75,10 +75,10 @@ def test_exact_predictions_have_the_best_score_there_is() -> None:
 
 
 def test_a_constant_has_no_rank_correlation_but_an_error() -> None:
-    found = score(np.full(4, 3.0), np.array([2.0, 3.0, 3.0, 4.0]))
-    assert np.isnan(found.spearman)
-    assert found.r2 == pytest.approx(0)
-    assert found.mre == pytest.approx((1 / 2 + 1 / 4) / 4)
+    actual = score(np.full(4, 3.0), np.array([2.0, 3.0, 3.0, 4.0]))
+    assert np.isnan(actual.spearman)
+    assert actual.r2 == pytest.approx(0)
+    assert actual.mre == pytest.approx((1 / 2 + 1 / 4) / 4)
     flat = score(np.array([2.0, 3.0, 4.0]), np.full(3, 3.0))
     assert np.isnan(flat.spearman)
     assert np.isnan(flat.r2)
@@ -97,11 +97,11 @@ def test_rows_that_are_not_known_do_not_count() -> None:
 def test_scores_are_by_target_and_their_mean_over_targets() -> None:
     table = AdditiveTruth(3).table(8)
     off_V = np.array([0.01, 0.02, 0.06])
-    found = scores(table, table.loss_RV * (1 + off_V))
-    assert list(found) == list(table.targets)
-    np.testing.assert_allclose([s.mre for s in found.values()], off_V)
-    assert mean_score(found).mre == pytest.approx(0.03)
-    assert mean_score(found).spearman == pytest.approx(1)
+    actual = scores(table, table.loss_RV * (1 + off_V))
+    assert list(actual) == list(table.targets)
+    np.testing.assert_allclose([s.mre for s in actual.values()], off_V)
+    assert mean_score(actual).mre == pytest.approx(0.03)
+    assert mean_score(actual).spearman == pytest.approx(1)
     assert np.isnan(mean_score({}).mre)
 
 
@@ -149,15 +149,15 @@ def test_what_is_left_out_is_what_the_fold_without_it_says() -> None:
 
 
 def says(
-    runs: int, found: Score, *, ahead: Score | None = None, notes: tuple[str, ...] = ()
+    runs: int, actual: Score, *, ahead: Score | None = None, notes: tuple[str, ...] = ()
 ) -> str:
     table = of_runs([f"r{at}" for at in range(runs)])
     later = {} if ahead is None else {"a": ahead}
-    return verdict(table, {"a": found}, later, NULLS, notes)
+    return verdict(table, {"a": actual}, later, NULLS, notes)
 
 
 @pytest.mark.parametrize(
-    ("runs", "found", "said"),
+    ("runs", "actual", "message"),
     [
         (3, GOOD, "3 runs are too few for 2 domains: rank only (1 % off on runs left out)."),
         (4, GOOD, "Ranks and losses can be trusted (1 % off on runs left out)."),
@@ -184,13 +184,13 @@ def says(
         ),
     ],
 )
-def test_the_verdict_says_what_the_scores_allow(runs: int, found: Score, said: str) -> None:
-    assert says(runs, found) == said
+def test_the_verdict_says_what_the_scores_allow(runs: int, actual: Score, message: str) -> None:
+    assert says(runs, actual) == message
 
 
 def test_the_verdict_adds_later_steps_and_notes() -> None:
-    said = says(9, GOOD, ahead=Score(spearman=1, r2=1, mre=0.034), notes=("Mind the gap",))
-    assert said.endswith(". Later steps from earlier ones: 3.4 % off. Mind the gap.")
+    message = says(9, GOOD, ahead=Score(spearman=1, r2=1, mre=0.034), notes=("Mind the gap",))
+    assert message.endswith(". Later steps from earlier ones: 3.4 % off. Mind the gap.")
 
 
 def test_the_verdict_of_what_is_unknown_is_not_trust() -> None:
@@ -222,8 +222,8 @@ def test_null_models_know_what_they_know() -> None:
 def test_the_mean_is_that_of_the_other_folds() -> None:
     table = AdditiveTruth(3).table(4)
     expected = (table.loss_RV.sum(axis=0) - table.loss_RV) / 3
-    found = null_scores(make_training_table(table))["mean"]
-    assert found.mre == pytest.approx(np.mean(np.abs(expected - table.loss_RV) / table.loss_RV))
+    actual = null_scores(make_training_table(table))["mean"]
+    assert actual.mre == pytest.approx(np.mean(np.abs(expected - table.loss_RV) / table.loss_RV))
 
 
 class Oracle(RidgeSolver):

@@ -47,13 +47,13 @@ def without_trend(rows: ProcessRows) -> ProcessRows:
 def test_the_covariance_is_a_matern_by_the_formula() -> None:
     rows = some_rows(4)
     root_D, step = np.sqrt([0.2, 0.3, 0.5]), 0.4
-    found = covariance(HYPER, root_D[None], np.array([step]), rows)[0]
+    actual = covariance(HYPER, root_D[None], np.array([step]), rows)[0]
     for at in range(4):
         apart = (root_D - rows.root_ND[at]) / np.exp(HYPER.length_D)
         far = np.sqrt(5) * np.linalg.norm(apart)
         late = np.sqrt(3) * abs(step - rows.log_step_N[at])
         expected = 0.1**2 * (1 + far + far**2 / 3) * np.exp(-far) * (1 + late) * np.exp(-late)
-        assert found[at] == pytest.approx(expected, rel=1e-10)
+        assert actual[at] == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -110,8 +110,8 @@ def test_the_likeliest_hyper_parameters_are_where_the_gradient_is_small() -> Non
 def test_nearly_without_noise_it_goes_through_the_data() -> None:
     rows = some_rows(20)
     process = condition(replace(HYPER, noise=np.log(1e-6)), rows)
-    found = process.mean(rows.root_ND, rows.log_step_N) + rows.scaled_jac_NP @ process.shift_P
-    np.testing.assert_allclose(found, rows.residual_N, atol=1e-5)
+    actual = process.mean(rows.root_ND, rows.log_step_N) + rows.scaled_jac_NP @ process.shift_P
+    np.testing.assert_allclose(actual, rows.residual_N, atol=1e-5)
     deviation = process.deviation(rows.root_ND, rows.log_step_N, rows.scaled_jac_NP)
     assert deviation.max() < 1e-4
 
@@ -132,11 +132,11 @@ def test_the_deviation_grows_away_from_the_data_up_to_the_prior() -> None:
 
 def test_mean_and_deviation_are_those_of_a_conditional_normal() -> None:
     rows, new = some_rows(10), some_rows(3, seed=1)
-    every = ProcessRows(
+    combined = ProcessRows(
         *(np.concatenate([getattr(rows, n), getattr(new, n)]) for n in ProcessRows.__slots__)
     )
-    joint = covariance(HYPER, every.root_ND, every.log_step_N, every)
-    joint += every.scaled_jac_NP @ every.scaled_jac_NP.T
+    joint = covariance(HYPER, combined.root_ND, combined.log_step_N, combined)
+    joint += combined.scaled_jac_NP @ combined.scaled_jac_NP.T
     seen = joint[:10, :10] + np.diag(HYPER.noise_at(rows.level_N, rows.robust_weight_N))
     across = np.linalg.solve(seen, joint[:10, 10:]).T
     process = condition(HYPER, rows)
@@ -160,11 +160,11 @@ def test_with_no_amplitude_the_rows_move_the_coefficients_as_ridge_does() -> Non
 def test_the_slope_of_the_mean_is_its_derivative() -> None:
     process = condition(HYPER, some_rows(15))
     share_D, step = np.array([0.2, 0.5, 0.3]), np.array([0.3])
-    found = process.gradient(share_D, 0.3)
+    actual = process.gradient(share_D, 0.3)
     for domain in range(3):
         nudge = 1e-6 * np.eye(3)[domain]
         up, down = (process.mean(np.sqrt(share_D + s * nudge)[None], step)[0] for s in (1, -1))
-        assert found[domain] == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-8)
+        assert actual[domain] == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-8)
     assert np.isfinite(process.gradient(np.array([0.0, 1.0, 0.0]), 0.3)).all()
 
 
@@ -229,18 +229,18 @@ def test_with_many_rows_what_is_left_out_is_conditioned_on_the_rest(
     data, use_R = make_training_table(table), np.arange(24) % 4 != 0
     solver = ProcessSolver()
     solver.learn(data)
-    found_RV = solver.held_out(data, use_R[None])[0]
-    assert np.isnan(found_RV[use_R]).all()
+    actual_RV = solver.held_out(data, use_R[None])[0]
+    assert np.isnan(actual_RV[use_R]).all()
     for at, process in enumerate(processes(solver)):
         seen_R = np.isfinite(data.log_loss_VR[at])
-        kept_N, rows = use_R[seen_R], process.rows
-        kept = ProcessRows(*(getattr(rows, name)[kept_N] for name in ProcessRows.__slots__))
-        apart = condition(process.hyper, kept)
-        said_N = apart.mean(rows.root_ND, rows.log_step_N) + rows.scaled_jac_NP @ apart.shift_P
+        used_N, rows = use_R[seen_R], process.rows
+        used = ProcessRows(*(getattr(rows, name)[used_N] for name in ProcessRows.__slots__))
+        apart = condition(process.hyper, used)
+        predicted_N = apart.mean(rows.root_ND, rows.log_step_N) + rows.scaled_jac_NP @ apart.shift_P
         # What the process calls left is the log loss, less the curve at its prior mean.
-        log_N: Floats = data.log_loss_VR[at, seen_R] - rows.residual_N + said_N
+        log_N: Floats = data.log_loss_VR[at, seen_R] - rows.residual_N + predicted_N
         out_R = seen_R & ~use_R
-        np.testing.assert_allclose(found_RV[out_R, at], np.exp(log_N[~kept_N]), rtol=1e-7)
+        np.testing.assert_allclose(actual_RV[out_R, at], np.exp(log_N[~used_N]), rtol=1e-7)
 
 
 def test_folds_of_few_rows_know_nothing_of_what_is_left_out() -> None:
@@ -249,8 +249,8 @@ def test_folds_of_few_rows_know_nothing_of_what_is_left_out() -> None:
     use_R = np.array([run != table.runs[0] for run in table.runs])
     solver, data = ProcessSolver(), make_training_table(table)
     solver.learn(data)
-    found_FRV = solver.held_out(data, np.stack([use_R, use_R]))
-    np.testing.assert_array_equal(found_FRV[0], found_FRV[1])
+    actual_FRV = solver.held_out(data, np.stack([use_R, use_R]))
+    np.testing.assert_array_equal(actual_FRV[0], actual_FRV[1])
     changed = replace(data, log_loss_VR=np.where(use_R, data.log_loss_VR, 9.9))
     again_FRV = solver.held_out(changed, use_R[None])
-    np.testing.assert_allclose(again_FRV[0], found_FRV[0], rtol=1e-9)
+    np.testing.assert_allclose(again_FRV[0], actual_FRV[0], rtol=1e-9)

@@ -83,7 +83,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "Give it a prior above 0, or a cap of 0 (code=0).",
     ),
     ({"kl": 0.1}, "objective.kl = 0.1: there is no prior to stay near to. Give a prior."),
-    ({"kl": -1}, "objective.kl = -1: no weight. Allowed: a number of at least 0."),
+    ({"kl": -1}, "objective.kl = -1: not a weight. Allowed: a number of at least 0."),
     (
         {"weights": {"web": -1, "math": 1}},
         "objective.weights.web = -1: not allowed. Allowed: a finite number of at least 0.",
@@ -92,8 +92,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"weights": {"web": 0}},
         "objective.weights = {'web': 0}: no target has a weight. Give one at least above 0.",
     ),
-    ({"horizon": 0}, "objective.horizon = 0: no length of a run. Allowed: above 0."),
-    ({"horizon": float("nan")}, "objective.horizon = nan: no length of a run. Allowed: above 0."),
+    ({"horizon": 0}, "objective.horizon = 0: not a number of steps. Allowed: above 0."),
+    (
+        {"horizon": float("nan")},
+        "objective.horizon = nan: not a number of steps. Allowed: above 0.",
+    ),
 ]
 
 
