@@ -167,7 +167,7 @@ def _document(fitted: Law, objective: Objective, optimum: Optimum) -> dict[str, 
             "shares": dict(zip(fitted.domains, share_RD[0].tolist(), strict=True)),
             "losses": dict(zip(fitted.targets, loss_V.tolist(), strict=True)),
         },
-        "most": dict(zip(fitted.domains, fitted.most_D.tolist(), strict=True)),
+        "most": dict(zip(fitted.domains, fitted.max_share_D.tolist(), strict=True)),
         "mixer": {"kind": "static", "weights": rounded(optimum.shares)},
     }
 

@@ -1,22 +1,23 @@
 """Mixing laws: predict a run's losses from its shares and length, after a few small runs.
 
-`build_law(kind).fit(table)` learns from a mixture table and says how far it can be trusted;
-`predict` answers for shares nobody has run, `minimize` finds the best ones. Packages outside add
-kinds with `@law("kind")`.
+`build_law(kind).fit(table)` fits a mixture table and reports held-out errors; `predict` evaluates
+shares that were not run; `minimize` returns the best shares. Other packages register kinds with
+`@law("kind")`. Reading order: `table`, `base`, `cross_validation`, `models/`, `search/`, then
+`design` (mixtures of the small runs), `entropy` (shares without runs), `files`.
 
 | kind | log loss | runs needed | optimum | when |
 |---|---|---|---|---|
-| bimix | own share and steps, as published | 3 or 4 | closed form | domains that do not interact |
+| bimix | own share and steps, as published | 3 or 4 | closed form | independent domains |
 | exponential | exp of a linear form (Data Mixing Laws) | 2 D | convex | the published baseline |
 | additive | inverse of a sum of powers | 1 to 2 D | convex | few runs; smooth |
-| joint | the same, and steps that depend on shares | 1 to 2 D | as additive | several checkpoints |
-| gp | additive or joint, and a process around it | 1 to 2 D | restarts | accuracy, spread |
-| regression | ridge on shares and their logs | 2 D | restarts | a check that assumes little |
+| joint | additive, and step terms that depend on shares | 1 to 2 D | as additive | checkpoints |
+| gp | additive or joint, plus a Gaussian process | 1 to 2 D | restarts | accuracy, deviations |
+| regression | ridge on shares and their logs | 2 D | restarts | a check with few assumptions |
 | lightgbm | boosted trees (RegMix) | 250 and more | search | hundreds of runs; the baseline |
-| auto | whichever predicts runs left out best | as that | as that | the default |
+| auto | the kind with the smallest held-out error | as that | as that | the default |
 
-Every fit is judged on runs left out, on later steps from earlier ones, and against models that
-know less; `FitReport.verdict` says it in words.
+Every fit is scored on held-out runs, on later steps predicted from earlier ones, and against null
+models; `FitReport.verdict` summarizes the scores.
 """
 
 from raymix.laws.base import (
@@ -77,5 +78,6 @@ __all__ = [
     "von_neumann_entropy",
 ]
 
-# Imported for the kinds they register.
+# Importing these modules runs their `@law` decorators; the tuple keeps linters from removing
+# the imports as unused.
 _KINDS = (auto, gp, parametric, regression)

@@ -1,4 +1,7 @@
-"""The seam between a table of runs and whatever predicts from it: `Law`, what it says, its kinds.
+"""The `Law` protocol, its fit report, the registry of kinds, and the JSON form.
+
+Callers use `Law` and never a concrete class, so a registered kind of another package is on a par
+with the built-in ones.
 
 Shapes: R rows, D domains, V targets.
 """
@@ -16,6 +19,7 @@ from raymix.errors import LawError, did_you_mean
 from raymix.laws.table import Floats, MixtureTable
 
 if TYPE_CHECKING:
+    # At run time this would be a circle: `search` imports `Law` from here.
     from raymix.laws.search.objective import Objective, Optimum
 
 FORMAT = 1
@@ -24,10 +28,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """How well predictions of one target agree with what was measured."""
+    """Agreement of predicted and measured losses of one target."""
 
     spearman: float
-    """Rank correlation; NaN where all are equal."""
+    """Rank correlation; NaN where all predictions or all measurements are equal."""
     r2: float
     """1 - squared error / squared deviation from the mean."""
     mre: float
@@ -35,36 +39,37 @@ class Score:
 
     def document(self) -> dict[str, float | None]:
         """Return JSON types; NaN becomes None."""
+        # JSON has no NaN, and files are written with `allow_nan=False`.
         pairs = {"spearman": self.spearman, "r2": self.r2, "mre": self.mre}
         return {name: None if np.isnan(value) else float(value) for name, value in pairs.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """What a fit is worth: scores on rows that were left out, beside models that know less."""
+    """Held-out scores of a fitted law and of the null models."""
 
     law: str
     """Kind of the law."""
     rows: int
-    """Rows it was fitted to."""
+    """Number of rows in the training table."""
     runs: int
-    """Different runs among them."""
+    """Number of distinct runs in the training table."""
     cpu_s: float
-    """Processor seconds of fitting and of judging."""
+    """CPU seconds of fitting and cross-validation."""
     verdict: str
-    """In plain words: how far to trust it."""
+    """Summary of the scores: how far to trust the law."""
     targets: Mapping[str, Score] = field(default_factory=dict)
-    """By target: scores by cross-validation over runs."""
+    """Scores of cross-validation over runs, by target."""
     ahead: Mapping[str, Score] = field(default_factory=dict)
-    """By target: later steps, predicted from the earlier ones; empty without steps."""
+    """Scores of later steps predicted from earlier ones, by target; empty without steps."""
     nulls: Mapping[str, Score] = field(default_factory=dict)
-    """By null model (`mean`, `steps`, `own`): the mean of its scores over targets."""
+    """Scores of the null models (`mean`, `steps`, `own`), averaged over targets."""
     candidates: Mapping[str, Score] = field(default_factory=dict)
-    """By kind of law that was tried: the mean of its scores over targets."""
+    """Scores of the kinds that `auto` compared, averaged over targets."""
     coefficients: Mapping[str, Mapping[str, tuple[float, float, float]]] = field(
         default_factory=dict
     )
-    """By target and name: value, and the 90 % interval of a bootstrap over runs."""
+    """Value and 90 % bootstrap interval over runs, by target and coefficient."""
 
     @property
     def mean(self) -> Score:
@@ -74,8 +79,8 @@ class FitReport:
     def document(self) -> dict[str, Any]:
         """Return the report in JSON types."""
 
-        def scores(given: Mapping[str, Score]) -> dict[str, Any]:
-            return {name: score.document() for name, score in given.items()}
+        def documents(scores: Mapping[str, Score]) -> dict[str, Any]:
+            return {name: score.document() for name, score in scores.items()}
 
         return {
             "law": self.law,
@@ -83,30 +88,30 @@ class FitReport:
             "runs": self.runs,
             "cpu_s": round(self.cpu_s, 3),
             "verdict": self.verdict,
-            "targets": scores(self.targets),
+            "targets": documents(self.targets),
             "mean": self.mean.document(),
-            "ahead": scores(self.ahead),
-            "nulls": scores(self.nulls),
-            "candidates": scores(self.candidates),
+            "ahead": documents(self.ahead),
+            "nulls": documents(self.nulls),
+            "candidates": documents(self.candidates),
             "coefficients": {
-                target: {name: list(map(float, given)) for name, given in some.items()}
-                for target, some in self.coefficients.items()
+                target: {name: list(map(float, interval)) for name, interval in by_name.items()}
+                for target, by_name in self.coefficients.items()
             },
         }
 
 
 def mean_score(scores: Mapping[str, Score]) -> Score:
-    """Return the mean over targets that have a score, each measure by itself; NaN without any."""
+    """Return the mean score over targets, each measure over its finite values; NaN without any."""
 
+    # Not np.nanmean: it warns where no value is finite, for instance Spearman of the mean model.
     def mean(values: list[float]) -> float:
-        known = [value for value in values if np.isfinite(value)]
-        return float(np.mean(known)) if known else np.nan
+        finite = [value for value in values if np.isfinite(value)]
+        return float(np.mean(finite)) if finite else np.nan
 
-    every = scores.values()
     return Score(
-        spearman=mean([score.spearman for score in every]),
-        r2=mean([score.r2 for score in every]),
-        mre=mean([score.mre for score in every]),
+        spearman=mean([score.spearman for score in scores.values()]),
+        r2=mean([score.r2 for score in scores.values()]),
+        mre=mean([score.mre for score in scores.values()]),
     )
 
 
@@ -116,17 +121,17 @@ class Law(Protocol):
 
     @property
     def kind(self) -> str:
-        """Return the name it is registered under."""
+        """Return the registered name."""
         ...
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Return the domains of the table it was fitted to: the order of every D axis."""
+        """Return the domains of the training table, in the order of all D axes."""
         ...
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Return the losses it predicts: the order of every V axis."""
+        """Return the names of the predicted losses, in the order of all V axes."""
         ...
 
     @property
@@ -135,27 +140,27 @@ class Law(Protocol):
         ...
 
     @property
-    def most_D(self) -> Floats:
-        """Return the largest share each domain had in any run of the table, shape (D,)."""
+    def max_share_D(self) -> Floats:
+        """Return the largest share of each domain over the runs of the table, shape (D,)."""
         ...
 
     def fit(self, table: MixtureTable) -> FitReport:
-        """Learn from a table, and return how well rows left out are predicted.
+        """Fit the law to a table and return its held-out scores.
 
         Raises:
-            LawError: If the law cannot be fitted to this table; it is then as it was before.
+            LawError: If the law cannot be fitted to this table; the law is then unchanged.
         """
         ...
 
     def predict(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:
-        """Return losses, shape (R, V), of shares (R, D) after steps (R,), in the table's unit.
+        """Return losses in nats, shape (R, V), of shares (R, D) after steps (R,).
 
-        Without steps it is the last one of the table.
+        Steps are in the table's unit; the default is the table's last step.
         """
         ...
 
     def deviation(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:
-        """Return standard deviations of those predictions, in nats, shape (R, V)."""
+        """Return standard deviations of the predictions, in nats, shape (R, V)."""
         ...
 
     def share_gradient(self, share_D: Floats, step: float | None = None) -> tuple[Floats, Floats]:
@@ -163,7 +168,7 @@ class Law(Protocol):
         ...
 
     def minimize(self, objective: Objective) -> Optimum:
-        """Return the best shares, and what proves or supports that there are none better."""
+        """Return the optimal shares, with a bound on the gap where the law is convex."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,7 +176,7 @@ class Law(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become a law that was fitted before."""
+        """Restore the state that `state_dict` returned."""
         ...
 
 
@@ -195,33 +200,37 @@ def known_laws() -> tuple[str, ...]:
 
 
 def build_law(kind: str, **options: Any) -> Law:
-    """Return a law that is not fitted yet.
+    """Return an unfitted law.
 
     Raises:
-        LawError: If the kind is unknown or an option does not fit.
+        LawError: If the kind is unknown, or has no such option.
     """
     if kind not in _FACTORIES:
         known = known_laws()
-        near = did_you_mean(kind, known)
-        raise LawError.at("law", kind, "not a law", allowed=f"Known: {', '.join(known)}", fix=near)
+        suggestion = did_you_mean(kind, known)
+        raise LawError.at(
+            "law", kind, "not a law", allowed=f"Known: {', '.join(known)}", fix=suggestion
+        )
     factory = _FACTORIES[kind]
-    taken = inspect.signature(factory).parameters
-    if not any(given.kind is given.VAR_KEYWORD for given in taken.values()):
-        for name in options.keys() - taken.keys():
-            known = f"Options: {', '.join(taken)}" if taken else "It has none"
-            near = did_you_mean(name, list(taken))
+    # Checked against the signature, not by calling: the factory's own TypeError has no hint, and
+    # one raised deep inside it would be mistaken for a wrong option.
+    parameters = inspect.signature(factory).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in options.keys() - parameters.keys():
+            known = f"Options: {', '.join(parameters)}" if parameters else "It has none"
+            suggestion = did_you_mean(name, list(parameters))
             raise LawError.at(
                 f"law.{name}",
                 options[name],
                 f"no option of the law {kind!r}",
                 allowed=known,
-                fix=near,
+                fix=suggestion,
             )
     return factory(**options)
 
 
 def law_to_dict(fitted: Law, report: FitReport | None = None) -> dict[str, Any]:
-    """Return a fitted law as one JSON document, with the report of its fit."""
+    """Return a fitted law and its report as one JSON document."""
     return {
         "format": FORMAT,
         "law": fitted.kind,
@@ -233,10 +242,10 @@ def law_to_dict(fitted: Law, report: FitReport | None = None) -> dict[str, Any]:
 
 
 def law_from_dict(document: Mapping[str, Any]) -> Law:
-    """Return the law of a document that `law_to_dict` made.
+    """Return the law of a document written by `law_to_dict`.
 
     Raises:
-        LawError: If it is none.
+        LawError: If the document is not a valid law.
     """
     try:
         if document["format"] != FORMAT:
@@ -245,13 +254,15 @@ def law_from_dict(document: Mapping[str, Any]) -> Law:
             )
         fitted = build_law(document["law"])
         fitted.load_state_dict(document["state"])
+    # The document is untrusted: a state of the wrong shape fails anywhere in numpy, with any of
+    # these. LawError is a ValueError and already has its message.
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         if isinstance(error, LawError):
             raise
         raise LawError.at(
             "law",
             document.get("law"),
-            f"no law: {type(error).__name__} {error}",
+            f"not a law: {type(error).__name__} {error}",
             fix="Fit it again",
         ) from error
     return fitted

@@ -1,10 +1,11 @@
-"""Mixtures without training: shares from how hard each domain's text is to predict.
+"""Shares from the entropy of each domain's text, without training runs.
 
 Ge et al. 2024 (arXiv 2405.14908, "BiMix") propose r_i = exp(H_i) / sum_j exp(H_j) with H_i an
-entropy of domain i in nats, and find the conditional one best. These are proxies: they know
-neither the model nor what the mixture is for, so judge them by runs. Entropies counted with
-different tokenizers cannot be compared. Joint entropies spread over several nats and von Neumann
-ones over the log of the number of features; at temperature 1 their largest takes nearly all.
+entropy of domain i in nats, and report the best results for the conditional entropy. These are
+proxies that ignore the model and the targets: check them by runs. Entropies counted with different
+tokenizers are not comparable. Joint entropies differ by several nats between domains, von Neumann
+entropies by up to the log of the number of features; at temperature 1 the domain with the largest
+one gets nearly the whole share.
 
 Shapes: D domains, N documents, F features.
 """
@@ -21,19 +22,19 @@ from raymix.laws.table import Floats
 from raymix.store.manifest import DomainInfo
 
 Proxy = Literal["unigram", "joint", "conditional"]
-"""Of a token; of a pair of tokens; of the next token given the current one."""
+"""Entropy of a token; of a pair of tokens; of the next token given the current one."""
 
 
 def entropy_shares(
     domains: Mapping[str, DomainInfo], proxy: Proxy = "conditional", *, temperature: float = 1.0
 ) -> dict[str, float]:
-    """Return shares from the entropies that preparing a corpus counted, by domain.
+    """Return shares from the entropies in a corpus manifest, by domain.
 
     Args:
-        domains: Those of a corpus' manifest: `manifest.domains`.
-        proxy: Which entropy. The manifest has H(token) and H(next | current); the joint one is
-            their sum.
-        temperature: Nats; entropies are divided by it. Above 1 evens the shares out.
+        domains: `manifest.domains` of a prepared corpus.
+        proxy: The entropy to use. The manifest has H(token) and H(next | current); the joint
+            entropy is their sum.
+        temperature: Divisor of the entropies, in nats; above 1 makes the shares more uniform.
 
     Raises:
         LawError: If the proxy is unknown, the temperature is not above 0, or a domain is empty.
@@ -42,10 +43,11 @@ def entropy_shares(
         raise LawError.at(
             "proxy",
             proxy,
-            "no entropy",
+            "not an entropy",
             allowed=f"Known: {', '.join(get_args(Proxy))}",
             fix=did_you_mean(proxy, get_args(Proxy)),
         )
+    # A domain without tokens has entropy 0 in the manifest, which would get a share all the same.
     for name, info in domains.items():
         if not info.train.tokens:
             raise LawError.at(
@@ -58,14 +60,14 @@ def entropy_shares(
     conditional_D = np.array([info.train.bigram_entropy for info in domains.values()])
     entropy_D = {
         "unigram": unigram_D,
-        "joint": unigram_D + conditional_D,
+        "joint": unigram_D + conditional_D,  # chain rule of the entropy
         "conditional": conditional_D,
     }[proxy]
     return dict(zip(domains, shares_of_entropy(entropy_D, temperature).tolist(), strict=True))
 
 
 def shares_of_entropy(entropy_D: Floats, temperature: float = 1.0) -> Floats:
-    """Return exp(H / temperature) / its sum, shape (D,), for entropies in nats, shape (D,).
+    """Return softmax(H / temperature), shape (D,), for entropies H in nats, shape (D,).
 
     Raises:
         LawError: If the temperature is not above 0, or an entropy is not finite.
@@ -76,6 +78,7 @@ def shares_of_entropy(entropy_D: Floats, temperature: float = 1.0) -> Floats:
         )
     if not entropy_D.size or not np.isfinite(entropy_D).all():
         raise LawError.at("entropy", entropy_D.tolist(), "not finite numbers in nats")
+    # Less the largest, so that exp cannot overflow at low temperatures.
     weight_D = np.exp((entropy_D - entropy_D.max()) / temperature)
     return weight_D / weight_D.sum()
 
@@ -83,23 +86,24 @@ def shares_of_entropy(entropy_D: Floats, temperature: float = 1.0) -> Floats:
 def von_neumann_entropy(embedding_NF: Floats) -> float:
     """Return -sum_k l_k log l_k in nats, with l the eigenvalues of Z^T Z / tr(Z^T Z).
 
-    It is 0 where all documents point one way, and log F where they spread evenly. Directions
-    are all that counts where rows have length 1; center first if the mean direction should not.
+    It is 0 where all documents have one direction, and log F where they spread evenly over all.
+    Scale rows to length 1 to measure directions only; center them first to ignore the mean.
 
     Args:
         embedding_NF: Z, one document per row, shape (N, F).
 
     Raises:
-        LawError: If Z is no matrix of finite numbers, or all of it is 0.
+        LawError: If Z is not a matrix of finite numbers, or is all 0.
     """
     if embedding_NF.ndim != 2 or not embedding_NF.size or not np.isfinite(embedding_NF).all():
         shape = embedding_NF.shape
         raise LawError.at("embedding", shape, "not a matrix of finite numbers")
-    size = float(np.abs(embedding_NF).max())
-    if not size:
+    max_abs = float(np.abs(embedding_NF).max())
+    if not max_abs:
         raise LawError.at("embedding", 0.0, "all of it is 0: no document has a direction")
-    # Singular values squared are the eigenvalues, without squaring their rounding errors.
-    power = np.linalg.svd(embedding_NF / size, compute_uv=False) ** 2
+    # Singular values squared are the eigenvalues of Z^T Z, without forming the product, which
+    # squares rounding errors. Divided by the largest entry, so that squares stay in range.
+    power = np.linalg.svd(embedding_NF / max_abs, compute_uv=False) ** 2
     share = power / power.sum()
-    share = share[share > 0]
+    share = share[share > 0]  # 0 log 0 is 0 in the limit, NaN in floating point
     return float(-(share * np.log(share)).sum())

@@ -1,4 +1,4 @@
-"""Fitting in one call, and fitted laws as files."""
+"""Fit a law in one call; save and load fitted laws as JSON files."""
 
 from __future__ import annotations
 
@@ -22,39 +22,41 @@ def fit_law(
     targets: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[Law, FitReport]:
-    """Return a law fitted to a mixture table, and the report of the fit.
+    """Return a law fitted to a mixture table, and its report.
 
     Args:
-        table: The table, or the path of one.
-        law: Kind of law; `auto` takes the one that predicts runs left out best.
-        targets: Losses to predict; left out, all of the table.
-        options: For the law.
+        table: The table, or its path.
+        law: Kind of law; `auto` selects the one with the smallest held-out error.
+        targets: Losses to predict; default: all losses of the table.
+        options: Options of the law.
 
     Raises:
         LawError: If the table or the law cannot be used.
     """
-    given = table if isinstance(table, MixtureTable) else read_table(table)
+    mixture_table = table if isinstance(table, MixtureTable) else read_table(table)
     fitted = build_law(law, **options)
-    report = fitted.fit(given if targets is None else given.with_targets(targets))
+    report = fitted.fit(mixture_table if targets is None else mixture_table.with_targets(targets))
     return fitted, report
 
 
 def save_law(path: str | os.PathLike[str], fitted: Law, report: FitReport | None = None) -> None:
-    """Write a fitted law and its report as JSON, under a temporary name first."""
+    """Write a fitted law and its report as JSON, atomically."""
+    # json writes each float by its shortest repr, so a loaded law predicts the same bits. NaN is
+    # no JSON, and other readers would refuse the file.
     text = json.dumps(law_to_dict(fitted, report), ensure_ascii=False, allow_nan=False)
     atomic_write_text(os.fspath(path), text + "\n")
 
 
 def load_law(path: str | os.PathLike[str]) -> Law:
-    """Return the law in a file that `save_law` wrote.
+    """Return the law of a file written by `save_law`.
 
     Raises:
-        LawError: If there is none.
+        LawError: If the file cannot be read or holds no law.
     """
     try:
         document = parse_json(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise LawError.at("law", os.fspath(path), f"cannot be read: {error}") from error
     if not isinstance(document, dict):
-        raise LawError.at("law", os.fspath(path), "no law", fix="Make one with `raymix fit`")
+        raise LawError.at("law", os.fspath(path), "not a law", fix="Make one with `raymix fit`")
     return law_from_dict(document)

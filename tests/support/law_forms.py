@@ -40,7 +40,7 @@ class Form:
         return self.numbers["c"].shape  # type: ignore[return-value] # a matrix
 
     @property
-    def most_D(self) -> Floats:
+    def max_share_D(self) -> Floats:
         return np.full(self.size[1], self.most)
 
     def deviation(self, share_RD: Floats, step_R: Floats | None = None) -> Floats:

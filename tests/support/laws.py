@@ -21,14 +21,14 @@ class OwnShare:
         self.domains: tuple[str, ...] = ()
         self.targets: tuple[str, ...] = ()
         self.last = 1.0
-        self.most_D: Floats = np.zeros(0)
+        self.max_share_D: Floats = np.zeros(0)
         self.coefficient_VP: Floats = np.zeros((0, 3))
 
     def fit(self, table: MixtureTable) -> FitReport:
         self.domains, self.targets = table.domains, table.targets
         step_R = np.ones(len(table)) if table.step_R is None else table.step_R
         self.last = float(step_R.max())
-        self.most_D = table.share_RD.max(axis=0)
+        self.max_share_D = table.share_RD.max(axis=0)
         self.coefficient_VP = np.array(
             [
                 np.linalg.lstsq(self._features(name, table.share_RD, step_R), loss_R, rcond=None)[0]

@@ -1,6 +1,6 @@
-"""What to minimize, within what limits, and what came of it.
+"""User-facing objective and optimum of a search over shares.
 
-Shapes: D domains, V targets.
+Both are by name, for recipes and JSON; `feasible` has the same in arrays.
 """
 
 from __future__ import annotations
@@ -16,54 +16,54 @@ from raymix.laws.table import Floats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """A weighted sum of predicted losses, or the worst of them, within limits on the shares.
+    """A weighted sum of predicted losses, or their maximum, within limits on the shares.
 
-    Names are those of the law's domains and targets; what is not named has the default.
+    Names are those of the law's domains and targets; names left out have the default.
     """
 
     weights: Mapping[str, float] | None = None
-    """Weight of each target's loss, >= 0; targets not named count nothing. Left out: all alike,
-    summing to 1; for minimax 1 each."""
+    """Weight of each target's loss, >= 0; targets left out have weight 0. Default: equal weights
+    that sum to 1; for minimax 1 each."""
     horizon: float | None = None
-    """Steps (in the unit of the table) to be best at; left out: the table's last."""
+    """Steps (in the unit of the table) at which losses are minimized; default: the last step."""
     minimax: bool = False
     """Minimize the largest weighted loss instead of the sum."""
     floors: Mapping[str, float] = field(default_factory=dict)
-    """Least share by domain."""
+    """Smallest share by domain."""
     caps: Mapping[str, float] = field(default_factory=dict)
     """Largest share by domain."""
     available_tokens: Mapping[str, float] = field(default_factory=dict)
-    """Tokens each domain holds, for `max_epochs`."""
+    """Tokens in each domain, for `max_epochs`."""
     max_epochs: float | None = None
-    """A domain is read at most so often: cap = max_epochs x available / total_tokens."""
+    """Largest number of passes over a domain: cap = max_epochs x available / total_tokens."""
     total_tokens: float | None = None
-    """Tokens of the run that is planned, for `max_epochs`."""
+    """Tokens of the planned run, for `max_epochs`."""
     prior: Mapping[str, float] | None = None
-    """Shares to stay near to."""
+    """Prior shares of the KL penalty."""
     kl: float = 0.0
     """Weight of KL(shares || prior) in nats, >= 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimum:
-    """The best shares found."""
+    """The best shares of a search."""
 
     shares: Mapping[str, float]
-    """By domain, summing to 1."""
+    """Shares by domain, summing to 1."""
     losses: Mapping[str, float]
-    """Predicted, by target."""
+    """Predicted losses by target."""
     value: float
-    """Of the objective."""
+    """Value of the objective."""
     gap: float | None
-    """No shares within the limits have a value more than this below `value`; None: not proved."""
+    """No allowed shares have a value more than this below `value`; None: not proved."""
     method: str
-    """`closed form` or `convex`, both with a gap that proves them; or `restarts`."""
+    """`closed form` or `convex`, both proved by a gap; or `restarts`."""
     restarts: int = 0
-    """Starts that were tried, where nothing is proved."""
+    """Number of descents of `restarts`."""
     agreeing: int = 0
-    """How many of them came to the same value, to 1e-6 relative."""
+    """Number of descents that reached the same value, to 1e-6 relative."""
     warnings: tuple[str, ...] = ()
-    """Why not to trust it: shares beyond what any run had, losses that cannot be."""
+    """Reasons for doubt: shares larger than in any run, impossible losses."""
 
     def document(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -79,6 +79,6 @@ class Optimum:
         }
 
 
-def as_array(given: Mapping[str, float], names: tuple[str, ...], default: float) -> Floats:
-    """Return values in the order of `names`, `default` where there is none."""
-    return np.array([float(given.get(name, default)) for name in names])
+def as_array(values: Mapping[str, float], names: tuple[str, ...], default: float) -> Floats:
+    """Return the values in the order of `names`, `default` for names without a value."""
+    return np.array([float(values.get(name, default)) for name in names])

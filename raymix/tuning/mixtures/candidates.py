@@ -25,7 +25,7 @@ from raymix.laws.design import (
     space_filling_design,
     vertices,
 )
-from raymix.laws.models.fitted_law import LEAST_RUNS
+from raymix.laws.models.fitted_law import MIN_RUNS
 from raymix.recipe import Recipe, StaticMixer, TuneConfig, load_recipe
 from raymix.store import Corpus
 from raymix.training.plan.domain_sizes import prepared_sizes
@@ -163,12 +163,12 @@ def _no_domain(path: str, value: object, name: str, corpus: Corpus) -> str:
 def refuse_few(config: TuneConfig, space: Space) -> None:
     """Raise RecipeError if a design is too short for any law, before anything runs."""
     extra = len(space.domains) * (config.vertices + config.leave_one_out)
-    if config.runs + extra < LEAST_RUNS:
+    if config.runs + extra < MIN_RUNS:
         raise RecipeError.at(
             "tune.runs",
             config.runs,
             "too few runs for a law",
-            allowed=f"Allowed: {LEAST_RUNS} or more, and about two for each domain are of use",
+            allowed=f"Allowed: {MIN_RUNS} or more, and about two for each domain are of use",
         )
 
 

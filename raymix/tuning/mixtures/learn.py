@@ -111,7 +111,7 @@ def learn(table: MixtureTable, recipe: Recipe, space: Space) -> LearnedLaw:
                 fix=f"Measured: {', '.join(law.targets)}",
             )
     if not recipe.tune.extrapolate:
-        most = dict(zip(law.domains, map(float, law.most_D), strict=True))
+        most = dict(zip(law.domains, map(float, law.max_share_D), strict=True))
         caps = {name: min(cap, most[name]) for name, cap in objective.caps.items()}
         objective = replace(objective, caps=caps)
     return LearnedLaw(law=law, report=report, objective=objective, optimum=law.minimize(objective))

@@ -70,10 +70,10 @@ def test_nearest_within_limits_is_one_factor_for_all_free_shares(
     bounds: tuple[Floats, Floats], seed: int
 ) -> None:
     low, high = bounds
-    wanted = np.random.default_rng(seed).dirichlet(np.ones(low.size), 3)
-    found = within_limits(wanted, low, high)
-    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
-    for row, asked in zip(found, wanted, strict=True):
+    expected = np.random.default_rng(seed).dirichlet(np.ones(low.size), 3)
+    actual = within_limits(expected, low, high)
+    np.testing.assert_allclose(actual.sum(axis=1), 1, atol=1e-12)
+    for row, asked in zip(actual, expected, strict=True):
         free = (row > low + 1e-9) & (row < high - 1e-9)
         np.testing.assert_allclose(
             np.ptp(row[free] / asked[free]) if free.any() else 0, 0, atol=1e-6
@@ -137,9 +137,9 @@ def test_limits_without_room_are_refused() -> None:
     names = ("books", "code")
     with pytest.raises(LawError) as caught:
         check_limits(np.array([0.6, 0.5]), np.array([0.5, 0.4]), names)
-    told = "\n".join(caught.value.problems)
+    messages = "\n".join(caught.value.problems)
     for words in ("floor of books = 0.6", "above its cap of 0.5", "sum to 1 or more", "no choice"):
-        assert words in told
+        assert words in messages
     with pytest.raises(LawError, match="two domains"):
         check_limits(np.zeros(1), np.ones(1), ("books",))
     with pytest.raises(LawError, match="different mixtures"):

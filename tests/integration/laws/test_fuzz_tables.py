@@ -51,11 +51,11 @@ def test_tables(suffix: str, write: object, cases: int, tmp_path: Path) -> None:
     assert read_table(path).run_count == 6
     for case in range(cases):
         path.write_bytes(damaged(raw, case))
-        found = outcome(lambda: read_table(path), f"{suffix} case {case}")
-        if found is not None:
-            assert np.allclose(found.share_RD.sum(axis=1), 1, atol=1e-3)
-            assert np.isfinite(found.share_RD).all()
-            assert not (found.loss_RV <= 0).any()
+        actual = outcome(lambda: read_table(path), f"{suffix} case {case}")
+        if actual is not None:
+            assert np.allclose(actual.share_RD.sum(axis=1), 1, atol=1e-3)
+            assert np.isfinite(actual.share_RD).all()
+            assert not (actual.loss_RV <= 0).any()
 
 
 @pytest.mark.parametrize("cases", CASES)
@@ -67,9 +67,9 @@ def test_laws(cases: int, tmp_path: Path) -> None:
     raw = path.read_bytes()
     for case in range(cases):
         path.write_bytes(damaged(raw, case))
-        found = outcome(lambda: load_law(path), f"law case {case}")
-        if found is not None:
+        actual = outcome(lambda: load_law(path), f"law case {case}")
+        if actual is not None:
             # A file may hold other numbers and be sound: what they predict is theirs.
             with np.errstate(all="ignore"):
-                outcome(lambda found=found: found.predict(share[:2]), f"predicting, case {case}")
+                outcome(lambda actual=actual: actual.predict(share[:2]), f"predicting, case {case}")
     assert json.loads(raw)

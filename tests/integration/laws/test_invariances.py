@@ -21,24 +21,24 @@ def table() -> MixtureTable:
 
 
 @pytest.fixture(scope="module")
-def said(table: MixtureTable) -> Floats:
+def predicted(table: MixtureTable) -> Floats:
     return fit_law(table, law="gp")[0].predict(NEW, STEP)
 
 
-def test_the_unit_of_steps_is_anyones(table: MixtureTable, said: Floats) -> None:
+def test_the_unit_of_steps_is_anyones(table: MixtureTable, predicted: Floats) -> None:
     assert table.step_R is not None
     longer, _ = fit_law(replace(table, step_R=1000 * table.step_R), law="gp")
-    np.testing.assert_allclose(longer.predict(NEW, 1000 * STEP), said, rtol=1e-5)
+    np.testing.assert_allclose(longer.predict(NEW, 1000 * STEP), predicted, rtol=1e-5)
 
 
-def test_the_order_of_rows_says_nothing(table: MixtureTable, said: Floats) -> None:
+def test_the_order_of_rows_says_nothing(table: MixtureTable, predicted: Floats) -> None:
     order = np.random.default_rng(0).permutation(len(table))
     turned, _ = fit_law(table.rows(order), law="gp")
     # The likelihood is followed for a few steps only, which rounding moves.
-    np.testing.assert_allclose(turned.predict(NEW, STEP), said, rtol=1e-5)
+    np.testing.assert_allclose(turned.predict(NEW, STEP), predicted, rtol=1e-5)
 
 
-def test_the_order_of_domains_says_nothing(table: MixtureTable, said: Floats) -> None:
+def test_the_order_of_domains_says_nothing(table: MixtureTable, predicted: Floats) -> None:
     turn = [2, 0, 1]
     moved = replace(
         table,
@@ -46,12 +46,12 @@ def test_the_order_of_domains_says_nothing(table: MixtureTable, said: Floats) ->
         share_RD=table.share_RD[:, turn],
     )
     law, _ = fit_law(moved, law="gp")
-    np.testing.assert_allclose(law.predict(NEW[:, turn], STEP), said, rtol=1e-5)
+    np.testing.assert_allclose(law.predict(NEW[:, turn], STEP), predicted, rtol=1e-5)
 
 
-def test_a_target_does_not_depend_on_the_others(table: MixtureTable, said: Floats) -> None:
+def test_a_target_does_not_depend_on_the_others(table: MixtureTable, predicted: Floats) -> None:
     alone, _ = fit_law(table, law="gp", targets=["d2"])
-    np.testing.assert_allclose(alone.predict(NEW, STEP)[:, 0], said[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(alone.predict(NEW, STEP)[:, 0], predicted[:, 1], rtol=1e-6)
 
 
 def test_losses_known_late_only_do_not_keep_any_law_from_being_chosen(table: MixtureTable) -> None:

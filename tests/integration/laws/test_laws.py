@@ -21,7 +21,7 @@ from raymix.laws import (
     scores,
 )
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
-from raymix.laws.models.gaussian_process import ProcessRows, negative_evidence, usual
+from raymix.laws.models.gaussian_process import ProcessRows, hyper_prior, negative_log_posterior
 from raymix.laws.models.least_squares import Inputs
 from tests.support.tables import AdditiveTruth, BiMixTruth, as_table, draw_shares
 
@@ -41,17 +41,19 @@ def test_bimix_finds_planted_coefficients(noise: float, tolerance: float) -> Non
     law, report = fit_law(table, law="bimix")
     assert isinstance(law, FittedLaw)
     unit = law.state_dict()["unit"]
-    found = theta_of(law)
-    np.testing.assert_allclose(found["alpha"], truth.alpha, rtol=tolerance, atol=0.02 * noise * 100)
-    np.testing.assert_allclose(found["C"], truth.C, rtol=2 * tolerance)
+    actual = theta_of(law)
+    np.testing.assert_allclose(
+        actual["alpha"], truth.alpha, rtol=tolerance, atol=0.02 * noise * 100
+    )
+    np.testing.assert_allclose(actual["C"], truth.C, rtol=2 * tolerance)
     late = np.array([40_000.0])
     share = np.full((1, 6), 1 / 6)
     np.testing.assert_allclose(
         law.predict(share, late), truth(share, late), rtol=1e-4 if not noise else 0.02
     )
     if not noise:
-        np.testing.assert_allclose(found["b"], truth.b, rtol=tolerance)
-        np.testing.assert_allclose(found["B"] * unit**truth.b, truth.B, rtol=5 * tolerance)
+        np.testing.assert_allclose(actual["b"], truth.b, rtol=tolerance)
+        np.testing.assert_allclose(actual["B"] * unit**truth.b, truth.B, rtol=5 * tolerance)
         assert report.mean.mre < 1e-4
 
 
@@ -84,9 +86,9 @@ def test_laws_with_cross_terms_predict_what_own_shares_cannot(kind: str) -> None
     pair = ["d0", "d3"]
     law, report = fit_law(truth.table(60, noise=0.002), law=kind, targets=pair)
     test = truth.table(40, seed=9).with_targets(pair)
-    found = mean_score(scores(test, law.predict(test.share_RD)))
-    assert found.spearman > 0.98
-    assert found.mre < 0.01
+    actual = mean_score(scores(test, law.predict(test.share_RD)))
+    assert actual.spearman > 0.98
+    assert actual.mre < 0.01
     assert report.nulls["own"].mre > 3 * report.mean.mre
     assert report.mean.mre < 0.015
 
@@ -148,14 +150,14 @@ def test_the_evidence_has_the_gradient_it_says() -> None:
         0.3 * random.normal(size=(20, 4)),
         random.uniform(0.5, 1, 20),
     )
-    trend = rows.spread_NP @ rows.spread_NP.T
-    mean, spread = usual(3, 0.1)
+    trend = rows.scaled_jac_NP @ rows.scaled_jac_NP.T
+    mean, spread = hyper_prior(3, 0.1)
     at = mean + 0.3 * random.normal(size=len(mean))
-    _, gradient = negative_evidence(at, rows, trend, mean, spread)
+    _, gradient = negative_log_posterior(at, rows, trend, mean, spread)
     for number in range(len(at)):
         nudge = 1e-5 * np.eye(len(at))[number]
         up, down = (
-            negative_evidence(at + s * nudge, rows, trend, mean, spread)[0] for s in (1, -1)
+            negative_log_posterior(at + s * nudge, rows, trend, mean, spread)[0] for s in (1, -1)
         )
         assert gradient[number] == pytest.approx((up - down) / 2e-5, rel=1e-5, abs=1e-5)
 
@@ -187,13 +189,13 @@ def test_the_deviation_is_the_size_of_the_error() -> None:
 def test_intervals_hold_what_was_planted() -> None:
     truth = BiMixTruth(6)
     _, report = fit_law(truth.table(30, noise=0.005), law="bimix")
-    held = [
+    fixed = [
         low <= true <= high
         for true, target in zip(truth.alpha, report.coefficients, strict=True)
         for value, low, high in [report.coefficients[target]["alpha"]]
         if low <= value <= high
     ]
-    assert sum(held) >= 4
+    assert sum(fixed) >= 4
 
 
 def test_outliers_and_missing_losses_do_little_harm() -> None:
@@ -261,7 +263,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
         fit_law(same)
     with pytest.raises(LawError, match="Did you mean 'bimix'"):
         build_law("bimx")
-    with pytest.raises(LawError, match="target = 'zz': no loss"):
+    with pytest.raises(LawError, match="target = 'zz': not a loss"):
         fit_law(table, targets=["zz"])
     law = build_law("additive")
     with pytest.raises(LawError, match="not fitted yet"):

@@ -60,7 +60,7 @@ def by_solver(law: Form, objective: Objective) -> float:
     for _ in range(12):
         if objective.minimax:
             top = float((asked.weight_V * law.predict(share[None])[0])[counted].max())
-            found = scipy_minimize(
+            actual = scipy_minimize(
                 lambda x: x[-1] + asked.divergence(x[:-1]),
                 np.append(share, top),
                 jac=lambda x: np.append(pull(x[:-1]), 1.0),
@@ -88,7 +88,7 @@ def by_solver(law: Form, objective: Objective) -> float:
                 options={"maxiter": 200, "ftol": 1e-14},
             )
         else:
-            found = scipy_minimize(
+            actual = scipy_minimize(
                 value,
                 share,
                 jac=lambda r: asked.weight_V @ law.share_gradient(r)[1] + pull(r),
@@ -97,7 +97,7 @@ def by_solver(law: Form, objective: Objective) -> float:
                 constraints={"type": "eq", "fun": lambda r: r.sum() - 1, "jac": np.ones_like},
                 options={"maxiter": 200, "ftol": 1e-14},
             )
-        share = asked.region.nearest(np.log(np.clip(found.x[: low.size], 1e-12, 1)))
+        share = asked.region.project(np.log(np.clip(actual.x[: low.size], 1e-12, 1)))
         now = value(share)
         if now >= best - 1e-12 * abs(best):
             return min(now, best)
@@ -123,15 +123,15 @@ def check_allowed(optimum: Optimum, law: Form, objective: Objective) -> None:
 def test_no_general_solver_does_better_on_a_convex_law(name: str, task: str) -> None:
     law = LAWS[name]()
     objective = objective_of(law, task)
-    found = minimize(law, objective)
-    check_allowed(found, law, objective)
-    assert found.method == "convex"
-    assert found.gap is not None
-    assert 0 <= found.gap <= 1e-6 * found.value
+    actual = minimize(law, objective)
+    check_allowed(actual, law, objective)
+    assert actual.method == "convex"
+    assert actual.gap is not None
+    assert 0 <= actual.gap <= 1e-6 * actual.value
     reached = by_solver(law, objective)
-    assert found.value <= reached + 1e-6 * abs(reached)
+    assert actual.value <= reached + 1e-6 * abs(reached)
     # What is proved holds against what another solver found.
-    assert reached >= found.value - found.gap - 1e-12
+    assert reached >= actual.value - actual.gap - 1e-12
 
 
 def test_no_point_of_a_grid_does_better() -> None:
@@ -140,19 +140,19 @@ def test_no_point_of_a_grid_does_better() -> None:
     grid = np.array([(a, b, 1 - a - b) for a in steps for b in steps if a + b <= 1 + 1e-12])
     losses = law.predict(np.maximum(grid, 0))
     for minimax, values in ((False, losses.mean(axis=1)), (True, losses.max(axis=1))):
-        found = minimize(law, Objective(minimax=minimax))
-        assert found.value <= values.min() + 1e-6
-        assert values.min() - found.value < 1e-3
+        actual = minimize(law, Objective(minimax=minimax))
+        assert actual.value <= values.min() + 1e-6
+        assert values.min() - actual.value < 1e-3
 
 
 def test_it_agrees_with_the_closed_form() -> None:
     law = own(40, seed=2)
     objective = Objective(caps={"d0": 0.01, "d1": 0.01}, floors={"d2": 0.2})
-    found = minimize(law, objective)
+    actual = minimize(law, objective)
     region = feasible(objective, law.domains, law.targets).region
     exact = separable_optimum(np.diag(law.numbers["c"]) / 40, law.numbers["a"], region)
-    assert found.value == pytest.approx(exact.value, rel=1e-9)
-    np.testing.assert_allclose(shares_of(found), exact.share_D, rtol=1e-3)
+    assert actual.value == pytest.approx(exact.value, rel=1e-9)
+    np.testing.assert_allclose(shares_of(actual), exact.share_D, rtol=1e-3)
 
 
 def test_a_thousand_domains_need_few_evaluations() -> None:
@@ -163,9 +163,9 @@ def test_a_thousand_domains_need_few_evaluations() -> None:
         Objective(kl=0.05, prior=even),
     ):
         law.calls = 0
-        found = minimize(law, objective)
-        assert found.gap is not None
-        assert found.gap <= 1e-8 * found.value
+        actual = minimize(law, objective)
+        assert actual.gap is not None
+        assert actual.gap <= 1e-8 * actual.value
         assert law.calls < 60
 
 
@@ -186,17 +186,17 @@ def test_the_horizon_reaches_the_law() -> None:
 
 def test_a_domain_without_any_share_is_left_out_of_the_work() -> None:
     law = inverse(2, 3)
-    found = minimize(law, Objective(caps={"d1": 0}))
-    assert found.shares["d1"] == 0
-    assert found.gap is not None
-    assert found.gap < 1e-8
+    actual = minimize(law, Objective(caps={"d1": 0}))
+    assert actual.shares["d1"] == 0
+    assert actual.gap is not None
+    assert actual.gap < 1e-8
 
 
 def test_fixed_shares_are_returned() -> None:
     law = inverse(2, 3)
-    found = minimize(law, Objective(floors={"d0": 0.5, "d1": 0.3, "d2": 0.2}))
-    np.testing.assert_allclose(shares_of(found), [0.5, 0.3, 0.2], rtol=1e-12)
-    assert found.gap == pytest.approx(0, abs=1e-12)
+    actual = minimize(law, Objective(floors={"d0": 0.5, "d1": 0.3, "d2": 0.2}))
+    np.testing.assert_allclose(shares_of(actual), [0.5, 0.3, 0.2], rtol=1e-12)
+    assert actual.gap == pytest.approx(0, abs=1e-12)
 
 
 def test_a_single_domain_has_all() -> None:
@@ -210,13 +210,13 @@ def wells() -> Wells:
 
 def test_many_starts_find_the_deepest_well() -> None:
     law = wells()
-    found = minimize(law, Objective())
-    check_allowed(found, law, Objective())
-    assert (found.method, found.gap, found.restarts) == ("restarts", None, 16)
-    assert 1 <= found.agreeing <= 16
+    actual = minimize(law, Objective())
+    check_allowed(actual, law, Objective())
+    assert (actual.method, actual.gap, actual.restarts) == ("restarts", None, 16)
+    assert 1 <= actual.agreeing <= 16
     grid = np.random.default_rng(0).dirichlet(np.ones(4), 20_000)
-    assert found.value <= law.predict(grid).min() + 1e-9
-    assert minimize(law, Objective()) == found
+    assert actual.value <= law.predict(grid).min() + 1e-9
+    assert minimize(law, Objective()) == actual
 
 
 def test_starts_keep_the_limits() -> None:
@@ -227,18 +227,18 @@ def test_starts_keep_the_limits() -> None:
         kl=0.01,
         prior={"d0": 0.25} | dict.fromkeys(("d1", "d2", "d3"), 0.25),
     )
-    found = minimize(law, objective, starts=5)
-    check_allowed(found, law, objective)
-    assert found.restarts == 5
+    actual = minimize(law, objective, starts=5)
+    check_allowed(actual, law, objective)
+    assert actual.restarts == 5
 
 
 def test_a_law_that_claims_to_be_convex_is_found_out() -> None:
     law = wells()
     law.convex = True
     honest = minimize(wells(), Objective())
-    found = minimize(law, Objective())
-    assert found.gap is None or found.value - found.gap <= honest.value
-    assert found.method in ("restarts", "convex")
+    actual = minimize(law, Objective())
+    assert actual.gap is None or actual.value - actual.gap <= honest.value
+    assert actual.method in ("restarts", "convex")
 
 
 def test_predictions_that_are_not_finite_are_refused() -> None:
@@ -253,11 +253,13 @@ def test_predictions_that_are_not_finite_are_refused() -> None:
 def test_what_no_run_had_is_said() -> None:
     law = exponential(1, 3)
     law.most = 0.6
-    found = minimize(law, Objective())
-    corner = max(found.shares, key=lambda name: found.shares[name])
-    said = f"shares beyond what any run had: {corner} (1, at most 0.6); cap them, or add runs there"
-    assert found.warnings == (said,)
-    assert found.document()["warnings"] == [said]
+    actual = minimize(law, Objective())
+    corner = max(actual.shares, key=lambda name: actual.shares[name])
+    message = (
+        f"shares beyond what any run had: {corner} (1, at most 0.6); cap them, or add runs there"
+    )
+    assert actual.warnings == (message,)
+    assert actual.document()["warnings"] == [message]
     assert minimize(law, Objective(caps=dict.fromkeys(law.domains, 0.6))).warnings == ()
 
 

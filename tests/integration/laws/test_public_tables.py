@@ -29,8 +29,8 @@ def test_trees_need_many_runs_and_rank_them() -> None:
     law.fit(truth.table(120, noise=0.002).with_targets(["d0"]))
     again = law_from_dict(json.loads(json.dumps(law_to_dict(law))))
     test = truth.table(40, seed=9).with_targets(["d0"])
-    found = scores(test, again.predict(test.share_RD))["d0"]
-    assert found.spearman > 0.9
+    actual = scores(test, again.predict(test.share_RD))["d0"]
+    assert actual.spearman > 0.9
 
 
 def test_real_runs_are_ranked_better_than_by_any_published_fit(shared_data: Path) -> None:
@@ -39,9 +39,9 @@ def test_real_runs_are_ranked_better_than_by_any_published_fit(shared_data: Path
     test = read_table(shared_data / "mixtures" / "pile17_1m_test.csv")
     some = train.rows(np.random.default_rng(0).permutation(512)[:64])
     law, _ = fit_law(some, law="additive")
-    found = mean_score(scores(test, law.predict(test.share_RD)))
-    assert found.spearman > 0.978
-    assert found.mre < 0.0187
+    actual = mean_score(scores(test, law.predict(test.share_RD)))
+    assert actual.spearman > 0.978
+    assert actual.mre < 0.0187
 
 
 def test_all_runs_choose_a_law_that_passes_every_measured_one(shared_data: Path) -> None:
@@ -49,7 +49,7 @@ def test_all_runs_choose_a_law_that_passes_every_measured_one(shared_data: Path)
     train = read_table(shared_data / "mixtures" / "pile17_1m_train.csv")
     test = read_table(shared_data / "mixtures" / "pile17_1m_test.csv")
     law, report = fit_law(train)
-    found = mean_score(scores(test, law.predict(test.share_RD)))
-    assert (found.spearman, found.r2) > (0.9931, 0.9881)
-    assert found.mre < 0.00833
-    assert abs(report.mean.mre - found.mre) < 0.003
+    actual = mean_score(scores(test, law.predict(test.share_RD)))
+    assert (actual.spearman, actual.r2) > (0.9931, 0.9881)
+    assert actual.mre < 0.00833
+    assert abs(report.mean.mre - actual.mre) < 0.003

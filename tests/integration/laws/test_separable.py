@@ -42,7 +42,7 @@ def by_solver(
     share, value = region.center(np.full(scale.size, 1 / scale.size)), np.inf
     low = np.maximum(region.low_A, 1e-9)
     for _ in range(20):
-        found = minimize(
+        actual = minimize(
             lambda r: float((scale * (r + offset) ** -exponent).sum()),
             share,
             jac=lambda r: -exponent * scale * (r + offset) ** (-exponent - 1),
@@ -52,7 +52,7 @@ def by_solver(
             options={"maxiter": 300, "ftol": 1e-15},
         )
         # Its shares miss 1 by more than what is compared here.
-        share = region.nearest(np.log(np.maximum(found.x, 1e-300)))
+        share = region.project(np.log(np.maximum(actual.x, 1e-300)))
         now = float((scale * (share + offset) ** -exponent).sum())
         if now >= value - 1e-14 * value:
             break
@@ -60,34 +60,34 @@ def by_solver(
     return share, value
 
 
-def check_solution(found: SeparableOptimum, region: Region) -> None:
-    assert abs(found.share_D.sum() - 1) < 1e-12
-    assert (found.share_D >= region.low_A).all()
-    assert (found.share_D <= region.high_A).all()
-    assert 0 <= found.gap <= 1e-12 * found.value
+def check_solution(actual: SeparableOptimum, region: Region) -> None:
+    assert abs(actual.share_D.sum() - 1) < 1e-12
+    assert (actual.share_D >= region.low_A).all()
+    assert (actual.share_D <= region.high_A).all()
+    assert 0 <= actual.gap <= 1e-12 * actual.value
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_no_general_solver_does_better(seed: int) -> None:
     scale, exponent, offset, region = instance(seed)
-    found = separable_optimum(scale, exponent, region, offset_D=offset)
-    check_solution(found, region)
+    actual = separable_optimum(scale, exponent, region, offset_D=offset)
+    check_solution(actual, region)
     _, value = by_solver(scale, exponent, offset, region)
-    assert found.value <= value * (1 + 1e-9)
-    assert found.value == pytest.approx(value, rel=1e-6)
+    assert actual.value <= value * (1 + 1e-9)
+    assert actual.value == pytest.approx(value, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_no_point_of_a_grid_does_better(seed: int, size: int) -> None:
     scale, exponent, offset, region = instance(seed, size)
-    found = separable_optimum(scale, exponent, region, offset_D=offset)
+    actual = separable_optimum(scale, exponent, region, offset_D=offset)
     # A grid over the box around the answer and over all of it, the last share being what is left.
     for width in (1.0, 1e-2, 1e-4, 1e-6):
         axes = [
             np.linspace(max(low, r - width), min(high, r + width), 161)
             for low, high, r in zip(
-                region.low_A[:-1], region.high_A[:-1], found.share_D[:-1], strict=True
+                region.low_A[:-1], region.high_A[:-1], actual.share_D[:-1], strict=True
             )
         ]
         grid = np.array(list(itertools.product(*axes)))
@@ -95,7 +95,7 @@ def test_no_point_of_a_grid_does_better(seed: int, size: int) -> None:
         inside = (grid[:, -1] >= region.low_A[-1]) & (grid[:, -1] <= region.high_A[-1])
         grid = grid[inside & (grid + offset > 0).all(axis=1)]
         values = (scale * (grid + offset) ** -exponent).sum(axis=1)
-        assert values.min(initial=np.inf) >= found.value * (1 - 1e-13)
+        assert values.min(initial=np.inf) >= actual.value * (1 - 1e-13)
 
 
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 40), spread=st.floats(0, 12))
@@ -104,36 +104,36 @@ def test_shares_are_exact_and_proved_for_any_scales(seed: int, size: int, spread
     region = region_of(rng, size)
     scale = rng.lognormal(0, spread, size) * (rng.random(size) < 0.9)
     exponent = rng.uniform(0, 3, size)
-    found = separable_optimum(scale, exponent, region)
-    assert abs(found.share_D.sum() - 1) < 1e-12
-    assert (found.share_D >= region.low_A).all()
-    assert (found.share_D <= region.high_A).all()
-    assert found.gap <= 1e-9 * found.value
+    actual = separable_optimum(scale, exponent, region)
+    assert abs(actual.share_D.sum() - 1) < 1e-12
+    assert (actual.share_D >= region.low_A).all()
+    assert (actual.share_D <= region.high_A).all()
+    assert actual.gap <= 1e-9 * actual.value
 
 
 def test_without_limits_shares_follow_the_formula() -> None:
     scale, a = np.array([1.0, 8.0]), 0.5
     share = scale ** (1 / (1 + a))
-    found = separable_optimum(scale, np.full(2, a), Region(low_A=np.zeros(2), high_A=np.ones(2)))
-    np.testing.assert_allclose(found.share_D, share / share.sum(), rtol=1e-13)
+    actual = separable_optimum(scale, np.full(2, a), Region(low_A=np.zeros(2), high_A=np.ones(2)))
+    np.testing.assert_allclose(actual.share_D, share / share.sum(), rtol=1e-13)
 
 
 def test_a_domain_that_does_not_count_gets_its_floor_or_what_is_left() -> None:
     scale, exponent = np.array([1.0, 0.0, 1.0]), np.full(3, 0.3)
     low, high = np.array([0.0, 0.1, 0.0]), np.ones(3)
-    found = separable_optimum(scale, exponent, Region(low_A=low, high_A=high))
-    np.testing.assert_allclose(found.share_D, [0.45, 0.1, 0.45])
+    actual = separable_optimum(scale, exponent, Region(low_A=low, high_A=high))
+    np.testing.assert_allclose(actual.share_D, [0.45, 0.1, 0.45])
     high = np.array([0.2, 1.0, 0.3])
-    found = separable_optimum(scale, exponent, Region(low_A=low, high_A=high))
-    np.testing.assert_allclose(found.share_D, [0.2, 0.5, 0.3])
-    assert found.gap == 0
+    actual = separable_optimum(scale, exponent, Region(low_A=low, high_A=high))
+    np.testing.assert_allclose(actual.share_D, [0.2, 0.5, 0.3])
+    assert actual.gap == 0
 
 
 def test_floors_that_fill_everything_are_the_answer() -> None:
     low = np.array([0.25, 0.75])
     region = Region(low_A=low, high_A=np.ones(2))
-    found = separable_optimum(np.ones(2), np.ones(2), region)
-    np.testing.assert_allclose(found.share_D, low)
+    actual = separable_optimum(np.ones(2), np.ones(2), region)
+    np.testing.assert_allclose(actual.share_D, low)
 
 
 def test_a_thousand_domains_take_few_evaluations_and_stay_exact() -> None:

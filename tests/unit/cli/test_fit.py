@@ -56,7 +56,7 @@ def test_json_has_the_keys_others_rely_on(tables: Path) -> None:
         (("{}/one.csv",), "too few runs for a law"),
         (("{}/none.csv",), "cannot be read"),
         (("{}/train.csv", "--law", "bimx"), "Did you mean 'bimix'?"),
-        (("{}/train.csv", "--target", "d7"), "target = 'd7': no loss of the table"),
+        (("{}/train.csv", "--target", "d7"), "target = 'd7': not a loss of the table"),
         (("{}/train.csv", "--where", "size"), "not of the form COLUMN=VALUE"),
         (("{}/train.csv", "--where", "run=zz"), "where = 'zz': no row"),
     ],

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from raymix.laws import Score, mean_score, scores
-from raymix.laws.cross_validation import FOLDS, early, folds, left_out, score, verdict
-from raymix.laws.models.fitted_law import make_training_table, null_scores, questions
+from raymix.laws.cross_validation import FOLDS, early_rows, folds, out_of_fold, score, verdict
+from raymix.laws.models.fitted_law import cross_validate, make_training_table, null_scores
 from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats, MixtureTable
 from tests.support.tables import STEPS, AdditiveTruth, BiMixTruth, as_table, draw_shares
@@ -40,20 +40,20 @@ losses = st.lists(st.integers(1, 9).map(float), min_size=3, max_size=20)
 def test_rank_correlation_is_that_of_scipy_with_ties(measured: list[float], seed: int) -> None:
     given_R = np.array(measured)
     guess_R = np.random.default_rng(seed).integers(1, 5, given_R.size).astype(float)
-    found = score(guess_R, given_R).spearman
+    actual = score(guess_R, given_R).spearman
     if np.ptp(given_R) == 0 or np.ptp(guess_R) == 0:
-        assert np.isnan(found)
+        assert np.isnan(actual)
     else:
-        assert found == pytest.approx(spearmanr(guess_R, given_R).statistic, abs=1e-12)
+        assert actual == pytest.approx(spearmanr(guess_R, given_R).statistic, abs=1e-12)
 
 
 def test_scores_by_hand() -> None:
     # Deviations of the measured from their mean of 3: -1, 0, 1; errors: 1, 0, -1/2.
-    found = score(np.array([3.0, 3.0, 3.5]), np.array([2.0, 3.0, 4.0]))
-    assert found.r2 == pytest.approx(1 - 1.25 / 2)
-    assert found.mre == pytest.approx((1 / 2 + 0 + 1 / 8) / 3)
+    actual = score(np.array([3.0, 3.0, 3.5]), np.array([2.0, 3.0, 4.0]))
+    assert actual.r2 == pytest.approx(1 - 1.25 / 2)
+    assert actual.mre == pytest.approx((1 / 2 + 0 + 1 / 8) / 3)
     # Ranks 1.5, 1.5, 3 against 1, 2, 3.
-    assert found.spearman == pytest.approx(1.5 / np.sqrt(1.5 * 2))
+    assert actual.spearman == pytest.approx(1.5 / np.sqrt(1.5 * 2))
 
 
 @settings(max_examples=15)
@@ -75,10 +75,10 @@ def test_exact_predictions_have_the_best_score_there_is() -> None:
 
 
 def test_a_constant_has_no_rank_correlation_but_an_error() -> None:
-    found = score(np.full(4, 3.0), np.array([2.0, 3.0, 3.0, 4.0]))
-    assert np.isnan(found.spearman)
-    assert found.r2 == pytest.approx(0)
-    assert found.mre == pytest.approx((1 / 2 + 1 / 4) / 4)
+    actual = score(np.full(4, 3.0), np.array([2.0, 3.0, 3.0, 4.0]))
+    assert np.isnan(actual.spearman)
+    assert actual.r2 == pytest.approx(0)
+    assert actual.mre == pytest.approx((1 / 2 + 1 / 4) / 4)
     flat = score(np.array([2.0, 3.0, 4.0]), np.full(3, 3.0))
     assert np.isnan(flat.spearman)
     assert np.isnan(flat.r2)
@@ -97,11 +97,11 @@ def test_rows_that_are_not_known_do_not_count() -> None:
 def test_scores_are_by_target_and_their_mean_over_targets() -> None:
     table = AdditiveTruth(3).table(8)
     off_V = np.array([0.01, 0.02, 0.06])
-    found = scores(table, table.loss_RV * (1 + off_V))
-    assert list(found) == list(table.targets)
-    np.testing.assert_allclose([s.mre for s in found.values()], off_V)
-    assert mean_score(found).mre == pytest.approx(0.03)
-    assert mean_score(found).spearman == pytest.approx(1)
+    actual = scores(table, table.loss_RV * (1 + off_V))
+    assert list(actual) == list(table.targets)
+    np.testing.assert_allclose([s.mre for s in actual.values()], off_V)
+    assert mean_score(actual).mre == pytest.approx(0.03)
+    assert mean_score(actual).spearman == pytest.approx(1)
     assert np.isnan(mean_score({}).mre)
 
 
@@ -130,7 +130,7 @@ def test_folds_are_of_names_not_of_places() -> None:
 
 def test_early_rows_are_in_the_first_part_of_the_range_of_steps() -> None:
     table = of_runs(["x"] * 5 + ["y"] * 5, [100, 200, 300, 400, 500] * 2)
-    early_R = early(table)
+    early_R = early_rows(table)
     assert early_R is not None
     assert early_R.tolist() == [True, True, True, False, False] * 2
 
@@ -138,26 +138,26 @@ def test_early_rows_are_in_the_first_part_of_the_range_of_steps() -> None:
 @pytest.mark.parametrize("step", [None, [5, 5, 5], [1, 900, 1000], [700, 700, 800]])
 def test_where_steps_are_too_few_nothing_is_asked_ahead(step: list[float] | None) -> None:
     """One early step, or none that is later: a slope in steps cannot be tested."""
-    assert early(of_runs(["x", "y", "z"], step)) is None
+    assert early_rows(of_runs(["x", "y", "z"], step)) is None
 
 
 def test_what_is_left_out_is_what_the_fold_without_it_says() -> None:
     use_FR = np.array([[False, True, True], [True, False, True], [True, True, False]])
     predicted_FRV = np.arange(18.0).reshape(3, 3, 2)
     expected = [[0, 1], [8, 9], [16, 17]]
-    np.testing.assert_array_equal(left_out(use_FR, predicted_FRV), expected)
+    np.testing.assert_array_equal(out_of_fold(use_FR, predicted_FRV), expected)
 
 
 def says(
-    runs: int, found: Score, *, ahead: Score | None = None, notes: tuple[str, ...] = ()
+    runs: int, actual: Score, *, ahead: Score | None = None, notes: tuple[str, ...] = ()
 ) -> str:
     table = of_runs([f"r{at}" for at in range(runs)])
     later = {} if ahead is None else {"a": ahead}
-    return verdict(table, {"a": found}, later, NULLS, notes)
+    return verdict(table, {"a": actual}, later, NULLS, notes)
 
 
 @pytest.mark.parametrize(
-    ("runs", "found", "said"),
+    ("runs", "actual", "message"),
     [
         (3, GOOD, "3 runs are too few for 2 domains: rank only (1 % off on runs left out)."),
         (4, GOOD, "Ranks and losses can be trusted (1 % off on runs left out)."),
@@ -184,13 +184,13 @@ def says(
         ),
     ],
 )
-def test_the_verdict_says_what_the_scores_allow(runs: int, found: Score, said: str) -> None:
-    assert says(runs, found) == said
+def test_the_verdict_says_what_the_scores_allow(runs: int, actual: Score, message: str) -> None:
+    assert says(runs, actual) == message
 
 
 def test_the_verdict_adds_later_steps_and_notes() -> None:
-    said = says(9, GOOD, ahead=Score(spearman=1, r2=1, mre=0.034), notes=("Mind the gap",))
-    assert said.endswith(". Later steps from earlier ones: 3.4 % off. Mind the gap.")
+    message = says(9, GOOD, ahead=Score(spearman=1, r2=1, mre=0.034), notes=("Mind the gap",))
+    assert message.endswith(". Later steps from earlier ones: 3.4 % off. Mind the gap.")
 
 
 def test_the_verdict_of_what_is_unknown_is_not_trust() -> None:
@@ -222,8 +222,8 @@ def test_null_models_know_what_they_know() -> None:
 def test_the_mean_is_that_of_the_other_folds() -> None:
     table = AdditiveTruth(3).table(4)
     expected = (table.loss_RV.sum(axis=0) - table.loss_RV) / 3
-    found = null_scores(make_training_table(table))["mean"]
-    assert found.mre == pytest.approx(np.mean(np.abs(expected - table.loss_RV) / table.loss_RV))
+    actual = null_scores(make_training_table(table))["mean"]
+    assert actual.mre == pytest.approx(np.mean(np.abs(expected - table.loss_RV) / table.loss_RV))
 
 
 class Oracle(RidgeSolver):
@@ -239,8 +239,8 @@ class Oracle(RidgeSolver):
 
 def test_no_row_is_judged_by_a_fold_that_has_seen_it() -> None:
     table = BiMixTruth(3).table(12, noise=0.01)
-    apart, ahead = questions(Oracle(table.loss_RV), make_training_table(table))
-    late_R = ~early(table)
+    apart, ahead = cross_validate(Oracle(table.loss_RV), make_training_table(table))
+    late_R = ~early_rows(table)
     for at, target in enumerate(table.targets):
         off_R = np.abs(1 - table.loss_RV[:, at]) / table.loss_RV[:, at]
         assert apart[target].mre == pytest.approx(off_R.mean())
@@ -251,7 +251,7 @@ def test_no_row_is_judged_by_a_fold_that_has_seen_it() -> None:
 def test_losses_known_only_late_are_not_asked_about_ahead() -> None:
     table = BiMixTruth(3).table(12, noise=0.01)
     table.loss_RV[table.step_R < STEPS[-1], 1] = np.nan
-    apart, ahead = questions(Oracle(table.loss_RV), make_training_table(table))
+    apart, ahead = cross_validate(Oracle(table.loss_RV), make_training_table(table))
     assert set(apart) == set(table.targets)
     assert set(ahead) == {"d0", "d2"}
     assert np.isfinite(apart["d1"].mre)

@@ -73,7 +73,7 @@ def test_von_neumann_entropy_of_known_matrices() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(LawError, match=r"proxy = 'unigrm': no entropy.*Did you mean 'unigram'"):
+    with pytest.raises(LawError, match=r"proxy = 'unigrm': not an entropy.*Did you mean 'unigram'"):
         entropy_shares(DOMAINS, "unigrm")  # type: ignore[arg-type] # what is tested
     with pytest.raises(LawError, match=r"temperature = 0\.0: not allowed"):
         entropy_shares(DOMAINS, temperature=0.0)

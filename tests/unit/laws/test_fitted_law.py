@@ -27,7 +27,7 @@ from raymix.laws import (
     load_law,
     save_law,
 )
-from raymix.laws.models.fitted_law import absent, make_training_table, own_domains
+from raymix.laws.models.fitted_law import make_training_table, own_domains, share_offset
 from raymix.laws.models.parametric import run_weights
 from raymix.laws.models.regression import RidgeSolver
 from raymix.laws.table import Floats
@@ -53,7 +53,7 @@ def learned(kind: str, table: MixtureTable) -> FittedLaw:
     law, data = build_law(kind), make_training_table(table)
     assert isinstance(law, FittedLaw)
     law.solver.learn(data)
-    law.settle(data)
+    law.record_table(data)
     return law
 
 
@@ -107,8 +107,8 @@ def test_a_target_does_not_depend_on_the_others(
     kind: str, stepped: MixtureTable, laws: dict[str, Law]
 ) -> None:
     alone = learned(kind, stepped.with_targets(["d2"]))
-    found = alone.predict(NEW, at(9000))[:, 0]
-    np.testing.assert_allclose(found, laws[kind].predict(NEW, at(9000))[:, 1], rtol=1e-7)
+    actual = alone.predict(NEW, at(9000))[:, 0]
+    np.testing.assert_allclose(actual, laws[kind].predict(NEW, at(9000))[:, 1], rtol=1e-7)
 
 
 @pytest.mark.parametrize("kind", STEPPED)
@@ -195,12 +195,12 @@ def test_a_fit_that_is_refused_leaves_the_law_as_it_was(stepped: MixtureTable) -
 
 def test_a_law_knows_the_range_it_has_seen(stepped: MixtureTable, laws: dict[str, Law]) -> None:
     for law in laws.values():
-        np.testing.assert_array_equal(law.most_D, stepped.share_RD.max(axis=0))
+        np.testing.assert_array_equal(law.max_share_D, stepped.share_RD.max(axis=0))
 
 
 def test_what_is_added_to_shares_is_half_of_the_least() -> None:
-    assert absent(np.array([[0.2, 0.8], [1.0, 0.0]])) == 0.1
-    assert absent(np.array([[0.2, 0.8]])) == 0.0
+    assert share_offset(np.array([[0.2, 0.8], [1.0, 0.0]])) == 0.1
+    assert share_offset(np.array([[0.2, 0.8]])) == 0.0
 
 
 def test_the_steps_of_training_are_relative_to_their_geometric_mean(stepped: MixtureTable) -> None:
@@ -236,8 +236,8 @@ def log_linear(runs: int, noise: float = 0.0) -> tuple[MixtureTable, Any]:
 
 def test_ridge_finds_a_log_linear_law() -> None:
     table, law = log_linear(40)
-    found, report = fit_law(table, law="regression")
-    np.testing.assert_allclose(found.predict(NEW)[:, 0], law(NEW), rtol=1e-3)
+    actual, report = fit_law(table, law="regression")
+    np.testing.assert_allclose(actual.predict(NEW)[:, 0], law(NEW), rtol=1e-3)
     assert report.mean.mre < 1e-3
     assert not report.coefficients
 
@@ -269,10 +269,10 @@ def test_answers_of_subsets_have_the_shape_they_say(kind: str) -> None:
     table = AdditiveTruth(3).table(10, noise=0.01).with_targets(["d0", "d1"])
     law, data = learned(kind, table), make_training_table(table)
     use_FR = np.stack([np.arange(10) % 3 != fold for fold in range(3)])
-    found_FRV = law.solver.held_out(data, use_FR)
-    assert found_FRV.shape == (3, 10, 2)
-    assert (found_FRV > 0).all()
-    assert (found_FRV[0] != found_FRV[1]).any()
+    actual_FRV = law.solver.held_out(data, use_FR)
+    assert actual_FRV.shape == (3, 10, 2)
+    assert (actual_FRV > 0).all()
+    assert (actual_FRV[0] != actual_FRV[1]).any()
 
 
 def test_weights_of_draws_are_the_runs_own(stepped: MixtureTable) -> None:
@@ -330,7 +330,7 @@ def test_auto_before_a_fit_knows_nothing() -> None:
         law.predict(NEW)
     with pytest.raises(LawError, match="not fitted yet"):
         law.state_dict()
-    with pytest.raises(LawError, match="no kind of a fitted law"):
+    with pytest.raises(LawError, match="not the kind of a fitted law"):
         law.load_state_dict({})
 
 
@@ -342,7 +342,7 @@ def test_auto_counts_later_steps_as_much_as_other_runs(stepped: MixtureTable) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "said"),
+    ("kind", "options", "message"),
     [
         ("additive", {"eps": 0.1}, "law.eps = 0.1: no option of the law 'additive'. It has none."),
         ("bimix", {"epz": 0.1}, "Options: eps. Did you mean 'eps'?"),
@@ -350,11 +350,11 @@ def test_auto_counts_later_steps_as_much_as_other_runs(stepped: MixtureTable) ->
     ],
 )
 def test_options_that_a_law_does_not_have_are_refused(
-    kind: str, options: dict[str, Any], said: str
+    kind: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(LawError) as raised:
         build_law(kind, **options)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_fitting_from_a_file_is_fitting_its_table(tmp_path: Path, stepped: MixtureTable) -> None:
@@ -373,7 +373,7 @@ def test_a_law_is_written_whole_or_not_at_all(tmp_path: Path, laws: dict[str, La
         save_law(path, build_law("bimix"))
     assert path.read_bytes() == before
     assert json.loads(before)["report"] is None
-    assert [found.name for found in tmp_path.iterdir()] == ["law.json"]
+    assert [actual.name for actual in tmp_path.iterdir()] == ["law.json"]
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_a_state_that_lacks_a_part_is_refused(drop: str, laws: dict[str, Law]) -> None:
     document = law_to_dict(laws["bimix"])
     del document["state"][drop]
-    with pytest.raises(LawError, match=f"no law: KeyError '{drop}'"):
+    with pytest.raises(LawError, match=f"not a law: KeyError '{drop}'"):
         law_from_dict(document)
 
 

@@ -10,9 +10,9 @@ from scipy.optimize import least_squares
 
 from raymix.laws.models.curves import AdditiveCurve, BiMixCurve, ExponentialCurve
 from raymix.laws.models.least_squares import (
-    FIRST_SCALE,
+    INITIAL_SCALE,
     Curve,
-    Fitted,
+    CurveFits,
     Inputs,
     bootstrap,
     fit_curves,
@@ -53,18 +53,18 @@ def some_theta(curve: Curve, seed: int = 0) -> Floats:
 def test_the_fit_is_the_least_squares_of_scipy_with_the_prior_as_rows(kind: str) -> None:
     curve = CURVES[kind]
     inputs, y_BN = noisy(8, 0.01)
-    found = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN), rounds=0)
+    actual = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN), rounds=0)
     for at in range(2):
         which = np.array([at])
 
         def residuals(theta_P: Floats, at: int = at, which: np.ndarray = which) -> Floats:
-            off_N = (curve.evaluate(theta_P[None], inputs, which)[0][0] - y_BN[at]) / FIRST_SCALE
-            return np.concatenate([off_N, (theta_P - found.mean_BP[at]) / found.sd_P])
+            off_N = (curve.evaluate(theta_P[None], inputs, which)[0][0] - y_BN[at]) / INITIAL_SCALE
+            return np.concatenate([off_N, (theta_P - actual.mean_BP[at]) / actual.sd_P])
 
-        best = least_squares(residuals, found.mean_BP[at], xtol=1e-14, ftol=1e-14, gtol=1e-10)
-        assert found.cost_B[at] <= best.cost * (1 + 1e-5)
+        best = least_squares(residuals, actual.mean_BP[at], xtol=1e-14, ftol=1e-14, gtol=1e-10)
+        assert actual.cost_B[at] <= best.cost * (1 + 1e-5)
         ours, theirs = (
-            curve.evaluate(theta[None], inputs, which)[0] for theta in (found.theta_BP[at], best.x)
+            curve.evaluate(theta[None], inputs, which)[0] for theta in (actual.theta_BP[at], best.x)
         )
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -77,7 +77,7 @@ def test_problems_of_a_batch_do_not_know_each_other(kind: str) -> None:
     together = fit_curves(curve, inputs, np.tile(y_BN, (2, 1)), use_BN)
     for half in (slice(0, 2), slice(2, 4)):
         apart = fit_curves(curve, inputs, y_BN, use_BN[half])
-        mine = together.part(half)
+        mine = together.select(half)
         np.testing.assert_allclose(mine.theta_BP, apart.theta_BP, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(mine.scale_B, apart.scale_B, rtol=1e-9)
         np.testing.assert_allclose(mine.cost_B, apart.cost_B, rtol=1e-9)
@@ -136,8 +136,8 @@ def test_one_wild_loss_moves_little(error: float) -> None:
 def test_the_scale_is_that_of_the_noise(noise: float) -> None:
     curve = CURVES["bimix"]
     inputs, y_BN = planted(curve, 60, noise)
-    found = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
-    np.testing.assert_allclose(found.scale_B, noise, rtol=0.25)
+    actual = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
+    np.testing.assert_allclose(actual.scale_B, noise, rtol=0.25)
 
 
 @pytest.mark.parametrize("kind", CURVES)
@@ -148,7 +148,7 @@ def test_a_fit_that_begins_at_another_ends_where_it_would_without(kind: str) -> 
     whole = fit_curves(curve, inputs, y_BN, use_BN)
     use_BN[:, ::7] = 0
     fresh = fit_curves(curve, inputs, y_BN, use_BN)
-    warm = fit_curves(curve, inputs, y_BN, use_BN, like=whole)
+    warm = fit_curves(curve, inputs, y_BN, use_BN, warm_start=whole)
     np.testing.assert_array_equal(warm.mean_BP, whole.mean_BP)
     losses = [curve.evaluate(f.theta_BP, inputs)[0] for f in (warm, fresh)]
     np.testing.assert_allclose(losses[0], losses[1], atol=0.005)
@@ -156,12 +156,12 @@ def test_a_fit_that_begins_at_another_ends_where_it_would_without(kind: str) -> 
 
 def test_copies_of_a_fit_are_the_fit_over_again() -> None:
     inputs, y_BN = noisy(6, 0.01)
-    found = fit_curves(CURVES["bimix"], inputs, y_BN, np.ones_like(y_BN))
-    thrice = found.times(3)
+    actual = fit_curves(CURVES["bimix"], inputs, y_BN, np.ones_like(y_BN))
+    thrice = actual.tile(3)
     for at in range(3):
-        part = thrice.part(slice(2 * at, 2 * at + 2))
-        for name in Fitted.__slots__:
-            np.testing.assert_array_equal(getattr(part, name), getattr(found, name))
+        part = thrice.select(slice(2 * at, 2 * at + 2))
+        for name in CurveFits.__slots__:
+            np.testing.assert_array_equal(getattr(part, name), getattr(actual, name))
 
 
 def test_bootstrap_intervals_shrink_with_the_root_of_the_rows() -> None:
@@ -169,9 +169,9 @@ def test_bootstrap_intervals_shrink_with_the_root_of_the_rows() -> None:
     widths = []
     for runs in (40, 640):
         inputs, y_BN = planted(curve, runs, 0.003)
-        found = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
+        actual = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
         draws = np.random.default_rng(0).standard_exponential((60, y_BN.shape[1]))
-        widths.append(bootstrap(curve, inputs, y_BN, found, draws)[:, :, 0].std(axis=0))
+        widths.append(bootstrap(curve, inputs, y_BN, actual, draws)[:, :, 0].std(axis=0))
     # Sixteen times the rows: a quarter of the width.
     np.testing.assert_allclose(widths[1] / widths[0], 0.25, atol=0.1)
 
@@ -179,9 +179,9 @@ def test_bootstrap_intervals_shrink_with_the_root_of_the_rows() -> None:
 def test_draws_of_ones_leave_the_fit_where_it_is() -> None:
     curve = CURVES["bimix"]
     inputs, y_BN = planted(curve, 12, 0.01)
-    found = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
-    again = bootstrap(curve, inputs, y_BN, found, np.ones((1, y_BN.shape[1])))
-    np.testing.assert_allclose(again[0], found.theta_BP, atol=2e-3)
+    actual = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
+    again = bootstrap(curve, inputs, y_BN, actual, np.ones((1, y_BN.shape[1])))
+    np.testing.assert_allclose(again[0], actual.theta_BP, atol=2e-3)
 
 
 @pytest.mark.parametrize("kind", CURVES)
@@ -243,8 +243,8 @@ def test_a_factor_of_the_exponential_is_a_shift_of_its_slopes(k: float, seed: in
     theta_BP = theta_BP[:, : len(curve.names)]
     floor_B1, mixed_BN = np.exp(theta_BP[:, :1]), np.exp(theta_BP[:, 1:] @ inputs.share_ND.T)
     moved_BP = theta_BP + np.array([0.0, 1, 1, 1]) * np.log(k)
-    found = np.exp(curve.evaluate(moved_BP, inputs)[0])
-    np.testing.assert_allclose(found, floor_B1 + k * mixed_BN, rtol=1e-12)
+    actual = np.exp(curve.evaluate(moved_BP, inputs)[0])
+    np.testing.assert_allclose(actual, floor_B1 + k * mixed_BN, rtol=1e-12)
 
 
 def test_bimix_without_steps_is_a_power_of_the_own_share() -> None:
@@ -255,8 +255,8 @@ def test_bimix_without_steps_is_a_power_of_the_own_share() -> None:
     expected = scale[:, None] * (inputs.share_ND[:, OWN].T + 0.02) ** -alpha[:, None]
     np.testing.assert_allclose(np.exp(curve.evaluate(theta_BP, inputs)[0]), expected, rtol=1e-12)
     y_BN = np.log(expected)
-    found = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
-    np.testing.assert_allclose(found.theta_BP, theta_BP, atol=5e-3)
+    actual = fit_curves(curve, inputs, y_BN, np.ones_like(y_BN))
+    np.testing.assert_allclose(actual.theta_BP, theta_BP, atol=5e-3)
 
 
 def test_bimix_without_an_addition_has_no_finite_loss_of_an_absent_domain() -> None:

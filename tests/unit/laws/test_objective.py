@@ -83,7 +83,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "Give it a prior above 0, or a cap of 0 (code=0).",
     ),
     ({"kl": 0.1}, "objective.kl = 0.1: there is no prior to stay near to. Give a prior."),
-    ({"kl": -1}, "objective.kl = -1: no weight. Allowed: a number of at least 0."),
+    ({"kl": -1}, "objective.kl = -1: not a weight. Allowed: a number of at least 0."),
     (
         {"weights": {"web": -1, "math": 1}},
         "objective.weights.web = -1: not allowed. Allowed: a finite number of at least 0.",
@@ -92,8 +92,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"weights": {"web": 0}},
         "objective.weights = {'web': 0}: no target has a weight. Give one at least above 0.",
     ),
-    ({"horizon": 0}, "objective.horizon = 0: no length of a run. Allowed: above 0."),
-    ({"horizon": float("nan")}, "objective.horizon = nan: no length of a run. Allowed: above 0."),
+    ({"horizon": 0}, "objective.horizon = 0: not a number of steps. Allowed: above 0."),
+    (
+        {"horizon": float("nan")},
+        "objective.horizon = nan: not a number of steps. Allowed: above 0.",
+    ),
 ]
 
 
@@ -153,7 +156,7 @@ def test_the_nearest_shares_are_a_clipped_multiple(
     region: Region, seed: int, spread: float
 ) -> None:
     log_A = np.random.default_rng(seed).normal(0, spread, region.low_A.size)
-    share_A = region.nearest(log_A)
+    share_A = region.project(log_A)
     assert share_A.sum() == pytest.approx(1, abs=1e-12)
     assert (share_A >= region.low_A).all()
     assert (share_A <= region.high_A).all()
@@ -180,4 +183,4 @@ def test_the_cheapest_shares_beat_random_ones(region: Region, seed: int) -> None
     assert (best >= region.low_A - 1e-15).all()
     assert (best <= region.high_A + 1e-15).all()
     for _ in range(5):
-        assert cost @ best <= cost @ region.nearest(rng.normal(0, 2, cost.size)) + 1e-12
+        assert cost @ best <= cost @ region.project(rng.normal(0, 2, cost.size)) + 1e-12

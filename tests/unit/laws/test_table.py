@@ -50,26 +50,28 @@ def test_faults_of_chosen_rows_name_the_rows_of_the_file(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("0.25,0.75,4.5", "0.25,0.65,4.5"), r"row 2, column share\.\* = 0\.9: .* not sum to 1"),
-        (("0.25,0.75,4.5", "-0.25,1.25,4.5"), r"row 2, column share\.a = -0\.25: no share"),
+        (("0.25,0.75,4.5", "-0.25,1.25,4.5"), r"row 2, column share\.a = -0\.25: not a share"),
         (("4.5,3.5", "nan,3.5"), r"row 2, column loss\.a = 'nan': not finite"),
         (("4.5,3.5", "inf,3.5"), r"row 2, column loss\.a = 'inf': not finite"),
         (("4.5,3.5", "low,3.5"), r"row 2, column loss\.a = 'low': not a number"),
-        (("4.5,3.5", "-4.5,3.5"), r"row 2, column loss\.a = -4\.5: no loss"),
+        (("4.5,3.5", "-4.5,3.5"), r"row 2, column loss\.a = -4\.5: not a loss"),
         (("0.25,0.75,4.5", ",0.75,4.5"), r"row 2, column share\.a = '': missing"),
         (("x,200", "x,100"), r"row 3, column run = 'x': the same run and step as row 2"),
-        (("x,200", "x,-200"), r"row 3, column step = -200\.0: no step"),
+        (("x,200", "x,-200"), r"row 3, column step = -200\.0: not a step"),
         (("y,100,9M,1,0,3.0,6.5", "x,300,9M,1,0,3.0,6.5"), r"row 4, .* other shares than in row 2"),
         (("loss.a,loss.b", "lost.a,lost.b"), r"no loss\.<target> column"),
         (("share.a,share.b", "part.a,part.b"), r"no share\.<domain> column"),
-        (("loss.a,loss.b", "loss.a,loss.a"), r"column 'loss\.a' is there twice"),
+        (("loss.a,loss.b", "loss.a,loss.a"), r"column 'loss\.a' appears twice"),
         ((",3.5\n", ",3.5,1\n"), "row 2 has 8 cells, the header 7"),
     ],
 )
-def test_bad_tables_name_row_and_column(tmp_path: Path, change: tuple[str, str], said: str) -> None:
-    with pytest.raises(LawError, match=said):
+def test_bad_tables_name_row_and_column(
+    tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(LawError, match=message):
         read_table(written(tmp_path, GOOD.replace(*change)))
 
 
@@ -113,5 +115,5 @@ def test_parts_of_tables(tmp_path: Path) -> None:
     assert table.last_rows().step_R is not None
     assert table.last_rows().runs == ("x", "y")
     assert table.with_targets(["b"]).targets == ("b",)
-    with pytest.raises(LawError, match="target = 'c': no loss of the table"):
+    with pytest.raises(LawError, match="target = 'c': not a loss of the table"):
         table.with_targets(["c"])

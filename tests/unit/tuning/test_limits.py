@@ -374,8 +374,8 @@ def test_fewer_runs_than_features_are_still_different() -> None:
 
 def test_corners_hold_all_that_the_limits_allow() -> None:
     floor_D, cap_D = np.array([0.1, 0.2, 0.0]), np.array([0.9, 0.6, 0.3])
-    most_D = np.minimum(cap_D, 1 - (floor_D.sum() - floor_D))
-    np.testing.assert_allclose(np.diag(vertices(floor_D, cap_D)), most_D, atol=1e-5)
+    max_share_D = np.minimum(cap_D, 1 - (floor_D.sum() - floor_D))
+    np.testing.assert_allclose(np.diag(vertices(floor_D, cap_D)), max_share_D, atol=1e-5)
     left_DD = leave_one_out(np.array([0.0, 0.5, 0.5]), floor_D, cap_D)
     assert (left_DD >= floor_D - 1e-9).all()
     assert (left_DD <= cap_D + 1e-9).all()
