@@ -17,11 +17,14 @@ import typer
 from raymix._utils.json import jsonable
 from raymix.errors import RaymixError
 
+# `raymix --help` imports this file, too: whatever is slow to import
+# waits for the function that needs it.
 if TYPE_CHECKING:
     from rich.table import Table
 
     from raymix.recipe import Recipe
 
+# Aliases, so that an argument has the same name and help text in every command.
 RecipeSource = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe: FILE.yaml, or MODULE:FUNCTION.")
 ]
@@ -59,6 +62,7 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, the rest on stderr.")
 ]
 
+# False in tests and notebooks, which call commands and go on to print afterwards.
 _owns_process = False
 
 
@@ -97,15 +101,18 @@ def run_command(
     with _stdout_for_document(json) as write:
         try:
             document = work()
+            # Before `failed` is asked: work that failed in part still has its document.
             write(document)
             code = int(failed(document))
             if code:
                 raise typer.Exit(code)
         except typer.Exit:
+            # A RuntimeError in Typer: the last clause would report it as a fault.
             raise
         except KeyboardInterrupt:
             _fail(write, "Interrupted", ["interrupted"], 130)
         except BrokenPipeError:
+            # As in `raymix logs JOB | head`: nobody is left to read a document.
             _close_stdout()
             raise typer.Exit(1) from None
         except Exception as error:  # noqa: BLE001 - the last line of defence of the process
@@ -118,10 +125,12 @@ def explain(error: BaseException) -> tuple[str, list[str], int]:
     known = _raymix_error(error)
     if known is not None:
         return type(known).__name__, list(known.problems), known.exit_code
+    # Only what the user can mend is bad input; any other OSError may be a fault of raymix.
     if isinstance(error, OSError) and error.errno in _INPUT_ERRNOS:
         where = f"{error.filename}: " if error.filename else ""
         advice = _INPUT_ERRNOS[error.errno]
         return type(error).__name__, [f"{where}{error.strerror}. {advice}".strip()], 2
+    # The last line only: Python formats a SyntaxError with its source over several lines.
     short = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     path = _write_traceback(error)
     return (
@@ -141,10 +150,12 @@ _INPUT_ERRNOS = {
 
 def _raymix_error(error: BaseException) -> RaymixError | None:
     """Return the RaymixError in a chain of causes: Ray wraps the errors of its tasks."""
+    # Python lets a chain of causes run in a circle.
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
+        # Ray's task errors have the original in `cause`; Python's own chain is in `__cause__`.
         inner = getattr(current, "cause", None)
         for candidate in (inner, current):
             # Ray's wrapper inherits from the error's class but has lost its `problems`.
@@ -155,6 +166,7 @@ def _raymix_error(error: BaseException) -> RaymixError | None:
 
 
 def _write_traceback(error: BaseException) -> str:
+    # Not deleted: the message names the file, to be read after this process has ended.
     with tempfile.NamedTemporaryFile(
         "w", prefix="raymix-", suffix=".traceback.txt", delete=False, encoding="utf-8"
     ) as file:
@@ -165,6 +177,7 @@ def _write_traceback(error: BaseException) -> str:
 def _fail(
     write: Callable[[Mapping[str, Any]], None], name: str, problems: Sequence[str], code: int
 ) -> NoReturn:
+    # The terminal of stderr decides: stdout may go to a pipe while a person reads the errors.
     label = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
     for problem in problems:
         print(label, problem, file=sys.stderr)
@@ -199,8 +212,11 @@ def _stdout_for_document(json: bool) -> Iterator[Callable[[Mapping[str, Any]], N
 
 
 def _write_document(document: Mapping[str, Any], original: TextIO, saved: int) -> None:
+    # Complete before the first byte is written: a value that is no JSON leaves no half document.
     text = json_module.dumps(jsonable(document), indent=2, ensure_ascii=False) + "\n"
     if _owns_process:
+        # `original` writes to descriptor 1, which is stderr by now;
+        # UTF-8 is JSON's encoding in any locale.
         with os.fdopen(saved, "w", encoding="utf-8") as stream:
             stream.write(text)
     else:
@@ -218,8 +234,10 @@ def plain_table(*columns: str, fancy: bool) -> Table:
     from rich import box
     from rich.table import Table
 
+    # In a pipe no line but rows and heads, so that grep and awk need not skip any.
     table = Table(box=box.SIMPLE_HEAD if fancy else None, pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
+        # A number broken over two lines reads as two numbers.
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
@@ -228,4 +246,5 @@ def ready_for_trials() -> None:
     """Give this process the environment that the processes of Ray's trials are to inherit."""
     from raymix.training.launch.cluster import worker_environment
 
+    # glibc reads its MALLOC_ variables only when a process starts: inside a trial it is too late.
     os.environ |= worker_environment(on_gpu=False)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from raymix.training.calibrate.calibrate import CalibrationSetup
 
 _LONGEST = 32_768
+# One rank has nothing to gather from; more than two would only share this machine's cores.
 _CPU_RANKS = 2
 
 
@@ -50,11 +51,13 @@ def work(options: CalibrateOptions) -> dict[str, Any]:
     path = _path(options.out)
     quiet_libraries()
     setup = _setup(options)
+    # Progress goes to stderr, so that stdout holds the result alone, also without --json.
     console = Console(stderr=True, highlight=False)
     budget = CalibrationBudget(seconds=options.seconds, longest=options.longest or _LONGEST)
     cost, taken = calibrate(setup, budget, lambda line: console.print(line, markup=False))
     if setup.ranks == 1:
         cost = with_links(cost, _assumed_links(setup, options.network), options.network)
+    # Saved before it is drawn: a closed pipe must not cost the measurements.
     save_cost_model(cost, path)
     _draw(cost, path, Console(highlight=False))
     return {
@@ -142,6 +145,7 @@ def _assumed_links(setup: CalibrationSetup, network: str) -> Any:
 
 def _draw(cost: CostModel, path: Path, console: Console) -> None:
     """Print the cost model for people."""
+    # Significant digits, as the coefficients differ by many orders of magnitude.
     lines = [
         f"\n{cost.hardware}, {cost.date}",
         f"attention: {cost.quadratic_s:.3g} s/token^2 + {cost.edge_s:.3g} s/token + "
@@ -159,4 +163,5 @@ def _draw(cost: CostModel, path: Path, console: Console) -> None:
         f"file: {path}",
     ]
     for line in lines:
+        # rich would break a long path at the console's width, and it could not be copied.
         console.print(line, markup=False, soft_wrap=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+# About a screen; the files that the last line names hold every domain.
 _MAX_DOMAINS = 40
 
 
@@ -61,6 +62,7 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
+        # Before the next import, which loads torch: OpenMP reads its variables only then.
         ready_for_trials()
         from raymix.tuning.compare.compare import compare
 
@@ -75,12 +77,14 @@ def command(
         draw(document, Console(highlight=False))
         return document
 
+    # One run that failed makes the exit code 1, so that scripts notice; the document is complete.
     run_command(work, json=json, failed=lambda document: bool(document.get("failed")))
 
 
 def draw(document: Mapping[str, Any], console: Console) -> None:
     """Print the comparison for people: mixers, differences, domains, failed runs, files."""
     if not console.is_terminal:
+        # rich assumes 80 columns without a terminal; every mixer is a column of about 20.
         console.width = max(120, 40 + 20 * len(document["mixers"]))
     seeds = ", ".join(str(seed) for seed in document["seeds"])
     console.print(
@@ -91,6 +95,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     fancy = console.is_terminal
     console.print(_mixers(document, fancy=fancy))
     if len(document["mixers"]) > 1:
+        # Paired by seed: noise that both runs of a pair share cancels in their difference.
         about = f"\ndifference to {document['baseline']}, each seed to itself, with 95 % interval"
         console.print(about, soft_wrap=True)
         console.print(_differences(document, fancy=fancy))
@@ -98,6 +103,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print(_domains(document, width=console.width, fancy=fancy))
     for run in document["runs"]:
         if run["state"] != "done":
+            # A problem may hold a list in brackets, which rich would read as markup.
             failure = f"{run['mixer']}, seed {run['seed']}: {run['problem']}"
             console.print(failure, markup=False, soft_wrap=True)
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
@@ -139,6 +145,8 @@ def _domains(document: Mapping[str, Any], *, width: int, fancy: bool) -> Table:
 
     rows = document["mixers"]
     names = [*document["domains"], *document["targets"]]
+    # 9 is the length of " (target)", 17 that of a loss with its
+    # spread and the gap to the next column.
     needed = max([0, *map(len, names)]) + 9 + sum(max(17, len(name) + 2) for name in rows)
     table = plain_table("domain", *rows, fancy=fancy)
     for name in names[:_MAX_DOMAINS]:

@@ -56,12 +56,14 @@ def command(
         checks = []
         for check in examine(address):
             checks.append(check)
+            # Printed one by one: the last check may wait long for a cluster.
             print(line(check, color=sys.stdout.isatty()))
         return {
             "ok": all(check.verdict != "fail" for check in checks),
             "checks": [asdict(check) for check in checks],
         }
 
+    # A warning ends with 0: a small machine is slow, but it works.
     run_command(work, json=json, failed=lambda document: not document["ok"])
 
 
@@ -70,6 +72,7 @@ def line(check: Check, *, color: bool) -> str:
     verdict = check.verdict.ljust(4)
     if color:
         verdict = typer.style(verdict, fg=_COLORS[check.verdict], bold=True)
+    # 21 columns are the verdict and the name, with the space after each.
     advice = f"\n{'':21}{check.advice}" if check.advice else ""
     return f"{verdict} {check.name:15} {check.observed}{advice}"
 
@@ -81,6 +84,7 @@ def examine(address: str | None) -> Iterator[Check]:
     quick: tuple[Callable[[], Check], ...] = (_cores, _memory, _shared_memory, _disk, _open_files)
     for check in quick:
         yield check()
+    # The slow ones: torch has to be imported, then a cluster may have to answer.
     yield _gpus()
     yield _cluster(address)
 
@@ -93,8 +97,10 @@ def _packages() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
     needed = {}
+    # As the installed package declares them, so that no second list of versions gets old here.
     for text in metadata.requires("raymix") or ():
         requirement = Requirement(text)
+        # A marker belongs to an extra, or to another system or Python.
         if requirement.marker is None:
             needed[requirement.name] = requirement.specifier
     for name in PACKAGES:
@@ -104,6 +110,7 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "fail", "not installed", f"pip install '{name}'")
             continue
         required = needed.get(name)
+        # Nightly builds are pre-releases, which `contains` rejects unless told otherwise.
         if required is None or required.contains(version, prereleases=True):
             yield Check(name, "ok", version)
         else:
@@ -158,9 +165,11 @@ def _disk() -> Check:
 
 
 def _open_files() -> Check:
+    # Not at the top of the file: the module exists on Unix only.
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # RLIM_INFINITY is -1 in Python, so a comparison alone takes "no limit" for the lowest one.
     if soft >= 4096 or soft == resource.RLIM_INFINITY:
         return Check("open files", "ok", f"ulimit -n {soft}")
     more = f"ulimit -n {min(65_536, hard) if hard > 0 else 65_536}"
@@ -173,6 +182,7 @@ def _gpus() -> Check:
 
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     except (ImportError, OSError, RuntimeError) as error:
+        # OSError: a shared library of torch is missing. RuntimeError: CUDA does not start.
         return Check("gpus", "fail", f"torch does not load: {error}", "Reinstall torch.")
     if names:
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

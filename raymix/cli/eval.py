@@ -55,6 +55,7 @@ def command(
             table.add_row(name, f"{row['tokens']:,}", f"{row['loss']:.4f}", bits_text)
         console = Console(highlight=False)
         console.print(table)
+        # Not wrapped: the path of the checkpoint is there to be copied.
         console.print(
             f"mean loss {document['mean']:.4f} of {document['checkpoint']}", soft_wrap=True
         )

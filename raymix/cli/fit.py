@@ -62,18 +62,22 @@ def command(
     def work() -> dict[str, Any]:
         from raymix.laws import fit_law, read_table, save_law
 
+        # Before the tables are read, so that a mistake in --where costs no time.
         conditions = _where(where or [])
+        # Both `--target a,b` and `--target a --target b` are common; they mean the same here.
         names = [name for part in target or [] for name in part.split(",") if name]
         fitted, report = fit_law(
             read_table(table, where=conditions), law=law, targets=names or None
         )
         document = report.document()
         if holdout is not None:
+            # --where holds for both tables: a law of one size is not judged on runs of another.
             holdout_scores = _score_holdout(fitted, read_table(holdout, where=conditions), holdout)
             document |= holdout_scores
             document["judged_on"] = holdout
         else:
             document["judged_on"] = "runs left out"
+        # Saved before it is drawn: a closed pipe must not cost the fit.
         if out is not None:
             save_law(out, fitted, report)
             document["out"] = out
@@ -88,6 +92,7 @@ def _where(given: Sequence[str]) -> dict[str, str]:
 
     conditions: dict[str, str] = {}
     for text in given:
+        # The first `=` separates: a value may hold another one.
         column, equals, value = text.partition("=")
         if not (column and equals):
             raise LawError.at("--where", text, "not of the form COLUMN=VALUE")
@@ -100,7 +105,9 @@ def _score_holdout(fitted: Any, holdout_table: Any, name: str) -> dict[str, Any]
     from raymix.errors import LawError
     from raymix.laws import mean_score, scores
 
+    # As sets, since order is no fault: the columns are put into the law's order below.
     if set(holdout_table.domains) != set(fitted.domains):
+        # Both directions: a domain too many is as wrong as a missing one.
         missing = sorted(set(fitted.domains) ^ set(holdout_table.domains))
         raise LawError.at(
             "--holdout",
@@ -126,6 +133,7 @@ def _draw(report: FitReport, document: Mapping[str, Any]) -> None:
     console = Console(highlight=False)
     fancy = console.is_terminal
     if not fancy:
+        # rich assumes 80 columns without a terminal and would cut the table.
         console.width = 120
 
     def table(first: str, rows: Mapping[str, Sequence[str]]) -> None:
@@ -156,6 +164,7 @@ def _draw(report: FitReport, document: Mapping[str, Any]) -> None:
 
 def _cells(score: Mapping[str, float | None]) -> list[str]:
     def cell(name: str, factor: float, digits: int) -> str:
+        # Empty where a score is undefined, as any number would read as a result.
         value = score[name]
         return "" if value is None else f"{factor * value:.{digits}f}"
 

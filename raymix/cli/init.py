@@ -40,11 +40,14 @@ def write_recipe(path: str, *, force: bool) -> str:
     from raymix.recipe.schema import SCHEMA_FILE
     from raymix.store import atomic_write_text
 
+    # Even with --force: a file cannot take the place of a directory.
     if os.path.isdir(path):
         raise RecipeError.at("file", path, "a directory", fix="Name a file in it")
     if os.path.exists(path) and not force:
         raise RecipeError.at("file", path, "exists", fix="Use --force to overwrite it")
+    # The name of any file becomes one that recipes allow: a letter or digit first, 128 characters.
     name = re.sub(r"[^A-Za-z0-9_.-]+|^[^A-Za-z0-9]+", "-", Path(path).stem).strip("-.") or "run"
+    # Beside the recipe, whose first line refers editors to it by a relative name.
     schema = str(Path(path).parent / SCHEMA_FILE)
     atomic_write_text(path, commented_recipe(name[:128]))
     atomic_write_text(schema, json_module.dumps(recipe_schema(), indent=2) + "\n")

@@ -26,6 +26,7 @@ def command(
 
         server = JobServer(address, token_in_clear=token_in_clear)
         if follow:
+            # Read again for the document: what was streamed has been printed, not stored.
             return followed(server, job).document | {"logs": server.logs(job)}
         text = server.logs(job)
         print(text, end="")

@@ -83,6 +83,7 @@ COMMANDS = {
     },
 }
 
+# Click aligns every section by itself; names padded to one width align them all.
 _NAME = max(len(name) for section in COMMANDS.values() for name in section)
 _HELP = """Decide what a language model reads next: data mixing on Ray, exact and restartable.
 
@@ -117,6 +118,7 @@ class PlainCommand(TyperCommand):
             if record is not None:
                 is_argument = parameter.param_type_name == "argument"
                 name = record[0].partition(" <")[0] if is_argument else record[0]
+                # The usage line shows it already: what is not in brackets is required.
                 text = record[1].replace("  [required]", "")
                 sections["Arguments" if is_argument else "Options"].append((name, text))
         for section, rows in sections.items():
@@ -134,9 +136,11 @@ class LazyCommands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command built from its file, or None when there is none of that name."""
+        # Also keeps `raymix _run` and the like from importing a module that is no command.
         if cmd_name not in self.list_commands(ctx):
             return None
         module = importlib.import_module(f"raymix.cli.{cmd_name}")
+        # From an app of one command Typer builds that command itself, not a group around it.
         single = typer.Typer(
             add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
         )
@@ -146,8 +150,10 @@ class LazyCommands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that `args` name; a usage error says which one may be meant."""
         name = args[0]
+        # An unknown option is no command: Click has a better message for it.
         if not name.startswith("-") and name not in self.list_commands(ctx):
             near = did_you_mean(name, self.list_commands(ctx))
+            # A usage error, which ends with 2 like all bad input.
             ctx.fail(f"No such command {name!r}. {near}".strip())
         return super().resolve_command(ctx, args)
 
@@ -166,9 +172,13 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
+# No rich markup: it would take brackets in help texts for styles. No pretty exceptions:
+# `run_command` explains all errors itself.
 app = typer.Typer(
     cls=LazyCommands,
     add_completion=False,
+    # True would end `raymix` alone with 2, as a usage error; the
+    # callback shows help and ends with 0.
     no_args_is_help=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -193,5 +203,6 @@ def frame(
 
 def main() -> None:
     """Run the command line of this process."""
+    # Here and not in `frame`: tests call `app` and read stdout after it.
     _run.own_process()
     app(prog_name="raymix")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _MAX_POINTS = 10
+# Domains are columns here: more would not fit on a line.
 _MAX_DOMAINS = 8
 
 _TrialsOption = Annotated[
@@ -90,9 +91,11 @@ def command(
 
     def work() -> dict[str, Any]:
         changes = [*(overrides or ()), *(set_overrides or ())]
+        # --eval or --trials alone is a mistake to report, not to ignore.
         if search is not None or evaluate is not None or trials is not None:
             _refuse_options(search, evaluate, on, memory)
             how = {"search": search, "trials": trials, "workers": workers, "device": device}
+            # `_refuse_options` has raised where `evaluate` is None; `str` is for the type checker.
             return _search(source, out, str(evaluate), changes, how, plot=plot)
         return _merge(
             source,
@@ -102,6 +105,7 @@ def command(
             on=on,
             workers=workers,
             device=device,
+            # A GB is 1e9 bytes, as in all output of raymix.
             memory_bytes=None if memory is None else int(memory * 1e9),
         )
 
@@ -112,6 +116,7 @@ def _merge(source: str, out: str, *, plot: bool, **how: Any) -> dict[str, Any]:
     """Return the document of one merge, shown to people; `how`: what `merge` takes."""
     from raymix.merging.run.engine import format_bytes, merge, return_freed_memory
 
+    # Here and not in `merge`: it cannot be undone, and a caller may do more than merge.
     return_freed_memory()
     document = merge(source, out, progress=_progress(), **how)
     document["plot"] = _drawn(document["out"]) if plot else None
@@ -130,6 +135,7 @@ def _refuse_options(
     """Raise MergeError for options that do not go together."""
     from raymix.errors import MergeError, format_problem
 
+    # Collected, so that one attempt shows every option to change.
     problems: list[str] = []
     if search is None:
         problems.append(
@@ -159,9 +165,11 @@ def _search(
     """Return the document of a search, shown to people; `how`: what `search_merge` takes."""
     from rich.console import Console
 
+    # Before the next import, which loads torch: OpenMP reads its variables only then.
     ready_for_trials()
     from raymix.tuning.merges.search import search_merge
 
+    # The overrides are for the merge file; the recipe is taken as it is written.
     document = search_merge(source, out, recipe=load(recipe), overrides=changes, **how)
     document["merge"]["plot"] = _drawn(document["merge"]["out"]) if plot else None
     draw_search(document, Console(highlight=False))
@@ -171,13 +179,16 @@ def _search(
 def draw_search(document: Mapping[str, Any], console: Console) -> None:
     """Print a search for people: the best points, the losses on the test rows, the files."""
     if not console.is_terminal:
+        # rich assumes 80 columns without a terminal and would cut the table.
         console.width = 140
     fancy, names = console.is_terminal, list(document["search"])
     console.print(f"\n{document['trials']} merges by {document['method']}, the best first")
     table = plain_table("point", *names, "loss to choose by", fancy=fancy)
+    # A merge that failed has no loss to sort by.
     usable = [point for point in document["points"] if point["loss"] is not None]
     for point in sorted(usable, key=lambda p: p["loss"])[:_MAX_POINTS]:
         values = [f"{point['options'][name]:.4g}" for name in names]
+        # Point 0 has the values of the file: what the search has to beat.
         given = "as given" if point["number"] == 0 else str(point["number"])
         table.add_row(given, *values, f"{point['loss']:.4f}")
     console.print(table)
@@ -210,6 +221,7 @@ def _drawn(out: str) -> str | None:
     """Draw the report where matplotlib is installed; return the picture's path."""
     from importlib.util import find_spec
 
+    # No error: the merge is written, and a missing picture is no reason for exit code 1.
     if find_spec("matplotlib") is None:
         print("no plot: run `pip install raymix[plots]` for one")
         return None
@@ -222,11 +234,13 @@ def _progress() -> Callable[[int, int, str], None] | None:
     """Return what shows the work on a terminal, and nothing elsewhere."""
     import sys
 
+    # A carriage return redraws the line on a terminal; in a log file every state would stay.
     if not sys.stderr.isatty():
         return None
 
     def show(done: int, total: int, job: str) -> None:
         end = "\n" if done == total else ""
+        # Padded to a fixed width, which erases the rest of a longer line before it.
         print(f"\r{done}/{total} {job[-60:]:60}", end=end, file=sys.stderr, flush=True)
 
     return show

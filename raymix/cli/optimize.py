@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from raymix.laws import Law, Objective, Optimum
 
 _MAX_ROWS = 40
+# With more domains many shares are so small that six digits leave few of them.
 _MAX_COARSE_DOMAINS = 100
 
+# Texts of NAME=NUMBER, as Click has no option type for a mapping.
 Numbers = list[str] | None
 
 
@@ -98,6 +100,7 @@ def command(
 
         fitted = load_law(law)
         objective = Objective(
+            # None weighs all targets alike; an empty mapping would let none count.
             weights=_numbers("--weight", weight) or None,
             horizon=horizon,
             minimax=minimax,
@@ -112,6 +115,7 @@ def command(
         optimum = fitted.minimize(objective)
         document = _document(fitted, objective, optimum)
         if out is not None:
+            # Written before it is drawn: a closed pipe must not cost the file.
             _write(out, document)
         draw(document, Console(highlight=False))
         return document
@@ -129,10 +133,12 @@ def _numbers(option: str, given: Sequence[str] | None) -> dict[str, float]:
 
     values: dict[str, float] = {}
     for part in given or ():
+        # The last `=` separates: a domain's name may hold one, a number cannot.
         name, _, text = part.rpartition("=")
         if name in values:
             raise LawError.at(option, part, f"{name!r} was given before", fix="Give it once")
         try:
+            # Without a name `float("")` fails, so that one message serves both mistakes.
             values[name or part] = float(text if name else "")
         except ValueError:
             wrong, advice = "not NAME=NUMBER", f"Write e.g. {option} web=0.3"
@@ -156,6 +162,7 @@ def _document(fitted: Law, objective: Objective, optimum: Optimum) -> dict[str, 
     shares = objective.prior or uniform
     share_RD = np.array([[shares.get(name, 0.0) for name in fitted.domains]])
     step_R = None if objective.horizon is None else np.array([objective.horizon])
+    # A law may overflow far from the runs it was fitted to: the loss shows it, numpy need not warn.
     with np.errstate(all="ignore"):
         loss_V = fitted.predict(share_RD, step_R)[0]
     return {
@@ -210,8 +217,10 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
     console.print()
     console.print(f"method      {_support(document)}", soft_wrap=True)
     for warning in document["warnings"]:
+        # The color needs markup, so the text itself has to be escaped.
         console.print(f"[yellow]warning[/]     {_plain(warning)}", soft_wrap=True)
     console.print()
+    # Neither markup nor wrapping: the section is there to be pasted, and YAML depends on its lines.
     console.print(mixer_yaml(document), markup=False, end="", soft_wrap=True)
 
 
@@ -234,6 +243,7 @@ def _shares(document: Mapping[str, Any], *, fancy: bool) -> Table:
         table.add_row(_plain(name), *map(percent, cells))
     rest = ranked[_MAX_ROWS:]
     if rest:
+        # No largest share for the rest: each may be of another run, so a sum means nothing.
         before = sum(reference["shares"][name] for name, _ in rest)
         total = sum(share for _, share in rest)
         table.add_row(f"... {len(rest)} more", percent(total), percent(before))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from raymix.training.plan.runplan import DomainPlan, RunPlan
 
 _MAX_DOMAINS_SHOWN = 40
+# Segments are columns, so fewer of them fit than of domains.
 _MAX_PIECES_SHOWN = 12
 _GB = 1e9
 
@@ -52,6 +53,7 @@ def command(
 
 def draw(plan: RunPlan, console: Console) -> None:
     """Print the plan for people: mixture, schedule, run, memory, notes."""
+    # rich assumes 80 columns without a terminal and would cut the table.
     if not console.is_terminal:
         console.width = 120
     about = "estimated, not prepared yet" if plan.estimated else "prepared"
@@ -71,6 +73,7 @@ def draw(plan: RunPlan, console: Console) -> None:
 
 def _mixture(plan: RunPlan, *, fancy: bool) -> Table:
     """Return the domains, largest share first."""
+    # No column of dashes where no source tells its bytes.
     bytes_known = any(d.sizes.bytes_per_token for d in plan.domains)
     head = ["mixture", "share", "tokens", "read", "epochs", "documents"]
     table = plain_table(*head, *(["bytes/token"] if bytes_known else []), "entropy", fancy=fancy)
@@ -111,9 +114,11 @@ def _pieces(plan: RunPlan, *, fancy: bool) -> Table:
     """Return the shares of each domain at the steps where they change."""
     pieces = plan.segments
     if len(pieces) > _MAX_PIECES_SHOWN:
+        # Evenly spaced from the first to the last: how the schedule ends must show.
         stride = (len(pieces) - 1) / (_MAX_PIECES_SHOWN - 1)
         pieces = tuple(pieces[round(at * stride)] for at in range(_MAX_PIECES_SHOWN))
     table = plain_table("share from step", *(f"{piece.start:,}" for piece in pieces), fancy=fancy)
+    # In the order of `share_D`, not by size: shares change from column to column.
     for at, domain in enumerate(plan.domains[:_MAX_DOMAINS_SHOWN]):
         table.add_row(domain.sizes.name, *(percent(float(piece.share_D[at])) for piece in pieces))
     return table
@@ -125,6 +130,7 @@ def _load(plan: RunPlan) -> str:
         shared = f"; {plan.context_parallel} may share one" if plan.context_parallel > 1 else ""
         return f"documents of up to {plan.micro_batch_tokens:,} tokens at once on each{shared}"
     fewest, most = plan.rows_per_worker
+    # The rows of a step need not divide evenly among the workers.
     rows = f"{most}" if fewest == most else f"{fewest} or {most}"
     passes = f"{plan.accumulation} forward passes" if plan.accumulation > 1 else "1 forward pass"
     return f"{rows} rows each per step in {passes} of up to {plan.micro_batch_rows}"
@@ -158,6 +164,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
             f"{amount(plan.parameters)} parameters, {plan.flops_per_token * plan.tokens:.2g} "
             "floating-point operations in all",
         ),
+        # No workers means this process, which needs the memory of one.
         ("memory", f"{size(plan.memory_bytes)} = {max(1, plan.workers)} x ({memory}){cache}"),
         (
             "checkpoints",
@@ -190,6 +197,7 @@ def size(value: float) -> str:
 
 def _scaled(value: float, units: Sequence[str]) -> str:
     for unit in units[:-1]:
+        # From 999.5 on three digits would round to 1e+03.
         if value < 999.5:
             return (f"{value:.0f}" if value == int(value) else f"{value:.3g}") + unit
         value /= 1000

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from raymix.store import Manifest
 
 
+# Typer makes an enum the list of allowed values: others end with 2 before any work.
 class IfExists(enum.StrEnum):
     """What to do about a corpus that is there already."""
 
@@ -54,6 +55,7 @@ def command(
 
         loaded = load(recipe, overrides, set_overrides)
         config = loaded.corpus
+        # Monotonic: setting the system's clock meanwhile must not change the duration.
         began = time.monotonic()
         with watching() as listener:
             manifest = prepare(
@@ -63,6 +65,7 @@ def command(
                 if_exists=if_exists.value,
                 progress=listener,
             )
+        # After the listener is closed, whose live bar would draw over the summary.
         print_manifest(config.path, manifest)
         return document(config.path, manifest, seconds=time.monotonic() - began)
 
@@ -74,6 +77,7 @@ def document(path: str, manifest: Manifest, *, seconds: float) -> dict[str, Any]
     domains = manifest.model_dump()["domains"]
     for domain in domains.values():
         for split in ("train", "valid"):
+            # Counted, not listed: a corpus may have thousands, and its manifest names them.
             domain[split]["shards"] = len(domain[split]["shards"])
     return {
         "path": path,

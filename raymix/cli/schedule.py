@@ -29,6 +29,7 @@ _COLUMNS = (
 )
 
 
+# An argument and not subcommands: a file of commands holds one function.
 Action = Annotated[
     Literal["simulate", "calibrate"],
     typer.Argument(
@@ -47,6 +48,7 @@ Source = Annotated[
 ]
 Groups = Annotated[int, typer.Option(min=1, help="Data-parallel groups.")]
 Context = Annotated[int, typer.Option(min=1, help="Ranks in each group.")]
+# A text of commas, as Click has no option for a list in one word.
 Widths = Annotated[
     str, typer.Option(metavar="N,N", help="Ranks a sequence may take; else one or a group.")
 ]
@@ -141,6 +143,7 @@ def command(
         )
         document: dict[str, Any] = {"source": source, "files": [], **comparison.document()}
         if page is not None:
+            # Written before it is drawn: a closed pipe must not cost the page.
             document["files"] = _write(document, comparison, page)
         _draw(document, Console(highlight=False))
         return document
@@ -174,13 +177,16 @@ def _lengths(
     from raymix.schedule.length_source import known_source, read_lengths
     from raymix.schedule.lengths import known_distributions
 
+    # The name of a file of lengths may hold a colon, too.
     recipe_like = source.endswith((".yaml", ".yml")) or ":" in source
     if recipe_like and not known_source(source):
         lengths = _corpus_lengths(source, changes)
     elif changes:
+        # Refused, as an override that is ignored would mislead.
         raise ScheduleError.at("overrides", changes, "only a recipe has fields to change")
     else:
         lengths = read_lengths(source, seed=seed)
+    # Only published distributions: the user's own lengths are not cut unless --longest says so.
     if longest is None and source in known_distributions():
         longest = layout.context * cost.memory_tokens
     return np.minimum(lengths, longest) if longest is not None else lengths
@@ -227,6 +233,7 @@ def _write(document: Mapping[str, Any], comparison: Comparison, page: Path) -> l
     totals = comparison.totals.items()
     schedules = {name: total.last_schedule for name, total in totals if total.last_schedule}
     html = schedule_page(document, schedules, twin=data.name)
+    # The data first: the page refers to it. NaN is no JSON, and browsers reject it.
     atomic_write_text(str(data), json_module.dumps(jsonable(document), allow_nan=False) + "\n")
     atomic_write_text(str(page), html)
     return [str(page), str(data)]
@@ -237,6 +244,7 @@ def _draw(document: Mapping[str, Any], console: Console) -> None:
     from rich import box
     from rich.table import Table
 
+    # rich assumes 80 columns without a terminal and would cut the table.
     if not console.is_terminal:
         console.width = 120
     layout, cost = document["layout"], document["cost"]
@@ -252,6 +260,7 @@ def _draw(document: Mapping[str, Any], console: Console) -> None:
     for number, title in enumerate(("planner", *(column[0] for column in _COLUMNS))):
         table.add_column(title, justify="right" if number else "left", no_wrap=True)
     for name, row in document["planners"].items():
+        # Steps are short, so people see milliseconds; the document keeps seconds.
         values = {**row, "step_ms": 1000 * row["step_s"]}
         table.add_row(name, *(form.format(values[key]) for _, key, form in _COLUMNS))
     console.print(table)

@@ -33,6 +33,7 @@ def command(
         else:
             atomic_write_text(out, text)
             print(f"Wrote {out}.")
+        # The schema is the document itself: --json prints the same on stdout as no option.
         return schema
 
     run_command(work, json=json)

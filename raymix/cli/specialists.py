@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+# Domains are columns here: more would not fit on a line.
 _MAX_DOMAINS_SHOWN = 8
 
 
@@ -54,6 +55,7 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
+        # Before the next import, which loads torch: OpenMP reads its variables only then.
         ready_for_trials()
         from raymix.tuning.merges.specialists import specialists
 
@@ -72,6 +74,7 @@ def command(
 
 def draw(document: Mapping[str, Any], console: Console) -> None:
     """Print for people: references and merges, their differences, domains, failures, files."""
+    # rich assumes 80 columns without a terminal and would cut the table.
     if not console.is_terminal:
         console.width = 140
     fancy = console.is_terminal
@@ -95,6 +98,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
         note = f"note: one document is all that is held out of {shared}: it is chosen by, too"
         console.print(note, markup=False, soft_wrap=True)
     for name, problem in document["problems"].items():
+        # A problem may hold a list in brackets, which rich would read as markup.
         console.print(f"{name}: {problem}", markup=False, soft_wrap=True)
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
 

@@ -37,6 +37,7 @@ def command(
         _draw(jobs)
         return {"address": server.address, "jobs": [item.document for item in jobs]}
 
+    # Asking has worked however the job stands, so a failed job ends with 0 here, too.
     run_command(work, json=json)
 
 
@@ -51,11 +52,13 @@ def _draw(jobs: list[JobEnd]) -> None:
     if not jobs:
         console.print("no jobs")
         return
+    # Names of jobs are long: the 80 columns that rich assumes for a pipe would cut them.
     if not console.is_terminal:
         console.width = 120
     table = plain_table("job", "status", "exit code", "started", fancy=console.is_terminal)
     for job in jobs:
         began = job.document["started"]
+        # In the reader's own time zone; the document has seconds since 1970.
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)) if began else ""
         code = "" if job.exit_code is None else str(job.exit_code)
         table.add_row(job.job, job.status.lower(), code, when)

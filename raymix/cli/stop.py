@@ -27,4 +27,5 @@ def command(
         print(f"{ended.job}: {ended.status}")
         return ended.document
 
+    # None means that it did not end in time; a job that failed by itself is no failure of stopping.
     run_command(work, json=json, failed=lambda document: document["exit_code"] is None)

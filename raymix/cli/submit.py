@@ -63,12 +63,15 @@ def command(
         submission = prepare_submission(
             name, recipe, arguments or (), project=project, storage=storage
         )
+        # Before anything is sent: what is left out may be what the job needs.
         for path in submission.listing.left_out:
             print(f"left out: {path} (a link out of the project, or no file)")
+        # After all checks that need no cluster.
         server = JobServer(address, token_in_clear=token_in_clear)
         size = server.submit(submission)
         root, count = str(submission.listing.root), len(submission.listing.files)
         print(f"project: {root}, {count:,} files, {size / 1e6:.1f} MB")
+        # Flushed: stdout to a pipe is buffered, and the name is needed while the job runs.
         print(f"job: {submission.name} on {server.address}", flush=True)
         ended = followed(server, submission.name) if follow else server.state(submission.name)
         if not follow:
@@ -86,6 +89,7 @@ def followed(server: JobServer, job: str) -> JobEnd:
         ended = server.follow(job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         print(f"\nThe job goes on: raymix logs {job} --follow, or raymix stop {job}.", flush=True)
+        # `run_command` ends with 130, as the command was interrupted, though the job was not.
         raise
     print(f"job {job}: {ended.status}, exit code {ended.exit_code}")
     if ended.exit_code and ended.message:

@@ -10,6 +10,7 @@ import typer
 from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
 
 
+# Typer makes an enum the list of allowed values: others end with 2 before any work.
 class IfExists(enum.StrEnum):
     """What to do about a run directory that is there already."""
 
@@ -43,6 +44,7 @@ def command(
 
         from raymix.training.launch.cluster import thread_environment
 
+        # Before the next import, which loads torch: OpenMP reads its variables only then.
         os.environ |= thread_environment()
         from raymix.training.api import train
 

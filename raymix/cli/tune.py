@@ -56,6 +56,7 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
+        # Before the next import, which loads torch: OpenMP reads its variables only then.
         ready_for_trials()
         from raymix.tuning.mixtures.tune import tune
 
@@ -74,6 +75,7 @@ def command(
 
 def draw(document: Mapping[str, Any], console: Console) -> None:
     """Print the search for people: the law's worth, the verified mixtures, shares, files."""
+    # rich assumes 80 columns without a terminal and would cut the table.
     if not console.is_terminal:
         console.width = 132
     fancy = console.is_terminal
@@ -96,6 +98,7 @@ def draw(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"optimum: {warning}", markup=False, soft_wrap=True)
     console.print("\nshares")
     console.print(_shares(document, fancy=fancy))
+    # A problem may hold a list in brackets, which rich would read as markup.
     for name, problem in document["problems"].items():
         console.print(f"{name}: {problem}", markup=False, soft_wrap=True)
     console.print("files: " + ", ".join(document["files"]), markup=False, soft_wrap=True)
@@ -126,6 +129,7 @@ def _judgment_table(judged: Mapping[str, Any], *, fancy: bool) -> Table:
     )
     claims = judged["claims"]
     later = f"< {percent(claims['ahead_mre'])}"
+    # What its authors claim stands above what was measured, in the same columns.
     table.add_row("BiMix as published", f"> {claims['unseen_r2']}", "", "", "", "", later)
     nothing: dict[str, None] = {"r2": None, "spearman": None, "mre": None}
     for name, row in judged["laws"].items():

@@ -20,7 +20,9 @@ def command(
 
     def work() -> dict[str, Any]:
         loaded = load(recipe, overrides, set_overrides)
+        # `load` has raised for an invalid recipe, so the document can say so without a check.
         print(f"{recipe} is valid: run {loaded.name!r}, {len(loaded.corpus.domains)} domains.")
+        # With all defaults, and in JSON types: the document is what would run.
         return {"valid": True, "recipe": loaded.model_dump(mode="json")}
 
     run_command(work, json=json)

@@ -49,6 +49,7 @@ def command(
 
         live, console = LiveRun(run), Console(highlight=False)
         live.poll()
+        # --json is one document, so it cannot go on until the run ends.
         if once or json:
             if not console.is_terminal:
                 console.width = _PIPE_COLUMNS
@@ -65,9 +66,11 @@ def command(
 def _live(run: LiveRun, console: Console, every: float) -> None:
     from rich.live import Live
 
+    # rich would redraw four times a second, though the files were not read again.
     with Live(console=console, auto_refresh=False) as screen:
         while True:
             screen.update(dashboard(run.document(), fancy=True), refresh=True)
+            # Checked after drawing, so that the last state stays on the screen.
             if run.finished:
                 return
             time.sleep(every)
@@ -78,6 +81,7 @@ def _lines(run: LiveRun, every: float) -> None:
     shown = ""
     while True:
         text = headline(run.document())
+        # Only what changed: a log needs no equal line every second.
         if text != shown:
             print(text, flush=True)
             shown = text
@@ -97,6 +101,7 @@ def headline(document: Mapping[str, Any]) -> str:
     parts = [f"{document['name']}: {document['state']}", f"step {document['step']:,}{of}"]
     if document["loss"] is not None:
         parts.append(f"training loss {document['loss']:.4f}")
+    # A mean of one step would repeat the loss before it.
     if document["loss_mean"] is not None and document["loss_mean_steps"] > 1:
         parts.append(f"mean of last {document['loss_mean_steps']} {document['loss_mean']:.4f}")
     if document["tokens_per_s"] is not None:
@@ -136,6 +141,7 @@ def sparkline(values: list[float], width: int) -> str:
         # The newest value is printed beside the curve: it must be its end, too.
         shown[-1] = values[-1]
     low, high = min(shown), max(shown)
+    # A flat curve has no range to divide by.
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((value - low) * scale)] for value in shown)
 
@@ -147,6 +153,7 @@ def _table(domains: Mapping[str, Mapping[str, Any]], *, fancy: bool) -> Table:
     heads = ["domain", "now", "", "asked", "read", "tokens", "epochs"]
     heads += ["train loss", "held out", "before"]
     table = plain_table(*heads, *(["grad²", "noise"] if signals else []), fancy=fancy)
+    # Bars can be compared only from a common left edge.
     table.columns[2].justify = "left"
     rows.sort(key=lambda item: -(item[1]["share_asked"] or 0.0))
     for name, row in rows[:_MAX_DOMAINS]:

@@ -17,6 +17,8 @@ from pathspec import GitIgnoreSpec
 from raymix.errors import RecipeError
 
 _IGNORE_FILES = (".gitignore", ".rayignore")
+# Whatever the ignore files say: git never lists .git, and virtual
+# environments hold paths of this machine.
 _NEVER_SHIPPED = frozenset({".git", ".hg", ".venv", "venv", "__pycache__"})
 _PROJECT_MARKERS = (".git", "pyproject.toml")
 
@@ -50,6 +52,7 @@ class _Rules:
 
 def find_project(start: Path) -> Path:
     """Return the nearest directory from `start` upwards that git or a pyproject.toml marks."""
+    # Resolved first: the parents of a linked directory are not those where git looks.
     start = start.resolve()
     for folder in (start, *start.parents):
         if any((folder / marker).exists() for marker in _PROJECT_MARKERS):
@@ -77,6 +80,7 @@ def list_files(root: Path) -> Listing:
     left_out: list[str] = []
     for path, shippable in _walk(root, "", _above(root)):
         (files if shippable else left_out).append(path)
+    # File systems list in different orders; equal projects have to give equal archives.
     return Listing(root, tuple(sorted(files)), tuple(sorted(left_out)))
 
 
@@ -87,7 +91,10 @@ def _walk(root: Path, base: str, rules: Sequence[_Rules]) -> Iterator[tuple[str,
     with os.scandir(root / base) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = base + entry.name
+            # Links to directories are not walked: they may lead out of the project, or in a circle.
             folder = entry.is_dir(follow_symlinks=False)
+            # A pattern that ends in a slash matches directories only, so
+            # paths of directories end in one.
             if entry.name in _NEVER_SHIPPED or _ignored(path + "/" * folder, inner):
                 continue
             if folder:
@@ -109,6 +116,7 @@ def _ignored(path: str, rules: Sequence[_Rules]) -> bool:
     """Return the verdict of the first of `rules`, the deepest first, that has one."""
     for each in rules:
         verdict = each.verdict(path)
+        # None is no verdict, but False is one: that of a pattern with `!`.
         if verdict is not None:
             return verdict
     return False
@@ -118,6 +126,8 @@ def _specs(folder: Path) -> Iterator[GitIgnoreSpec]:
     for name in _IGNORE_FILES:
         file = folder / name
         if file.is_file():
+            # Not `splitlines`, which also breaks at form feeds and at
+            # \x85, the end of some UTF-8 letters.
             yield GitIgnoreSpec.from_lines(file.read_bytes().decode("latin-1").split("\n"))
 
 
@@ -131,6 +141,7 @@ def _above(root: Path) -> list[_Rules]:
 
     A project may be a part of a repository, whose patterns then hold in it too.
     """
+    # The root of a repository: git reads no ignore file above it.
     if (root / ".git").exists():
         return []
     parents = list(root.parents)

@@ -36,6 +36,7 @@ class Reference:
     @property
     def relative(self) -> bool:
         """Return whether the path depends on the working directory."""
+        # Asked of `absolute`, so that the same rule decides what a URL is.
         is_url = absolute(self.path, "/") == self.path
         return not is_url and not os.path.isabs(os.path.expanduser(self.path))
 
@@ -104,6 +105,7 @@ def shipped_inputs(recipe: Recipe, listing: Listing) -> dict[str, str]:
         if not reference.relative or not os.path.exists(location):
             continue
         problems += _missing(reference, os.getcwd(), listing, shipped)
+        # The root of the listing has its links resolved, so the location needs that, too.
         with_root = os.path.relpath(os.path.realpath(location), listing.root)
         locations[reference.field] = Path(with_root).as_posix()
     if problems:
@@ -136,11 +138,13 @@ def check_results(recipe: Recipe) -> None:
 
 def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str]) -> list[str]:
     """Return why the files of a relative path will be missing on the cluster; empty if none."""
+    # Brackets and stars are a pattern in what the recipe says, but not in the base's own name.
     pattern = os.path.join(glob.escape(base), os.path.expanduser(reference.path))
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         return [format_problem(reference.field, reference.path, "no file matches")]
     for match in matches:
+        # As written first: a link inside the project travels under its own name.
         inside = Path(os.path.abspath(match))
         if not inside.is_relative_to(listing.root):
             inside = Path(os.path.realpath(match))
@@ -172,4 +176,5 @@ def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str
 def _is_shipped(name: str, path: Path, shipped: set[str]) -> bool:
     if name in shipped:
         return True
+    # With the slash: `data.txt` and `data2/` are not in `data`.
     return path.is_dir() and any(file.startswith(f"{name}/") for file in shipped)

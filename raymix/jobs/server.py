@@ -36,6 +36,7 @@ _RECONNECT_S = 60.0
 # Time for a run to write its checkpoint after `stop`; Ray's default is 3 seconds.
 _STOP_S = 120
 _BEARER = re.compile(r"(?i)(bearer\s+)[^\s'\"<>,;]+")
+# 130 as after Ctrl-C: a run that was stopped has a checkpoint and can go on.
 _ENDS = {"SUCCEEDED": 0, "STOPPED": 130}
 
 
@@ -110,6 +111,7 @@ class JobServer:
         """Return all jobs that were submitted, the newest first."""
         with _refusals("address", self.address):
             details: list[Any] = self._client.list_jobs()
+            # Ray lists programs that called `ray.init`, too; they have no submission id.
             submitted = [_ended(item) for item in details if item.submission_id]
         return sorted(submitted, key=lambda item: -(item.document["started"] or 0.0))
 
@@ -129,14 +131,17 @@ class JobServer:
         done, lost_at = 0, None
         while True:
             try:
+                # Ray sends a log from its start at each connection.
                 for text in _stream(self._client, job, skip=done):
                     write(text)
                     done, lost_at = done + len(text), None
+                # A stream may end before its job, so only the state tells that it is over.
                 ended = self.state(job)
                 if ended.exit_code is not None:
                     return ended
                 lost_at = None
             except (ClusterError, RuntimeError, OSError) as error:
+                # RuntimeError is what Ray's client raises when the socket closes midway.
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > _RECONNECT_S:
                     raise ClusterError.at(
@@ -154,6 +159,7 @@ class JobServer:
         """
         with _refusals("job", job):
             self._client.stop_job(job)
+        # Longer than Ray waits before it kills the job, so that its end is seen.
         deadline = time.monotonic() + _STOP_S + 30
         while (ended := self.state(job)).exit_code is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -171,6 +177,7 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
         ClusterError: If it is invalid, holds a password, or a token would go to another machine
             over plain HTTP.
     """
+    # Without a scheme `urlsplit` takes `head:8265` for scheme and path.
     url = _split(address if "://" in address else f"http://{address}")
     if url is None:
         raise ClusterError.at(
@@ -179,6 +186,7 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
             "no job server's",
             allowed="Allowed: http://HOST:PORT or https://HOST:PORT of the cluster's dashboard",
         )
+    # Addresses are printed and put into documents, where a password must not appear.
     if url.username or url.password:
         raise ClusterError.at(
             "address",
@@ -187,6 +195,7 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
             fix="Use RAY_AUTH_MODE=token and a token file",
         )
     host = url.hostname or ""
+    # Any mode but "disabled": one that is unknown here may send a token as well.
     token = os.environ.get("RAY_AUTH_MODE", "disabled").lower() != "disabled"
     if token and url.scheme == "http" and not token_in_clear and not _loopback(host):
         raise ClusterError.at(
@@ -198,6 +207,7 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
                 "--token-in-clear where the network is yours"
             ),
         )
+    # `urlsplit` removes the brackets of an IPv6 address.
     name = f"[{host}]" if ":" in host else host
     port = url.port or (443 if url.scheme == "https" else _PORT)
     return f"{url.scheme}://{name}:{port}{url.path.rstrip('/')}"
@@ -215,12 +225,14 @@ def _split(address: str) -> SplitResult | None:
 def _public(address: str) -> str:
     """Return an address without user name and password."""
     scheme, mark, rest = address.rpartition("://")
+    # The last @ separates: a password that was not encoded may hold one.
     return scheme + mark + rest.rpartition("@")[2]
 
 
 def _loopback(host: str) -> bool:
     if host == "localhost":
         return True
+    # Names are not looked up: the answer may be another when the request is sent.
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return False
@@ -288,6 +300,7 @@ def _refusals(field: str, value: str) -> Iterator[None]:
     except (RuntimeError, OSError, ValueError) as error:
         if isinstance(error, ClusterError):
             raise
+        # Ray's client has no class for a missing job: only the text of its RuntimeError tells.
         text = str(error)
         if "404" in text and "does not exist" in text:
             raise ClusterError.at(
@@ -305,6 +318,7 @@ def _brief(error: BaseException) -> str:
 def _stream(client: JobSubmissionClient, job: str, *, skip: int) -> Iterator[str]:
     """Yield what `job` prints beyond the first `skip` characters, until its log ends."""
     tail = cast("AsyncGenerator[str, None]", client.tail_job_logs(job))
+    # One event loop for all of the log: a socket belongs to the loop in which it was opened.
     with asyncio.Runner() as runner:
         try:
             while (text := runner.run(_next(tail))) is not None:

@@ -78,6 +78,7 @@ def prepare_submission(
             allowed=f"Allowed: {', '.join(COMMANDS)}",
             fix=near,
         )
+    # Overrides end at the first option: a later word may be the value of one.
     overrides = takewhile(lambda word: not word.startswith("-"), arguments)
     model, base = read_recipe(recipe, list(overrides))
     listing = list_files(Path(project) if project is not None else find_project(Path(base)))
@@ -89,6 +90,7 @@ def prepare_submission(
     words = [*arguments, *overrides_below]
     directory = storage if storage is not None and storage.startswith("/") else None
     line = _entrypoint(command, _recipe_word(recipe, listing), words, moved, directory)
+    # Ray refuses a second job of a name, and the same recipe may be sent again.
     name = f"raymix-{command}-{model.name}-{secrets.token_hex(4)}"
     return Submission(name=name, command=command, entrypoint=line, listing=listing, storage=storage)
 
@@ -111,6 +113,7 @@ def _storage_overrides(command: str, recipe: Recipe, storage: str) -> list[str]:
             f"`raymix {command}` writes to a directory, not to a URL",
             fix=advice,
         )
+    # A URL keeps `./` and `..` as they are: nothing below resolves them.
     return [
         f"{reference.field}={files.join(storage, posixpath.normpath(reference.path))}"
         for reference in results(recipe)
@@ -127,6 +130,7 @@ def _recipe_word(recipe: str, listing: Listing) -> str:
     if not os.path.exists(recipe):
         return shlex.quote(recipe)
     inside = [_inside(path, listing) for path in recipe_files(recipe)]
+    # Left to the job's shell: only on the cluster is the project's directory known.
     return f'"$project"/{shlex.quote(inside[0])}'
 
 
@@ -156,10 +160,13 @@ def _entrypoint(
     moved: dict[str, str],
     storage: str | None,
 ) -> str:
+    # A shell runs the line: quoted, no word can start a command of its own.
     words = [shlex.quote(word) for word in arguments]
     words += [f'{field}="$project"/{shlex.quote(path)}' for field, path in moved.items()]
     # The cluster that runs the job, whatever the recipe names: Ray sets RAY_ADDRESS in jobs.
     words.append("cluster.address=auto")
+    # `exec`, so that the process Ray starts, signals and waits for is
+    # Python itself, not a shell around it.
     work = " ".join(["exec python -m raymix", command, recipe, *words])
     if storage is None:
         return f'project="$PWD"; {work}'
