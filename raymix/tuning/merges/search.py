@@ -32,7 +32,7 @@ from raymix.training.model.hf_model import CorpusFacts, resolve_config
 from raymix.tuning.merges.scoring import HeldOut, Search, best_of, mean_loss, refuse_another
 from raymix.tuning.merges.trials import PointTrial, ScoreTrial, round_of
 from raymix.tuning.runs.group import locked
-from raymix.tuning.runs.planning import TrialResources, share_out
+from raymix.tuning.runs.planning import TrialResources, divide_machine
 from raymix.tuning.runs.trial_task import TrialTask
 from raymix.tuning.runs.trials import run_trials
 
@@ -85,14 +85,14 @@ def search_merge(
     with locked(one.folder, "search"):
         if not one.open():
             raise refuse_another(one.folder)
-        has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
-        seats = _seats(plan, has, workers, one.trials, on_gpu=device == "cuda")
-        runner = _Runner(one, recipe.cluster, seats)
+        machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+        trial_resources = _seats(plan, machine, workers, one.trials, on_gpu=device == "cuda")
+        runner = _Runner(one, recipe.cluster, trial_resources)
         with ray_cluster(recipe.cluster):
             runner.run_rounds()
             points = one.points()
             best = best_of(points)["options"]
-            test = runner.scores(_scored(one, plan, best, seats.threads))
+            test = runner.scores(_scored(one, plan, best, trial_resources.threads))
         document = _document(one, points, best, test)
         merged = merge(apply_point(file, best), place, device=device)
         document["merge"] = merged
@@ -157,14 +157,16 @@ def _refuse_misfit(file: MergeFile, recipe: Recipe, corpus: Corpus) -> None:
 
 
 def _seats(
-    plan: MergePlan, has: Resources, workers: int | None, points: int, *, on_gpu: bool
+    plan: MergePlan, machine: Resources, workers: int | None, points: int, *, on_gpu: bool
 ) -> TrialResources:
     """Return how many points at once: one per core, fewer where memory holds fewer models."""
     entries = sum(place.n_bytes // place.dtype.itemsize for place in plan.layout.locations.values())
     largest = max(plan.job_bytes(job) for job in plan.choices)
-    room = max(1, has.memory_bytes // (_FP32_COPIES * 4 * entries + largest))
+    room = max(1, machine.memory_bytes // (_FP32_COPIES * 4 * entries + largest))
     one = ClusterConfig(workers=0, gpus_per_worker="auto" if on_gpu else 0)
-    return share_out(has, min(points, workers or room), one, crowded=workers is not None)
+    return divide_machine(
+        machine, min(points, workers or room), one, oversubscribe=workers is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,7 @@ class _Runner:
 
     search: Search
     cluster: ClusterConfig
-    seats: TrialResources
+    trial_resources: TrialResources
 
     def run_rounds(self) -> None:
         """Try the points that were not tried, round by round.
@@ -187,10 +189,13 @@ class _Runner:
             done = round_[0][0] + len(round_) - len(left)
             print(
                 f"points {round_[0][0] + 1} to {round_[-1][0] + 1} of {search.trials}, "
-                f"{min(self.seats.parallel, len(left))} at once, in {search.folder}",
+                f"{min(self.trial_resources.parallel, len(left))} at once, in {search.folder}",
                 flush=True,
             )
-            self._run([PointTrial(search, n, point, self.seats.threads) for n, point in left], done)
+            self._run(
+                [PointTrial(search, n, point, self.trial_resources.threads) for n, point in left],
+                done,
+            )
 
     def scores(self, trials: Sequence[ScoreTrial]) -> dict[str, dict[str, float]]:
         """Return the losses on the test rows by name, having scored what was not scored."""
@@ -201,7 +206,11 @@ class _Runner:
         if not pieces:
             return
         outcome = run_trials(
-            pieces, out=self.search.folder, seats=self.seats, cluster=self.cluster, done=done
+            pieces,
+            out=self.search.folder,
+            trial_resources=self.trial_resources,
+            cluster=self.cluster,
+            done=done,
         )
         if outcome.problems:
             raise TrainingError(

@@ -73,7 +73,7 @@ class _Setting:
     methods: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
     out: Path
-    has: Resources
+    machine: Resources
     parallel: int | None
 
     @property
@@ -87,7 +87,7 @@ class _Setting:
             Variant(BASE, seed, self._run(self.recipe, f"{BASE}-seed{seed}", seed))
             for seed in self.seeds
         ]
-        return Group(self.recipe, runs, self.out, self.has, self.parallel)
+        return Group(self.recipe, runs, self.out, self.machine, self.parallel)
 
     def tunings(self, base_of: Mapping[int, str] | None) -> Group:
         """Return the runs that start from the bases; None: as if they started from nothing."""
@@ -104,7 +104,7 @@ class _Setting:
                 (JOINT, whole, self.domains),
             )
         ]
-        return Group(self.tuned, runs, self.out, self.has, self.parallel)
+        return Group(self.tuned, runs, self.out, self.machine, self.parallel)
 
     def _tuning(
         self,
@@ -166,8 +166,8 @@ def specialists(
         plan = group.plan(corpus)
         results = read_results(group, plan, corpus, make_runs(group, plan, corpus))
         _refuse_failed(results)
-        searches = _searches(setting, bases, held_out, plan.seats)
-        outcome = _merge(setting, searches, plan.seats)
+        searches = _searches(setting, bases, held_out, plan.trial_resources)
+        outcome = _merge(setting, searches, plan.trial_resources)
         document = _document(setting, corpus, plan, held_out, results)
         merged = {name: trial.result() for name, trial in searches.items()}
         measured = SpecialistLosses(
@@ -208,9 +208,9 @@ def _setting(
     names = [domain.name for domain in recipe.corpus.domains]
     domains = config.domains or tuple(n for n in names if n not in recipe.mixer.targets)
     directory = output_directory(out, f"{recipe.name}-specialists{'-smoke' if smoke else ''}")
-    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     counted = tuple(range(recipe.seed, recipe.seed + seeds))
-    return _Setting(recipe, tuned, domains, methods, counted, directory, has, parallel)
+    return _Setting(recipe, tuned, domains, methods, counted, directory, machine, parallel)
 
 
 def _check_methods(methods: Mapping[str, Mapping[str, Any]]) -> None:
@@ -280,7 +280,7 @@ def _refuse_failed(results: Sequence[RunResult]) -> None:
 
 
 def _searches(
-    setting: _Setting, bases: Mapping[int, str], held_out: HeldOut, seats: TrialResources
+    setting: _Setting, bases: Mapping[int, str], held_out: HeldOut, trial_resources: TrialResources
 ) -> dict[tuple[str, int], SearchTrial]:
     """Return the search of every method and seed."""
     found: dict[tuple[str, int], SearchTrial] = {}
@@ -297,7 +297,7 @@ def _searches(
                 held_out,
                 setting.out / "merges" / label,
             )
-            found[name, seed] = SearchTrial(label, search, seats.threads)
+            found[name, seed] = SearchTrial(label, search, trial_resources.threads)
     return found
 
 
@@ -308,7 +308,9 @@ def _checkpoint(setting: _Setting, label: str, seed: int) -> str:
 
 
 def _merge(
-    setting: _Setting, searches: Mapping[tuple[str, int], SearchTrial], seats: TrialResources
+    setting: _Setting,
+    searches: Mapping[tuple[str, int], SearchTrial],
+    trial_resources: TrialResources,
 ) -> Outcome:
     """Return how the searches that were not finished ended, having made them."""
     left = [trial for trial in searches.values() if trial.result() is None]
@@ -316,14 +318,14 @@ def _merge(
         return Outcome()
     print(
         f"{len(searches)} searches of merges, {len(searches) - len(left)} of them finished "
-        f"before; {min(seats.parallel, len(left))} at once, in {setting.out / 'merges'}",
+        f"before; {min(trial_resources.parallel, len(left))} at once, in {setting.out / 'merges'}",
         flush=True,
     )
     return run_trials(
         left,
         out=setting.out,
         # Whatever trains the models, a search of merges is one process.
-        seats=replace(seats, workers=0),
+        trial_resources=replace(trial_resources, workers=0),
         cluster=setting.recipe.cluster,
         done=len(searches) - len(left),
     )

@@ -20,11 +20,17 @@ from raymix.tuning.mixtures.candidates import (
     variant,
 )
 from raymix.tuning.mixtures.search_log import CUT, SearchLog
-from raymix.tuning.runs.group import Group, announce, read_results, refuse_full_disk, trial_of
-from raymix.tuning.runs.planning import ComparisonPlan, TrialResources, find_runs
+from raymix.tuning.runs.group import Group, announce, make_trial, read_results, refuse_full_disk
+from raymix.tuning.runs.planning import ComparisonPlan, TrialResources, run_stages
 from raymix.tuning.runs.results import RunResult
 from raymix.tuning.runs.trial_task import RunTrial
-from raymix.tuning.runs.trials import Outcome, TrialPlan, listed, run_trial_plan, watched_of
+from raymix.tuning.runs.trials import (
+    Outcome,
+    TrialPlan,
+    progress_sources_of,
+    run_trial_plan,
+    trial_at,
+)
 
 _GRACE = 0.25
 _REDUCTION = 3
@@ -72,38 +78,38 @@ def _as_cut(result: RunResult) -> RunResult:
 
 def _left(group: Group, plan: ComparisonPlan, corpus: Corpus) -> list[str]:
     """Return the runs that are to be made or continued."""
-    found = find_runs(group.variants, corpus, plan.plans)
+    found = run_stages(group.variants, corpus, plan.plans)
     return [n for n, state in found.items() if state != "done" and not _is_cut(group.out / n)]
 
 
 def _run_design(
     recipe: Recipe, group: Group, plan: ComparisonPlan, corpus: Corpus, space: Space
 ) -> Outcome:
-    left = _left(group, plan, corpus)
-    if not left:
+    remaining = _left(group, plan, corpus)
+    if not remaining:
         return Outcome()
     one, total = next(iter(plan.plans.values())), len(group.variants)
-    refuse_full_disk(one, len(left))
+    refuse_full_disk(one, len(remaining))
     session = uuid.uuid4().hex[:12]
     trials = [
-        trial_of(v, plan.plans[v.mixer], plan.seats, session)
+        make_trial(v, plan.plans[v.mixer], plan.trial_resources, session)
         for v in group.variants
-        if v.name in left
+        if v.name in remaining
     ]
-    announce(one, plan.seats, total=total, left=len(left), out=group.out)
+    announce(one, plan.trial_resources, total=total, remaining=len(remaining), out=group.out)
     early = recipe.tune.scheduler == "asha"
-    course = TrialPlan(
-        watched_of(trials),
-        partial(listed, trials=tuple(trials)),
+    trial_plan = TrialPlan(
+        progress_sources_of(trials),
+        partial(trial_at, trials=tuple(trials)),
         scheduler=_asha(one.steps) if early else None,
         objective=loss_weights(recipe, space) if early else None,
     )
     return run_trial_plan(
-        course,
+        trial_plan,
         out=group.out,
-        seats=plan.seats,
+        trial_resources=plan.trial_resources,
         cluster=group.recipe.cluster,
-        done=total - len(left),
+        done=total - len(remaining),
     )
 
 
@@ -131,20 +137,20 @@ def _run_proposed(
 ) -> Outcome:
     from raymix.tuning.mixtures.searchers import MixtureSearcher
 
-    left = _left(group, plan, corpus)
+    remaining = _left(group, plan, corpus)
     total = max(recipe.tune.runs, len(record.mixtures))
-    names = [*left, *(mixture_name(at) for at in range(len(record.mixtures), total))]
+    names = [*remaining, *(mixture_name(at) for at in range(len(record.mixtures), total))]
     if not names:
         return Outcome()
     one = next(iter(plan.plans.values()))
     refuse_full_disk(one, len(names))
-    announce(one, plan.seats, total=total, left=len(names), out=group.out)
+    announce(one, plan.trial_resources, total=total, remaining=len(names), out=group.out)
     searcher = MixtureSearcher(recipe, record, names, space=space, out=group.out, steps=one.steps)
     make = partial(
         _proposed,
         proxy=group.recipe,
-        planned=one,
-        seats=plan.seats,
+        run_plan=one,
+        trial_resources=plan.trial_resources,
         out=str(group.out),
         session=uuid.uuid4().hex[:12],
     )
@@ -152,7 +158,7 @@ def _run_proposed(
     return run_trial_plan(
         TrialPlan(watched, make, searcher=searcher),
         out=group.out,
-        seats=plan.seats,
+        trial_resources=plan.trial_resources,
         cluster=group.recipe.cluster,
         done=total - len(names),
     )
@@ -162,11 +168,11 @@ def _proposed(
     config: Mapping[str, Any],
     *,
     proxy: Recipe,
-    planned: RunPlan,
-    seats: TrialResources,
+    run_plan: RunPlan,
+    trial_resources: TrialResources,
     out: str,
     session: str,
 ) -> RunTrial:
     """Return the run of a mixture that the searcher named; called in the run's own process."""
     mixture = Mixture(name=config["name"], origin="", shares=config["shares"])
-    return trial_of(variant(proxy, mixture, out=out), planned, seats, session)
+    return make_trial(variant(proxy, mixture, out=out), run_plan, trial_resources, session)

@@ -56,7 +56,7 @@ class _Search:
     recipe: Recipe
     proxy: Recipe
     out: Path
-    has: Resources
+    machine: Resources
     parallel: int | None
 
     def group(self, mixtures: Sequence[Mixture], seeds: Sequence[int] = ()) -> Group:
@@ -65,7 +65,7 @@ class _Search:
         runs = [variant(self.proxy, m, out=out, seed=seed) for seed in chosen for m in mixtures]
         # Where mixtures are proposed, those known are not all that will be run.
         most = None if seeds else max(self.recipe.tune.runs, len(runs))
-        return Group(self.proxy, runs, self.out, self.has, self.parallel, most)
+        return Group(self.proxy, runs, self.out, self.machine, self.parallel, most)
 
 
 def tune(
@@ -143,8 +143,8 @@ def _search(
             fix="Raise it, leave it out, or set tune.proxy: {train.steps: N}",
         )
     directory = output_directory(out, f"{recipe.name}-tune{'-smoke' if smoke else ''}")
-    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
-    return _Search(recipe, proxy, free_directory(directory, if_exists), has, parallel)
+    machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    return _Search(recipe, proxy, free_directory(directory, if_exists), machine, parallel)
 
 
 def _prepared(search: _Search) -> tuple[Corpus, Space]:

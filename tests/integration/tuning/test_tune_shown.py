@@ -23,7 +23,7 @@ from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import Mixture, Space, designed, references, space_of
 from raymix.tuning.mixtures.learn import LearnedLaw, learn, mixture_table, predicted, value_of
 from raymix.tuning.mixtures.verify import observed, roles_of, verified
-from raymix.tuning.runs.results import Point, RunResult
+from raymix.tuning.runs.results import EvaluationPoint, RunResult
 from tests.support.loops import train_corpus
 from tests.support.searches import SEEDS, changed, search_document, table_of, unverified
 from tests.unit.tuning.test_candidates import STEPS, recipe, results_of
@@ -208,7 +208,7 @@ def test_runs_are_told_as_far_as_they_came(mixtures: list[Mixture]) -> None:
     objective = Objective(weights={"a": 1.0})
     stopped, failed, *_ = results_of(mixtures)
     stopped = replace(stopped, state="stopped", points=stopped.points[:2])
-    start = Point(step=0, tokens=0, flops=0.0, extra_flops=0.0, losses={"a": 4.1})
+    start = EvaluationPoint(step=0, tokens=0, flops=0.0, extra_flops=0.0, losses={"a": 4.1})
     failed = replace(failed, state="failed", problem="the loss is nan", points=[start])
     told = observed([stopped, failed], mixtures, objective)
     assert [row["state"] for row in told] == ["stopped", "failed"] + ["waiting"] * 4

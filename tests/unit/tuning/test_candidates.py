@@ -28,7 +28,7 @@ from raymix.tuning.mixtures.candidates import (
 from raymix.tuning.mixtures.learn import learn, mixture_table, path_of_optima, predicted, slices
 from raymix.tuning.mixtures.search_log import SearchLog, free_directory
 from raymix.tuning.mixtures.verify import observed, roles_of, verified
-from raymix.tuning.runs.results import Point, RunResult
+from raymix.tuning.runs.results import EvaluationPoint, RunResult
 from tests.support.laws import OwnShare
 from tests.support.loops import train_corpus
 
@@ -182,12 +182,12 @@ def test_directories_of_something_else_are_refused(tmp_path: Path) -> None:
 def results_of(mixtures: list[Mixture], *, seeds: tuple[int, ...] = (0,)) -> list[RunResult]:
     """Return runs whose losses are 3 own_share ** -0.1 step ** -0.05, to 1 % per seed."""
 
-    def point(mixture: Mixture, step: int, seed: int) -> Point:
+    def point(mixture: Mixture, step: int, seed: int) -> EvaluationPoint:
         losses = {
             name: 3 * (share + 1e-3) ** -0.1 * step**-0.05 * (1 + 0.01 * seed)
             for name, share in mixture.shares.items()
         }
-        return Point(step=step, tokens=step, flops=0.0, extra_flops=0.0, losses=losses)
+        return EvaluationPoint(step=step, tokens=step, flops=0.0, extra_flops=0.0, losses=losses)
 
     return [
         RunResult(
