@@ -232,7 +232,7 @@ def _run_stage(variant: Variant, corpus: Corpus, steps: int) -> RunStage:
         raise RecipeError.at(
             variant.name,
             path,
-            f"the directory holds a run of another recipe; it differs in {'; '.join(differing)}",
+            f"a run of another recipe is here; it differs in {'; '.join(differing)}",
             fix=fix,
         )
     newest = newest_checkpoint(run.checkpoints)

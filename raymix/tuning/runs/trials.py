@@ -233,7 +233,7 @@ def _watch(
                 raise KeyboardInterrupt
         progress.update(callback.outcome.states.copy(), callback.outcome.problems)
         if interrupts():
-            progress.say("Stopped; the same command resumes the runs.")
+            progress.say("Stopped; the same command goes on from there.")
             raise KeyboardInterrupt
     work.end()
 
