@@ -1,7 +1,7 @@
-"""Several runs of one recipe side by side, through Ray Tune.
+"""Groups of runs of one recipe, executed as Ray Tune trials.
 
-Read in this order: `runs/` (variants of a recipe, a plan that refuses what cannot work, trials,
-results), `compare/` (mixers against each other, paired statistics), `mixtures/` (`raymix.tune`:
-proxy runs, a law, its optimum, verified), `merges/` (searches of merges, specialists). Only
-`runs/trials` and what is built on it load Ray, so nothing is imported here.
+Read in this order: `runs/` (variants of a recipe, planning and preflight, trials, results),
+`compare/` (mixers compared with paired statistics), `mixtures/` (`raymix.tune`: proxy runs, a
+mixing law, its optimum, verification), `merges/` (searches over merge options, specialists). Only
+`runs/trials` and the modules built on it load Ray, so nothing is imported here.
 """

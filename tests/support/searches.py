@@ -11,27 +11,27 @@ from raymix.recipe import TuneConfig
 from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import (
     Mixture,
-    Space,
-    designed,
+    MixtureSpace,
+    design_mixtures,
     optimum_mixture,
     references,
     space_of,
 )
 from raymix.tuning.mixtures.learn import (
-    judged,
+    law_accuracy,
     learn,
     mixture_table,
-    path_of_optima,
-    predicted,
+    optimum_path,
+    predict_mixture,
     slices,
 )
-from raymix.tuning.mixtures.verify import BASELINES, observed, roles_of, verified
+from raymix.tuning.mixtures.verify import BASELINES, observed_runs, roles_of, verify_mixtures
 from tests.unit.tuning.test_candidates import STEPS, recipe, results_of
 
 SEEDS = (1, 2)
 
 
-def table_of(mixtures: Sequence[Mixture], space: Space) -> MixtureTable:
+def table_of(mixtures: Sequence[Mixture], space: MixtureSpace) -> MixtureTable:
     """Return every evaluation of the runs."""
     return mixture_table(results_of(list(mixtures)), {m.name: m.shares for m in mixtures}, space)
 
@@ -39,10 +39,10 @@ def table_of(mixtures: Sequence[Mixture], space: Space) -> MixtureTable:
 def search_document(corpus: Corpus) -> dict[str, Any]:
     """Return the document of a search, made as `tune` makes it but for training."""
     space = space_of(recipe(corpus), corpus)
-    mixtures = designed(TuneConfig(runs=6), space)
+    mixtures = design_mixtures(TuneConfig(runs=6), space)
     learned = learn(table_of(mixtures, space), recipe(corpus), space)
     table = table_of(mixtures, space)
-    runs = observed(results_of(mixtures), mixtures, learned.objective)
+    runs = observed_runs(results_of(mixtures), mixtures, learned.objective)
     roles = roles_of(runs, optimum_mixture(learned.optimum.shares, space), references(space))
     tried = results_of(list({m.name: m for m in roles.values()}.values()), seeds=SEEDS)
     return {
@@ -58,15 +58,16 @@ def search_document(corpus: Corpus) -> dict[str, Any]:
         "rows": len(table),
         "law": learned.report.law,
         "report": learned.report.document(),
-        "judged": judged(learned, table),
+        "judged": law_accuracy(learned, table),
         "optimum": learned.optimum.document(),
-        "path": path_of_optima(learned, recipe(corpus), table),
+        "path": optimum_path(learned, recipe(corpus), table),
         "slices": slices(learned, space, step=float(STEPS)),
         "seeds": list(SEEDS),
         "runs": [
-            {**r, "predicted": predicted(learned, r["shares"], step=STEPS)["value"]} for r in runs
+            {**r, "predicted": predict_mixture(learned, r["shares"], step=STEPS)["value"]}
+            for r in runs
         ],
-        "verified": verified(roles, tried, learned, space=space, step=STEPS),
+        "verified": verify_mixtures(roles, tried, learned, space=space, step=STEPS),
         "failed": 0,
         "problems": {},
         "files": ["tune.json"],

@@ -1,4 +1,4 @@
-"""`compare`: one recipe under several mixers and seeds, and what came of it."""
+"""`raymix.compare`: run one recipe under several mixers and seeds, and write the statistics."""
 
 from __future__ import annotations
 
@@ -29,32 +29,34 @@ def compare(
     parallel: int | None = None,
     baseline: str | None = None,
 ) -> dict[str, Any]:
-    """Return the comparison of mixers on one recipe, having trained what was not trained yet.
+    """Train the runs that are not done, and return the comparison of the mixers.
 
-    Every run has a directory `MIXER-seedN` in `out`; finished ones are not repeated, begun ones go
-    on from their checkpoints. `out` also gets `compare.json`, `compare.csv` and, where matplotlib
-    is installed, `compare.html`. The corpus is prepared first where that has not been done.
+    Every run has a directory `MIXER-seedN` in `out`; finished runs are not repeated, others resume
+    from their checkpoints. `out` also gets `compare.json`, `compare.csv` and, where matplotlib is
+    installed, `compare.html`. The corpus is prepared first if it is not.
 
     Args:
-        recipe: What all runs have in common, or the path of it.
-        mixers: Mixers, separated by commas; see `raymix.tuning.runs.variants`.
+        recipe: The recipe that all runs share, or its path.
+        mixers: Mixer specs, separated by commas; see `raymix.tuning.runs.variants`.
         seeds: Runs per mixer; their seeds count up from the recipe's.
-        out: Directory of the comparison; left out, `runs/NAME-compare`.
-        parallel: Runs at once; left out, one per core or GPU, as far as memory goes.
-        baseline: The mixer that differences are to; left out, the first.
+        out: Directory of the comparison; None for `runs/NAME-compare`.
+        parallel: Concurrent runs; None for one per core or GPU, as far as memory allows.
+        baseline: The mixer that differences are taken to; None for the first.
 
     Raises:
         RaymixError: If a run cannot work; nothing has been started then.
-        KeyboardInterrupt: After Ctrl-C; the same command goes on.
+        KeyboardInterrupt: After Ctrl-C; the same command resumes.
     """
     loaded = load_recipe(recipe)
     group = _group(loaded, mixers, seeds, out, parallel)
+    # Before the corpus is prepared: a typo should not cost the minutes of a preparation.
     base = _baseline(group.variants, baseline)
     corpus, plan = _prepared(group)
+    # Reading is inside the lock too: another process could change the runs meanwhile.
     with locked(group.out, "comparison"):
         outcome = make_runs(group, plan, corpus)
         results = read_results(group, plan, corpus, outcome)
-        document = _compared(group, plan, corpus, results, base)
+        document = _document(group, plan, corpus, results, base)
         document["files"] = _write(document, group.out)
     return document
 
@@ -71,50 +73,52 @@ def _group(
             raise RecipeError.at(option, value, "too small", allowed="Allowed: 1 or more")
     directory = output_directory(out, f"{recipe.name}-compare")
     variants = make_variants(recipe, mixers, seeds=seeds, out=str(directory))
-    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
-    return Group(recipe, variants, directory, has, parallel)
+    machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    return Group(recipe, variants, directory, machine, parallel)
 
 
-def _baseline(variants: Sequence[Variant], asked: str | None) -> str:
+def _baseline(variants: Sequence[Variant], requested: str | None) -> str:
     known = labels(variants)
-    base = known[0] if asked is None else asked
+    base = known[0] if requested is None else requested
     if base not in known:
-        near = did_you_mean(base, known)
         raise RecipeError.at(
             "--baseline",
             base,
             "not one of the mixers",
             allowed=f"Compared are: {', '.join(known)}",
-            fix=near,
+            fix=did_you_mean(base, known),
         )
     return base
 
 
 def _prepared(group: Group) -> tuple[Corpus, ComparisonPlan]:
-    """Return the corpus, prepared, and the plan; refuse what cannot work before preparing it."""
+    """Return the corpus and the plan; the plan is checked before and after the preparation."""
+    # Imported here: preparation loads tokenizers and Ray Data, which refusals do not need.
     from raymix.corpus.open_or_prepare import open_or_prepare
 
+    # Without a corpus only some checks are possible; the others follow once it is there.
     corpus = open_or_prepare(group.recipe.corpus, lambda: group.plan(None))
     return corpus, group.plan(corpus)
 
 
-def _compared(
+def _document(
     group: Group,
     plan: ComparisonPlan,
     corpus: Corpus,
     results: Sequence[RunResult],
     baseline: str,
 ) -> dict[str, Any]:
-    """Return the document: the setting, the statistics, the runs."""
-    one = next(iter(plan.plans.values()))
+    """Return the document: setting, statistics and runs."""
+    # Steps and tokens are the same under all mixers of a comparison.
+    first_plan = next(iter(plan.plans.values()))
     targets = group.variants[0].recipe.mixer.targets
     facts = {
         "name": group.recipe.name,
         "out": str(group.out),
-        "steps": one.steps,
-        "tokens": one.tokens,
-        "parameters": one.parameters,
-        "flops_per_token": one.flops_per_token,
+        "steps": first_plan.steps,
+        "tokens": first_plan.tokens,
+        "parameters": first_plan.parameters,
+        "flops_per_token": first_plan.flops_per_token,
         "corpus": corpus.path,
         "corpus_fingerprint": corpus.fingerprint,
         "sections": {
@@ -129,9 +133,9 @@ def _compared(
 
 
 def _write(document: Mapping[str, Any], out: Path) -> list[str]:
-    """Return the files written: data, table, and page where it can be drawn."""
-    twin = json.dumps(document, ensure_ascii=False, indent=1)
-    atomic_write_text(str(out / "compare.json"), twin + "\n")
+    """Write data, table and, with matplotlib, the page; return their paths."""
+    text = json.dumps(document, ensure_ascii=False, indent=1)
+    atomic_write_text(str(out / "compare.json"), text + "\n")
     atomic_write_text(str(out / "compare.csv"), to_csv(document))
     written = [str(out / "compare.json"), str(out / "compare.csv")]
     if importlib.util.find_spec("matplotlib") is not None:

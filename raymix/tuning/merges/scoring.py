@@ -1,9 +1,9 @@
-"""Merges that are tried: made, scored on held-out rows, removed; what they came to stays on disk.
+"""Search points: merge, score on held-out rows, delete the merge, store its losses as JSON.
 
-A point of a search is a JSON file, written whole: a search that is killed loses the merge it was
-at and no more. Held-out text has two parts that share no document: the first rows of a domain's
-valid split, on which everything else in raymix is scored and which are reported (`test`), and its
-last rows, which a search chooses by (`search`).
+The file of a point is written atomically, so a killed search loses only the merge in progress.
+Held-out text has two parts that share no document: `test`, the first rows of a domain's valid
+split, which all of raymix reports losses on, and `search`, its last rows, which a search selects
+by.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from raymix.training.evaluate.score import score_checkpoint
 Part = Literal["test", "search"]
 
 _IDENTITY = "search.json"
-_WORK = ".merge"
+# Hidden, so that merges in progress are not listed beside the points.
+_WORK_PREFIX = ".merge"
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What models are scored on."""
+    """Corpus, domains and rows that models are scored on."""
 
     corpus: str
     """Path of the prepared corpus."""
@@ -42,35 +43,37 @@ class HeldOut:
     sequence_length: int
     domains: tuple[str, ...]
     test_rows: int
-    """Rows per domain at the beginning of the valid split: what is reported."""
+    """Rows per domain at the beginning of the valid split, for reported losses."""
     search_rows: int
-    """Rows per domain, at most, at its end: what is chosen by."""
+    """Maximum rows per domain at its end, for selection."""
     shared: tuple[str, ...] = ()
-    """Domains whose two parts are of one document: all that is held out of them."""
+    """Domains whose two parts are from one document, because they hold out no other."""
 
     @classmethod
     def of(
         cls, recipe: Recipe, corpus: Corpus, domains: Sequence[str], rows: int | None = None
     ) -> HeldOut:
-        """Return the parts that a recipe evaluates on; `rows` to choose by, or as many.
+        """Return the parts for a recipe; `rows` is the size of the search part, default `test`'s.
 
         Raises:
             RaymixError: If a domain has too little held-out text for two parts.
         """
-        tested = recipe.eval.rows_per_domain
-        found = cls(
+        test_rows = recipe.eval.rows_per_domain
+        held_out = cls(
             corpus.path,
             corpus.fingerprint,
             recipe.data.sequence_length,
             tuple(domains),
-            tested,
-            rows or tested,
+            test_rows,
+            rows or test_rows,
         )
-        _, shared = found._search_rows(corpus)
-        return replace(found, shared=shared)
+        # `shared` depends on where documents end, so the rows are selected once to find it.
+        _, shared = held_out._search_rows(corpus)
+        return replace(held_out, shared=shared)
 
     def rows(self, part: Part) -> HeldOutRows:
         """Return the rows of a part."""
+        # Opened here: a path is cheap to pickle to the trials, an open corpus is not.
         corpus, length = Corpus.open(self.corpus), self.sequence_length
         if part == "test":
             return held_out_rows(
@@ -101,18 +104,20 @@ class HeldOut:
         return {name: float(row["loss"] or 0.0) for name, row in table.items()}
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the fields as JSON types."""
+        # Lists instead of tuples: the identity of a search is compared after a round trip.
         return {**asdict(self), "domains": list(self.domains), "shared": list(self.shared)}
 
 
 def mean_loss(losses: Mapping[str, float]) -> float | None:
-    """Return the mean over domains; None where there are none."""
+    """Return the mean loss over domains; None without losses."""
+    # fsum is exact, so the mean does not depend on the order of the domains.
     return math.fsum(losses.values()) / len(losses) if losses else None
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A merge file, the options looked for, and where what was tried is kept."""
+    """A merge file, its search space, and the directory of the points."""
 
     file: MergeFile
     space: tuple[Dimension, ...]
@@ -122,7 +127,7 @@ class Search:
     device: str = "cpu"
 
     def identity(self) -> dict[str, Any]:
-        """Return what must be the same for two searches to be one: files, models, text."""
+        """Return what identifies a search: merge file, models, space, number of points, text."""
         return {
             "merge": self.file.model_dump(mode="json"),
             "inputs": plan_merge(self.file).identity(),
@@ -132,7 +137,8 @@ class Search:
         }
 
     def open(self) -> bool:
-        """Begin the search, or take up one that was begun; return False if another is there."""
+        """Create or resume the search; return False if the directory holds another search."""
+        # Through JSON, as the stored one: tuples become lists.
         identity = json.loads(json.dumps(self.identity()))
         path = self.folder / _IDENTITY
         if path.is_file():
@@ -142,29 +148,30 @@ class Search:
         return True
 
     def restart(self) -> None:
-        """Forget what was tried, and begin."""
+        """Delete all points and create the search anew."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.open()
 
     def read(self, number: int) -> dict[str, Any] | None:
-        """Return what point `number` came to, None where it was not tried yet."""
+        """Return the record of point `number`, or None if it was not evaluated yet."""
         path = self.folder / f"{number:03d}.json"
         return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
     def record(self, number: int, point: Point, *, threads: int) -> dict[str, Any]:
-        """Return what a point came to on the rows to choose by, having tried and noted it.
+        """Evaluate a point on the search rows, store and return its record.
 
-        A merge that cannot be made has no losses, and says why.
+        A merge that fails has no losses, and the reason as `problem`.
         """
-        found: dict[str, Any] = {"number": number, "options": dict(point), "losses": {}}
+        record: dict[str, Any] = {"number": number, "options": dict(point), "losses": {}}
         try:
-            found["losses"] = self.score(point, "search", threads=threads, number=number)
+            record["losses"] = self.score(point, "search", threads=threads, number=number)
         except MergeError as error:
-            found["problem"] = str(error)
-        found["loss"] = mean_loss(found["losses"])
+            # A result, not a failure of the search: some options make some methods diverge.
+            record["problem"] = str(error)
+        record["loss"] = mean_loss(record["losses"])
         path = self.folder / f"{number:03d}.json"
-        atomic_write_text(str(path), json.dumps(found, ensure_ascii=False) + "\n")
-        return found
+        atomic_write_text(str(path), json.dumps(record, ensure_ascii=False) + "\n")
+        return record
 
     def score(
         self, point: Point, part: Part, *, threads: int, number: int | str = ""
@@ -172,10 +179,11 @@ class Search:
         """Return the losses by domain of the merge at a point.
 
         Raises:
-            MergeError: If it cannot be made, or has no finite loss.
+            MergeError: If the merge fails, or a loss is not finite.
             RaymixError: If its model cannot be loaded.
         """
-        out = self.folder / f"{_WORK}-{number}"
+        out = self.folder / f"{_WORK_PREFIX}-{number}"
+        # Left over where a trial was killed; `merge` refuses a directory that exists.
         shutil.rmtree(out, ignore_errors=True)
         try:
             merge(
@@ -185,6 +193,7 @@ class Search:
                 device=self.device,
                 scratch=True,
             )
+            # From disk, as a user would load it: what is scored is what would be written.
             losses = self.held_out.losses(out, part, threads=threads)
         finally:
             shutil.rmtree(out, ignore_errors=True)
@@ -199,36 +208,42 @@ class Search:
         return losses
 
     def points(self) -> list[dict[str, Any]]:
-        """Return what was tried so far, up to the first point that was not."""
-        found: list[dict[str, Any]] = []
-        while (point := self.read(len(found))) is not None:
-            found.append(point)
-        return found
+        """Return the records of the points up to the first one that is missing."""
+        # Points of a round end in any order, but the next round needs all of those before it.
+        records: list[dict[str, Any]] = []
+        while (point := self.read(len(records))) is not None:
+            records.append(point)
+        return records
 
 
-def tried(points: Sequence[Mapping[str, Any]]) -> list[tuple[Point, float]]:
-    """Return points and their losses; the loss of one that failed is infinite."""
+def evaluated(points: Sequence[Mapping[str, Any]]) -> list[tuple[Point, float]]:
+    """Return points and their losses; a failed point has an infinite loss."""
+    # Infinite, not left out: the next proposals must stay away from it.
     losses = [math.inf if p["loss"] is None else float(p["loss"]) for p in points]
     return [(p["options"], loss) for p, loss in zip(points, losses, strict=True)]
 
 
 def best_of(points: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the point of the least loss, the first of several.
+    """Return the record of the point with the lowest loss; the first one of a tie.
 
     Raises:
         MergeError: If every merge failed, with the first reason.
     """
     usable = [point for point in points if point["loss"] is not None]
     if not usable:
-        said = next((point.get("problem") for point in points if point.get("problem")), None)
+        problem = next((point.get("problem") for point in points if point.get("problem")), None)
         raise MergeError.at(
-            "--search", len(points), f"none of {len(points)} merges has a loss", fix=str(said or "")
+            "--search",
+            len(points),
+            f"none of {len(points)} merges has a loss",
+            fix=str(problem or ""),
         )
+    # `min` keeps the first of a tie, and the file's own values are point 0: they win it.
     return min(usable, key=lambda point: point["loss"])
 
 
 def refuse_another(folder: Path) -> RecipeError:
-    """Return the error of a directory that holds another search."""
+    """Return the error for a directory that holds another search."""
     return RecipeError.at(
         "--out",
         str(folder),

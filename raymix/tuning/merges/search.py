@@ -1,9 +1,10 @@
-"""`raymix merge --search`: the scale, the drop rate or other numbers of a merge, by held-out loss.
+"""`raymix merge --search`: numeric options of a merge (scale, drop rate, ...) by held-out loss.
 
-Each point is a merge that is made, scored on rows to choose by, and removed; a round of points runs
-through Ray Tune, as wide as cores and memory allow. Then the file's own merge, the chosen one, the
-base and the models themselves are scored on the test rows, which no choice has seen, and the chosen
-merge is written. Points stay on disk beside the output: the same command goes on from them.
+Each point is a merge that is computed, scored on the search rows and deleted. The points of a round
+run concurrently through Ray Tune, as many as cores and memory allow. Then the file's own merge, the
+selected one, the base and the input models are scored on the test rows, which no selection has
+used, and the selected merge is written. Points stay on disk beside the output, so the same command
+resumes the search.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from raymix.training.model.hf_model import CorpusFacts, resolve_config
 from raymix.tuning.merges.scoring import HeldOut, Search, best_of, mean_loss, refuse_another
 from raymix.tuning.merges.trials import PointTrial, ScoreTrial, round_of
 from raymix.tuning.runs.group import locked
-from raymix.tuning.runs.planning import TrialResources, share_out
+from raymix.tuning.runs.planning import TrialResources, divide_machine
 from raymix.tuning.runs.trial_task import TrialTask
 from raymix.tuning.runs.trials import run_trials
 
 FORMAT = 1
 TRIALS = {1: 11}
-"""Points by default, by the number of options; of two or more `_MANY`."""
-_MANY = 25
+"""Default number of points, by number of options; `_DEFAULT_TRIALS` for two or more."""
+_DEFAULT_TRIALS = 25
 _SUFFIX = "-search"
-# A model in fp32 beside the logits of a few rows, and what a merge works in.
+# Memory of a point: the model in fp32, the logits of a few rows, the working set of the merge.
 _FP32_COPIES = 3
 
 
@@ -56,54 +57,57 @@ def search_merge(
     workers: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Return what a search came to, having written the merge it chose to the new directory `out`.
+    """Search the options, write the selected merge to the new directory `out`, return the document.
 
-    `OUT-search` gets a file per point, `merge.yaml` (the chosen merge), `search_result.json` and,
+    `OUT-search` gets a file per point, `merge.yaml` (the selected merge), `search_result.json` and,
     where matplotlib is installed, `search.svg`.
 
     Args:
         source: A merge file, its content, or a MergeFile; its own values are the first point.
-        out: A directory that is not there yet.
-        search: Options to look for, e.g. `scale,drop` or `scale=0.5:2`; see
+        out: A directory that does not exist.
+        search: Options to search, e.g. `scale,drop` or `scale=0.5:2`; see
             `raymix.merging.search_space`.
-        recipe: Says on what corpus, in what rows, and how many of them models are scored; on the
-            domains of its section `specialists`, or on all.
+        recipe: Corpus, sequence length and number of rows for scoring; its domains are those of
+            section `specialists`, or all.
         overrides: Changes to the merge file such as `parameters.drop=0.5`.
-        trials: Points in all; left out, 11 for one option and 25 for more.
-        workers: Points at once; left out, one per core or GPU, as memory allows.
-        device: Where merges are computed, `cpu` or `cuda`; models are scored on a GPU where there
-            is one.
+        trials: Number of points; None for 11 with one option and 25 with more.
+        workers: Concurrent points; None for one per core or GPU, as memory allows.
+        device: Device of the merges, `cpu` or `cuda`; models are scored on a GPU if there is one.
 
     Raises:
         RaymixError: If something cannot work; nothing has been started then.
-        KeyboardInterrupt: After Ctrl-C; the same command goes on.
+        KeyboardInterrupt: After Ctrl-C; the same command resumes.
     """
     file = load_merge(source, overrides)
-    place = OutputWorkspace(out).out
-    one = _opened(file, place, search, recipe, trials, device)
+    # Refuses an `out` that exists, before an hour of search.
+    target = OutputWorkspace(out).out
+    job = _make_search(file, target, search, recipe, trials, device)
     plan = plan_merge(file)
-    with locked(one.folder, "search"):
-        if not one.open():
-            raise refuse_another(one.folder)
-        has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
-        seats = _seats(plan, has, workers, one.trials, on_gpu=device == "cuda")
-        runner = _Runner(one, recipe.cluster, seats)
+    with locked(job.folder, "search"):
+        if not job.open():
+            raise refuse_another(job.folder)
+        machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+        trial_resources = _trial_resources(
+            plan, machine, workers, job.trials, on_gpu=device == "cuda"
+        )
+        runner = _Runner(job, recipe.cluster, trial_resources)
+        # One cluster for all rounds: starting one takes seconds, as long as a small merge.
         with ray_cluster(recipe.cluster):
             runner.run_rounds()
-            points = one.points()
+            points = job.points()
             best = best_of(points)["options"]
-            test = runner.scores(_scored(one, plan, best, seats.threads))
-        document = _document(one, points, best, test)
-        merged = merge(apply_point(file, best), place, device=device)
-        document["merge"] = merged
-        document["files"] = _write(document, one, best)
+            test = runner.scores(_test_trials(job, plan, best, trial_resources.threads))
+        document = _document(job, points, best, test)
+        # Computed again: the merges of the points were deleted, since each is a whole model.
+        document["merge"] = merge(apply_point(file, best), target, device=device)
+        document["files"] = _write(document, job, best)
     return document
 
 
-def _opened(
+def _make_search(
     file: MergeFile, out: Path, search: str, recipe: Recipe, trials: int | None, device: str
 ) -> Search:
-    """Return the search; refuse what cannot work."""
+    """Return the search, after all checks that need neither a lock nor a cluster."""
     if writes_adapter(file):
         raise MergeError.at(
             "base_model",
@@ -114,11 +118,12 @@ def _opened(
     if trials is not None and trials < 1:
         raise RecipeError.at("--trials", trials, "too small", allowed="Allowed: 1 or more")
     space = search_space(file, search)
+    # For its checks: a faulty merge file is refused here and not in every trial.
     apply_point(file, start_point(space))
     corpus = _corpus(recipe)
     held_out = HeldOut.of(recipe, corpus, _scored_domains(recipe, corpus))
     _refuse_misfit(file, recipe, corpus)
-    count = trials or TRIALS.get(len(space), _MANY)
+    count = trials or TRIALS.get(len(space), _DEFAULT_TRIALS)
     folder = out.with_name(out.name + _SUFFIX)
     return Search(file, space, count, held_out, folder, device)
 
@@ -130,25 +135,25 @@ def _corpus(recipe: Recipe) -> Corpus:
 
 
 def _scored_domains(recipe: Recipe, corpus: Corpus) -> list[str]:
-    """Return the domains of the recipe's section `specialists`, else all, that have held-out text.
+    """Return the domains with held-out text among those of section `specialists`, else of all.
 
     Raises:
         RecipeError: If there are none.
     """
     names = recipe.specialists.domains or corpus.domain_names
-    found = [name for name in names if corpus.split(name, "valid").tokens]
-    if not found:
+    domains = [name for name in names if corpus.split(name, "valid").tokens]
+    if not domains:
         raise RecipeError.at(
             "--eval",
             corpus.path,
             "its corpus has no held-out text, so nothing can be chosen by it",
             fix="Give its domains `valid` files, or raise corpus.valid_fraction",
         )
-    return found
+    return domains
 
 
 def _refuse_misfit(file: MergeFile, recipe: Recipe, corpus: Corpus) -> None:
-    """Raise RecipeError if the models cannot read the corpus' tokens."""
+    """Raise RecipeError if the models do not fit the tokenizer or sequence length of the corpus."""
     models = plan_merge(file).models
     assert models is not None, "adapters alone were refused"
     info = corpus.manifest.tokenizer
@@ -156,79 +161,101 @@ def _refuse_misfit(file: MergeFile, recipe: Recipe, corpus: Corpus) -> None:
     resolve_config(PretrainedModel(kind="pretrained", path=models.first.checkpoint.path), facts)
 
 
-def _seats(
-    plan: MergePlan, has: Resources, workers: int | None, points: int, *, on_gpu: bool
+def _trial_resources(
+    plan: MergePlan, machine: Resources, workers: int | None, points: int, *, on_gpu: bool
 ) -> TrialResources:
-    """Return how many points at once: one per core, fewer where memory holds fewer models."""
-    entries = sum(place.n_bytes // place.dtype.itemsize for place in plan.layout.locations.values())
+    """Return the resources per point: one point per core, fewer if memory holds fewer models."""
+    # Scoring loads models in fp32, whatever the dtype on disk.
+    parameters = sum(loc.n_bytes // loc.dtype.itemsize for loc in plan.layout.locations.values())
     largest = max(plan.job_bytes(job) for job in plan.choices)
-    room = max(1, has.memory_bytes // (_FP32_COPIES * 4 * entries + largest))
-    one = ClusterConfig(workers=0, gpus_per_worker="auto" if on_gpu else 0)
-    return share_out(has, min(points, workers or room), one, crowded=workers is not None)
+    capacity = max(1, machine.memory_bytes // (_FP32_COPIES * 4 * parameters + largest))
+    # Not the recipe's workers: a point is one process.
+    cluster = ClusterConfig(workers=0, gpus_per_worker="auto" if on_gpu else 0)
+    return divide_machine(
+        machine, min(points, workers or capacity), cluster, oversubscribe=workers is not None
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Runner:
-    """Runs pieces of the search on the cluster this process is joined to."""
+    """Runs tasks of the search on the Ray cluster of this process."""
 
     search: Search
     cluster: ClusterConfig
-    seats: TrialResources
+    trial_resources: TrialResources
 
     def run_rounds(self) -> None:
-        """Try the points that were not tried, round by round.
+        """Evaluate the missing points, round by round.
 
         Raises:
-            TrainingError: If a point could not be tried for another reason than the merge's own.
+            TrainingError: If a point failed for another reason than the merge itself.
         """
         search = self.search
         while round_ := round_of(search, search.points()):
-            left = [(n, point) for n, point in round_ if search.read(n) is None]
-            done = round_[0][0] + len(round_) - len(left)
+            # A round that was interrupted is made up of the same points: files say which are left.
+            remaining = [(n, point) for n, point in round_ if search.read(n) is None]
+            done = round_[0][0] + len(round_) - len(remaining)
             print(
                 f"points {round_[0][0] + 1} to {round_[-1][0] + 1} of {search.trials}, "
-                f"{min(self.seats.parallel, len(left))} at once, in {search.folder}",
+                f"{min(self.trial_resources.parallel, len(remaining))} at once, in {search.folder}",
                 flush=True,
             )
-            self._run([PointTrial(search, n, point, self.seats.threads) for n, point in left], done)
+            self._run(
+                [
+                    PointTrial(search, n, point, self.trial_resources.threads)
+                    for n, point in remaining
+                ],
+                done,
+            )
 
     def scores(self, trials: Sequence[ScoreTrial]) -> dict[str, dict[str, float]]:
-        """Return the losses on the test rows by name, having scored what was not scored."""
+        """Score the models that are not scored yet; return losses on the test rows, by name."""
         self._run([trial for trial in trials if trial.result() is None], 0)
         return {trial.name: trial.result() or {} for trial in trials}
 
-    def _run(self, pieces: Sequence[TrialTask], done: int) -> None:
-        if not pieces:
+    def _run(self, tasks: Sequence[TrialTask], done: int) -> None:
+        if not tasks:
             return
         outcome = run_trials(
-            pieces, out=self.search.folder, seats=self.seats, cluster=self.cluster, done=done
+            tasks,
+            out=self.search.folder,
+            trial_resources=self.trial_resources,
+            cluster=self.cluster,
+            done=done,
         )
         if outcome.problems:
             raise TrainingError(
-                *(format_problem("--search", name, said) for name, said in outcome.problems.items())
+                *(
+                    format_problem("--search", name, problem)
+                    for name, problem in outcome.problems.items()
+                )
             )
 
 
-def _scored(
+def _test_trials(
     search: Search, plan: MergePlan, best: Mapping[str, float], threads: int
 ) -> list[ScoreTrial]:
-    """Return what is scored on the test rows: base, models, and the merges."""
+    """Return the trials on the test rows: base, input models, and the two merges."""
     models = plan.models
     assert models is not None, "adapters alone were refused"
-    whole = [model for model in models.unique() if model.adapter is None]
-    found = [
-        ScoreTrial(_name(at, model.label), search, threads, checkpoint=model.checkpoint.path)
-        for at, model in enumerate(whole)
+    # An adapter alone is no model that could be scored.
+    full_models = [model for model in models.unique() if model.adapter is None]
+    trials = [
+        ScoreTrial(
+            _model_name(index, model.label), search, threads, checkpoint=model.checkpoint.path
+        )
+        for index, model in enumerate(full_models)
     ]
-    found.append(ScoreTrial("as given", search, threads, point=start_point(search.space)))
-    return [*found, ScoreTrial("chosen", search, threads, point=best)]
+    trials.append(ScoreTrial("as given", search, threads, point=start_point(search.space)))
+    return [*trials, ScoreTrial("chosen", search, threads, point=best)]
 
 
-def _name(at: int, path: str) -> str:
-    """Return a short name of a model, unlike the others' and good for a file."""
+def _model_name(index: int, path: str) -> str:
+    """Return a short name of a model, unique by its index and valid as a file name."""
+    # Checkpoints of a run are RUN/checkpoints/step-N: the run is what tells models apart.
     parts = Path(path).parts[-3:]
-    kept = [part for part in parts if not part.startswith(("checkpoints", "step-"))]
-    return f"{at} {kept[-1] if kept else Path(path).name}"
+    names = [part for part in parts if not part.startswith(("checkpoints", "step-"))]
+    return f"{index} {names[-1] if names else Path(path).name}"
 
 
 def _document(
@@ -246,13 +273,15 @@ def _document(
         "points": list(points),
         "best": dict(best),
         "loss": {"as given": points[0]["loss"], "chosen": best_of(points)["loss"]},
-        "test": {name: {"mean": mean_loss(told), "domains": told} for name, told in test.items()},
+        "test": {
+            name: {"mean": mean_loss(losses), "domains": losses} for name, losses in test.items()
+        },
         "failed_points": sum(point["loss"] is None for point in points),
     }
 
 
 def _write(document: Mapping[str, Any], search: Search, best: Mapping[str, float]) -> list[str]:
-    """Return the files written: the result, the chosen merge file, and a picture."""
+    """Write the result, the selected merge file and, with matplotlib, a figure; return paths."""
     folder = search.folder
     chosen = apply_point(search.file, best).model_dump(
         mode="json", exclude_unset=True, exclude_none=True

@@ -1,8 +1,8 @@
-"""The statistics of merged specialists: losses by seed to one JSON-able document; pure.
+"""Statistics of merged specialists: losses by seed to one JSON-able document; pure functions.
 
-Losses are held-out, in nats per token, on the test rows. `recovered` is what a model has of the
-specialists' gain over the base: 0 for the base, 1 for taking each domain's own specialist.
-Differences are over seeds, each seed to itself, with Student's 95 % interval.
+Losses are held-out, in nats per token, on the test rows. `recovered` is the fraction of the
+specialists' gain over the base that a model has: 0 for the base, 1 for each domain's own
+specialist. Differences are paired by seed, with Student's 95 % interval.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from raymix.tuning.compare.statistics import paired, spread
 from raymix.tuning.runs.results import RunResult
 
 FORMAT = 1
-BASE, JOINT, SPECIALIZTS = "base", "joint", "specialists"
+BASE, JOINT, SPECIALISTS = "base", "joint", "specialists"
 GIVEN, BEST = "given", "best"
 Losses = Mapping[int, Mapping[str, float]]
-"""By seed, by domain."""
+"""Losses by seed, by domain."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpecialistLosses:
-    """What there is to say something about."""
+    """Measured losses of the runs and of the merge searches."""
 
     domains: Sequence[str]
     seeds: Sequence[int]
     methods: Sequence[str]
     runs: Sequence[RunResult]
-    """The specialists and joint training; their first points are of the base."""
+    """The specialists and joint training; their first evaluation is that of the base."""
     merged: Mapping[tuple[str, int], Mapping[str, Any] | None]
-    """By method and seed, what its search came to."""
+    """Result of each search, by method and seed; None if it failed."""
 
 
 def specialist_stats(measured: SpecialistLosses, problems: Mapping[str, str]) -> dict[str, Any]:
-    """Return rows of models, methods with their scales, differences, and what failed.
+    """Return rows per model, methods with their scales, differences and failures.
 
     Args:
-        measured: What there is.
-        problems: Of searches that failed, by name.
+        measured: The measured losses.
+        problems: Reasons of failed searches, by name.
     """
     references = _references(measured)
     rows: dict[str, dict[str, Any]] = {
         name: _row(losses, references) for name, losses in references.items()
     }
-    found: dict[str, dict[int, Mapping[str, Any]]] = {
-        name: {s: told for s in measured.seeds if (told := measured.merged.get((name, s)))}
+    results: dict[str, dict[int, Mapping[str, Any]]] = {
+        name: {s: result for s in measured.seeds if (result := measured.merged.get((name, s)))}
         for name in measured.methods
     }
-    at = {
-        which: {name: _at(runs, which) for name, runs in found.items() if runs}
-        for which in (GIVEN, BEST)
+    # A method whose searches all failed has no row.
+    losses_at = {
+        scale: {name: _test_losses(runs, scale) for name, runs in results.items() if runs}
+        for scale in (GIVEN, BEST)
     }
     return {
         "format": FORMAT,
@@ -61,15 +62,15 @@ def specialist_stats(measured: SpecialistLosses, problems: Mapping[str, str]) ->
         "merges": {
             name: {
                 "scale": _scales(runs),
-                GIVEN: _row(at[GIVEN][name], references),
-                BEST: _row(at[BEST][name], references),
-                "curves": {str(seed): _curve(told) for seed, told in runs.items()},
+                GIVEN: _row(losses_at[GIVEN][name], references),
+                BEST: _row(losses_at[BEST][name], references),
+                "curves": {str(seed): _curve(result) for seed, result in runs.items()},
             }
-            for name, runs in found.items()
+            for name, runs in results.items()
             if runs
         },
-        "differences": {which: _differences(some) for which, some in at.items()},
-        "failed": sum(told is None for told in measured.merged.values()),
+        "differences": {scale: _differences(losses) for scale, losses in losses_at.items()},
+        "failed": sum(result is None for result in measured.merged.values()),
         "problems": dict(problems),
     }
 
@@ -81,28 +82,29 @@ def _references(measured: SpecialistLosses) -> dict[str, Losses]:
     own: dict[int, dict[str, float]] = {seed: {} for seed in measured.seeds}
     for run in measured.runs:
         if run.mixer == JOINT:
+            # Every run starts from the base, so any first evaluation is that of the base.
             base[run.seed] = {n: run.points[0].losses[n] for n in measured.domains}
             joint[run.seed] = {n: run.losses[n] for n in measured.domains}
         for name in measured.domains:
             if run.mixer == f"specialist-{name}":
                 own[run.seed][name] = run.losses[name]
-    return {BASE: base, SPECIALIZTS: own, JOINT: joint}
+    return {BASE: base, SPECIALISTS: own, JOINT: joint}
 
 
 def _matrix(measured: SpecialistLosses) -> dict[str, dict[str, float]]:
-    """Return by specialist the loss on every domain, in the mean over seeds."""
-    found: dict[str, dict[str, float]] = {}
+    """Return by specialist its mean loss over seeds on every domain."""
+    matrix: dict[str, dict[str, float]] = {}
     for name in measured.domains:
         runs = [run for run in measured.runs if run.mixer == f"specialist-{name}"]
-        found[name] = {
-            other: math.fsum(run.losses[other] for run in runs) / len(runs)
-            for other in measured.domains
+        matrix[name] = {
+            domain: math.fsum(run.losses[domain] for run in runs) / len(runs)
+            for domain in measured.domains
         }
-    return found
+    return matrix
 
 
-def _at(runs: Mapping[int, Mapping[str, Any]], which: str) -> Losses:
-    return {seed: told["test"][which] for seed, told in runs.items()}
+def _test_losses(runs: Mapping[int, Mapping[str, Any]], scale: str) -> Losses:
+    return {seed: result["test"][scale] for seed, result in runs.items()}
 
 
 def _mean(losses: Mapping[str, float]) -> float:
@@ -110,17 +112,18 @@ def _mean(losses: Mapping[str, float]) -> float:
 
 
 def _means(losses: Losses) -> dict[int, float]:
-    return {seed: _mean(found) for seed, found in losses.items()}
+    return {seed: _mean(by_domain) for seed, by_domain in losses.items()}
 
 
 def _row(losses: Losses, references: Mapping[str, Losses]) -> dict[str, Any]:
     means, base, own, joint = map(
-        _means, (losses, references[BASE], references[SPECIALIZTS], references[JOINT])
+        _means, (losses, references[BASE], references[SPECIALISTS], references[JOINT])
     )
     domains = list(next(iter(losses.values())))
     recovered = {
         seed: (base[seed] - mean) / (base[seed] - own[seed])
         for seed, mean in means.items()
+        # Undefined where training the specialists changed nothing.
         if base[seed] != own[seed]
     }
     return {
@@ -129,29 +132,30 @@ def _row(losses: Losses, references: Mapping[str, Losses]) -> dict[str, Any]:
         "to_joint": paired(means, joint),
         "to_base": paired(means, base),
         "domains": {
-            name: spread({seed: found[name] for seed, found in losses.items()}) for name in domains
+            name: spread({seed: row[name] for seed, row in losses.items()}) for name in domains
         },
     }
 
 
 def _scales(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
-    found = {seed: told["best"]["scale"] for seed, told in runs.items() if told["best"]}
-    return spread(found) if found else None
+    # A method without a scale has no options to search: `best` is empty.
+    scales = {seed: run["best"]["scale"] for seed, run in runs.items() if run["best"]}
+    return spread(scales) if scales else None
 
 
-def _curve(told: Mapping[str, Any]) -> list[dict[str, float | None]]:
-    """Return the points of a search by scale: their losses on the rows to choose by."""
+def _curve(result: Mapping[str, Any]) -> list[dict[str, float | None]]:
+    """Return scale and loss on the search rows of the points of a search, sorted by scale."""
     points = [
         {"scale": point["options"].get("scale", 1.0), "loss": point["loss"]}
-        for point in told["points"]
+        for point in result["points"]
     ]
     return sorted(points, key=lambda point: point["scale"])
 
 
-def _differences(found: Mapping[str, Losses]) -> dict[str, dict[str, Any]]:
-    """Return the difference in the mean loss of every method to every other."""
-    means = {name: _means(losses) for name, losses in found.items()}
+def _differences(by_method: Mapping[str, Losses]) -> dict[str, dict[str, Any]]:
+    """Return the paired difference in mean loss between every two methods."""
+    means = {name: _means(losses) for name, losses in by_method.items()}
     return {
-        name: {other: paired(own, means[other]) for other in means if other != name}
+        name: {base: paired(own, means[base]) for base in means if base != name}
         for name, own in means.items()
     }

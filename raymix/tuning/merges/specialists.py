@@ -1,11 +1,10 @@
-"""`specialists`: a base, a specialist per domain, joint training, and the specialists merged.
+"""`raymix specialists`: base, one specialist per domain, joint training, merged specialists.
 
-Per seed: the base is trained on the recipe's mixture (a recipe with a checkpoint for a model has
-its base already); from it come one model per domain, trained on that domain alone, and one trained
-on all of them in equal shares on as many tokens as all specialists together. Every merge method
-then makes one model of the specialists, as its options stand (scale 1) and at the scale that is
-best on held-out rows that the reported losses are not of. Everything finished is kept: running it
-again goes on.
+Per seed: the base is trained on the recipe's mixture (unless the recipe's model is a checkpoint).
+From it start one specialist per domain, trained on that domain alone, and one joint run over all of
+them in equal shares, with as many tokens as all specialists together. Every merge method then
+merges the specialists with its options as given (scale 1), and at the best scale on held-out rows
+that the reported losses do not use. Finished runs and searches are kept: the same command resumes.
 """
 
 from __future__ import annotations
@@ -55,30 +54,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "multislerp": {"merge_method": "multislerp"},
     "model_stock": {"merge_method": "model_stock"},
 }
-"""What is merged where the recipe does not say: every method, pruning as its authors do."""
+"""Merge methods by default: all, with the pruning rates of their authors."""
 
-# Evaluations of a run besides that of its beginning: curves are not what this is about.
+# Evaluations per run after that of step 0: only final losses are compared here.
 _EVALUATIONS = 1
 _SMOKE_TRIALS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What is made, and where."""
+    """Recipes, domains, methods, seeds, output directory and machine."""
 
     recipe: Recipe
     tuned: Recipe
-    """The recipe of a specialist, but for its domain and its base."""
+    """The recipe of a specialist, without its domain and its base."""
     domains: tuple[str, ...]
     methods: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
     out: Path
-    has: Resources
+    machine: Resources
     parallel: int | None
 
     @property
     def base_given(self) -> bool:
-        """Return whether the recipe's model is the base as it is."""
+        """Return whether the recipe's model is a checkpoint, which then is the base."""
         return isinstance(self.recipe.model, PretrainedModel)
 
     def bases(self) -> Group:
@@ -87,24 +86,24 @@ class _Setting:
             Variant(BASE, seed, self._run(self.recipe, f"{BASE}-seed{seed}", seed))
             for seed in self.seeds
         ]
-        return Group(self.recipe, runs, self.out, self.has, self.parallel)
+        return Group(self.recipe, runs, self.out, self.machine, self.parallel)
 
     def tunings(self, base_of: Mapping[int, str] | None) -> Group:
-        """Return the runs that start from the bases; None: as if they started from nothing."""
-        k = len(self.domains)
+        """Return the runs that start from the bases; None: from scratch, for the plan."""
+        # Joint training sees as many tokens as all specialists together: the same compute.
         longer = self.tuned.train.model_copy(
-            update={"steps": k * steps_of(self.tuned), "tokens": None}
+            update={"steps": len(self.domains) * steps_of(self.tuned), "tokens": None}
         )
-        whole = self.tuned.model_copy(update={"train": longer})
+        joint = self.tuned.model_copy(update={"train": longer})
         runs = [
             Variant(label, seed, self._tuning(recipe, label, domains, seed, base_of))
             for seed in self.seeds
             for label, recipe, domains in (
                 *((specialist(name), self.tuned, (name,)) for name in self.domains),
-                (JOINT, whole, self.domains),
+                (JOINT, joint, self.domains),
             )
         ]
-        return Group(self.tuned, runs, self.out, self.has, self.parallel)
+        return Group(self.tuned, runs, self.out, self.machine, self.parallel)
 
     def _tuning(
         self,
@@ -114,8 +113,8 @@ class _Setting:
         seed: int,
         base_of: Mapping[int, str] | None,
     ) -> Recipe:
-        weights = {name: 1 / len(domains) for name in domains}
-        mixer = StaticMixer(kind="static", weights=weights, targets=self.recipe.mixer.targets)
+        shares = {name: 1 / len(domains) for name in domains}
+        mixer = StaticMixer(kind="static", weights=shares, targets=self.recipe.mixer.targets)
         model = recipe.model
         if base_of is not None:
             model = PretrainedModel(kind="pretrained", path=base_of[seed])
@@ -127,7 +126,7 @@ class _Setting:
 
 
 def specialist(domain: str) -> str:
-    """Return what the specialist of a domain is called."""
+    """Return the label of the specialist of a domain."""
     return f"specialist-{domain}"
 
 
@@ -139,21 +138,21 @@ def specialists(
     parallel: int | None = None,
     smoke: bool = False,
 ) -> dict[str, Any]:
-    """Return how merged specialists do beside their base, themselves and joint training.
+    """Train and merge specialists; return the comparison with base, specialists and joint training.
 
     `out` gets a directory per run, `merges/METHOD-seedN` per search, `specialists.json` and, where
     matplotlib is installed, `specialists.html`.
 
     Args:
-        recipe: The recipe, or the path of it; its section `specialists` says what is made.
-        seeds: How often all of it; seeds count up from the recipe's.
-        out: Directory of everything; left out, `runs/NAME-specialists`.
-        parallel: Runs, or merges, at once; left out, one per core or GPU, as memory allows.
-        smoke: Tiny runs and few merges, to see the whole way in a minute or two.
+        recipe: The recipe, or its path; its section `specialists` configures the command.
+        seeds: Number of repetitions; their seeds count up from the recipe's.
+        out: Output directory; None for `runs/NAME-specialists`.
+        parallel: Concurrent runs or merges; None for one per core or GPU, as memory allows.
+        smoke: Tiny runs and few merges, to try all stages in a minute or two.
 
     Raises:
         RaymixError: If something cannot work; nothing has been started then.
-        KeyboardInterrupt: After Ctrl-C; the same command goes on.
+        KeyboardInterrupt: After Ctrl-C; the same command resumes.
     """
     setting = _setting(load_recipe(recipe), seeds, out, parallel, smoke=smoke)
     corpus = _prepared(setting)
@@ -161,13 +160,14 @@ def specialists(
         setting.tuned, corpus, setting.domains, setting.recipe.specialists.search_rows
     )
     with locked(setting.out, "run of specialists"):
+        # In this order: runs start from checkpoints of the bases, searches from those of runs.
         bases = _bases(setting, corpus)
         group = setting.tunings(bases)
         plan = group.plan(corpus)
         results = read_results(group, plan, corpus, make_runs(group, plan, corpus))
         _refuse_failed(results)
-        searches = _searches(setting, bases, held_out, plan.seats)
-        outcome = _merge(setting, searches, plan.seats)
+        searches = _searches(setting, bases, held_out, plan.trial_resources)
+        outcome = _merge(setting, searches, plan.trial_resources)
         document = _document(setting, corpus, plan, held_out, results)
         merged = {name: trial.result() for name, trial in searches.items()}
         measured = SpecialistLosses(
@@ -208,16 +208,17 @@ def _setting(
     names = [domain.name for domain in recipe.corpus.domains]
     domains = config.domains or tuple(n for n in names if n not in recipe.mixer.targets)
     directory = output_directory(out, f"{recipe.name}-specialists{'-smoke' if smoke else ''}")
-    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
-    counted = tuple(range(recipe.seed, recipe.seed + seeds))
-    return _Setting(recipe, tuned, domains, methods, counted, directory, has, parallel)
+    machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    seed_range = tuple(range(recipe.seed, recipe.seed + seeds))
+    return _Setting(recipe, tuned, domains, methods, seed_range, directory, machine, parallel)
 
 
 def _check_methods(methods: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise RecipeError for methods and options that there are not, each with its name."""
+    """Raise RecipeError for unknown methods and options, with one message per method."""
     problems: list[str] = []
     for name, options in methods.items():
         try:
+            # Names in place of models: options are checked before any model exists.
             check_options(_merge_file(options, "base", ["one", "two"]))
         except MergeError as error:
             problems += [f"specialists.methods.{name}: {message}" for message in error.problems]
@@ -238,7 +239,8 @@ def _merge_file(options: Mapping[str, Any], base: str, models: Sequence[str]) ->
 
 
 def _prepared(setting: _Setting) -> Corpus:
-    """Return the corpus, prepared; refuse what cannot work before anything is made."""
+    """Return the prepared corpus; all runs pass preflight before and after its preparation."""
+    # Imported here: preparation loads modules that refusals do not need.
     from raymix.corpus.open_or_prepare import open_or_prepare
 
     def refuse(corpus: Corpus | None) -> None:
@@ -254,7 +256,7 @@ def _prepared(setting: _Setting) -> Corpus:
 
 
 def _bases(setting: _Setting, corpus: Corpus) -> dict[int, str]:
-    """Return the base of each seed as a directory, having trained those that were not."""
+    """Train the bases that are missing; return the checkpoint directory of each seed's base."""
     model = setting.recipe.model
     if isinstance(model, PretrainedModel):
         return dict.fromkeys(setting.seeds, model.path)
@@ -262,16 +264,16 @@ def _bases(setting: _Setting, corpus: Corpus) -> dict[int, str]:
     plan = group.plan(corpus)
     results = read_results(group, plan, corpus, make_runs(group, plan, corpus))
     _refuse_failed(results)
-    found: dict[int, str] = {}
+    checkpoints: dict[int, str] = {}
     for result in results:
         newest = newest_checkpoint(RunDirectory(Path(result.path)).checkpoints)
         assert newest is not None, "a finished run has a checkpoint"
-        found[result.seed] = str(newest[0])
-    return found
+        checkpoints[result.seed] = str(newest[0])
+    return checkpoints
 
 
 def _refuse_failed(results: Sequence[RunResult]) -> None:
-    """Raise an error that names the runs that failed: what follows is built on all of them."""
+    """Raise TrainingError with the failed runs, since merges need all of them."""
     failed = [result for result in results if result.state != "done"]
     if failed:
         raise TrainingError(
@@ -280,15 +282,16 @@ def _refuse_failed(results: Sequence[RunResult]) -> None:
 
 
 def _searches(
-    setting: _Setting, bases: Mapping[int, str], held_out: HeldOut, seats: TrialResources
+    setting: _Setting, bases: Mapping[int, str], held_out: HeldOut, trial_resources: TrialResources
 ) -> dict[tuple[str, int], SearchTrial]:
     """Return the search of every method and seed."""
-    found: dict[tuple[str, int], SearchTrial] = {}
+    searches: dict[tuple[str, int], SearchTrial] = {}
     for seed in setting.seeds:
         models = [_checkpoint(setting, specialist(name), seed) for name in setting.domains]
         for name, options in setting.methods.items():
             file = _merge_file(options, bases[seed], models)
             scaled = get_method(file.merge_method).scaled_by is not None
+            # A method without a scale has one point, its merge as given.
             label = f"{name}-seed{seed}"
             search = Search(
                 file,
@@ -297,8 +300,8 @@ def _searches(
                 held_out,
                 setting.out / "merges" / label,
             )
-            found[name, seed] = SearchTrial(label, search, seats.threads)
-    return found
+            searches[name, seed] = SearchTrial(label, search, trial_resources.threads)
+    return searches
 
 
 def _checkpoint(setting: _Setting, label: str, seed: int) -> str:
@@ -308,24 +311,27 @@ def _checkpoint(setting: _Setting, label: str, seed: int) -> str:
 
 
 def _merge(
-    setting: _Setting, searches: Mapping[tuple[str, int], SearchTrial], seats: TrialResources
+    setting: _Setting,
+    searches: Mapping[tuple[str, int], SearchTrial],
+    trial_resources: TrialResources,
 ) -> Outcome:
-    """Return how the searches that were not finished ended, having made them."""
-    left = [trial for trial in searches.values() if trial.result() is None]
-    if not left:
+    """Run the searches that are not finished; return how they ended."""
+    remaining = [trial for trial in searches.values() if trial.result() is None]
+    if not remaining:
         return Outcome()
     print(
-        f"{len(searches)} searches of merges, {len(searches) - len(left)} of them finished "
-        f"before; {min(seats.parallel, len(left))} at once, in {setting.out / 'merges'}",
+        f"{len(searches)} searches of merges, {len(searches) - len(remaining)} of them finished "
+        f"before; {min(trial_resources.parallel, len(remaining))} at once, "
+        f"in {setting.out / 'merges'}",
         flush=True,
     )
     return run_trials(
-        left,
+        remaining,
         out=setting.out,
-        # Whatever trains the models, a search of merges is one process.
-        seats=replace(seats, workers=0),
+        # Also if runs have Ray Train workers, a search over merges is one process.
+        trial_resources=replace(trial_resources, workers=0),
         cluster=setting.recipe.cluster,
-        done=len(searches) - len(left),
+        done=len(searches) - len(remaining),
     )
 
 
@@ -336,8 +342,9 @@ def _document(
     held_out: HeldOut,
     results: Sequence[RunResult],
 ) -> dict[str, Any]:
-    """Return the setting, for the record."""
-    one = plan.plans[specialist(setting.domains[0])]
+    """Return the setting part of the document."""
+    # Specialists have the same length, so the plan of the first stands for all.
+    run_plan = plan.plans[specialist(setting.domains[0])]
     model = setting.recipe.model
     given = model.path if isinstance(model, PretrainedModel) else None
     base_steps = None if given else steps_of(setting.recipe)
@@ -349,10 +356,10 @@ def _document(
         "base": given,
         "base_steps": base_steps,
         "base_tokens": None if base_steps is None else base_steps * setting.recipe.data.step_tokens,
-        "steps": one.steps,
-        "tokens": one.tokens,
+        "steps": run_plan.steps,
+        "tokens": run_plan.tokens,
         "joint_tokens": plan.plans[JOINT].tokens,
-        "parameters": one.parameters,
+        "parameters": run_plan.parameters,
         "corpus": corpus.path,
         "corpus_fingerprint": corpus.fingerprint,
         "held_out": held_out.document(),
@@ -362,7 +369,7 @@ def _document(
 
 
 def _write(document: Mapping[str, Any], out: Path) -> list[str]:
-    """Return the files written: data, and page where it can be drawn."""
+    """Write the data and, with matplotlib, the page; return their paths."""
     text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False)
     atomic_write_text(str(out / "specialists.json"), text + "\n")
     written = [str(out / "specialists.json")]

@@ -1,8 +1,8 @@
-"""Searches of merges as Ray Tune runs them: one point each, or one whole search after another.
+"""Tasks of merge searches as Ray Tune trials: single points, whole searches, scores of models.
 
-`raymix merge --search` has merges that may be large, so each point is a trial of its own and a
-round runs as wide as the machine. `raymix specialists` has many searches over small models, so each
-search is a trial. Both leave the same files.
+`raymix merge --search` has one search over models that may be large: each point is a trial, and
+those of a round run concurrently. `raymix specialists` has many searches over small models: each
+search is a trial. Both write the same files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from raymix.errors import MergeError
 from raymix.merging.search_space import Point, next_points, start_point
 from raymix.store import atomic_write_text
-from raymix.tuning.merges.scoring import Search, best_of, tried
+from raymix.tuning.merges.scoring import Search, best_of, evaluated
 from raymix.tuning.runs.trial_task import trial_outcome
 
 RESULT = "result.json"
@@ -35,33 +35,33 @@ class PointTrial:
 
     @property
     def name(self) -> str:
-        """Return its options and their values."""
+        """Return its number, options and values."""
         values = ",".join(f"{name}={value:g}" for name, value in self.point.items())
         return f"{self.number:03d} {values}"
 
     @property
     def metrics(self) -> Path:
-        """Return a file that is never there: a point says nothing before its end."""
+        """Return the path of a file that is never written: a point has no progress."""
         return self.search.folder / f"{self.number:03d}.jsonl"
 
     @property
     def steps(self) -> int:
-        """Return 1."""
+        """Return 1: the task is one step."""
         return 1
 
     def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
-        """Return how it ended, having tried the point."""
+        """Evaluate the point and return how it ended."""
         if stop_requested():
             return {"state": "stopped"}
-        with trial_outcome(self.search.folder) as end:
+        with trial_outcome(self.search.folder) as outcome:
             self.search.record(self.number, self.point, threads=self.threads)
-            end["state"] = "done"
-        return end
+            outcome["state"] = "done"
+        return outcome
 
 
 @dataclass(frozen=True, slots=True)
 class SearchTrial:
-    """A whole search: its points, then the file's own merge and the best one on the test rows."""
+    """A whole search: its points, then the given and the best merge on the test rows."""
 
     name: str
     search: Search
@@ -69,44 +69,48 @@ class SearchTrial:
 
     @property
     def metrics(self) -> Path:
-        """Return the file with a line for each point."""
+        """Return the metrics file, one line per point."""
         return self.search.folder / METRICS
 
     @property
     def steps(self) -> int:
-        """Return how many points there are."""
+        """Return the number of points."""
         return self.search.trials
 
     def result(self) -> dict[str, Any] | None:
-        """Return what it came to; None where it has not ended, or was another search."""
+        """Return its result; None if it has not ended, or the directory holds another search."""
         path = self.search.folder / RESULT
+        # `open` is False for other models: a base trained anew makes the old search invalid.
         if not path.is_file() or not self.search.open():
             return None
         return json.loads(path.read_text("utf-8"))
 
     def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
-        """Return how it ended, having tried the points that were not tried."""
+        """Evaluate the missing points and return how the search ended."""
         if stop_requested():
             return {"state": "stopped"}
-        with trial_outcome(self.search.folder) as end:
-            end["state"] = "done" if self._work(stop_requested) else "stopped"
-        return end
+        with trial_outcome(self.search.folder) as outcome:
+            outcome["state"] = "done" if self._evaluate(stop_requested) else "stopped"
+        return outcome
 
-    def _work(self, stop_requested: Callable[[], bool]) -> bool:
-        """Return whether it came to its end."""
+    def _evaluate(self, stop_requested: Callable[[], bool]) -> bool:
+        """Evaluate all points and the test rows; return False if stopped before the end."""
         search = self.search
         if not search.open():
+            # Not refused: its models are outputs of this very command, and follow its recipe.
             search.restart()
         points = search.points()
-        while round_ := _round(search, points):
+        while round_ := _remaining_round(search, points):
             for number, point in round_:
+                # Between points only: a point in progress would be lost.
                 if stop_requested():
                     return False
                 points.append(search.record(number, point, threads=self.threads))
-                self._say(points)
+                self._write_metrics(points)
         best = best_of(points)["options"]
         given = start_point(search.space)
         scored = {"given": given, "best": best} if best != given else {"given": given}
+        # On equal points the merge is scored once, and `best` falls back to `given` below.
         test = {
             name: search.score(point, "test", threads=self.threads)
             for name, point in scored.items()
@@ -116,36 +120,40 @@ class SearchTrial:
         atomic_write_text(str(search.folder / RESULT), text + "\n")
         return True
 
-    def _say(self, points: list[dict[str, Any]]) -> None:
+    def _write_metrics(self, points: list[dict[str, Any]]) -> None:
+        # Written whole each time: a resumed search starts with points of an earlier process.
         lines = [json.dumps({"step": p["number"] + 1, "loss": p["loss"]}) for p in points]
         atomic_write_text(str(self.metrics), "\n".join(lines) + "\n")
 
 
-def _round(search: Search, points: list[dict[str, Any]]) -> list[tuple[int, Point]]:
-    """Return the points of the round that is going on that were not tried, with their numbers."""
+def _remaining_round(search: Search, points: list[dict[str, Any]]) -> list[tuple[int, Point]]:
+    """Return the missing points of the current round, with their numbers."""
     return [(n, p) for n, p in round_of(search, points) if n >= len(points)]
 
 
 def round_of(search: Search, points: list[dict[str, Any]]) -> list[tuple[int, Point]]:
-    """Return the first round that is not whole: its points, with their numbers.
+    """Return the first incomplete round: its points, with their numbers; empty at the end.
 
     Args:
         search: The search.
-        points: What was tried so far, from the first point on.
+        points: Records of the evaluated points, without a gap from the first one on.
     """
     if not search.space:
+        # Nothing to search: the merge as given is the one point.
         return [(0, {})] if not points else []
-    begun = 0
+    # Rounds are not stored. Proposals are a pure function of the rounds before, so replaying them
+    # from the first one finds where the search stands.
+    round_start = 0
     while True:
-        proposed = next_points(search.space, tried(points[:begun]), search.trials)
-        if not proposed or begun + len(proposed) > len(points):
-            return [(begun + at, point) for at, point in enumerate(proposed)]
-        begun += len(proposed)
+        proposed = next_points(search.space, evaluated(points[:round_start]), search.trials)
+        if not proposed or round_start + len(proposed) > len(points):
+            return [(round_start + offset, point) for offset, point in enumerate(proposed)]
+        round_start += len(proposed)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreTrial:
-    """A model as it is, or the merge at a point, on the test rows of a search."""
+    """Score of a checkpoint, or of the merge at a point, on the test rows of a search."""
 
     name: str
     search: Search
@@ -155,35 +163,36 @@ class ScoreTrial:
 
     @property
     def metrics(self) -> Path:
-        """Return a file that is never there: scoring says nothing before its end."""
+        """Return the path of a file that is never written: scoring has no progress."""
         return self.path.with_suffix(".jsonl")
 
     @property
     def steps(self) -> int:
-        """Return 1."""
+        """Return 1: the task is one step."""
         return 1
 
     @property
     def path(self) -> Path:
-        """Return the file of its losses; that of a merge is named by its point."""
+        """Return the file of its losses; for a merge, its name contains the point."""
         values = "".join(f" {name}={value:g}" for name, value in (self.point or {}).items())
         return self.search.folder / f"test-{self.name}{values}.json"
 
     def result(self) -> dict[str, float] | None:
-        """Return its losses by domain, None where it was not scored yet."""
+        """Return its losses by domain; None if it was not scored yet."""
         return json.loads(self.path.read_text("utf-8")) if self.path.is_file() else None
 
     def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
-        """Return how it ended, having scored the model."""
+        """Score the model and return how it ended."""
         if stop_requested():
             return {"state": "stopped"}
-        with trial_outcome(self.search.folder) as end:
+        with trial_outcome(self.search.folder) as outcome:
             losses: dict[str, float] = {}
-            with suppress(MergeError):  # without a loss: its point in the search says why
+            # No losses then; the reason is in the record of its point.
+            with suppress(MergeError):
                 losses = self._losses()
             atomic_write_text(str(self.path), json.dumps(losses) + "\n")
-            end["state"] = "done"
-        return end
+            outcome["state"] = "done"
+        return outcome
 
     def _losses(self) -> dict[str, float]:
         if self.checkpoint is not None:

@@ -1,6 +1,6 @@
-"""From small runs to a law and its optimum, and what the law is worth; pure.
+"""Mixing law of the proxy runs: table, fit, optimum, accuracy, predictions; pure functions.
 
-Shapes: R rows, D domains, V targets.
+Axes: R rows of the table, D domains, V targets (losses).
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ from raymix.laws import (
 )
 from raymix.laws.design import within_limits
 from raymix.recipe import Recipe
-from raymix.tuning.mixtures.candidates import Space, objective_of
+from raymix.tuning.mixtures.candidates import MixtureSpace, objective_of
 from raymix.tuning.runs.results import RunResult
 from raymix.tuning.runs.variants import steps_of
 
 Floats = NDArray[np.float64]
 
 CLAIMS = {"unseen_r2": 0.97, "ahead_mre": 0.002, "paper": "BiMix, arXiv 2405.14908, abstract"}
-"""Above and below which the paper says its law is: R2 on unseen mixtures, and the mean relative
-error of later steps predicted from earlier ones."""
+"""Published accuracy of BiMix: lower bound of R2 on unseen mixtures, upper bound of the mean
+relative error of later steps predicted from earlier ones."""
 
-# Of a normal error: 95 % are within so many standard deviations, which are so many mean errors.
-_WITHIN = 1.96
+# Of normal errors 95 % lie within 1.96 sd, and sd = sqrt(pi/2) x mean absolute error.
+_Z_95 = 1.96
 _SD_OF_MEAN_ERROR = math.sqrt(math.pi / 2)
 _SLICE_POINTS = 15
 _HORIZONS = 7
-_FEWEST_RUNS = 3
+# Lowest share of a slice, relative to its highest: a logarithmic axis has no zero.
+_MIN_SLICE = 1e-3
+_MIN_RUNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedLaw:
-    """A fitted law, and the mixture it thinks best."""
+    """A fitted law, its objective, and the optimum under it."""
 
     law: Law
     report: FitReport
@@ -56,32 +58,34 @@ class LearnedLaw:
 
 
 def mixture_table(
-    results: Sequence[RunResult], shares: Mapping[str, Mapping[str, float]], space: Space
+    results: Sequence[RunResult], shares: Mapping[str, Mapping[str, float]], space: MixtureSpace
 ) -> MixtureTable:
-    """Return every evaluation of the runs after their first step.
+    """Return the mixture table: one row per evaluation after step 0.
 
     Args:
-        results: The small runs; those without an evaluation are left out.
-        shares: By name of a mixture, what it reads.
+        results: The proxy runs; those without an evaluation are left out.
+        shares: Shares by domain, by name of the mixture.
         space: The domains.
 
     Raises:
-        TrainingError: If there are fewer than three runs to learn from.
+        TrainingError: If fewer than three runs have an evaluation.
     """
+    # Step 0 is the same model under every mixture, and no law can be fitted to a loss of NaN.
     rows = [
         (run.mixer, point)
         for run in results
         for point in run.points
         if point.step > 0 and all(map(math.isfinite, point.losses.values()))
     ]
-    found = {name for name, _ in rows}
-    if len(found) < _FEWEST_RUNS:
+    run_names = {name for name, _ in rows}
+    if len(run_names) < _MIN_RUNS:
         raise TrainingError.at(
             "tune",
-            len(found),
-            f"only {len(found)} of {len(results)} small runs came to an evaluation",
-            fix=f"A law needs {_FEWEST_RUNS} or more; see the reasons above",
+            len(run_names),
+            f"only {len(run_names)} of {len(results)} small runs came to an evaluation",
+            fix=f"A law needs {_MIN_RUNS} or more; see the reasons above",
         )
+    # A law needs complete columns, so a loss that some run lacks is dropped.
     scored = [n for n in (*space.domains, *space.targets) if all(n in p.losses for _, p in rows)]
     columns: dict[str, Sequence[Any]] = {
         "run": [name for name, _ in rows],
@@ -92,11 +96,11 @@ def mixture_table(
     return make_table(columns, name="mixtures.csv")
 
 
-def learn(table: MixtureTable, recipe: Recipe, space: Space) -> LearnedLaw:
-    """Return the law of the recipe fitted to the table, and its optimum.
+def learn(table: MixtureTable, recipe: Recipe, space: MixtureSpace) -> LearnedLaw:
+    """Fit the law of the recipe to the table and minimize it.
 
     Raises:
-        LawError: If the law cannot be fitted, or a loss that is to be minimized was not measured.
+        LawError: If the law cannot be fitted, or a loss of the objective was not measured.
     """
     law = build_law(recipe.tune.law)
     report = law.fit(table)
@@ -111,39 +115,43 @@ def learn(table: MixtureTable, recipe: Recipe, space: Space) -> LearnedLaw:
                 fix=f"Measured: {', '.join(law.targets)}",
             )
     if not recipe.tune.extrapolate:
-        most = dict(zip(law.domains, map(float, law.max_share_D), strict=True))
-        caps = {name: min(cap, most[name]) for name, cap in objective.caps.items()}
+        # Laws err most beyond the data: no share above the largest one that a run had.
+        largest = dict(zip(law.domains, map(float, law.max_share_D), strict=True))
+        caps = {name: min(cap, largest[name]) for name, cap in objective.caps.items()}
         objective = replace(objective, caps=caps)
     return LearnedLaw(law=law, report=report, objective=objective, optimum=law.minimize(objective))
 
 
 def check_law(kind: str) -> None:
-    """Refuse a kind of law that there is not, before anything runs."""
+    """Raise RecipeError for an unknown kind of law, before any run starts."""
     try:
         build_law(kind)
     except LawError as error:
         raise RecipeError(*(f"tune: {message}" for message in error.problems)) from error
 
 
-def judged(learned: LearnedLaw, table: MixtureTable) -> dict[str, Any]:
-    """Return how well the law predicts, beside BiMix, models that know less, and the paper.
+def law_accuracy(learned: LearnedLaw, table: MixtureTable) -> dict[str, Any]:
+    """Return the accuracy of the law beside BiMix, null models and the published figures.
 
-    `unseen` are scores on runs left out, over all steps; `unseen_last` the same for the last step
-    alone, where no training curve helps; `ahead` are those of later steps, from earlier ones.
+    `unseen` are scores on held-out runs over all steps; `unseen_last` the same on the last step
+    alone; `ahead` are scores on later steps of a fit to earlier ones.
     """
     reports = {learned.report.law: learned.report}
     if "bimix" in known_laws() and learned.report.law != "bimix":
         reports["bimix"] = build_law("bimix").fit(table)
+    # Over all steps, knowing the training curve alone gives a high R2. At the last step only the
+    # mixture explains differences, so laws are compared there as well.
     last = table.last_rows() if table.has_steps else None
-    lasts = {name: build_law(name).fit(last) for name in reports} if last is not None else {}
-    first = next(iter(lasts.values()), None)
+    last_reports = {name: build_law(name).fit(last) for name in reports} if last is not None else {}
+    # Null models do not depend on the law: those of any report will do.
+    first = next(iter(last_reports.values()), None)
     return {
         "claims": CLAIMS,
         "verdict": learned.report.verdict,
         "laws": {
             name: {
                 "unseen": report.mean.document(),
-                "unseen_last": lasts[name].mean.document() if name in lasts else None,
+                "unseen_last": last_reports[name].mean.document() if name in last_reports else None,
                 "ahead": mean_score(report.ahead).document() if report.ahead else None,
             }
             for name, report in reports.items()
@@ -154,55 +162,61 @@ def judged(learned: LearnedLaw, table: MixtureTable) -> dict[str, Any]:
 
 
 def value_of(objective: Objective, losses: Mapping[str, float]) -> float:
-    """Return the weighted loss, or the largest weighted one, in nats per token."""
+    """Return the objective, in nats per token: weighted sum or weighted maximum of losses."""
     weights = objective.weights or {}
     weighted = [weight * losses[name] for name, weight in weights.items()]
     return max(weighted) if objective.minimax else math.fsum(weighted)
 
 
-def predicted(learned: LearnedLaw, shares: Mapping[str, float], *, step: float) -> dict[str, Any]:
+def predict_mixture(
+    learned: LearnedLaw, shares: Mapping[str, float], *, step: float
+) -> dict[str, Any]:
     """Return the losses and the value predicted for a mixture, with 95 % intervals.
 
-    An interval holds two errors, as if they were normal: the usual one of runs left out of the fit,
-    and how unsure the law is at this mixture. That of the value allows for errors that all go the
-    same way.
+    An interval combines two errors, assumed normal and independent: the cross-validation error of
+    the fit, and the law's own standard deviation at this mixture. The interval of the value assumes
+    fully correlated errors of the losses.
     """
     law, weights = learned.law, learned.objective.weights or {}
     share_RD, step_R = np.array([[shares.get(name, 0.0) for name in law.domains]]), np.array([step])
     loss_V = law.predict(share_RD, step_R)[0]
+    # NaN where the law has no uncertainty of its own; the cross-validation error is then all.
     deviation_V = np.nan_to_num(law.deviation(share_RD, step_R)[0])
     losses = dict(zip(law.targets, map(float, loss_V), strict=True))
-    width: dict[str, float] = {}
+    half_widths: dict[str, float] = {}
     for name, deviation in zip(law.targets, map(float, deviation_V), strict=True):
         score = learned.report.targets.get(name)
         if score is not None and np.isfinite(score.mre):
-            usual = _SD_OF_MEAN_ERROR * score.mre * losses[name]
-            width[name] = _WITHIN * math.hypot(usual, deviation)
+            # `mre` is a mean absolute error relative to the loss.
+            residual = _SD_OF_MEAN_ERROR * score.mre * losses[name]
+            half_widths[name] = _Z_95 * math.hypot(residual, deviation)
     value = value_of(learned.objective, losses)
-    parts = [weight * width[name] for name, weight in weights.items() if name in width]
+    parts = [weight * half_widths[name] for name, weight in weights.items() if name in half_widths]
+    # Correlated errors add up linearly. One mixture's losses do move together.
     half = max(parts) if parts and learned.objective.minimax else math.fsum(parts)
-    known = len(parts) == len(weights)
+    complete = len(parts) == len(weights)
     return {
         "value": value,
-        "low": value - half if known else None,
-        "high": value + half if known else None,
+        "low": value - half if complete else None,
+        "high": value + half if complete else None,
         "losses": losses,
     }
 
 
-def path_of_optima(
-    learned: LearnedLaw, recipe: Recipe, table: MixtureTable
-) -> list[dict[str, Any]]:
-    """Return the optimum at growing horizons, up to the recipe's own run or four small ones."""
+def optimum_path(learned: LearnedLaw, recipe: Recipe, table: MixtureTable) -> list[dict[str, Any]]:
+    """Return the optimum at growing horizons, up to the recipe's own run or four proxy runs."""
     if table.step_R is None or not table.has_steps:
         return []
     first, last = float(np.unique(table.step_R)[0]), float(table.step_R.max())
-    far = max(4 * last, float(steps_of(recipe)), learned.objective.horizon or 0.0)
-    steps = sorted({*map(round, np.geomspace(max(first, last / 4), far, _HORIZONS)), round(last)})
-    found: list[dict[str, Any]] = []
+    max_horizon = max(4 * last, float(steps_of(recipe)), learned.objective.horizon or 0.0)
+    # Even in log steps: laws are power laws of the steps.
+    steps = sorted(
+        {*map(round, np.geomspace(max(first, last / 4), max_horizon, _HORIZONS)), round(last)}
+    )
+    optima: list[dict[str, Any]] = []
     for step in steps:
         optimum = learned.law.minimize(replace(learned.objective, horizon=float(step)))
-        found.append(
+        optima.append(
             {
                 "step": step,
                 "measured": step <= last,
@@ -210,30 +224,35 @@ def path_of_optima(
                 "value": optimum.value,
             }
         )
-    return found
+    return optima
 
 
-def slices(learned: LearnedLaw, space: Space, *, step: float) -> dict[str, dict[str, list[float]]]:
-    """Return by domain the value predicted as its share changes, the others in proportion."""
+def slices(
+    learned: LearnedLaw, space: MixtureSpace, *, step: float
+) -> dict[str, dict[str, list[float]]]:
+    """Return by domain the predicted value over its share, the other shares in proportion."""
     base_D = space.array(learned.optimum.shares)
-    found: dict[str, dict[str, list[float]]] = {}
-    for at, name in enumerate(space.domains):
-        room = float(space.floor_D.sum() - space.floor_D[at])
-        high = min(float(space.cap_D[at]), 1 - room)
-        # Even in log shares: most of what happens does so at small ones.
-        low = max(float(space.floor_D[at]), 1e-3 * high)
+    curves: dict[str, dict[str, list[float]]] = {}
+    for index, name in enumerate(space.domains):
+        other_floors = float(space.floor_D.sum() - space.floor_D[index])
+        high = min(float(space.cap_D[index]), 1 - other_floors)
+        # Even in log shares: losses change most at small shares.
+        low = max(float(space.floor_D[index]), _MIN_SLICE * high)
         points = np.geomspace(low, high, _SLICE_POINTS)
-        rows = [_with_share(base_D, space, at, float(share)) for share in points]
-        found[name] = {
-            "share": [float(row[at]) for row in rows],
-            "value": [predicted(learned, space.shares(row), step=step)["value"] for row in rows],
+        rows = [_with_share(base_D, space, index, float(share)) for share in points]
+        curves[name] = {
+            "share": [float(row[index]) for row in rows],
+            "value": [
+                predict_mixture(learned, space.shares(row), step=step)["value"] for row in rows
+            ],
         }
-    return found
+    return curves
 
 
-def _with_share(base_D: Floats, space: Space, at: int, share: float) -> Floats:
+def _with_share(base_D: Floats, space: MixtureSpace, index: int, share: float) -> Floats:
+    """Return the nearest mixture to `base_D`, shape (D,), with one share fixed."""
     floor_D, cap_D = space.floor_D.copy(), space.cap_D.copy()
-    floor_D[at] = cap_D[at] = share
-    # The other caps give way where they would leave no mixture.
-    cap_D = cap_D if cap_D.sum() >= 1 else np.where(np.arange(cap_D.size) == at, share, 1.0)
+    floor_D[index] = cap_D[index] = share
+    # The fixed share comes first: where the other caps leave no mixture, they are dropped.
+    cap_D = cap_D if cap_D.sum() >= 1 else np.where(np.arange(cap_D.size) == index, share, 1.0)
     return within_limits(base_D, floor_D, cap_D)[0]

@@ -1,7 +1,7 @@
-"""What a search has in its directory besides its runs: the mixtures, in the order they are run.
+"""Log of the mixtures of a search, in the order of their runs, in `design.json`.
 
-`design.json` is written before the first run, so that the same command goes on with the same
-mixtures, and grows by what is proposed. A run's own directory says how far it has come.
+It is written before the first run, so that the same command resumes with the same mixtures, and
+grows by each proposal. The stage of a run is read from its own directory.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from raymix.errors import RecipeError
 from raymix.recipe import Recipe
 from raymix.store import atomic_write_text
 from raymix.training.run.rundir import differences
-from raymix.tuning.mixtures.candidates import Mixture, Space, designed
+from raymix.tuning.mixtures.candidates import Mixture, MixtureSpace, design_mixtures
 
 FORMAT = 1
 CUT = ".cut"
-"""In the directory of a run: the scheduler stopped it early, and it is not to go on."""
+"""Marker file in a run directory: the scheduler stopped the run early; it is not resumed."""
 
 _FILE = "design.json"
-# Fields of the recipe's `tune` that decide what is run, and not only how it is judged.
-_FIELDS = ("mode", "design", "prior", "concentration", "vertices", "leave_one_out", "seed")
-_SAME = 2e-6
+# Fields of `tune` that determine the mixtures; others (objective, verification) may change.
+_DESIGN_FIELDS = ("mode", "design", "prior", "concentration", "vertices", "leave_one_out", "seed")
+# Shares are rounded to six digits; the largest one also takes the rounding error of the others.
+_SHARE_TOLERANCE = 2e-6
 
 IfExists = Literal["resume", "fail", "new"]
 
 
 def free_directory(path: Path, if_exists: IfExists) -> Path:
-    """Return the directory to use, `path` or one beside it; it is not made.
+    """Return the directory to use, `path` or a free one beside it, without creating it.
 
     Raises:
-        RecipeError: If `path` holds something and `if_exists` is `fail`, or it is no search.
+        RecipeError: If `path` is not empty and `if_exists` is `fail`, or it holds no search.
     """
-    inside = [name for name in os.listdir(path) if name[0] != "."] if path.exists() else []
-    if not inside:
+    # Hidden files do not count: a lock file may be left.
+    names = [name for name in os.listdir(path) if name[0] != "."] if path.exists() else []
+    if not names:
         return path
     if if_exists == "new":
         number = 2
-        while (other := path.with_name(f"{path.name}-{number}")).exists():
+        while (candidate := path.with_name(f"{path.name}-{number}")).exists():
             number += 1
-        return other
+        return candidate
     if if_exists == "fail":
         raise RecipeError.at(
             "--out",
@@ -60,7 +62,7 @@ def free_directory(path: Path, if_exists: IfExists) -> Path:
 
 
 class SearchLog:
-    """The mixtures of a search, on disk."""
+    """The mixtures of a search, mirrored to `design.json`."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any], mixtures: Sequence[Mixture]) -> None:
         self._path = out / _FILE
@@ -68,8 +70,8 @@ class SearchLog:
         self.mixtures = list(mixtures)
 
     @classmethod
-    def open(cls, out: Path, recipe: Recipe, space: Space, fingerprint: str) -> SearchLog:
-        """Return the record in `out`, made from the recipe's design where there is none.
+    def open(cls, out: Path, recipe: Recipe, space: MixtureSpace, fingerprint: str) -> SearchLog:
+        """Return the log in `out`, created from the recipe's design if there is none.
 
         Raises:
             RecipeError: If a search of another design has begun there.
@@ -77,20 +79,22 @@ class SearchLog:
         identity = _identity(recipe, space, fingerprint)
         path = out / _FILE
         if not path.is_file():
-            fresh = cls(out, identity, designed(recipe.tune, space))
+            fresh = cls(out, identity, design_mixtures(recipe.tune, space))
             fresh.write()
             return fresh
         stored = _read(path)
-        kept: list[Mixture] = stored["mixtures"]
-        found = cls(out, identity, kept)
+        mixtures: list[Mixture] = stored["mixtures"]
+        log = cls(out, identity, mixtures)
+        # Through JSON, which turns tuples to lists: the stored identity has been through it too.
         if stored["identity"] != json.loads(json.dumps(identity)):
-            found = cls(out, identity, designed(recipe.tune, space))
-            _refuse_another(out, kept, found.mixtures, stored["identity"], identity)
-            found.write()
-        return found
+            # Another design may replace the stored one as long as no run of it would change.
+            log = cls(out, identity, design_mixtures(recipe.tune, space))
+            _refuse_other_design(out, mixtures, log.mixtures, stored["identity"], identity)
+            log.write()
+        return log
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         document = {
             "format": FORMAT,
             "identity": self._identity,
@@ -101,48 +105,50 @@ class SearchLog:
         atomic_write_text(str(self._path), text + "\n")
 
     def add(self, mixture: Mixture) -> None:
-        """Note a mixture that was proposed, before it is run."""
+        """Append a proposed mixture, before its run starts."""
         self.mixtures.append(mixture)
         self.write()
 
 
-def _identity(recipe: Recipe, space: Space, fingerprint: str) -> dict[str, Any]:
+def _identity(recipe: Recipe, space: MixtureSpace, fingerprint: str) -> dict[str, Any]:
     config = recipe.tune.model_dump(mode="json")
-    fields = [*_FIELDS, *(["runs"] if recipe.tune.mode == "design" else ["initial"])]
+    # In a sequential search `runs` may be raised later; its initial design may not change.
+    fields = [*_DESIGN_FIELDS, *(["runs"] if recipe.tune.mode == "design" else ["initial"])]
     return {
         **{f"tune.{name}": config[name] for name in fields},
         **({"tune.law": config["law"]} if recipe.tune.design == "d_optimal" else {}),
         "corpus": fingerprint,
         "domains": list(space.domains),
+        # Rounded: they are computed, and another numpy may differ in the last bits.
         "floors": [round(float(value), 9) for value in space.floor_D],
         "caps": [round(float(value), 9) for value in space.cap_D],
     }
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what the file holds, with its mixtures as such."""
+    """Return the identity and the mixtures in the file."""
     try:
         stored = parse_json(path.read_text("utf-8"))
         if stored["format"] == FORMAT and stored["mixtures"]:
             mixtures = [Mixture(**mixture) for mixture in stored["mixtures"]]
             return {"identity": dict(stored["identity"]), "mixtures": mixtures}
-        wrong = f"format {stored['format']!r}, not {FORMAT}"
+        problem = f"format {stored['format']!r}, not {FORMAT}"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        wrong = f"cannot be read: {type(error).__name__} {error}"
-    raise RecipeError.at("--out", str(path), wrong, fix="Give another --out")
+        problem = f"cannot be read: {type(error).__name__} {error}"
+    raise RecipeError.at("--out", str(path), problem, fix="Give another --out")
 
 
-def _refuse_another(
+def _refuse_other_design(
     out: Path,
     old: Sequence[Mixture],
     new: Sequence[Mixture],
     stored: dict[str, Any],
     identity: dict[str, Any],
 ) -> None:
-    """Raise RecipeError unless every mixture that was begun stays what it is."""
-    wanted = {mixture.name: mixture.shares for mixture in new}
+    """Raise RecipeError if the shares of a run that has begun would change."""
+    new_shares = {mixture.name: mixture.shares for mixture in new}
     begun = [mixture for mixture in old if (out / mixture.name).exists()]
-    if all(_same(mixture.shares, wanted.get(mixture.name)) for mixture in begun):
+    if all(_equal_shares(mixture.shares, new_shares.get(mixture.name)) for mixture in begun):
         return
     differing = "; ".join(differences(stored, identity))
     raise RecipeError.at(
@@ -153,7 +159,7 @@ def _refuse_another(
     )
 
 
-def _same(old: Mapping[str, float], new: Mapping[str, float] | None) -> bool:
+def _equal_shares(old: Mapping[str, float], new: Mapping[str, float] | None) -> bool:
     if new is None or old.keys() != new.keys():
         return False
-    return all(abs(share - new[name]) <= _SAME for name, share in old.items())
+    return all(abs(share - new[name]) <= _SHARE_TOLERANCE for name, share in old.items())

@@ -1,4 +1,4 @@
-"""`tune`: small runs of many mixtures, a law of their losses, its optimum, runs to verify it."""
+"""`raymix.tune`: proxy runs of many mixtures, a law of their losses, its optimum, verification."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from raymix.store import Corpus, atomic_write_text
 from raymix.training.host.machine import Resources, resources
 from raymix.tuning.mixtures.candidates import (
     Mixture,
-    Space,
+    MixtureSpace,
+    check_run_count,
     loss_weights,
     optimum_mixture,
     proxy_recipe,
     references,
-    refuse_few,
     smoke_config,
     space_of,
     variant,
@@ -32,16 +32,16 @@ from raymix.tuning.mixtures.candidates import (
 from raymix.tuning.mixtures.learn import (
     LearnedLaw,
     check_law,
-    judged,
+    law_accuracy,
     learn,
     mixture_table,
-    path_of_optima,
-    predicted,
+    optimum_path,
+    predict_mixture,
     slices,
 )
 from raymix.tuning.mixtures.proxy_runs import run_proxies
 from raymix.tuning.mixtures.search_log import IfExists, SearchLog, free_directory
-from raymix.tuning.mixtures.verify import observed, roles_of, verified
+from raymix.tuning.mixtures.verify import observed_runs, roles_of, verify_mixtures
 from raymix.tuning.runs.group import Group, locked, make_runs, output_directory, read_results
 from raymix.tuning.runs.results import RunResult
 from raymix.tuning.runs.variants import steps_of
@@ -50,22 +50,22 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class _Search:
-    """What is looked for, and where."""
+class _TuneJob:
+    """Recipe, recipe of the proxy runs, output directory and machine of a search."""
 
     recipe: Recipe
     proxy: Recipe
     out: Path
-    has: Resources
+    machine: Resources
     parallel: int | None
 
     def group(self, mixtures: Sequence[Mixture], seeds: Sequence[int] = ()) -> Group:
-        """Return the runs of mixtures: small ones, or with seeds those that verify."""
-        out, chosen = str(self.out), [*seeds] or [None]
-        runs = [variant(self.proxy, m, out=out, seed=seed) for seed in chosen for m in mixtures]
-        # Where mixtures are proposed, those known are not all that will be run.
-        most = None if seeds else max(self.recipe.tune.runs, len(runs))
-        return Group(self.proxy, runs, self.out, self.has, self.parallel, most)
+        """Return the runs of mixtures: proxy runs, or verification runs if seeds are given."""
+        out, run_seeds = str(self.out), [*seeds] or [None]
+        runs = [variant(self.proxy, m, out=out, seed=seed) for seed in run_seeds for m in mixtures]
+        # A sequential search has more runs than mixtures so far; resources are for all of them.
+        total = None if seeds else max(self.recipe.tune.runs, len(runs))
+        return Group(self.proxy, runs, self.out, self.machine, self.parallel, total)
 
 
 def tune(
@@ -76,40 +76,41 @@ def tune(
     smoke: bool = False,
     if_exists: IfExists = "resume",
 ) -> dict[str, Any]:
-    """Return the best shares a law finds for a recipe, and what they came to when tried.
+    """Find the best shares of a recipe with a mixing law, and verify them; return the document.
 
-    Small runs of the mixtures of a design (or of mixtures proposed one by one), a mixture table, a
-    law fitted to it, its optimum; then the optimum, the best mixtures observed, uniform and
-    proportional shares are run on new seeds. Finished runs are not repeated, begun ones go on from
-    their checkpoints. `out` gets `mixtures.csv`, `law.json`, `tune.json` and, where matplotlib is
-    installed, `tune.html`.
+    Trains proxy runs of the mixtures of a design (or of sequential proposals), fits a law to the
+    table of their losses and minimizes it. The optimum, the two best observed mixtures, uniform and
+    proportional shares are then run on new seeds. Finished runs are not repeated, others resume
+    from their checkpoints. `out` gets `mixtures.csv`, `law.json`, `tune.json` and, where matplotlib
+    is installed, `tune.html`.
 
     Args:
-        recipe: The recipe, or the path of it; its section `tune` says how to look.
-        out: Directory of the search; left out, `runs/NAME-tune`.
-        parallel: Runs at once; left out, one per core or GPU, as far as memory goes.
-        smoke: A few tiny runs, to see the whole way in minutes; into `runs/NAME-tune-smoke`.
-        if_exists: What to do where `out` holds a search: `resume`, `fail`, or `new` for another
-            directory beside it.
+        recipe: The recipe, or its path; its section `tune` configures the search.
+        out: Directory of the search; None for `runs/NAME-tune`.
+        parallel: Concurrent runs; None for one per core or GPU, as far as memory allows.
+        smoke: A few tiny runs, to try all stages in minutes; into `runs/NAME-tune-smoke`.
+        if_exists: If `out` holds a search: `resume`, `fail`, or `new` for another directory beside
+            it.
 
     Raises:
         RaymixError: If a run cannot work; nothing has been started then.
-        KeyboardInterrupt: After Ctrl-C; the same command goes on.
+        KeyboardInterrupt: After Ctrl-C; the same command resumes.
     """
-    search = _search(load_recipe(recipe), out, parallel, smoke=smoke, if_exists=if_exists)
-    corpus, space = _prepared(search)
-    with locked(search.out, "search"):
-        record = SearchLog.open(search.out, search.recipe, space, corpus.fingerprint)
-        results = run_proxies(search.recipe, search.group, record, corpus=corpus, space=space)
-        shares = {mixture.name: mixture.shares for mixture in record.mixtures}
+    job = _search(load_recipe(recipe), out, parallel, smoke=smoke, if_exists=if_exists)
+    corpus, space = _prepared(job)
+    with locked(job.out, "search"):
+        log = SearchLog.open(job.out, job.recipe, space, corpus.fingerprint)
+        results = run_proxies(job.recipe, job.group, log, corpus=corpus, space=space)
+        shares = {mixture.name: mixture.shares for mixture in log.mixtures}
         table = mixture_table(results, shares, space)
-        table.write(search.out / "mixtures.csv")
-        learned = learn(table, search.recipe, space)
-        save_law(search.out / "law.json", learned.law, learned.report)
-        document = _learned_part(search, corpus, space, learned, table)
-        runs = observed(results, record.mixtures, learned.objective)
-        document |= _verified_part(search, corpus, space, learned, runs)
-        document["files"] = _write(document, search.out)
+        table.write(job.out / "mixtures.csv")
+        learned = learn(table, job.recipe, space)
+        # Table and law are written before the verification, which may take as long as all else.
+        save_law(job.out / "law.json", learned.law, learned.report)
+        document = _law_document(job, corpus, space, learned, table)
+        runs = observed_runs(results, log.mixtures, learned.objective)
+        document |= _verification_document(job, corpus, space, learned, runs)
+        document["files"] = _write(document, job.out)
     return document
 
 
@@ -120,7 +121,7 @@ def _search(
     *,
     smoke: bool,
     if_exists: IfExists,
-) -> _Search:
+) -> _TuneJob:
     if parallel is not None and parallel < 1:
         raise RecipeError.at("--parallel", parallel, "too small", allowed="Allowed: 1 or more")
     check_law(recipe.tune.law)
@@ -143,35 +144,37 @@ def _search(
             fix="Raise it, leave it out, or set tune.proxy: {train.steps: N}",
         )
     directory = output_directory(out, f"{recipe.name}-tune{'-smoke' if smoke else ''}")
-    has = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
-    return _Search(recipe, proxy, free_directory(directory, if_exists), has, parallel)
+    machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
+    return _TuneJob(recipe, proxy, free_directory(directory, if_exists), machine, parallel)
 
 
-def _prepared(search: _Search) -> tuple[Corpus, Space]:
-    """Return the corpus, prepared, and the mixtures allowed; refuse what cannot work before."""
+def _prepared(job: _TuneJob) -> tuple[Corpus, MixtureSpace]:
+    """Return the prepared corpus and the feasible mixtures; preflight runs before preparation."""
+    # Imported here: preparation loads modules that refusals do not need.
     from raymix.corpus.open_or_prepare import open_or_prepare
 
     def refuse() -> None:
-        names = [d.name for d in search.recipe.corpus.domains]
-        mixed = [name for name in names if name not in search.recipe.mixer.targets]
+        names = [d.name for d in job.recipe.corpus.domains]
+        mixed = [name for name in names if name not in job.recipe.mixer.targets]
+        # Limits need the corpus; any mixture will do to check recipe, machine and memory.
         even = dict.fromkeys(mixed, 1 / len(mixed))
-        search.group([Mixture(name="uniform", origin="", shares=even)]).plan(None)
+        job.group([Mixture(name="uniform", origin="", shares=even)]).plan(None)
 
-    corpus = open_or_prepare(search.recipe.corpus, refuse)
-    space = space_of(search.recipe, corpus)
-    refuse_few(search.recipe.tune, space)
+    corpus = open_or_prepare(job.recipe.corpus, refuse)
+    space = space_of(job.recipe, corpus)
+    check_run_count(job.recipe.tune, space)
     return corpus, space
 
 
-def _learned_part(
-    search: _Search, corpus: Corpus, space: Space, learned: LearnedLaw, table: MixtureTable
+def _law_document(
+    job: _TuneJob, corpus: Corpus, space: MixtureSpace, learned: LearnedLaw, table: MixtureTable
 ) -> dict[str, Any]:
-    """Return what is known before anything is verified."""
-    recipe, steps = search.recipe, steps_of(search.proxy)
+    """Return the setting, the law, its accuracy and its optimum."""
+    recipe, steps = job.recipe, steps_of(job.proxy)
     return {
         "format": FORMAT,
         "name": recipe.name,
-        "out": str(search.out),
+        "out": str(job.out),
         "mode": recipe.tune.mode,
         "design": recipe.tune.design,
         "steps": steps,
@@ -185,33 +188,40 @@ def _learned_part(
         "rows": len(table),
         "law": learned.report.law,
         "report": learned.report.document(),
-        "judged": judged(learned, table),
+        "judged": law_accuracy(learned, table),
         "optimum": learned.optimum.document(),
-        "path": path_of_optima(learned, recipe, table),
+        "path": optimum_path(learned, recipe, table),
         "slices": slices(learned, space, step=float(steps)),
     }
 
 
-def _verified_part(
-    search: _Search,
+def _verification_document(
+    job: _TuneJob,
     corpus: Corpus,
-    space: Space,
+    space: MixtureSpace,
     learned: LearnedLaw,
     runs: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return the small runs and, having made them, those that verify."""
-    steps = float(steps_of(search.proxy))
+    """Run the verification; return its results and the proxy runs."""
+    steps = float(steps_of(job.proxy))
     optimum = optimum_mixture(learned.optimum.shares, space)
     roles = roles_of(runs, optimum, references(space))
-    seeds = [search.proxy.seed + 1 + at for at in range(search.recipe.tune.verify)]
+    # New seeds: the best observed mixtures were chosen by the old one and would look too good.
+    seeds = [job.proxy.seed + 1 + offset for offset in range(job.recipe.tune.verify)]
     results: list[RunResult] = []
     if seeds:
-        group = search.group(list({m.name: m for m in roles.values()}.values()), seeds)
+        # By name, since one mixture may have two roles, such as uniform and best observed.
+        group = job.group(list({m.name: m for m in roles.values()}.values()), seeds)
         plan = group.plan(corpus)
         results = read_results(group, plan, corpus, make_runs(group, plan, corpus))
-    table = verified(roles, results, learned, space=space, step=steps)
+    table = verify_mixtures(roles, results, learned, space=space, step=steps)
     tried = [
-        {**run, "predicted": predicted(learned, run["shares"], step=run["step"] or steps)["value"]}
+        {
+            **run,
+            "predicted": predict_mixture(learned, run["shares"], step=run["step"] or steps)[
+                "value"
+            ],
+        }
         for run in runs
     ]
     problems = {
@@ -227,7 +237,7 @@ def _verified_part(
 
 
 def _write(document: Mapping[str, Any], out: Path) -> list[str]:
-    """Return the files of the search, having written those that come last."""
+    """Write the document and, with matplotlib, the page; return the files of the search."""
     _write_json(out / "tune.json", document)
     written = [str(out / name) for name in ("tune.json", "mixtures.csv", "law.json")]
     if importlib.util.find_spec("matplotlib") is not None:
@@ -239,5 +249,6 @@ def _write(document: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    # `jsonable` turns NaN and infinity to null; `allow_nan=False` proves it: JSON has neither.
     text = json.dumps(jsonable(document), ensure_ascii=False, indent=1, allow_nan=False)
     atomic_write_text(str(path), text + "\n")

@@ -1,4 +1,8 @@
-"""Runs of one recipe that are made side by side, for `compare` and `tune`: locked, made, read."""
+"""Groups of runs in one directory, for `compare`, `tune` and `specialists`: lock, run, read.
+
+The run directories are the only state: a group is resumed by planning it again and running the
+variants that are not done.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ from raymix.tuning.runs.planning import (
     ComparisonPlan,
     TrialResources,
     disk_problem,
-    find_runs,
     plan_comparison,
+    run_stages,
 )
 from raymix.tuning.runs.results import RunResult, State, read_result
 from raymix.tuning.runs.trial_task import RunTrial
@@ -31,32 +35,38 @@ from raymix.tuning.runs.variants import Variant
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What is run, and where."""
+    """Variants of a recipe, their output directory, and the machine they run on."""
 
     recipe: Recipe
     variants: Sequence[Variant]
     out: Path
-    has: Resources
+    machine: Resources
     parallel: int | None
     runs: int | None = None
-    """Runs in all, where more will follow."""
+    """Total number of runs, where more variants will be added later."""
 
     def plan(self, corpus: Corpus | None) -> ComparisonPlan:
-        """Return what every run would do.
+        """Return the plan of all runs.
 
         Raises:
             RecipeError: If a run cannot work.
         """
         return plan_comparison(
-            self.variants, corpus, self.has, parallel=self.parallel, runs=self.runs
+            self.variants, corpus, self.machine, parallel=self.parallel, runs=self.runs
         )
 
 
 def output_directory(out: str | os.PathLike[str] | None, default: str) -> Path:
-    """Return the absolute directory of a group of runs; refuse what cannot be one."""
+    """Return the absolute directory of a group of runs.
+
+    Raises:
+        RecipeError: If it is a file, or the directory of a single run.
+    """
+    # Absolute: trials run in worker processes whose working directory is another.
     directory = Path(os.path.abspath(out or Path("runs") / default))
     if directory.exists() and not directory.is_dir():
         raise RecipeError.at("--out", str(directory), "a file, not a directory")
+    # A group inside a run would mix its files with the metrics and checkpoints of that run.
     if (directory / "resolved.yaml").exists():
         raise RecipeError.at(
             "--out", str(directory), "the directory of a single run", fix="Give another"
@@ -65,104 +75,126 @@ def output_directory(out: str | os.PathLike[str] | None, default: str) -> Path:
 
 
 @contextmanager
-def locked(out: Path, what: str) -> Iterator[None]:
-    """Hold the directory of a group for this process; `what` says what may be at work in it."""
-    held = RunDirectory(out).locked()
+def locked(out: Path, work: str) -> Iterator[None]:
+    """Hold the lock of a group's directory; `work` names the kind of group in the error."""
+    lock = RunDirectory(out).locked()
+    # Entered by hand: an `except` around a `with` would also rename RecipeErrors of its body.
     try:
-        held.__enter__()
+        lock.__enter__()
     except RecipeError as error:
         raise RecipeError.at(
-            "--out", str(out), f"another {what} is at work in it", fix="Wait for it, or stop it"
+            "--out", str(out), f"another {work} is running in it", fix="Wait for it, or stop it"
         ) from error
     try:
         yield
     finally:
-        held.__exit__(None, None, None)
+        lock.__exit__(None, None, None)
 
 
 def make_runs(group: Group, plan: ComparisonPlan, corpus: Corpus) -> Outcome:
-    """Return how the runs that were not finished ended, having made or continued them."""
-    found = find_runs(group.variants, corpus, plan.plans)
-    left = [variant for variant in group.variants if found[variant.name] != "done"]
-    if not left:
+    """Start or resume the runs that are not done; return how they ended."""
+    stages = run_stages(group.variants, corpus, plan.plans)
+    remaining = [variant for variant in group.variants if stages[variant.name] != "done"]
+    if not remaining:
+        # Without this, a finished group would still start a Ray cluster.
         return Outcome()
-    one = plan.plans[left[0].mixer]
-    refuse_full_disk(one, len(left))
+    first_plan = plan.plans[remaining[0].mixer]
+    refuse_full_disk(first_plan, len(remaining))
+    # Names of Ray actors hold the session: a new one cannot meet actors of a run that was killed.
     session = uuid.uuid4().hex[:12]
-    trials = [trial_of(v, plan.plans[v.mixer], plan.seats, session) for v in left]
-    steps = [plan.plans[variant.mixer].steps for variant in left]
+    trials = [make_trial(v, plan.plans[v.mixer], plan.trial_resources, session) for v in remaining]
+    steps = [plan.plans[variant.mixer].steps for variant in remaining]
     announce(
-        one, plan.seats, total=len(group.variants), left=len(left), out=group.out, most=max(steps)
+        first_plan,
+        plan.trial_resources,
+        total=len(group.variants),
+        remaining=len(remaining),
+        out=group.out,
+        max_steps=max(steps),
     )
     return run_trials(
         trials,
         out=group.out,
-        seats=plan.seats,
+        trial_resources=plan.trial_resources,
         cluster=group.recipe.cluster,
-        done=len(group.variants) - len(left),
+        done=len(group.variants) - len(remaining),
     )
 
 
 def refuse_full_disk(plan: RunPlan, runs: int) -> None:
-    """Raise RecipeError if the disk cannot hold the checkpoints of so many runs."""
-    full = disk_problem(plan, runs)
-    if full is not None:
-        raise RecipeError(full)
+    """Raise RecipeError if the disk cannot hold the checkpoints of `runs` runs."""
+    problem = disk_problem(plan, runs)
+    if problem is not None:
+        raise RecipeError(problem)
 
 
 def announce(
-    plan: RunPlan, seats: TrialResources, *, total: int, left: int, out: Path, most: int = 0
+    plan: RunPlan,
+    trial_resources: TrialResources,
+    *,
+    total: int,
+    remaining: int,
+    out: Path,
+    max_steps: int = 0,
 ) -> None:
-    """Say what is about to run; `most` are the steps of the longest run."""
-    up_to = f" to {most:,}" if most > plan.steps else ""
+    """Print the number and length of the runs; `max_steps` are the steps of the longest run."""
+    # The joint run of `specialists` is longer than the others: one line gives the range.
+    up_to = f" to {max_steps:,}" if max_steps > plan.steps else ""
     print(
         f"{total} runs of {plan.steps:,}{up_to} steps ({plan.tokens:,}"
-        f"{f' to {most * plan.tokens_per_step:,}' if up_to else ''} tokens), "
-        f"{total - left} of them "
-        f"finished before; {min(seats.parallel, left)} at once, "
-        f"{_seat(seats)} each, "
+        f"{f' to {max_steps * plan.tokens_per_step:,}' if up_to else ''} tokens), "
+        f"{total - remaining} of them "
+        f"finished before; {min(trial_resources.parallel, remaining)} at once, "
+        f"{_resources_text(trial_resources)} each, "
         f"in {out}",
         flush=True,
     )
 
 
-def _seat(seats: TrialResources) -> str:
-    """Return in words what a run gets."""
-    each = "a GPU" if seats.gpus else f"{seats.threads} thread" + "s" * (seats.threads > 1)
-    if not seats.workers:
-        return each
-    return f"{seats.workers} worker" + "s" * (seats.workers > 1) + f" of {each}"
+def _resources_text(trial_resources: TrialResources) -> str:
+    """Return the resources of one run in words."""
+    unit = (
+        "a GPU"
+        if trial_resources.gpus
+        else f"{trial_resources.threads} thread" + "s" * (trial_resources.threads > 1)
+    )
+    if not trial_resources.workers:
+        return unit
+    return f"{trial_resources.workers} worker" + "s" * (trial_resources.workers > 1) + f" of {unit}"
 
 
-def trial_of(variant: Variant, planned: RunPlan, seats: TrialResources, session: str) -> RunTrial:
-    """Return the run as Ray Tune is given it."""
+def make_trial(
+    variant: Variant, plan: RunPlan, trial_resources: TrialResources, session: str
+) -> RunTrial:
+    """Return the trial that trains a variant; it is pickled to the trial's process."""
     job = Job(
         recipe=variant.recipe,
         run=RunDirectory(Path(variant.recipe.run_dir)),
-        steps=planned.steps,
-        micro_batch_rows=planned.micro_batch_rows,
-        on_gpu=planned.on_gpu,
-        threads=seats.threads,
+        steps=plan.steps,
+        micro_batch_rows=plan.micro_batch_rows,
+        on_gpu=plan.on_gpu,
+        threads=trial_resources.threads,
         session=session,
     )
-    return RunTrial(variant.name, job, planned.parameters)
+    return RunTrial(variant.name, job, plan.parameters)
 
 
 def read_results(
     group: Group, plan: ComparisonPlan, corpus: Corpus, outcome: Outcome
 ) -> list[RunResult]:
-    """Return what every run came to; one that did not reach its end is `failed`, and says why."""
-    found = find_runs(group.variants, corpus, plan.plans)
+    """Return the result of every run; one that did not reach its last step is `failed`."""
+    # Read from disk, not from `outcome`: it also covers the runs of earlier calls.
+    stages = run_stages(group.variants, corpus, plan.plans)
     results: list[RunResult] = []
     for variant in group.variants:
-        ended: State = "done" if found[variant.name] == "done" else "failed"
-        said = outcome.problems.get(variant.name, "it did not reach its last step")
+        state: State = "done" if stages[variant.name] == "done" else "failed"
+        problem = outcome.problems.get(variant.name, "it did not reach its last step")
         results.append(
             read_result(
                 variant,
-                ended,
+                state,
                 flops_per_token=plan.plans[variant.mixer].flops_per_token,
-                problem=said if ended == "failed" else None,
+                problem=problem if state == "failed" else None,
             )
         )
     return results

@@ -1,4 +1,7 @@
-"""What a run of a comparison came to, read from its directory."""
+"""Result of one run, read from the metrics in its directory: losses, cost and mean shares.
+
+`extra` is the cost of measuring for an adaptive mixer (probes), apart from training itself.
+"""
 
 from __future__ import annotations
 
@@ -16,94 +19,98 @@ State = Literal["done", "failed", "stopped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """Held-out losses after some step."""
+class EvaluationPoint:
+    """Held-out losses after a step, and the cost up to it."""
 
     step: int
     tokens: int
-    """Trained on so far."""
+    """Training tokens up to this step."""
     flops: float
-    """Floating-point operations of training so far."""
+    """Floating-point operations of training up to this step."""
     extra_flops: float
-    """Those of measuring for the mixer so far."""
+    """Floating-point operations of the mixer's probes up to this step."""
     losses: Mapping[str, float]
     """Nats per token, by domain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """One run."""
+    """State, cost, mean shares and evaluations of one run."""
 
     mixer: str
     seed: int
     path: str
     state: State
     problem: str | None = None
-    """What went wrong, if it failed."""
+    """Reason, if it failed."""
     seconds: float = 0.0
-    """Spent in training steps."""
+    """Time in training steps."""
     extra_seconds: float = 0.0
-    """Spent on measuring for the mixer."""
+    """Time in the mixer's probes."""
     shares: Mapping[str, float]
-    """Mean share asked of each domain."""
-    points: Sequence[Point] = ()
-    """In order of steps."""
+    """Mean requested share, by domain."""
+    points: Sequence[EvaluationPoint] = ()
+    """Evaluations, in order of steps."""
 
     @property
     def losses(self) -> Mapping[str, float]:
-        """Return the final held-out losses of a finished run; nothing of any other."""
+        """Return the final held-out losses of a finished run; empty for any other."""
         return self.points[-1].losses if self.state == "done" and self.points else {}
 
 
 def read_result(
     variant: Variant, state: State, *, flops_per_token: float, problem: str | None = None
 ) -> RunResult:
-    """Return what the metrics of a run say.
+    """Return the result of a run from its metrics file.
 
     Args:
         variant: The run.
         state: How it ended.
-        flops_per_token: Of training: forward and backward.
-        problem: What went wrong, if it failed.
+        flops_per_token: Of training, forward and backward pass.
+        problem: Reason, if it failed.
     """
     run = RunDirectory(Path(variant.recipe.run_dir))
     lines = list(read_metrics(run.metrics))
-    clock = _Clock(lines)
+    totals = _RunningTotals(lines)
+    # A resumed run may evaluate a step again: the later line counts.
     evaluations = {line["step"]: line["eval"] for line in lines if "eval" in line}
-    last = clock.steps[-1] if clock.steps else 0
+    last = totals.steps[-1] if totals.steps else 0
     return RunResult(
         mixer=variant.mixer,
         seed=variant.seed,
         path=str(run.path),
         state=state,
         problem=problem,
-        seconds=clock.at(last)[1],
-        extra_seconds=clock.at(last)[2],
+        seconds=totals.at(last)[1],
+        extra_seconds=totals.at(last)[2],
         shares=requested_shares(run, last),
         points=tuple(
-            _point(step, evaluations[step], clock, flops_per_token) for step in sorted(evaluations)
+            _point(step, evaluations[step], totals, flops_per_token) for step in sorted(evaluations)
         ),
     )
 
 
 def _point(
-    step: int, table: Mapping[str, Mapping[str, Any]], clock: _Clock, flops_per_token: float
-) -> Point:
-    tokens, seconds, extra_seconds, extra_flops = clock.at(step)
+    step: int,
+    table: Mapping[str, Mapping[str, Any]],
+    totals: _RunningTotals,
+    flops_per_token: float,
+) -> EvaluationPoint:
+    tokens, seconds, extra_seconds, extra_flops = totals.at(step)
     flops = flops_per_token * tokens
-    # Time that was not counted in operations is turned into them at the run's own pace.
-    paced = extra_seconds / seconds * flops if seconds else 0.0
-    return Point(
+    # Some probes report seconds but no operations: convert at the training pace of this run.
+    converted = extra_seconds / seconds * flops if seconds else 0.0
+    return EvaluationPoint(
         step=step,
         tokens=tokens,
         flops=flops,
-        extra_flops=extra_flops + paced * (not extra_flops),
+        extra_flops=extra_flops + converted * (not extra_flops),
         losses={name: float(row["loss"]) for name, row in table.items()},
     )
 
 
-class _Clock:
-    """Tokens, seconds of training, and seconds and operations of probes, up to each step."""
+class _RunningTotals:
+    """Running totals by step: tokens, seconds of training, seconds and operations of probes."""
 
     def __init__(self, lines: Sequence[Mapping[str, Any]]) -> None:
         self.steps: list[int] = []
@@ -111,6 +118,7 @@ class _Clock:
         tokens, seconds, extra_seconds, extra_flops = 0, 0.0, 0.0, 0.0
         for line in lines:
             if "loss" in line:
+                # `tokens` in the metrics is a running total already; seconds are per line.
                 tokens, seconds = line["tokens"], seconds + (line.get("seconds") or 0.0)
             elif isinstance(probe := line.get("probe"), dict):
                 extra_seconds += probe.get("seconds") or 0.0
@@ -121,6 +129,7 @@ class _Clock:
             self._sums.append((tokens, seconds, extra_seconds, extra_flops))
 
     def at(self, step: int) -> tuple[int, float, float, float]:
-        """Return the sums after `step` steps and what was measured then."""
-        at = bisect.bisect_right(self.steps, step)
-        return self._sums[at - 1] if at else (0, 0.0, 0.0, 0.0)
+        """Return the totals up to `step`, probes at that step included."""
+        # Right: several lines may have the same step, and the last one holds its total.
+        end = bisect.bisect_right(self.steps, step)
+        return self._sums[end - 1] if end else (0, 0.0, 0.0, 0.0)

@@ -1,4 +1,8 @@
-"""One run inside its trial: trained in the trial's process, or by workers that Ray Train places."""
+"""One run inside its Tune trial, trained in the trial's process or by Ray Train workers.
+
+An error is part of the result and never leaves `attempt`: Tune would restart the trial, and the
+other runs of the group must go on.
+"""
 
 from __future__ import annotations
 
@@ -23,39 +27,40 @@ from raymix.training.setup import Job
 from raymix.tuning.runs.planning import ERROR_LOG
 
 _POLL_S = 0.2
+_MAX_PROBLEM_CHARS = 300
 
 
 class TrialTask(Protocol):
-    """What one trial of Tune brings to its end."""
+    """Work of one Tune trial: a training run, a point of a search, a whole search."""
 
     @property
     def name(self) -> str:
-        """Return what it is called, on the screen and on disk."""
+        """Return its name, on the console and on disk."""
         ...
 
     @property
     def metrics(self) -> Path:
-        """Return the file of what it says on the way."""
+        """Return the path of its metrics file; it may never be written."""
         ...
 
     @property
     def steps(self) -> int:
-        """Return how many steps it has, as its metrics count them."""
+        """Return its number of steps, in the unit of its metrics."""
         ...
 
     def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
-        """Return how it ended: its `state` and its `problem`; whatever goes wrong is told."""
+        """Do the work and return its `state` and, if it failed, its `problem`; never raises."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RunTrial:
-    """A run to be made or brought to its end."""
+    """A training run to start or to resume."""
 
     name: str
     job: Job
     parameters: int
-    """Of the model, for the record."""
+    """Parameters of the model, for `environment.json`."""
 
     @property
     def metrics(self) -> Path:
@@ -68,76 +73,86 @@ class RunTrial:
         return self.job.steps
 
     def attempt(self, *, stop_requested: Callable[[], bool]) -> dict[str, str]:
-        """Return how the run ended, having trained it."""
+        """Train the run and return how it ended."""
         if stop_requested():
             return {"state": "stopped"}
-        with trial_outcome(self.job.run.path) as end, self.job.run.locked():
-            stopped = _train(self, _now_and_then(stop_requested))
-            end["state"] = "stopped" if stopped else "done"
-        return end
+        # The outcome is outside the lock: an error of the lock itself is reported as well.
+        with trial_outcome(self.job.run.path) as outcome, self.job.run.locked():
+            stopped = _train(self, _throttled(stop_requested))
+            outcome["state"] = "stopped" if stopped else "done"
+        return outcome
 
 
 @contextmanager
 def trial_outcome(folder: Path) -> Iterator[dict[str, str]]:
-    """Yield a piece's end, to be filled in; an error inside is told there: the others go on.
+    """Yield the outcome of a task, to be filled in; an error inside becomes its problem.
 
     Args:
-        folder: Where the traceback of an error that is not one of input goes.
+        folder: Directory of the traceback of an error that is not a RaymixError.
     """
-    end = {"state": "failed", "problem": "it said nothing"}
+    # Failed until shown otherwise. Tune ends a trial by SystemExit, which is no Exception.
+    outcome = {"state": "failed", "problem": "no reason was reported"}
     try:
-        yield end
-        end.pop("problem")
+        yield outcome
+        outcome.pop("problem")
     except RaymixError as error:
-        end |= {"state": "failed", "problem": str(error)}
+        outcome |= {"state": "failed", "problem": str(error)}
     except Exception as error:  # noqa: BLE001 - the report is the only way out of this process
         folder.mkdir(parents=True, exist_ok=True)
-        where = folder / ERROR_LOG
-        where.write_text(traceback.format_exc(), encoding="utf-8")
-        said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-        end |= {"state": "failed", "problem": f"{said[:300]} (all of it: {where})"}
+        log = folder / ERROR_LOG
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        # The last line: errors of torch and Ray put their own traceback before the message.
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        problem = f"{summary[:_MAX_PROBLEM_CHARS]} (full traceback: {log})"
+        outcome |= {"state": "failed", "problem": problem}
 
 
 def _train(trial: RunTrial, stop_requested: Callable[[], bool]) -> bool:
-    """Return whether the run was stopped before its end."""
+    """Train the run; return whether it was stopped before its last step."""
     job, workers = trial.job, trial.job.recipe.cluster.workers
     job.run.write_recipe(job.recipe)
-    about = environment(steps=job.steps, parameters=trial.parameters, workers=workers)
-    atomic_write_text(str(job.run.path / "environment.json"), json.dumps(about, indent=1))
+    record = environment(steps=job.steps, parameters=trial.parameters, workers=workers)
+    atomic_write_text(str(job.run.path / "environment.json"), json.dumps(record, indent=1))
     if not workers:
         return run_in_process(job, stop_requested=stop_requested).stopped
+    # Imported here: runs of one process need neither Ray Train nor its import time.
     from raymix.training.launch.driver import run_on_ray
 
-    # Names of actors hold the session, and other runs of the group go on beside this one.
+    # Actor names hold the session, and other runs of the group use the same cluster.
     job = replace(job, session=uuid.uuid4().hex[:12])
+    # A request left by a stopped call would stop the resumed run at its first step.
     job.run.stop_request.unlink(missing_ok=True)
     with ray_cluster(job.recipe.cluster):
-        run_on_ray(job, lambda work: _stoppable(work, job, stop_requested))
-    found = newest_checkpoint(job.run.checkpoints)
-    return found is None or found[1].step < job.steps
+        run_on_ray(job, lambda work: _run_stoppable(work, job, stop_requested))
+    # The driver does not say why the workers ended: the newest checkpoint does.
+    newest = newest_checkpoint(job.run.checkpoints)
+    return newest is None or newest[1].step < job.steps
 
 
-def _stoppable(work: Callable[[], object], job: Job, stop_requested: Callable[[], bool]) -> None:
-    """Do `work` in a thread; when a stop is asked for, have the workers end with a checkpoint."""
+def _run_stoppable(
+    work: Callable[[], object], job: Job, stop_requested: Callable[[], bool]
+) -> None:
+    """Do `work` in a thread; after a stop request the workers write a checkpoint and end."""
     training = BackgroundWork(work)
     try:
         while not training.wait(_POLL_S) and not stop_requested():
             pass
     finally:
-        # Tune ends a run that its scheduler cut inside `stop_requested`, by an exception.
+        # In `finally`: Tune ends a run that its scheduler cut by an exception in `stop_requested`.
         if not training.wait(0):
             job.run.stop_request.touch()
         training.end()
 
 
-def _now_and_then(stop_requested: Callable[[], bool]) -> Callable[[], bool]:
-    """Return `stop_requested`, looked at a few times a second: the file may be on a shared disk."""
+def _throttled(stop_requested: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `stop_requested`, evaluated at most five times a second."""
+    # Training calls it every step, and the request is a file that may be on a shared disk.
     due, last = 0.0, False
 
-    def asked() -> bool:
+    def poll() -> bool:
         nonlocal due, last
         if time.monotonic() >= due:
             due, last = time.monotonic() + _POLL_S, stop_requested()
         return last
 
-    return asked
+    return poll

@@ -1,8 +1,8 @@
-"""Runs side by side through Ray Tune: one trial is one run.
+"""Ray Tune driver: one trial is one run.
 
-Tune seats the runs on the machine or cluster, keeps to the number at once, and starts a run again
-whose process died. It keeps no state of ours: a run's directory says how far it has come, so a
-comparison is resumed by its own command.
+Tune places the runs on the machine or cluster, limits how many run at once, and restarts a run
+whose process died. It stores no state of ours: run directories hold it, so a group is resumed by
+the same command.
 """
 
 from __future__ import annotations
@@ -28,220 +28,243 @@ from raymix.tuning.runs.progress import TrialsProgress
 from raymix.tuning.runs.trial_task import TrialTask
 
 _POLL_S = 0.25
+# Memory that the driver process of a run with workers reserves.
 _DRIVER_BYTES = 2**28
-# Tune's own records of trials, which are no use to anybody here, are removed at the end.
+# Tune's own trial records repeat the metrics of the runs; the directory is removed at the end.
 _SCRATCH = ".tune"
-# Tune would write its results in three formats; ours are in each run's metrics.
+# Files by which trials are asked to stop with a checkpoint, and then Tune to end.
+_STOP, _END = ".stop", ".end"
+# Tune would log results as CSV, JSON and TensorBoard; the metrics of each run replace them.
 _ENVIRONMENT = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How the runs ended, by name; a run that never started is in neither."""
+    """States and problems of the runs, by name; a run that never started is in neither."""
 
     states: dict[str, str] = field(default_factory=dict)
     """`running`, `done`, `failed`, `stopped`, or `cut` by the scheduler."""
     problems: dict[str, str] = field(default_factory=dict)
-    """What went wrong with the failed ones."""
+    """Reasons of the failed runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialPlan:
-    """What Tune is to run, and in what order."""
+    """Trials of one Tune experiment, in order, with its searcher and scheduler."""
 
-    watched: Mapping[str, tuple[Path, int]]
-    """By name of a run, in their order: its metrics, and its steps."""
+    progress_sources: Mapping[str, tuple[Path, int]]
+    """Metrics file and number of steps of each run, by name, in the order of the runs."""
     make: Callable[[Mapping[str, Any]], TrialTask]
-    """Returns a run from what Tune configures it with: its place `at` in the order, and what else
-    the searcher says. Called in the run's own process, so it must pickle."""
+    """Builds a task from its Tune config: its index `at` in the order, and the searcher's fields.
+    Called in the process of the trial, so it must pickle."""
     searcher: Searcher | None = None
-    """Says what each run is; left out, all are known beforehand."""
+    """Proposes the config of each trial; None: all are known beforehand."""
     scheduler: TrialScheduler | None = None
-    """Stops runs early by the `objective` they report."""
+    """Stops runs early by their reported `objective`."""
     objective: Mapping[str, float] | None = None
-    """Weights of the losses in it; left out, nothing is reported but the end."""
+    """Loss weights of the objective; None: only the outcome is reported."""
 
 
 def run_trials(
     trials: Sequence[TrialTask],
     *,
     out: Path,
-    seats: TrialResources,
+    trial_resources: TrialResources,
     cluster: ClusterConfig,
     done: int,
 ) -> Outcome:
-    """Return how pieces that are known beforehand ended; the arguments are `run_trial_plan`'s."""
-    course = TrialPlan(watched_of(trials), partial(listed, trials=tuple(trials)))
-    return run_trial_plan(course, out=out, seats=seats, cluster=cluster, done=done)
+    """Run tasks that are known beforehand; arguments and result as `run_trial_plan`."""
+    trial_plan = TrialPlan(progress_sources_of(trials), partial(trial_at, trials=tuple(trials)))
+    return run_trial_plan(
+        trial_plan, out=out, trial_resources=trial_resources, cluster=cluster, done=done
+    )
 
 
-def watched_of(trials: Sequence[TrialTask]) -> dict[str, tuple[Path, int]]:
-    """Return what is watched of each piece: its metrics, and its steps."""
+def progress_sources_of(trials: Sequence[TrialTask]) -> dict[str, tuple[Path, int]]:
+    """Return metrics file and number of steps of each task, by name."""
     return {trial.name: (trial.metrics, trial.steps) for trial in trials}
 
 
-def listed(config: Mapping[str, Any], *, trials: Sequence[TrialTask]) -> TrialTask:
-    """Return the run at a place of a list."""
+def trial_at(config: Mapping[str, Any], *, trials: Sequence[TrialTask]) -> TrialTask:
+    """Return the task at index `config["at"]`; module-level, so that a `partial` of it pickles."""
     return trials[config["at"]]
 
 
 def run_trial_plan(
-    course: TrialPlan, *, out: Path, seats: TrialResources, cluster: ClusterConfig, done: int
+    trial_plan: TrialPlan,
+    *,
+    out: Path,
+    trial_resources: TrialResources,
+    cluster: ClusterConfig,
+    done: int,
 ) -> Outcome:
-    """Return how the runs ended, having shown their progress.
+    """Run the trials, show their progress, and return how they ended.
 
     Args:
-        course: The runs.
-        out: Directory of all of them, on a file system that all nodes see.
-        seats: How many at once, and what each gets.
-        cluster: Where to run.
+        trial_plan: The trials.
+        out: Directory of the group, on a file system that all nodes see.
+        trial_resources: Concurrent trials, and the resources of each.
+        cluster: The Ray cluster, and restarts per trial.
         done: Runs that were finished before, for the progress.
 
     Raises:
         ClusterError: If no cluster answers at the address.
-        KeyboardInterrupt: After Ctrl-C; runs that were going on have written checkpoints.
+        KeyboardInterrupt: After Ctrl-C; running trials have written checkpoints.
     """
-    stop, end = out / ".stop", out / ".end"
-    for request in (stop, end):
+    # Files, because trials may be on other nodes; left over from a killed call, they would stop us.
+    stop_file, end_file = out / _STOP, out / _END
+    for request in (stop_file, end_file):
         request.unlink(missing_ok=True)
+    # Before Tune is built: it reads them then. A value the user has set stays.
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    board = _TrialBoard(list(course.watched))
+    callback = _TrialCallback(list(trial_plan.progress_sources))
     try:
         with (
             redirect_ray_output(out / "ray.log"),
-            TrialsProgress(course.watched, done=done) as progress,
+            TrialsProgress(trial_plan.progress_sources, done=done) as progress,
             ray_cluster(cluster),
         ):
-            tuner = _tuner(course, out, seats, cluster, board, (stop, end))
-            _watch(tuner.fit, board, progress, (stop, end))
-        # After an interrupt it stays: what Tune still starts on a Ray that goes on ends by it.
-        stop.unlink(missing_ok=True)
+            tuner = _tuner(trial_plan, out, trial_resources, cluster, callback, end_file)
+            _watch(tuner.fit, callback, progress, (stop_file, end_file))
+        # Not in `finally`: after an interrupt it stays, and ends what Tune still starts on a
+        # cluster that outlives this process.
+        stop_file.unlink(missing_ok=True)
     finally:
-        end.unlink(missing_ok=True)
+        end_file.unlink(missing_ok=True)
         shutil.rmtree(out / _SCRATCH, ignore_errors=True)
-    return board.outcome
+    return callback.outcome
 
 
 def _tuner(
-    course: TrialPlan,
+    trial_plan: TrialPlan,
     out: Path,
-    seats: TrialResources,
+    trial_resources: TrialResources,
     cluster: ClusterConfig,
-    board: _TrialBoard,
-    requests: tuple[Path, Path],
+    callback: _TrialCallback,
+    end_file: Path,
 ) -> tune.Tuner:
-    stop, end = requests
-    work = tune.with_parameters(
-        _trial, make=course.make, stop=str(stop), objective=course.objective
+    # Through the object store: a list of jobs in every trial's config would be written per trial.
+    trainable = tune.with_parameters(
+        _trainable, make=trial_plan.make, stop=str(out / _STOP), objective=trial_plan.objective
     )
-    known = {"at": tune.grid_search(list(range(len(course.watched))))}
+    # Tune runs a grid in order, so runs start in the order of the plan.
+    indices = {"at": tune.grid_search(list(range(len(trial_plan.progress_sources))))}
     return tune.Tuner(
-        tune.with_resources(work, _needs(seats)),
-        param_space=known if course.searcher is None else {},
+        tune.with_resources(trainable, _reserved(trial_resources)),
+        param_space=indices if trial_plan.searcher is None else {},
         tune_config=tune.TuneConfig(
-            max_concurrent_trials=seats.parallel,
+            max_concurrent_trials=trial_resources.parallel,
+            # A new process per trial would import torch again, which takes seconds.
             reuse_actors=True,
-            search_alg=course.searcher,
-            scheduler=course.scheduler,
-            num_samples=1 if course.searcher is None else len(course.watched),
+            search_alg=trial_plan.searcher,
+            scheduler=trial_plan.scheduler,
+            num_samples=1 if trial_plan.searcher is None else len(trial_plan.progress_sources),
         ),
         run_config=tune.RunConfig(
             name=_SCRATCH,
             storage_path=str(out),
-            callbacks=[board],
-            stop=_StopAllTrials(str(end)),
+            callbacks=[callback],
+            stop=_StopAllTrials(str(end_file)),
             failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
             verbose=0,
         ),
     )
 
 
-def _needs(seats: TrialResources) -> dict[str, float]:
-    """Return what Tune reserves for a trial; workers reserve what they need themselves."""
-    if seats.workers:
-        # Tune wants something reserved, and every CPU may be a worker's.
+def _reserved(trial_resources: TrialResources) -> dict[str, float]:
+    """Return the resources that Tune reserves per trial; workers reserve theirs themselves."""
+    if trial_resources.workers:
+        # Tune needs a request that is not empty; a CPU here could be one that the workers need.
         return {"memory": _DRIVER_BYTES}
-    return {"cpu": seats.cpus, **({"gpu": seats.gpus} if seats.gpus else {})}
+    return {
+        "cpu": trial_resources.cpus,
+        **({"gpu": trial_resources.gpus} if trial_resources.gpus else {}),
+    }
 
 
 class _StopAllTrials(tune.Stopper):
-    """Ends Tune when a file appears: left to itself, it would begin every run that is waiting."""
+    """Ends Tune when a file appears; without it, Tune would start every waiting trial."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return that no single run is to be stopped."""
+        """Return False: single runs are stopped by their tasks."""
         return False
 
     def stop_all(self) -> bool:
-        """Return whether all are."""
+        """Return whether all trials are to end."""
         return self._path.exists()
 
 
 def _watch(
     fit: Callable[[], object],
-    board: _TrialBoard,
+    callback: _TrialCallback,
     progress: TrialsProgress,
-    requests: tuple[Path, Path],
+    request_files: tuple[Path, Path],
 ) -> None:
-    """Show progress until `fit` has ended; Ctrl-C ends the running runs with a checkpoint.
+    """Show progress until `fit` has ended; Ctrl-C ends the running trials with a checkpoint.
 
     Args:
-        fit: Makes the runs.
-        board: Knows how they are.
-        progress: Shows it.
-        requests: The files that ask runs to stop, and then Tune to end.
+        fit: Runs the trials.
+        callback: Holds their states.
+        progress: Shows them.
+        request_files: Files that ask trials to stop, and then Tune to end.
     """
-    stop, end = requests
-    with count_interrupts() as pressed:
+    stop_file, end_file = request_files
+    with count_interrupts() as interrupts:
+        # Tune installs its own SIGINT handler in the main thread only; in a thread, ours stays.
         work = BackgroundWork(fit)
-        waited_for: set[str] | None = None
+        interrupted: set[str] | None = None
         while not work.wait(_POLL_S):
-            progress.update(board.outcome.states.copy(), board.outcome.problems)
+            # A copy: the thread of Tune changes the dict meanwhile.
+            progress.update(callback.outcome.states.copy(), callback.outcome.problems)
             check_private_cluster()
-            if pressed() and waited_for is None:
-                waited_for = board.running()
-                stop.touch()
+            if interrupts() and interrupted is None:
+                interrupted = callback.running()
+                stop_file.touch()
                 progress.say("Stopping with checkpoints; Ctrl-C again stops at once.")
-            if waited_for is not None and not waited_for & board.running():
-                end.touch()  # a Tune that outlived our Ray would start another
-            if pressed() > 1:
+            if interrupted is not None and not interrupted & callback.running():
+                # Only now: Tune kills trials that still write their checkpoints. And not never:
+                # a Tune that outlived our Ray cluster would start another cluster.
+                end_file.touch()
+            if interrupts() > 1:
                 raise KeyboardInterrupt
-        progress.update(board.outcome.states.copy(), board.outcome.problems)
-        if pressed():
+        progress.update(callback.outcome.states.copy(), callback.outcome.problems)
+        if interrupts():
             progress.say("Stopped; the same command goes on from there.")
             raise KeyboardInterrupt
     work.end()
 
 
-class _TrialBoard(tune.Callback):
-    """Notes what Tune says of its trials."""
+class _TrialCallback(tune.Callback):
+    """Records the states of Tune's trials; called in the thread of `fit`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.outcome = Outcome()
         self._names = names
 
     def running(self) -> set[str]:
-        """Return the runs that are going on."""
+        """Return the names of the running trials."""
         return {name for name, state in self.outcome.states.copy().items() if state == "running"}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note that a run has started."""
+        """Record that a trial has started."""
         self.outcome.states[self._name(trial)] = "running"
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note how a run ended, by its own account."""
-        told: Mapping[str, Any] = trial.last_result or {}
-        # A run that the scheduler stopped has said no more than how far it had come.
-        unsaid = "cut" if "objective" in told else "failed"
-        self._end(trial, told.get("state", unsaid), told.get("problem") or "it said nothing")
+        """Record the outcome that a trial reported."""
+        result: Mapping[str, Any] = trial.last_result or {}
+        # A trial that the scheduler stopped has reported objectives, but no state.
+        default = "cut" if "objective" in result else "failed"
+        problem = result.get("problem") or "no reason was reported"
+        self._end(trial, result.get("state", default), problem)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note that a run's process died for good."""
-        said = str(trial.get_error() or "").strip().splitlines() or [""]
-        self._end(trial, "failed", f"its process died: {said[0][:300]}")
+        """Record that a trial's process died more often than `max_failures` allows."""
+        lines = str(trial.get_error() or "").strip().splitlines() or [""]
+        self._end(trial, "failed", f"its process died: {lines[0][:300]}")
 
     def _end(self, trial: Any, state: str, problem: str) -> None:
         name = self._name(trial)
@@ -253,45 +276,46 @@ class _TrialBoard(tune.Callback):
         return self._names[trial.config["at"]]
 
 
-def _trial(
+def _trainable(
     config: Mapping[str, Any],
     *,
     make: Callable[[Mapping[str, Any]], TrialTask],
     stop: str,
     objective: Mapping[str, float] | None,
 ) -> None:
-    """Make one run; the last thing reported says how it ended."""
+    """Do the work of one trial; the last report holds its outcome."""
     trial, stop_file = make(config), Path(stop)
     if objective is None:
         tune.report(trial.attempt(stop_requested=stop_file.exists))
         return
-    losses = _TrialReports(trial.metrics, objective)
+    reports = _TrialReports(trial.metrics, objective)
 
     def stop_requested() -> bool:
-        losses.report()
+        # Training polls this anyway, so losses are reported without a thread of their own.
+        reports.report()
         return stop_file.exists()
 
-    end = trial.attempt(stop_requested=stop_requested)
-    losses.report(**end)
+    reports.report(**trial.attempt(stop_requested=stop_requested))
 
 
 class _TrialReports:
-    """Reports a run's losses to Tune as they come."""
+    """Reports the losses in a run's metrics file to Tune, for its scheduler."""
 
     def __init__(self, metrics: Path, weights: Mapping[str, float]) -> None:
         self._tail = MetricsTail(metrics)
         self._weights = weights
         self._last: dict[str, Any] = {}
 
-    def report(self, **end: str) -> None:
-        """Report the evaluations that are new; with `end`, once more with how the run ended."""
+    def report(self, **outcome: str) -> None:
+        """Report new evaluations; with an outcome, repeat the last one with the outcome added."""
         for line in self._tail.read()[0]:
             if "eval" in line and line["step"] > 0:
                 losses = {name: row["loss"] for name, row in line["eval"].items()}
                 value = sum(weight * losses[name] for name, weight in self._weights.items())
                 self._last = {"step": line["step"], "objective": value}
-                if not end:
-                    # The scheduler may end the process's thread in here.
+                # With an outcome, one last report: after it a scheduler could cut a finished run.
+                if not outcome:
+                    # If the scheduler cuts the run, this call ends the thread by SystemExit.
                     tune.report(self._last)
-        if end:
-            tune.report({**self._last, **end})
+        if outcome:
+            tune.report({**self._last, **outcome})

@@ -140,7 +140,7 @@ def test_the_files_are_whole(first: tuple[Any, str], out: Path) -> None:
         assert float(row["loss.c"]) > 0
     html = (out / "compare.html").read_text()
     assert html.count("<svg") == 3 * 2 + 3
-    assert "http" not in html.replace("http://www.w3.org/", "")
+    assert "://" not in html.replace("http://www.w3.org/", "")
     assert not (out / ".tune").exists()
     assert not (out / ".stop").exists()
 

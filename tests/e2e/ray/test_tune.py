@@ -134,7 +134,7 @@ def test_the_files_are_whole(first: tuple[Any, str], out: Path) -> None:
     html = (out / "tune.html").read_text()
     # Agreement, shares, path; a slice per domain; coefficients per loss.
     assert html.count("<svg") == 3 + 3 + 3
-    assert "http" not in html.replace("http://www.w3.org/", "")
+    assert "://" not in html.replace("http://www.w3.org/", "")
     assert [spot["step"] for spot in document["path"]][-1] == 4 * STEPS
     assert not (out / ".tune").exists()
 

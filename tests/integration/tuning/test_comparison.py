@@ -18,7 +18,7 @@ from raymix.cli.compare import draw
 from raymix.recipe import Recipe
 from raymix.report.pages.comparison import comparison_page
 from raymix.tuning.compare.statistics import compare_runs, paired, spread, to_csv
-from raymix.tuning.runs.results import Point, RunResult, State, read_result
+from raymix.tuning.runs.results import EvaluationPoint, RunResult, State, read_result
 from raymix.tuning.runs.variants import Variant
 
 LOSSES = st.floats(0.1, 10)
@@ -29,7 +29,7 @@ def result(
 ) -> RunResult:
     """Return a run over domains a, b, c whose losses fell in two steps to `losses`."""
     points = [
-        Point(
+        EvaluationPoint(
             step=step,
             tokens=1000 * step,
             flops=1e9 * step,

@@ -14,7 +14,7 @@ import pytest
 from raymix.errors import RecipeError
 from raymix.recipe import Recipe, load_recipe
 from raymix.store import Corpus
-from raymix.tuning.mixtures.candidates import Space, space_of
+from raymix.tuning.mixtures.candidates import MixtureSpace, space_of
 from raymix.tuning.mixtures.search_log import SearchLog
 from raymix.tuning.mixtures.searchers import MixtureSearcher, expected_improvement, final_losses
 from tests.support.laws import OwnShare
@@ -52,12 +52,12 @@ def write_end(run: Path, losses: Mapping[str, float], step: int = STEPS) -> None
     (run / "metrics.jsonl").write_text(json.dumps({"step": step, "eval": table}) + "\n")
 
 
-def searcher(one: Recipe, space: Space, out: Path, names: list[str]) -> MixtureSearcher:
+def searcher(one: Recipe, space: MixtureSpace, out: Path, names: list[str]) -> MixtureSearcher:
     record = SearchLog.open(out, one, space, "f")
     return MixtureSearcher(one, record, names, space=space, out=out, steps=STEPS)
 
 
-def search(one: Recipe, space: Space, out: Path, runs: int) -> list[dict[str, Any]]:
+def search(one: Recipe, space: MixtureSpace, out: Path, runs: int) -> list[dict[str, Any]]:
     """Return what the searcher configured `runs` runs with, each finished before the next."""
     found = searcher(one, space, out, [f"mix-{at:03d}" for at in range(runs)])
     configured: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ import pytest
 
 from raymix.report.pages.specialists import specialists_page
 from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
-from raymix.tuning.runs.results import Point, RunResult
+from raymix.tuning.runs.results import EvaluationPoint, RunResult
 
 BASE = {"a": 4.0, "b": 6.0}
 DOMAINS, SEEDS = ("a", "b"), (1, 2)
@@ -17,7 +17,7 @@ DOMAINS, SEEDS = ("a", "b"), (1, 2)
 
 def run(label: str, seed: int, first: Mapping[str, float], last: Mapping[str, float]) -> RunResult:
     points = [
-        Point(step=step, tokens=step * 10, flops=0.0, extra_flops=0.0, losses=losses)
+        EvaluationPoint(step=step, tokens=step * 10, flops=0.0, extra_flops=0.0, losses=losses)
         for step, losses in ((0, first), (3, last))
     ]
     return RunResult(

@@ -17,10 +17,10 @@ from raymix.training.run.rundir import RunDirectory, read_metrics
 from raymix.training.setup import Job
 from raymix.tuning.runs.planning import (
     disk_problem,
-    find_runs,
-    part,
+    divide_machine,
     plan_comparison,
-    share_out,
+    run_stages,
+    trial_machine,
 )
 from raymix.tuning.runs.progress import TrialsProgress
 from raymix.tuning.runs.trial_task import RunTrial
@@ -69,7 +69,7 @@ def trial(variant: Variant) -> RunTrial:
 
 
 @pytest.mark.parametrize(
-    ("has", "runs", "gpu", "crowded", "expected"),
+    ("has", "runs", "gpu", "oversubscribe", "expected"),
     [
         (machine(2), 18, False, False, (2, 1, 0)),
         (machine(16), 6, False, False, (6, 2, 0)),
@@ -82,21 +82,22 @@ def trial(variant: Variant) -> RunTrial:
     ],
 )
 def test_the_machine_is_shared_out(
-    has: Resources, runs: int, gpu: bool, crowded: bool, expected: tuple[int, float, int]
+    has: Resources, runs: int, gpu: bool, oversubscribe: bool, expected: tuple[int, float, int]
 ) -> None:
     cluster = ClusterConfig(workers=0, gpus_per_worker="auto" if gpu else 0)
-    seats = share_out(has, runs, cluster, crowded=crowded)
-    assert (seats.parallel, seats.cpus, seats.gpus) == expected
-    assert seats.threads >= 1
-    assert seats.parallel * part(has, seats).memory_bytes <= has.memory_bytes
+    trial_resources = divide_machine(has, runs, cluster, oversubscribe=oversubscribe)
+    assert (trial_resources.parallel, trial_resources.cpus, trial_resources.gpus) == expected
+    assert trial_resources.threads >= 1
+    memory_bytes = trial_machine(has, trial_resources).memory_bytes
+    assert trial_resources.parallel * memory_bytes <= has.memory_bytes
 
 
 def test_fewer_runs_at_once_where_memory_is_short(corpus: Corpus, tmp_path: Path) -> None:
     runs = variants(corpus, tmp_path, "uniform,proportional")
-    assert plan_comparison(runs, corpus, machine(4), parallel=None).seats.parallel == 4
+    assert plan_comparison(runs, corpus, machine(4), parallel=None).trial_resources.parallel == 4
     need = plan_comparison(runs, corpus, machine(1), parallel=1).plans["uniform"].memory_bytes
     tight = plan_comparison(runs, corpus, machine(4, gigabytes=need / 1e9), parallel=None)
-    assert tight.seats.parallel < 4
+    assert tight.trial_resources.parallel < 4
     assert tight.plans["uniform"].steps == STEPS
 
 
@@ -122,18 +123,18 @@ def test_a_run_stops_goes_on_and_is_found_done(corpus: Corpus, tmp_path: Path) -
     one, other = runs
     metrics = RunDirectory(Path(one.recipe.run_dir)).metrics
     assert trial(one).attempt(stop_requested=lambda: True) == {"state": "stopped"}
-    assert find_runs(runs, corpus, plans) == {one.name: "new", other.name: "new"}
+    assert run_stages(runs, corpus, plans) == {one.name: "new", other.name: "new"}
 
     stopped = trial(one).attempt(stop_requested=metrics.exists)
     assert stopped == {"state": "stopped"}
     assert 0 < list(read_metrics(metrics))[-1]["step"] < STEPS
-    assert find_runs(runs, corpus, plans)[one.name] == "begun"
+    assert run_stages(runs, corpus, plans)[one.name] == "begun"
     shown = io.StringIO()
     with TrialsProgress({one.name: (metrics, STEPS)}, done=1, stream=shown) as progress:
         progress.update({one.name: "running"}, {})
         assert trial(one).attempt(stop_requested=lambda: False) == {"state": "done"}
         progress.update({one.name: "done"}, {})
-    assert find_runs(runs, corpus, plans)[one.name] == "done"
+    assert run_stages(runs, corpus, plans)[one.name] == "done"
     assert "uniform-seed0: held-out loss after 6 steps: mean" in shown.getvalue()
     about = json.loads((Path(one.recipe.run_dir) / "environment.json").read_text())
     assert (about["steps"], about["parameters"]) == (STEPS, 1000)
@@ -150,7 +151,7 @@ def test_what_goes_wrong_is_told(corpus: Corpus, tmp_path: Path) -> None:
     assert "IsADirectoryError" in told["problem"]
     assert "Traceback" in (Path(other.recipe.run_dir) / "error.log").read_text()
     plans = plan_comparison([other], corpus, machine(), parallel=None).plans
-    assert find_runs([other], corpus, plans) == {other.name: "new"}
+    assert run_stages([other], corpus, plans) == {other.name: "new"}
 
 
 def test_a_run_in_use_is_left_alone(corpus: Corpus, tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_directories_of_something_else_are_refused(corpus: Corpus, tmp_path: Pat
     (Path(other.recipe.run_dir)).mkdir()
     (Path(other.recipe.run_dir) / "thesis.tex").write_text("")
     with pytest.raises(RecipeError) as caught:
-        find_runs([one, other], corpus, plans)
+        run_stages([one, other], corpus, plans)
     first, second = caught.value.problems
     for words in ("uniform-seed0 = ", "seed: 77 -> 0", "eval.rows_per_domain: 9 -> 1", "--out"):
         assert words in first

@@ -152,7 +152,7 @@ def test_directories_of_something_else_are_left_alone(refused: Refused, here: Pa
 def test_two_searches_do_not_share_a_directory(refused: Refused, here: Path) -> None:
     with locked(here / "out", "search"):
         (problem,) = refused("--out", "out")
-    assert "another search is at work in it. Wait for it, or stop it." in problem
+    assert "another search is running in it. Wait for it, or stop it." in problem
 
 
 def train(here: Path, corpus: Corpus) -> list[Mixture]:

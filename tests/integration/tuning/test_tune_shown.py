@@ -20,10 +20,16 @@ from raymix.recipe import TuneConfig
 from raymix.report.figures.merging import draw_merge
 from raymix.report.formatting import fixed, prediction
 from raymix.store import Corpus
-from raymix.tuning.mixtures.candidates import Mixture, Space, designed, references, space_of
-from raymix.tuning.mixtures.learn import LearnedLaw, learn, mixture_table, predicted, value_of
-from raymix.tuning.mixtures.verify import observed, roles_of, verified
-from raymix.tuning.runs.results import Point, RunResult
+from raymix.tuning.mixtures.candidates import (
+    Mixture,
+    MixtureSpace,
+    design_mixtures,
+    references,
+    space_of,
+)
+from raymix.tuning.mixtures.learn import LearnedLaw, learn, mixture_table, predict_mixture, value_of
+from raymix.tuning.mixtures.verify import observed_runs, roles_of, verify_mixtures
+from raymix.tuning.runs.results import EvaluationPoint, RunResult
 from tests.support.loops import train_corpus
 from tests.support.searches import SEEDS, changed, search_document, table_of, unverified
 from tests.unit.tuning.test_candidates import STEPS, recipe, results_of
@@ -35,17 +41,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def space(corpus: Corpus) -> Space:
+def space(corpus: Corpus) -> MixtureSpace:
     return space_of(recipe(corpus), corpus)
 
 
 @pytest.fixture(scope="module")
-def mixtures(space: Space) -> list[Mixture]:
-    return designed(TuneConfig(runs=6), space)
+def mixtures(space: MixtureSpace) -> list[Mixture]:
+    return design_mixtures(TuneConfig(runs=6), space)
 
 
 @pytest.fixture(scope="module")
-def learned(corpus: Corpus, space: Space, mixtures: list[Mixture]) -> LearnedLaw:
+def learned(corpus: Corpus, space: MixtureSpace, mixtures: list[Mixture]) -> LearnedLaw:
     return learn(table_of(mixtures, space), recipe(corpus), space)
 
 
@@ -143,8 +149,8 @@ def test_the_value_is_the_sum_or_the_worst() -> None:
 
 def test_the_interval_of_the_worst_is_its_own(learned: LearnedLaw) -> None:
     even = dict.fromkeys("abc", 1 / 3)
-    mean = predicted(learned, even, step=STEPS)
-    worst = predicted(
+    mean = predict_mixture(learned, even, step=STEPS)
+    worst = predict_mixture(
         replace(learned, objective=replace(learned.objective, minimax=True)), even, step=STEPS
     )
     assert worst["value"] == pytest.approx(max(worst["losses"].values()) / 3)
@@ -154,7 +160,7 @@ def test_the_interval_of_the_worst_is_its_own(learned: LearnedLaw) -> None:
 
 def test_a_loss_that_was_not_judged_has_no_interval(learned: LearnedLaw) -> None:
     some = {name: score for name, score in learned.report.targets.items() if name != "a"}
-    told = predicted(
+    told = predict_mixture(
         replace(learned, report=replace(learned.report, targets=some)),
         dict.fromkeys("abc", 1 / 3),
         step=STEPS,
@@ -172,7 +178,7 @@ def test_the_law_stands_beside_bimix_and_those_that_know_less(searched: dict[str
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_a_slice_moves_one_share_from_floor_to_cap(
-    searched: dict[str, Any], space: Space, name: str
+    searched: dict[str, Any], space: MixtureSpace, name: str
 ) -> None:
     share = searched["slices"][name]["share"]
     at = space.domains.index(name)
@@ -182,7 +188,7 @@ def test_a_slice_moves_one_share_from_floor_to_cap(
 
 
 def test_evaluations_that_are_no_numbers_teach_nothing(
-    mixtures: list[Mixture], space: Space
+    mixtures: list[Mixture], space: MixtureSpace
 ) -> None:
     runs = results_of(mixtures)
     last = runs[0].points[-1]
@@ -196,7 +202,9 @@ def test_evaluations_that_are_no_numbers_teach_nothing(
     assert len(table) == 3 * len(mixtures) - 1
 
 
-def test_losses_that_some_run_lacks_are_left_out(mixtures: list[Mixture], space: Space) -> None:
+def test_losses_that_some_run_lacks_are_left_out(
+    mixtures: list[Mixture], space: MixtureSpace
+) -> None:
     runs = results_of(mixtures)
     without = [replace(p, losses={"a": p.losses["a"], "c": p.losses["c"]}) for p in runs[2].points]
     runs[2] = replace(runs[2], points=without)
@@ -208,16 +216,16 @@ def test_runs_are_told_as_far_as_they_came(mixtures: list[Mixture]) -> None:
     objective = Objective(weights={"a": 1.0})
     stopped, failed, *_ = results_of(mixtures)
     stopped = replace(stopped, state="stopped", points=stopped.points[:2])
-    start = Point(step=0, tokens=0, flops=0.0, extra_flops=0.0, losses={"a": 4.1})
+    start = EvaluationPoint(step=0, tokens=0, flops=0.0, extra_flops=0.0, losses={"a": 4.1})
     failed = replace(failed, state="failed", problem="the loss is nan", points=[start])
-    told = observed([stopped, failed], mixtures, objective)
+    told = observed_runs([stopped, failed], mixtures, objective)
     assert [row["state"] for row in told] == ["stopped", "failed"] + ["waiting"] * 4
     assert [(row["step"], row["value"]) for row in told[1:3]] == [(0, None), (0, None)]
     assert (told[0]["step"], told[0]["value"]) == (20, stopped.points[1].losses["a"])
     assert told[1]["problem"] == "the loss is nan"
 
 
-def test_only_finished_runs_are_best(mixtures: list[Mixture], space: Space) -> None:
+def test_only_finished_runs_are_best(mixtures: list[Mixture], space: MixtureSpace) -> None:
     optimum, others = Mixture(name="optimum-1", origin="", shares={}), references(space)
 
     def run(name: str, state: str, value: float | None) -> dict[str, Any]:
@@ -234,20 +242,20 @@ def test_only_finished_runs_are_best(mixtures: list[Mixture], space: Space) -> N
     assert "runner-up" in roles_of([*told, run("w", "done", 2.0)], optimum, others)
 
 
-def test_a_verifying_run_that_failed_is_left_out(learned: LearnedLaw, space: Space) -> None:
+def test_a_verifying_run_that_failed_is_left_out(learned: LearnedLaw, space: MixtureSpace) -> None:
     roles = {mixture.name: mixture for mixture in references(space)}
     runs: list[RunResult] = results_of(list(roles.values()), seeds=(1, 2, 3))
     lost = [
         replace(run, state="failed") if (run.mixer, run.seed) == ("uniform", 2) else run
         for run in runs
     ]
-    rows = verified(roles, lost, learned, space=space, step=STEPS)
+    rows = verify_mixtures(roles, lost, learned, space=space, step=STEPS)
     assert list(rows["uniform"]["measured"]["by_seed"]) == ["1", "3"]
     assert rows["uniform"]["against"]["proportional"]["seeds"] == 2
     assert rows["uniform"]["losses"]["a"]["mean"] == pytest.approx(
         np.mean([run.losses["a"] for run in lost if run.mixer == "uniform" and run.losses])
     )
-    none = verified(roles, [], learned, space=space, step=STEPS)["uniform"]
+    none = verify_mixtures(roles, [], learned, space=space, step=STEPS)["uniform"]
     assert (none["measured"]["mean"], none["error"], none["inside"]) == (None, None, None)
     assert none["against"] == {"proportional": None}
 

@@ -16,7 +16,7 @@ from raymix.recipe import Recipe, TuneConfig, load_recipe
 from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import (
     Mixture,
-    designed,
+    design_mixtures,
     loss_weights,
     optimum_mixture,
     proxy_recipe,
@@ -25,10 +25,10 @@ from raymix.tuning.mixtures.candidates import (
     space_of,
     variant,
 )
-from raymix.tuning.mixtures.learn import learn, mixture_table, path_of_optima, predicted, slices
+from raymix.tuning.mixtures.learn import learn, mixture_table, optimum_path, predict_mixture, slices
 from raymix.tuning.mixtures.search_log import SearchLog, free_directory
-from raymix.tuning.mixtures.verify import observed, roles_of, verified
-from raymix.tuning.runs.results import Point, RunResult
+from raymix.tuning.mixtures.verify import observed_runs, roles_of, verify_mixtures
+from raymix.tuning.runs.results import EvaluationPoint, RunResult
 from tests.support.laws import OwnShare
 from tests.support.loops import train_corpus
 
@@ -90,7 +90,7 @@ def test_designed_mixtures_can_be_run(
     given_ = {"design": design, "vertices": corners, "leave_one_out": left, "seed": seed, "runs": 5}
     one = recipe(corpus, given_)
     space = space_of(one, corpus)
-    mixtures = designed(one.tune, space)
+    mixtures = design_mixtures(one.tune, space)
     assert 5 <= len(mixtures) <= 5 + 3 * corners + 3 * left
     assert [mixture.name for mixture in mixtures] == [f"mix-{n:03d}" for n in range(len(mixtures))]
     assert len({tuple(mixture.shares.values()) for mixture in mixtures}) == len(mixtures)
@@ -182,12 +182,12 @@ def test_directories_of_something_else_are_refused(tmp_path: Path) -> None:
 def results_of(mixtures: list[Mixture], *, seeds: tuple[int, ...] = (0,)) -> list[RunResult]:
     """Return runs whose losses are 3 own_share ** -0.1 step ** -0.05, to 1 % per seed."""
 
-    def point(mixture: Mixture, step: int, seed: int) -> Point:
+    def point(mixture: Mixture, step: int, seed: int) -> EvaluationPoint:
         losses = {
             name: 3 * (share + 1e-3) ** -0.1 * step**-0.05 * (1 + 0.01 * seed)
             for name, share in mixture.shares.items()
         }
-        return Point(step=step, tokens=step, flops=0.0, extra_flops=0.0, losses=losses)
+        return EvaluationPoint(step=step, tokens=step, flops=0.0, extra_flops=0.0, losses=losses)
 
     return [
         RunResult(
@@ -206,7 +206,7 @@ def results_of(mixtures: list[Mixture], *, seeds: tuple[int, ...] = (0,)) -> lis
 def test_from_runs_to_a_verified_optimum(corpus: Corpus) -> None:
     one = recipe(corpus, {"runs": 8, "prior": "uniform"})
     space = space_of(one, corpus)
-    mixtures = designed(one.tune, space)
+    mixtures = design_mixtures(one.tune, space)
     runs = results_of(mixtures)
     table = mixture_table(runs, {m.name: m.shares for m in mixtures}, space)
     assert (len(table), table.run_count) == (24, 8)
@@ -214,16 +214,16 @@ def test_from_runs_to_a_verified_optimum(corpus: Corpus) -> None:
     # Equal exponents: even shares are best, and the law knows the losses exactly.
     optimum = optimum_mixture(learned.optimum.shares, space)
     np.testing.assert_allclose(list(optimum.shares.values()), 1 / 3, atol=0.03)
-    told = predicted(learned, optimum.shares, step=STEPS)
+    told = predict_mixture(learned, optimum.shares, step=STEPS)
     exact = results_of([optimum])[0].losses
     assert told["value"] == pytest.approx(sum(exact.values()) / 3, rel=1e-6)
     # The law fits exactly: what is left is the 1 % that it says it is unsure by.
     assert told["high"] - told["value"] == pytest.approx(1.96 * 0.01 * told["value"], rel=1e-6)
 
-    tried = observed(runs, mixtures, learned.objective)
+    tried = observed_runs(runs, mixtures, learned.objective)
     roles = roles_of(tried, optimum, references(space))
     seeds = results_of(list(roles.values()), seeds=(1, 2, 3))
-    rows = verified(roles, seeds, learned, space=space, step=STEPS)
+    rows = verify_mixtures(roles, seeds, learned, space=space, step=STEPS)
     best = min(tried, key=lambda run: run["value"])
     assert rows["best observed"]["mixture"] == best["name"]
     assert rows["uniform"]["measured"]["mean"] == pytest.approx(
@@ -237,7 +237,7 @@ def test_from_runs_to_a_verified_optimum(corpus: Corpus) -> None:
     assert gain["high"] < 0
     assert gain["seeds"] == 3
 
-    path = path_of_optima(learned, one, table)
+    path = optimum_path(learned, one, table)
     assert [path[0]["step"], path[-1]["step"]] == [10, 4 * STEPS]
     assert [spot["measured"] for spot in path] == sorted(
         (spot["measured"] for spot in path), reverse=True
@@ -250,7 +250,7 @@ def test_from_runs_to_a_verified_optimum(corpus: Corpus) -> None:
 def test_the_optimum_has_no_share_beyond_those_of_the_runs(corpus: Corpus) -> None:
     one = recipe(corpus, {"runs": 4, "concentration": 50})
     space = space_of(one, corpus)
-    mixtures = designed(one.tune, space)
+    mixtures = design_mixtures(one.tune, space)
     table = mixture_table(results_of(mixtures), {m.name: m.shares for m in mixtures}, space)
     near = learn(table, one, space).optimum.shares
     assert all(near[name] <= table.share_RD[:, at].max() for at, name in enumerate("abc"))
@@ -261,6 +261,6 @@ def test_the_optimum_has_no_share_beyond_those_of_the_runs(corpus: Corpus) -> No
 def test_too_few_runs_are_a_failure(corpus: Corpus) -> None:
     one = recipe(corpus)
     space = space_of(one, corpus)
-    mixtures = designed(one.tune, space)[:2]
+    mixtures = design_mixtures(one.tune, space)[:2]
     with pytest.raises(TrainingError, match="only 2 of 2 small runs"):
         mixture_table(results_of(mixtures), {m.name: m.shares for m in mixtures}, space)

@@ -28,15 +28,15 @@ from raymix.store import Corpus
 from raymix.tuning.mixtures.candidates import (
     EVALUATIONS,
     Mixture,
-    Space,
-    designed,
-    first_runs,
+    MixtureSpace,
+    check_run_count,
+    design_mixtures,
+    initial_runs,
     loss_weights,
     objective_of,
     optimum_mixture,
     proxy_recipe,
     references,
-    refuse_few,
     smoke_config,
     space_of,
     variant,
@@ -54,10 +54,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return train_corpus(tmp_path_factory.mktemp("corpus"), {"a": 9000, "b": 6000, "c": 3000})
 
 
-def space(size: int = 3, *, floor: float = 0.0, cap: float = 1.0) -> Space:
+def space(size: int = 3, *, floor: float = 0.0, cap: float = 1.0) -> MixtureSpace:
     """Return the space of so many domains, the later ones with more text."""
     proportional_D = np.arange(1.0, size + 1) / np.arange(1.0, size + 1).sum()
-    return Space(
+    return MixtureSpace(
         domains=tuple(f"d{at}" for at in range(size)),
         targets=(),
         floor_D=np.full(size, floor),
@@ -254,15 +254,15 @@ def test_the_objective_says_what_the_section_says(corpus: Corpus) -> None:
 def test_a_design_too_short_for_a_law_is_refused(corners: int, left: int, enough: bool) -> None:
     config = TuneConfig(runs=2, vertices=bool(corners), leave_one_out=bool(left))
     if enough:
-        refuse_few(config, space())
+        check_run_count(config, space())
         return
     with pytest.raises(RecipeError, match=r"tune.runs = 2: too few runs for a law. Allowed: 3"):
-        refuse_few(config, space())
+        check_run_count(config, space())
 
 
 def test_vertices_and_leave_one_out_stand_after_the_design() -> None:
     config = TuneConfig(runs=5, vertices=True, leave_one_out=True, law="regression")
-    mixtures = designed(config, space())
+    mixtures = design_mixtures(config, space())
     assert [mixture.origin for mixture in mixtures[:5]] == ["dirichlet"] * 5
     np.testing.assert_allclose(shares_of(mixtures, "vertex"), np.eye(3), atol=1e-5)
     # Proportional shares are 1, 2 and 3 sixths.
@@ -276,7 +276,7 @@ def test_vertices_and_leave_one_out_stand_after_the_design() -> None:
 def test_mixtures_that_are_there_already_are_not_run_twice() -> None:
     # Of two domains, the prior less one of them is a vertex.
     config = TuneConfig(runs=4, vertices=True, leave_one_out=True)
-    assert len(designed(config, space(2))) == 6
+    assert len(design_mixtures(config, space(2))) == 6
 
 
 @pytest.mark.parametrize(
@@ -288,15 +288,15 @@ def test_mixtures_that_are_there_already_are_not_run_twice() -> None:
     ],
 )
 def test_others_follow_from_a_first_part(config: TuneConfig, first: int) -> None:
-    assert first_runs(config) == first
-    assert len(designed(config, space())) == first
+    assert initial_runs(config) == first
+    assert len(design_mixtures(config, space())) == first
 
 
 @pytest.mark.parametrize("design", ["dirichlet", "space_filling", "d_optimal"])
 def test_limits_too_narrow_for_the_runs_are_refused(design: Any) -> None:
     config = TuneConfig(design=design, runs=50)
     with pytest.raises(RecipeError, match=r"tune: runs = \d+.*Widen the limits, or take fewer"):
-        designed(config, space(2, cap=0.5 + 2e-6))
+        design_mixtures(config, space(2, cap=0.5 + 2e-6))
 
 
 def test_the_references_need_no_law() -> None:
@@ -449,7 +449,7 @@ def test_small_runs_that_cannot_be_name_the_field(
 # The record on disk.
 
 
-def opened(out: Path, one: Recipe, some: Space, fingerprint: str = "f") -> list[Mixture]:
+def opened(out: Path, one: Recipe, some: MixtureSpace, fingerprint: str = "f") -> list[Mixture]:
     return SearchLog.open(out, one, some, fingerprint).mixtures
 
 
