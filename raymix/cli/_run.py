@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import json as json_module
 import os
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from raymix.recipe import Recipe
+
+
+# Typer makes an enum the list of allowed values: others end with 2 before any work.
+class IfExists(enum.StrEnum):
+    """Values of `--if-exists`."""
+
+    RESUME = "resume"
+    FAIL = "fail"
+    NEW = "new"
+
 
 # Aliases, so that an argument has the same name and help text in every command.
 RecipeSource = Annotated[

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
+from raymix.cli._run import (
+    IfExists,
+    Json,
+    Overrides,
+    RecipeSource,
+    SetOverrides,
+    load,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from raymix.store import Manifest
-
-
-# Typer makes an enum the list of allowed values: others end with 2 before any work.
-class IfExists(enum.StrEnum):
-    """What to do about a corpus that is there already."""
-
-    RESUME = "resume"
-    FAIL = "fail"
-    NEW = "new"
 
 
 def command(

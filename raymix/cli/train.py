@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import enum
 from typing import Annotated, Any
 
 import typer
 
-from raymix.cli._run import Json, Overrides, RecipeSource, SetOverrides, load, run_command
-
-
-# Typer makes an enum the list of allowed values: others end with 2 before any work.
-class IfExists(enum.StrEnum):
-    """What to do about a run directory that is there already."""
-
-    RESUME = "resume"
-    FAIL = "fail"
-    NEW = "new"
+from raymix.cli._run import (
+    IfExists,
+    Json,
+    Overrides,
+    RecipeSource,
+    SetOverrides,
+    load,
+    run_command,
+)
 
 
 def command(

@@ -23,7 +23,7 @@ WEIGHTS = np.array([0.30, 0.20, 0.15, 0.12, 0.09, 0.07, 0.05, 0.02])
 WARM_UP = 20
 SECONDS = 8.0
 REFERENCE_SECONDS = 0.7
-_MOST_BATCHES = 800_000
+_MAX_BATCHES = 800_000
 
 Rows = npt.NDArray[np.uint16]
 Staging = npt.NDArray[np.int64]
@@ -69,7 +69,7 @@ def weighted_order(seed: int, batches: int) -> npt.NDArray[np.int64]:
     return (domain_N * ROWS + rows_N).reshape(batches, BATCH)
 
 
-def gather_fill(seed: int = 0, batches: int = _MOST_BATCHES) -> Fill:
+def gather_fill(seed: int = 0, batches: int = _MAX_BATCHES) -> Fill:
     """Return the reference: a gather from the mapped file in a random order known beforehand."""
     rows, order = memmap(), iter(weighted_order(seed, batches))
     return lambda staging: np.copyto(staging, np.take(rows, next(order), axis=0))
@@ -92,7 +92,7 @@ def consume(
     seconds: float,
     first: Keys,
     *,
-    most: int = _MOST_BATCHES,
+    most: int = _MAX_BATCHES,
     pid: int | None = None,
 ) -> dict[str, Any]:
     """Return what came of copying batches for some seconds, after a warm-up.

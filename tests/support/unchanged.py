@@ -26,7 +26,7 @@ from typing import Any
 from tests.support import unchanged_inputs as inputs
 from tests.support.unchanged_tree import FAILED, Tree, digests, failure
 
-_MOST_DIFF_LINES = 12
+_MAX_DIFF_LINES = 12
 
 # Keys by what makes them differ between two recordings of one tree.
 _TIMES = {"seconds", "tokens_per_s", "tokens_per_s_smooth", "data_wait", "data_wait_smooth"} | {
@@ -293,10 +293,10 @@ def difference(old: Any, new: Any) -> Iterator[str]:
         for value in (old, new)
     ]
     lines = list(difflib.unified_diff(*texts, lineterm="", n=1))[2:]
-    for line in lines[:_MOST_DIFF_LINES]:
+    for line in lines[:_MAX_DIFF_LINES]:
         yield f"    {line[:200]}\n"
-    if len(lines) > _MOST_DIFF_LINES:
-        yield f"    ... and {len(lines) - _MOST_DIFF_LINES} more lines\n"
+    if len(lines) > _MAX_DIFF_LINES:
+        yield f"    ... and {len(lines) - _MAX_DIFF_LINES} more lines\n"
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ _WAITING = Series(
     key="waiting", label="communication that is waited for", color=BAND_COLORS[2], area=True
 )
 SCHEDULE_SERIES = (_LOCAL, _SHARDED, _WAITING)
-"""What fills the time of a rank."""
+"""Parts of a rank's time in a micro-step."""
 
 
 def planned_charts(run: Mapping[str, Any]) -> list[Chart]:
