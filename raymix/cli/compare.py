@@ -54,7 +54,7 @@ def command(
 ) -> None:
     """Train the same model on the same tokens and seeds under several mixers, and compare.
 
-    Says, with spread over seeds, which mixer ends with the lower suffix-out loss per domain, in the
+    Says, with spread over seeds, which mixer ends with the lower held-out loss per domain, in the
     mean, in the worst domain and on targets, and what measuring for it cost. Running it again
     goes on: finished runs are not repeated. Ctrl-C stops with checkpoints.
     """
