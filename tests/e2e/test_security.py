@@ -346,7 +346,7 @@ def test_a_checkpoint_does_not_lead_out_of_its_directory(run: Recipe, tmp_path: 
     state = json.loads((newest / "state.json").read_text())
     state["files"]["../../../outside"] = 5
     (newest / "state.json").write_text(json.dumps(state))
-    with pytest.raises(RaymixError, match="no name of a file in it"):
+    with pytest.raises(RaymixError, match="is not a file name"):
         read_state(newest)
     found = newest_checkpoint(Path(run.run_dir) / "checkpoints")
     assert found is not None
