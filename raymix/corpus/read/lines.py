@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-# Large enough that the Python loop per chunk does not show in a profile.
+# Large enough that the Python loop runs rarely, small beside the memory of a batch.
 CHUNK = 1 << 20
 """Bytes read at a time."""
 

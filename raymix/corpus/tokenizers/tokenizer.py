@@ -92,7 +92,7 @@ class HuggingFaceEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
         """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
-        # A flat array of C integers: a list of Python integers takes eight times the memory.
+        # A flat array of C integers: a list would hold a Python object per token.
         ids = array("I")
         lengths = np.empty(len(texts), dtype=np.int64)
         # The fast variant skips offsets, which only conversations need.
@@ -236,7 +236,7 @@ def saved_encoder(corpus: str, info: TokenizerInfo) -> Encoder:
     no document can end another. One that was brought along reads special tokens in the text as
     such: rendered chats need that.
     """
-    # NumPy is ten times as fast as the library for bytes, and gives the same ids.
+    # Bytes are their own ids, so no call of the library is needed.
     if info.kind == "byte":
         return ByteEncoder()
     raw = files.read_bytes(files.join(corpus, _DIRECTORY, "tokenizer.json"))
