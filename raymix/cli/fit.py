@@ -58,33 +58,41 @@ def command(
     mean relative error, beside models that know less. With several steps per run, also of later
     steps predicted from the earlier ones.
     """
+    # Both `--target a,b` and `--target a --target b` are common; they mean the same here.
+    targets = [name for part in target or [] for name in part.split(",") if name]
 
     def work() -> dict[str, Any]:
-        from raymix.laws import fit_law, read_table, save_law
-
-        # Before the tables are read, so that a mistake in --where costs no time.
-        conditions = _where(where or [])
-        # Both `--target a,b` and `--target a --target b` are common; they mean the same here.
-        names = [name for part in target or [] for name in part.split(",") if name]
-        fitted, report = fit_law(
-            read_table(table, where=conditions), law=law, targets=names or None
-        )
-        document = report.document()
-        if holdout is not None:
-            # --where holds for both tables: a law of one size is not judged on runs of another.
-            holdout_scores = _score_holdout(fitted, read_table(holdout, where=conditions), holdout)
-            document |= holdout_scores
-            document["judged_on"] = holdout
-        else:
-            document["judged_on"] = "runs left out"
-        # Saved before it is drawn: a closed pipe must not cost the fit.
-        if out is not None:
-            save_law(out, fitted, report)
-            document["out"] = out
-        _draw(report, document)
-        return document
+        return _fit(table, law=law, targets=targets, holdout=holdout, where=where or [], out=out)
 
     run_command(work, json=json)
+
+
+def _fit(
+    table: str,
+    *,
+    law: str,
+    targets: list[str],
+    holdout: str | None,
+    where: Sequence[str],
+    out: str | None,
+) -> dict[str, Any]:
+    """Return the document of a fit, saved to `out` and shown to people."""
+    from raymix.laws import fit_law, read_table, save_law
+
+    # Before the tables are read, so that a mistake in --where costs no time.
+    conditions = _where(where)
+    fitted, report = fit_law(read_table(table, where=conditions), law=law, targets=targets or None)
+    document = report.document()
+    if holdout is not None:
+        # --where holds for both tables: a law of one size is not judged on runs of another.
+        document |= _score_holdout(fitted, read_table(holdout, where=conditions), holdout)
+    document["judged_on"] = "runs left out" if holdout is None else holdout
+    # Saved before it is drawn: a closed pipe must not cost the fit.
+    if out is not None:
+        save_law(out, fitted, report)
+        document["out"] = out
+    _draw(report, document)
+    return document
 
 
 def _where(given: Sequence[str]) -> dict[str, str]:

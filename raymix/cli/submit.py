@@ -10,7 +10,7 @@ import typer
 from raymix.cli._run import Address, Json, RecipeSource, TokenInClear, run_command
 
 if TYPE_CHECKING:
-    from raymix.jobs import JobEnd, JobServer
+    from raymix.jobs import JobEnd, JobServer, Submission
 
 
 def command(
@@ -68,19 +68,32 @@ def command(
             print(f"left out: {path} (a link out of the project, or no file)")
         # After all checks that need no cluster.
         server = JobServer(address, token_in_clear=token_in_clear)
-        size = server.submit(submission)
-        root, count = str(submission.listing.root), len(submission.listing.files)
-        print(f"project: {root}, {count:,} files, {size / 1e6:.1f} MB")
-        # Flushed: stdout to a pipe is buffered, and the name is needed while the job runs.
-        print(f"job: {submission.name} on {server.address}", flush=True)
-        ended = followed(server, submission.name) if follow else server.state(submission.name)
-        if not follow:
-            print(f"raymix logs {submission.name} --follow shows it, raymix stop ends it")
-        more = {"address": server.address, "project": root, "files": count, "storage": storage}
-        left_out = list(submission.listing.left_out)
-        return {**ended.document, **more, "package_bytes": size, "left_out": left_out}
+        document = _submit(server, submission, follow=follow)
+        return document | {"storage": storage}
 
     run_command(work, json=json, failed=exit_code)
+
+
+def _submit(server: JobServer, submission: Submission, *, follow: bool) -> dict[str, Any]:
+    """Return the document of a job that is submitted, and followed to its end if `follow`."""
+    size = server.submit(submission)
+    listing = submission.listing
+    print(f"project: {listing.root}, {len(listing.files):,} files, {size / 1e6:.1f} MB")
+    # Flushed: stdout to a pipe is buffered, and the name is needed while the job runs.
+    print(f"job: {submission.name} on {server.address}", flush=True)
+    if follow:
+        job = followed(server, submission.name)
+    else:
+        job = server.state(submission.name)
+        print(f"raymix logs {submission.name} --follow shows it, raymix stop ends it")
+    return {
+        **job.document,
+        "address": server.address,
+        "project": str(listing.root),
+        "files": len(listing.files),
+        "package_bytes": size,
+        "left_out": list(listing.left_out),
+    }
 
 
 def followed(server: JobServer, job: str) -> JobEnd:

@@ -87,9 +87,11 @@ def test_files_that_are_named_exist(page: Path) -> None:
     for named in re.findall(r"`((?:raymix|cluster|docs|pipelines|tests)/[\w./-]+)`", text):
         assert (ROOT / named).exists(), named
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / link).exists(), link
-    for kept in re.findall(r"make (bench-\w+)", text):
-        assert importlib.util.find_spec(f"tests.benchmarks.{kept.removeprefix('bench-')}")
+        linked = (page.parent / link).resolve()
+        # docs/recipes.md is made by docs/conf.py: a fresh clone has none.
+        assert linked.exists() or linked == DOCS / "recipes.md", link
+    for name in re.findall(r"make (bench-\w+)", text):
+        assert importlib.util.find_spec(f"tests.benchmarks.{name.removeprefix('bench-')}")
 
 
 def names_in_table(page: str, section: str) -> set[str]:
