@@ -34,12 +34,12 @@ def lightgbm(share: Floats, step: Floats, loss: Floats, new: Floats, late: Float
 
     settings = {"learning_rate": 0.01, "metric": "l2", "verbosity": -1, "num_threads": 1}
     order = np.random.default_rng(0).permutation(len(loss))
-    held, kept = order[: len(loss) // 5], order[len(loss) // 5 :]
+    validation, training = order[: len(loss) // 5], order[len(loss) // 5 :]
     first = lgb.train(
         settings,
-        lgb.Dataset(share[kept], loss[kept]),
+        lgb.Dataset(share[training], loss[training]),
         num_boost_round=1000,
-        valid_sets=[lgb.Dataset(share[held], loss[held])],
+        valid_sets=[lgb.Dataset(share[validation], loss[validation])],
         callbacks=[lgb.early_stopping(20, verbose=False)],
     )
     rounds = max(1, first.best_iteration)
@@ -66,10 +66,10 @@ def process(share: Floats, step: Floats, loss: Floats, new: Floats, late: Floats
 def _few_steps(objective: Callable, start: Floats, bounds: Floats) -> tuple[Floats, float]:
     from scipy.optimize import minimize
 
-    found = minimize(
+    result = minimize(
         objective, start, jac=True, bounds=bounds, method="L-BFGS-B", options={"maxiter": 25}
     )
-    return found.x, found.fun
+    return result.x, result.fun
 
 
 def mixing_laws(share: Floats, step: Floats, loss: Floats, new: Floats, late: Floats) -> Floats:
@@ -98,8 +98,8 @@ def bimix_of(own: int) -> Peer:
 
     def peer(share: Floats, step: Floats, loss: Floats, new: Floats, late: Floats) -> Floats:
         def curve(theta: Floats, rows: Floats) -> Floats:
-            rest = np.exp(theta[1] - np.exp(theta[2]) * rows[:, 1]) + np.exp(theta[3])
-            return rest * (rows[:, 0] + ZERO) ** -np.exp(theta[0])
+            step_factor = np.exp(theta[1] - np.exp(theta[2]) * rows[:, 1]) + np.exp(theta[3])
+            return step_factor * (rows[:, 0] + ZERO) ** -np.exp(theta[0])
 
         def start(loss: Floats, count: int, random: np.random.Generator) -> Floats:
             usual = np.log(loss.mean())

@@ -50,10 +50,12 @@ class Size:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         kv = self.hidden // self.heads * self.kv_heads
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        shapes_by_name: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self.vocab, self.hidden)
+        }
         for layer in range(self.layers):
             at = f"model.layers.{layer}"
-            found |= {
+            shapes_by_name |= {
                 f"{at}.self_attn.q_proj.weight": (self.hidden, self.hidden),
                 f"{at}.self_attn.k_proj.weight": (kv, self.hidden),
                 f"{at}.self_attn.v_proj.weight": (kv, self.hidden),
@@ -64,8 +66,8 @@ class Size:
                 f"{at}.input_layernorm.weight": (self.hidden,),
                 f"{at}.post_attention_layernorm.weight": (self.hidden,),
             }
-        found["model.norm.weight"] = (self.hidden,)
-        return found
+        shapes_by_name["model.norm.weight"] = (self.hidden,)
+        return shapes_by_name
 
 
 SMALL = Size(768, 12, 2048, 12, 12, 16_000)
@@ -87,15 +89,15 @@ def _write(place: Path, size: Size, number: int) -> None:
     place.mkdir(parents=True, exist_ok=True)
     shard: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
-    held, files = 0, 0
+    shard_bytes, files = 0, 0
     for name, tensor in _tensors(size, number):
         n_bytes = tensor.numel() * tensor.element_size()
-        if shard and held + n_bytes > _SHARD:
+        if shard and shard_bytes + n_bytes > _SHARD:
             save_file(shard, place / f"part-{files}.safetensors", metadata={"format": "pt"})
-            shard, held, files = {}, 0, files + 1
+            shard, shard_bytes, files = {}, 0, files + 1
         shard[name] = tensor
         weight_map[name] = f"part-{files}.safetensors"
-        held += n_bytes
+        shard_bytes += n_bytes
     if files:
         save_file(shard, place / f"part-{files}.safetensors", metadata={"format": "pt"})
         index = {"metadata": {}, "weight_map": weight_map}

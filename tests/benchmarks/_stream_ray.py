@@ -266,7 +266,7 @@ def raymix_row(
             for rank, consumer in enumerate(consumers)
         ]
     )
-    held = ray.get(plane.describe.remote())["used_bytes"]
+    used_bytes = ray.get(plane.describe.remote())["used_bytes"]
     references.append(ray.get(consumers[0].reference.remote(2)))
     for actor in (plane, controller):
         ray.kill(actor)
@@ -282,7 +282,7 @@ def raymix_row(
         "keys": keys,
     }
     exact = exactness(keys, done[0]["log"])
-    return finished(total, references, first, held_mb=held / 1e6, **exact)
+    return finished(total, references, first, held_mb=used_bytes / 1e6, **exact)
 
 
 def exactness(keys: npt.NDArray[np.uint16], log: list[Any]) -> dict[str, Any]:
@@ -291,11 +291,11 @@ def exactness(keys: npt.NDArray[np.uint16], log: list[Any]) -> dict[str, Any]:
     counts_SD = np.stack([(keys[..., 0] == d).sum(axis=1) for d in range(DOMAINS)], axis=1)
     starts = [entry.first_step for entry in log]
     entry_S = np.searchsorted(starts, np.arange(steps), side="right") - 1
-    asked_SD = np.array([entry.weights for entry in log])[entry_S]
-    behind_SD = np.cumsum(asked_SD * rows - counts_SD, axis=0)
-    asked_D = asked_SD.mean(axis=0)
+    requested_SD = np.array([entry.weights for entry in log])[entry_S]
+    behind_SD = np.cumsum(requested_SD * rows - counts_SD, axis=0)
+    requested_D = requested_SD.mean(axis=0)
     return {
-        "tv": float(np.abs(asked_D - counts_SD.sum(axis=0) / counts_SD.sum()).sum() / 2),
+        "tv": float(np.abs(requested_D - counts_SD.sum(axis=0) / counts_SD.sum()).sum() / 2),
         "most_rows_off": float(np.abs(behind_SD).max()),
         "bound": realized_error_bound(DOMAINS),
         "changes": int((np.array(starts) < steps).sum()) - 1,

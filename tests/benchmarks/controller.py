@@ -48,11 +48,11 @@ def mixer_config() -> Any:
 def pushes(window: int) -> list[DomainStats]:
     """Return what each rank pushes: tokens and loss of what it read, gradients of one pass."""
     rng = np.random.default_rng(window)
-    found = []
+    stats = []
     for _ in range(WORKERS):
         tokens_D = rng.integers(0, 2, DOMAINS) * 2048
         loss_D = np.where(tokens_D > 0, rng.normal(4, 0.5, DOMAINS), np.nan)
-        found.append(
+        stats.append(
             DomainStats(
                 step=window * INTERVAL,
                 window=INTERVAL,
@@ -62,7 +62,7 @@ def pushes(window: int) -> list[DomainStats]:
                 grad_noise_D=rng.gamma(2, 20, DOMAINS),
             )
         )
-    return found
+    return stats
 
 
 def state_rows() -> list[dict[str, Any]]:
@@ -87,13 +87,19 @@ def state_rows() -> list[dict[str, Any]]:
         # As in a run: what is read stands in the log, and older weights are forgotten.
         step = window * INTERVAL
         state.lease("bench", 0, step=step, leased_until=step, n_steps=2 * INTERVAL, version=-1)
-    kept = state.snapshot() or {}
-    log = len(json.dumps(kept.pop("log")))
-    rest = len(json.dumps(kept))
+    snapshot = state.snapshot() or {}
+    log = len(json.dumps(snapshot.pop("log")))
+    state_bytes = len(json.dumps(snapshot))
     return [
         against("state, all pushes and the update", whole),
         against("state, last push with the update", last),
-        row("state as JSON", rest / 1e6, "MB", ratio=rest / 1e6 / TARGET_MB, baseline="target"),
+        row(
+            "state as JSON",
+            state_bytes / 1e6,
+            "MB",
+            ratio=state_bytes / 1e6 / TARGET_MB,
+            baseline="target",
+        ),
         row("mixture log per entry", log / 1e3 / len(state.log.entries), "KB"),
     ]
 

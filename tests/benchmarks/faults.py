@@ -57,7 +57,7 @@ def tell(name: str, fault: Fault, endings: list[Ending], failures: list[str]) ->
         flush=True,
     )
     spread = (seconds[0], seconds[-1])
-    found = row(name, statistics.median(seconds), "s to recover", spread=spread)
+    result = row(name, statistics.median(seconds), "s to recover", spread=spread)
     more: dict[str, object] = {
         "repeated": repeated,
         "differing": differing,
@@ -65,14 +65,14 @@ def tell(name: str, fault: Fault, endings: list[Ending], failures: list[str]) ->
         "loss": loss,
     }
     more |= {"at": [ending.at for ending in endings], "failures": failures}
-    return found | more | {"sees": fault.sees}
+    return result | more | {"sees": fault.sees}
 
 
 def rows_to_keep(anew: Sequence[str]) -> list[dict[str, object]]:
     """Return the rows of the last results that are not to be run."""
     path = RESULTS / "faults.json"
-    found = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [item for item in found if item["name"] not in anew]
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [item for item in rows if item["name"] not in anew]
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ DATA = SHARED_DATA / "mixtures"
 ROWS = (32, 64, 128, 256, 512)
 SUBSETS = 5
 SPLITS = 2
-KEPT = 0.7
+TRAIN_SHARE = 0.7
 EARLY = 0.6
 OURS = ("bimix", "exponential", "additive", "regression", "gp", "auto")
 SINGLE = {
@@ -81,13 +81,13 @@ def theirs(peer: peers.Peer | None) -> Method:
         step, late = (
             np.zeros(len(t)) if t.step_R is None else np.log(t.step_R / unit) for t in (train, test)
         )
-        found = []
+        predictions = []
         for at in range(len(train.targets)):
             seen = np.isfinite(train.loss_RV[:, at])
             one = peer or peers.bimix_of(int(own_V[at]))
             shares, losses = train.share_RD[seen], train.loss_RV[seen, at]
-            found.append(one(shares, step[seen], losses, test.share_RD, late))
-        return np.stack(found, axis=1)
+            predictions.append(one(shares, step[seen], losses, test.share_RD, late))
+        return np.stack(predictions, axis=1)
 
     return method
 
@@ -96,11 +96,11 @@ def measured(
     name: str, method: Method, pairs: Sequence[tuple[MixtureTable, MixtureTable]]
 ) -> tuple[np.ndarray, float]:
     """Return (rank correlation, R2, error in percent), means over pairs, and CPU s of one."""
-    found, began = [], time.process_time()
+    figures, began = [], time.process_time()
     for train, test in pairs:
         score = mean_score(scores(test, method(train, test)))
-        found.append((score.spearman, score.r2, 100 * score.mre))
-    return np.array(found), (time.process_time() - began) / len(pairs)
+        figures.append((score.spearman, score.r2, 100 * score.mre))
+    return np.array(figures), (time.process_time() - began) / len(pairs)
 
 
 def single(data: Path, *, quick: bool) -> Iterator[dict[str, object]]:
@@ -131,8 +131,10 @@ def steps(data: Path, *, quick: bool) -> Iterator[dict[str, object]]:
             runs = np.unique(names)
             pairs = []
             for seed in range(SPLITS):
-                kept = np.random.default_rng(seed).permutation(len(runs))[: int(KEPT * len(runs))]
-                use = np.isin(names, runs[kept])
+                selected = np.random.default_rng(seed).permutation(len(runs))[
+                    : int(TRAIN_SHARE * len(runs))
+                ]
+                use = np.isin(names, runs[selected])
                 pairs.append((table_.rows(use), table_.rows(~use)))
             last = table_.step_R.max()
             ends = [(a, b.rows(b.step_R == last)) for a, b in pairs]
@@ -179,9 +181,9 @@ def table(
         except (ImportError, ValueError) as error:
             print(f"  {name:34s} cannot: {str(error).splitlines()[0][:80]}")
     base = results[f"raymix {against}"][0][:, 2]
-    for name, (found, cpu) in results.items():
-        rank, r2, error = found.mean(axis=0)
-        ratios = found[:, 2] / base
+    for name, (figures, cpu) in results.items():
+        rank, r2, error = figures.mean(axis=0)
+        ratios = figures[:, 2] / base
         spread = (float(ratios.min()), float(ratios.max()))
         label = f"{name} ({chosen['auto']})" if name == "raymix auto" else name
         print(
@@ -208,8 +210,8 @@ def main() -> None:
     if not options.data.exists():
         raise SystemExit(f"--data = {options.data}: not there")
     parts = {"rows": single, "steps": steps}
-    asked = [options.part] if options.part else list(parts)
-    rows = [one for name in asked for one in parts[name](options.data, quick=options.quick)]
+    names = [options.part] if options.part else list(parts)
+    rows = [one for name in names for one in parts[name](options.data, quick=options.quick)]
     write_results("laws", rows)
 
 

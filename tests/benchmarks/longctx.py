@@ -82,7 +82,7 @@ def documents(setting: Setting) -> list[list[np.ndarray]]:
         path = ROOT / "pipelines" / "quickstart" / "train" / f"{name}.parquet"
         own = pq.read_table(path, columns=["text"])["text"].to_pylist()
         texts.append([own[at] for at in generator.permutation(len(own))])
-    found, turn = [], 0
+    batches, turn = [], 0
     for _ in range(setting.steps):
         step: list[np.ndarray] = []
         while sum(map(len, step)) < setting.tokens:
@@ -91,11 +91,11 @@ def documents(setting: Setting) -> list[list[np.ndarray]]:
             text = own[turn // 8 % len(own) if turn % 8 == 0 else turn % len(own)]
             step.append(np.frombuffer(text.encode()[: setting.longest], np.uint8).astype(np.uint16))
             turn += 1
-        found.append(step)
-    return found
+        batches.append(step)
+    return batches
 
 
-def held(schedule: Schedule, batch: list[np.ndarray], rank: int) -> DocumentBatch:
+def rank_batch(schedule: Schedule, batch: list[np.ndarray], rank: int) -> DocumentBatch:
     """Return what a rank holds of a batch."""
     micro_batches = tuple(
         (
@@ -143,14 +143,14 @@ class Trainer:
         if self.setting.cost is not None:
             measured = load_cost_model(self.setting.cost)
             cost = replace(measured, memory_tokens=self.setting.memory)
-        found: dict[str, Any] = {"wall": [], "cpu": [], "loss": [], "plan": [], "shape": []}
+        result: dict[str, Any] = {"wall": [], "cpu": [], "loss": [], "plan": [], "shape": []}
         for batch in self.batches:
             lengths = np.array([len(document) for document in batch])
             started = time.process_time()
             schedule = plan_batch(lengths, self.layout, cost, planner)
-            found["plan"].append(time.process_time() - started)
+            result["plan"].append(time.process_time() - started)
             labels = int(lengths.sum()) - len(batch)
-            mine = held(schedule, batch, self.world.rank)
+            mine = rank_batch(schedule, batch, self.world.rank)
             torch.distributed.barrier()
             clock, cpu = time.perf_counter(), time.process_time()
             nats = torch.zeros((), dtype=torch.float64)
@@ -169,12 +169,12 @@ class Trainer:
             sums = took.clone().double()
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(took, torch.distributed.ReduceOp.MAX)
-            found["wall"].append(float(took[0]))
-            found["cpu"].append(float(sums[1]))
-            found["loss"].append(float(sums[2]) / labels)
+            result["wall"].append(float(took[0]))
+            result["cpu"].append(float(sums[1]))
+            result["loss"].append(float(sums[2]) / labels)
             shared = int((schedule.placement.width_K > 1).sum())
-            found["shape"].append((schedule.micro_steps, shared, len(batch)))
-        return found
+            result["shape"].append((schedule.micro_steps, shared, len(batch)))
+        return result
 
 
 def on_each_rank(world: World, directory: Path) -> list[dict[str, Any]]:

@@ -286,9 +286,9 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
     losses = torch.zeros(micro.tokens_BL.shape)
 
     def add_up() -> None:
-        account = StepMetrics(len(corpus.domain_names), world)
-        account.add(micro, batch.domain_rows, losses)
-        account.start(checkpoint=False, stop=False).result()
+        metrics = StepMetrics(len(corpus.domain_names), world)
+        metrics.add(micro, batch.domain_rows, losses)
+        metrics.start(checkpoint=False, stop=False).result()
 
     yield _part("metrics: sums by domain", add_up)
     with tempfile.TemporaryDirectory() as directory:

@@ -160,7 +160,7 @@ def rows_of(
     label: str, name: str, costs: dict[tuple[str, str], list[Cost]]
 ) -> list[dict[str, Any]]:
     """Return the rows of one method: CPU, wall and memory, ours as a part of theirs."""
-    found = []
+    rows = []
     units = (("cpu_s", "CPU s", 1.0), ("wall_s", "wall s", 1.0), ("anonymous_bytes", "MB", 1e6))
     for field, unit, scale in units:
         for who in ("mergekit", "raymix"):
@@ -175,13 +175,13 @@ def rows_of(
             baseline = f"{label} {name} mergekit, {unit}" if ratio is not None else None
             title = f"{label} {name} {who}, {unit}"
             value = statistics.median(taken)
-            found.append(row(title, value, unit, ratio=ratio, spread=spread, baseline=baseline))
-    return found
+            rows.append(row(title, value, unit, ratio=ratio, spread=spread, baseline=baseline))
+    return rows
 
 
 def by_layers(folder: Path, methods: list[str]) -> list[dict[str, Any]]:
     """Return the memory of our merges as the layers grow 1, 2 and 4 times."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for name in methods:
         first = 0.0
         for times in (1, 2, 4):
@@ -194,21 +194,21 @@ def by_layers(folder: Path, methods: list[str]) -> list[dict[str, Any]]:
             first = first or most
             title = f"{name}, {4 * times} layers, peak anonymous memory"
             base = f"{name}, 4 layers, peak anonymous memory"
-            found.append(row(title, most, "MB", ratio=most / first, baseline=base))
+            rows.append(row(title, most, "MB", ratio=most / first, baseline=base))
             shutil.rmtree(folder / f"layers{times}")
-    return found
+    return rows
 
 
 def helps(folder: Path, repeats: int) -> list[dict[str, Any]]:
     """Return what it takes to print the help text."""
     ours = [sys.executable, "-m", "raymix", "merge", "--help"]
     theirs = [str(THEIRS), "-m", "mergekit.scripts.run_yaml", "--help"]
-    found = []
+    rows = []
     for name, command in (("raymix merge --help", ours), ("mergekit-yaml --help", theirs)):
         if command is ours or THEIRS.exists():
             walls = [measured(command, folder).wall_s for _ in range(repeats + 1)]
-            found.append(row(name, min(walls), "wall s"))
-    return found
+            rows.append(row(name, min(walls), "wall s"))
+    return rows
 
 
 def accuracy() -> list[dict[str, Any]]:
@@ -218,7 +218,7 @@ def accuracy() -> list[dict[str, Any]]:
     from raymix.merging.methods.drm import DrmOptions, drm
 
     torch.set_num_threads(1)
-    found = []
+    rows = []
     names = ("self_attn.q_proj", "mlp.down_proj", "mlp.up_proj")
     for name in names:
         deltas = [task_delta(SMALL, f"model.layers.0.{name}.weight", k) for k in (1, 2, 3)]
@@ -229,16 +229,16 @@ def accuracy() -> list[dict[str, Any]]:
             got = _merged(drm(None, deltas, DrmOptions.model_validate({"decomposition": way})))
             spent = time.process_time() - start
             error = float((got.double() - exact).norm() / exact.norm())
-            found.append(row(f"{m}x{n} {way}, fp32 merge, relative error", error, ""))
-            found.append(row(f"{m}x{n} {way}, fp32 merge, CPU", spent, "s"))
+            rows.append(row(f"{m}x{n} {way}, fp32 merge, relative error", error, ""))
+            rows.append(row(f"{m}x{n} {way}, fp32 merge, CPU", spent, "s"))
         got = _merged(drm(None, [d.double() for d in deltas], DrmOptions()))
         error = float((got - exact).norm() / exact.norm())
-        found.append(row(f"{m}x{n} gram, fp64 merge, relative error", error, ""))
-    return found
+        rows.append(row(f"{m}x{n} gram, fp64 merge, relative error", error, ""))
+    return rows
 
 
-def _merged(found: Any) -> Any:
-    return getattr(found, "delta", found)
+def _merged(result: Any) -> Any:
+    return getattr(result, "delta", result)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def by_slsqp(law: Law, objective: Objective) -> float:
             slope_D = slope_D + objective.kl * (log_D + 1)
         return value, slope_D
 
-    found = minimize(
+    solution = minimize(
         both,
         np.clip(np.full(count, 1 / count), low_D, high_D),
         jac=True,
@@ -78,7 +78,7 @@ def by_slsqp(law: Law, objective: Objective) -> float:
         constraints={"type": "eq", "fun": lambda s: s.sum() - 1, "jac": np.ones_like},
         options={"ftol": 1e-12, "maxiter": 500},
     )
-    return float(found.fun)
+    return float(solution.fun)
 
 
 def raced(law: Law, objective: Objective, repeats: int) -> tuple[list[float], list[float], float]:
@@ -113,7 +113,7 @@ def rows_of(kind: str, domains: int) -> Iterator[dict[str, object]]:
             f"({spread[0]:.4f} to {spread[1]:.4f}){gap:10.1e}{worse:+10.1e}",
             flush=True,
         )
-        found = row(
+        result = row(
             title,
             float(np.median(ours)),
             "CPU s",
@@ -121,7 +121,7 @@ def rows_of(kind: str, domains: int) -> Iterator[dict[str, object]]:
             spread=spread,
             baseline="scipy SLSQP",
         )
-        yield found | {"method": optimum.method, "gap": optimum.gap, "slsqp_worse_by": worse}
+        yield result | {"method": optimum.method, "gap": optimum.gap, "slsqp_worse_by": worse}
 
 
 def main() -> None:

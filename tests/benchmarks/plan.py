@@ -40,8 +40,8 @@ def interleaved(*works: Callable[[], object]) -> list[list[float]]:
     seconds: list[list[float]] = [[] for _ in works]
     times = [max(1, int(0.02 / cpu_seconds(work, 3))) for work in works]
     for _ in range(REPEATS):
-        for work, n_times, kept in zip(works, times, seconds, strict=True):
-            kept.append(cpu_seconds(work, n_times))
+        for work, n_times, own_seconds in zip(works, times, seconds, strict=True):
+            own_seconds.append(cpu_seconds(work, n_times))
     return seconds
 
 
@@ -83,10 +83,10 @@ def order_rows() -> list[dict[str, object]]:
         n = np.arange(tokens // 4096, tokens // 4096 + 4_000)
         (spent,) = interleaved(lambda order=order, n=n: order.locate(n))
         rows.append(row(f"order of {tokens:.0e} tokens, 4000", min(spent) / n.size * 1e9, "ns/row"))
-    for asked in LOOKUPS:
-        n = np.arange(12_345, 12_345 + asked)
+    for count in LOOKUPS:
+        n = np.arange(12_345, 12_345 + count)
         (spent,) = interleaved(lambda n=n: order.locate(n))
-        rows.append(row(f"order, {asked} at once", min(spent) / asked * 1e9, "ns/row"))
+        rows.append(row(f"order, {count} at once", min(spent) / count * 1e9, "ns/row"))
     shapes = [DomainGeometry(f"d{at}", 100_000 + at, 64) for at in range(8)]
     several = CorpusOrder(shapes, seed=0, window=16)
     rng = np.random.default_rng(0)

@@ -233,7 +233,7 @@ def measure(work: Path, megabytes: float, repeats: int, growth: int) -> list[dic
         library.append(run_bare(work / "corpus", tokenizer))
         on_ray.append(ours(work / "corpus", tokenizer, work, None))
         here.append(ours(work / "corpus", tokenizer, work, 0))
-        figures = ", ".join(f"{found[-1][0]:,.0f}" for found in (library, on_ray, here))
+        figures = ", ".join(f"{runs[-1][0]:,.0f}" for runs in (library, on_ray, here))
         print(f"repeat {repeat + 1}: bare, Ray, in process: {figures} tokens/s", flush=True)
     rows = _speed_rows(library, on_ray, here) if repeats else []
     rows.append(row("start of a Ray cluster, once", ray_s, "s"))
@@ -256,15 +256,15 @@ def _speed_rows(
     name = "bare tokenizers"
     base = [speed for speed, _ in library]
     rows = [row(name, sorted(base)[len(base) // 2], "tokens/s")]
-    for label, found in (("prepare on Ray Data", on_ray), ("prepare in process", here)):
-        speeds = [entry[0] for entry in found]
+    for label, runs in (("prepare on Ray Data", on_ray), ("prepare in process", here)):
+        speeds = [entry[0] for entry in runs]
         ratio, spread = ratio_spread(speeds, base)
         middle = sorted(speeds)[len(speeds) // 2]
         rows.append(row(label, middle, "tokens/s", ratio=ratio, spread=spread, baseline=name))
     cpu = [cost for _, cost in library]
     rows.append(row(f"{name}, CPU", sorted(cpu)[len(cpu) // 2], "s/Mtoken"))
-    for label, found in (("prepare on Ray Data, CPU", on_ray), ("prepare in process, CPU", here)):
-        costs = [entry[1] for entry in found]
+    for label, runs in (("prepare on Ray Data, CPU", on_ray), ("prepare in process, CPU", here)):
+        costs = [entry[1] for entry in runs]
         ratio, spread = ratio_spread(costs, cpu)
         middle = sorted(costs)[len(costs) // 2]
         rows.append(

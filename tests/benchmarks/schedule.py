@@ -72,7 +72,7 @@ def table(steps: int, planners: Sequence[str], widths: tuple[int, ...] = ()) -> 
     rows: Rows = []
     behind: list[float] = []
     for setting in settings(widths):
-        found = compare_planners(
+        results = compare_planners(
             setting.lengths,
             setting.layout,
             setting.cost,
@@ -80,10 +80,10 @@ def table(steps: int, planners: Sequence[str], widths: tuple[int, ...] = ()) -> 
             steps=steps,
             planners=planners,
         ).document()["planners"]
-        fastest = next(iter(found))
+        fastest = next(iter(results))
         cells = []
         for name in planners:
-            one = found[name]
+            one = results[name]
             assert not one["memory_violations"]
             rows.append(
                 row(f"{setting.name}: {name}", one["speedup_over_default"], "x over default",
@@ -96,7 +96,7 @@ def table(steps: int, planners: Sequence[str], widths: tuple[int, ...] = ()) -> 
                 f"{one['speedup_over_default']:.2f} {one['speedup_over_packed']:.2f} "
                 f"{one['share_of_bound']:.0%}"
             )
-        gap = found["refine"]["step_s"] / found[fastest]["step_s"] - 1
+        gap = results["refine"]["step_s"] / results[fastest]["step_s"] - 1
         behind.append(gap)
         print(f"| {setting.name} | {' | '.join(cells)} | {fastest} |", flush=True)
     rows.append(row(f"refine behind the best planner, most{widths}", 100 * max(behind), "%"))
@@ -152,10 +152,10 @@ def exactness(count: int, nodes: int, seed: int) -> Rows:
         begin = time.process_time()
         exact = solve_exact(lengths, layout, cost, gap=GAP, nodes=nodes)
         spent.append(time.process_time() - begin)
-        found = plan_batch(lengths, layout, cost).seconds
-        above_plan.append(100 * (found / exact.seconds - 1))
+        seconds = plan_batch(lengths, layout, cost).seconds
+        above_plan.append(100 * (seconds / exact.seconds - 1))
         bound = max(exact.bound, lower_bound(lengths, layout, cost))
-        above_bound.append(100 * (found / bound - 1))
+        above_bound.append(100 * (seconds / bound - 1))
     return [
         row(f"refine above the exact plan, mean of {count}", statistics.mean(above_plan), "%"),
         row(f"refine above the exact plan, most of {count}", max(above_plan), "%"),

@@ -78,8 +78,8 @@ class Soak(Scene):
         lines, afresh = self.tail.read()
         now = 0 if afresh else self.farthest
         for line in lines:
-            found = json.loads(line)
-            now = found["step"] if "loss" in found else now
+            entry = json.loads(line)
+            now = entry["step"] if "loss" in entry else now
         if now < self.farthest:
             self.repeated += self.farthest - now
         self.farthest = now
@@ -104,8 +104,8 @@ class Samples:
             return
         for pid in (scene.process.pid, *descendants(scene.process.pid)):
             title = "driver" if pid == scene.process.pid else kind_of(pid)
-            if title is not None and (held := anonymous_mb(pid)) is not None:
-                self.memory.append((title, pid, self.now(), held))
+            if title is not None and (megabytes := anonymous_mb(pid)) is not None:
+                self.memory.append((title, pid, self.now(), megabytes))
 
 
 def kind_of(pid: int) -> str | None:
@@ -119,8 +119,8 @@ def anonymous_mb(pid: int) -> float | None:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(found[0]) / 1024 if found else None
+    fields = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
+    return int(fields[0]) / 1024 if fields else None
 
 
 def endure(scene: Soak, samples: Samples, *, minutes: float, every: float, seed: int) -> None:
@@ -186,15 +186,19 @@ def growth(samples: Samples, title: str) -> tuple[float, float, float]:
     """
     begun: dict[int, float] = {}
     settled: list[tuple[float, float]] = []
-    for name, pid, at, held in samples.memory:
+    for name, pid, at, megabytes in samples.memory:
         if name == title and at - begun.setdefault(pid, at) >= 30:
-            settled.append((at, held))
+            settled.append((at, megabytes))
     if not settled:
         return float("nan"), float("nan"), float("nan")
     third = max(at for at, _ in settled) / 3
-    early = [held for at, held in settled if at <= third] or [settled[0][1]]
-    late = [held for at, held in settled if at >= 2 * third]
-    return statistics.median(early), statistics.median(late), max(held for _, held in settled)
+    early = [megabytes for at, megabytes in settled if at <= third] or [settled[0][1]]
+    late = [megabytes for at, megabytes in settled if at >= 2 * third]
+    return (
+        statistics.median(early),
+        statistics.median(late),
+        max(megabytes for _, megabytes in settled),
+    )
 
 
 def draw(samples: Samples, path: Path) -> None:
@@ -207,12 +211,12 @@ def draw(samples: Samples, path: Path) -> None:
     kinds = [title for title in TITLES if any(m[0] == title for m in samples.memory)]
     figure, axes = plt.subplots(len(kinds), 1, figsize=(7, 1.3 * len(kinds)), sharex=True)
     for axis, kind in zip(np.atleast_1d(axes), kinds, strict=True):
-        lives: dict[int, list[tuple[float, float]]] = {}
-        for name, pid, at, held in samples.memory:
+        curves: dict[int, list[tuple[float, float]]] = {}
+        for name, pid, at, megabytes in samples.memory:
             if name == kind:
-                lives.setdefault(pid, []).append((at / 60, held))
-        for life in lives.values():
-            axis.plot(*zip(*life, strict=True), color="#0072b2", linewidth=1)
+                curves.setdefault(pid, []).append((at / 60, megabytes))
+        for curve in curves.values():
+            axis.plot(*zip(*curve, strict=True), color="#0072b2", linewidth=1)
         for at, _, _ in samples.events:
             axis.axvline(at / 60, color="#bbbbbb", linewidth=0.5, zorder=0)
         axis.set_ylim(bottom=0)

@@ -95,8 +95,8 @@ def measure(kind: str, names: list[str], into: Measured, skipped: dict[str, str]
     )
     for line in done.stdout.splitlines():
         if line.startswith('{"name"'):
-            found = json.loads(line)
-            into.setdefault(found["name"], []).append(found)
+            row = json.loads(line)
+            into.setdefault(row["name"], []).append(row)
     for name in names:
         if done.returncode and name not in into:
             last = (done.stderr.strip() or done.stdout.strip() or "?").splitlines()[-1]

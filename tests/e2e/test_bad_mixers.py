@@ -80,8 +80,8 @@ def test_a_window_that_tells_nothing_is_said_once(
     measure = Prober.measure
 
     def broken(self: Prober, window: int) -> dict[str, Any]:
-        found = measure(self, window)
-        return found | {"grad_norm2_D": np.full(3, np.nan)} if window == 1 else found
+        stats = measure(self, window)
+        return stats | {"grad_norm2_D": np.full(3, np.nan)} if window == 1 else stats
 
     monkeypatch.setattr(Prober, "measure", broken)
     options = {"mixer": {"kind": "pike"}, "train__probe_interval": 2, "train__steps": 10}

@@ -32,15 +32,17 @@ from tests.support.runs import write_run
 from tests.support.scheduling import PLAIN
 from tests.support.searches import search_document
 
-pytestmark = pytest.mark.skipif(chromium.found() is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(
+    chromium.installed_browser() is None, reason="no Chromium is installed"
+)
 
 WIDTHS = (420, 1280)
 
 # Contrast by WCAG 2 of every text with what lies behind it, and what sticks out or is cut.
 LOOK = """(() => {
   const channels = text => {
-    const found = text.match(/[\\d.]+/g).map(Number);
-    return found.length < 4 ? [...found, 1] : found;
+    const numbers = text.match(/[\\d.]+/g).map(Number);
+    return numbers.length < 4 ? [...numbers, 1] : numbers;
   };
   const light = ([r, g, b]) => [r, g, b].map(c => c / 255)
     .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
@@ -117,9 +119,9 @@ def a_search(folder: Path) -> Path:
 
 def a_simulation(folder: Path) -> Path:
     lengths = np.array([5, 9, 2, 7, 40, 3, 3, 8, 12, 30] * 8)
-    found = compare_planners(lengths, Layout(2, 4), PLAIN, batch=20, steps=2, seed=0)
-    document = {"source": "lengths.csv", **found.document()}
-    totals = found.totals.items()
+    comparison = compare_planners(lengths, Layout(2, 4), PLAIN, batch=20, steps=2, seed=0)
+    document = {"source": "lengths.csv", **comparison.document()}
+    totals = comparison.totals.items()
     last = {name: total.last_schedule for name, total in totals if total.last_schedule}
     page = schedule_page(document, last, twin="schedule.json")
     (folder / "schedule.html").write_text(page)
@@ -140,15 +142,15 @@ def a_comparison_of_mixers(folder: Path) -> Path:
 
 def specialists(folder: Path) -> Path:
     methods = ("drm-h", "task_arithmetic", "ties", "tsv", "dare_linear", "della")
-    told = {
+    merges = {
         (name, seed): merged(5.0 + seed / 10, 4.2 + at / 20 + seed / 10, 0.5)
         for at, name in enumerate(methods)
         for seed in SEEDS
     }
-    found = specialist_stats(
-        SpecialistLosses(("a", "b"), SEEDS, methods, trained(), told), {"x": "went wrong"}
+    stats = specialist_stats(
+        SpecialistLosses(("a", "b"), SEEDS, methods, trained(), merges), {"x": "went wrong"}
     )
-    (folder / "specialists.html").write_text(specialists_page(found | FACTS))
+    (folder / "specialists.html").write_text(specialists_page(stats | FACTS))
     return folder / "specialists.html"
 
 
@@ -192,15 +194,15 @@ def test_a_page_reads_in_a_browser(kind: str, tmp_path: Path) -> None:
 
     assert chromium.browse(tmp_path / "profile", look) == []
     assert len(seen) == 2 * len(WIDTHS)
-    for name, found in seen.items():
-        told = f"{name}: {json.dumps(found)[:2000]}"
-        assert found["wide"] <= found["inner"], told
-        assert found["white"] == 0, told
-        assert found["faint"] == [], told
-        assert found["cut"] == [], told
-        assert found["lost"] == [], told
-        assert found["scrolling"] == 0 or found["inner"] < 600 or kind == "compare", told
-        assert (found["back"] < 0.1) == name.endswith("dark"), told
+    for name, observed in seen.items():
+        message = f"{name}: {json.dumps(observed)[:2000]}"
+        assert observed["wide"] <= observed["inner"], message
+        assert observed["white"] == 0, message
+        assert observed["faint"] == [], message
+        assert observed["cut"] == [], message
+        assert observed["lost"] == [], message
+        assert observed["scrolling"] == 0 or observed["inner"] < 600 or kind == "compare", message
+        assert (observed["back"] < 0.1) == name.endswith("dark"), message
         assert (shots / f"{name}.png").stat().st_size > 10_000
 
 

@@ -34,18 +34,18 @@ def test_a_cost_model_is_measured_and_used(
     out = tmp_path / "cost.json"
     few = ("--ranks", "2", "--longest", "256", "--seconds", "1", "--device", "cpu")
     assert call("schedule", "calibrate", str(source), "--out", str(out), *few, "--json") == 0
-    found = json.loads(capfd.readouterr().out)
-    kinds = {item["kind"] for item in found["measurements"]}
+    result = json.loads(capfd.readouterr().out)
+    kinds = {item["kind"] for item in result["measurements"]}
     assert kinds == {"attention", "linear", "gather", "memory"}
     cost = load_cost_model(out)
-    assert json.loads(json.dumps(cost.document())) == found["cost"]
+    assert json.loads(json.dumps(cost.document())) == result["cost"]
     assert [link.width for link in cost.links] == [2]
     assert "CPU" in cost.hardware
     assert "torch" in cost.hardware
     again = ("--cost", str(out), "--groups", "1", "--context", "2", "--batch", "6", "--steps", "1")
     assert call("schedule", "simulate", "llama3", *again, "--planners", "packed", "--json") == 0
     simulated = json.loads(capfd.readouterr().out)
-    assert simulated["cost"] == found["cost"]
+    assert simulated["cost"] == result["cost"]
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def faults(document: dict[str, Any]) -> list[str]:
     if document["kind"] == "RayCluster":
         schema = copy.deepcopy(SCHEMA)
         schema["properties"]["spec"] = CLUSTER_SCHEMA
-    found = Draft202012Validator(schema).iter_errors(document)
-    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in found]
+    errors = Draft202012Validator(schema).iter_errors(document)
+    return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
 
 
 def spec_of(document: dict[str, Any]) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def test_rays_autoscaler_reads_the_groups(manifest: dict[str, Any]) -> None:
         "metadata": {"name": "raymix", "namespace": "default"},
         "spec": copy.deepcopy(spec_of(manifest)),
     }
-    found = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
-    types = found["available_node_types"]
+    config = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)
+    types = config["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert types["data"]["resources"]["CPU"] == 8
     assert types["gpu"]["resources"]["GPU"] == 8
@@ -152,16 +152,16 @@ def test_a_run_in_a_bucket_shares_no_volume_and_holds_no_key() -> None:
 @pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
 def test_the_volume_is_the_one_that_pods_mount(name: str) -> None:
     manifest = load(CLUSTER / "kubernetes" / name)
-    claim = load(CLUSTER / "kubernetes" / "storage.yaml")
-    assert claim["kind"] == "PersistentVolumeClaim"
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    volume_claim = load(CLUSTER / "kubernetes" / "storage.yaml")
+    assert volume_claim["kind"] == "PersistentVolumeClaim"
+    assert volume_claim["spec"]["accessModes"] == ["ReadWriteMany"]
     named = {
         volume["persistentVolumeClaim"]["claimName"]
         for pod in pods(manifest)
         for volume in pod.get("volumes", ())
         if "persistentVolumeClaim" in volume
     }
-    assert named == {claim["metadata"]["name"]}
+    assert named == {volume_claim["metadata"]["name"]}
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=lambda path: path.name)
@@ -215,15 +215,15 @@ def test_each_opens_with_the_commands_to_type(path: Path) -> None:
 def test_the_image_is_built_in_stages_and_does_not_run_as_root() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
     steps = re.findall(r"^(FROM|USER|ARG|COPY|CMD|EXPOSE)\s+(.*)$", text, flags=re.MULTILINE)
-    stages = [rest for step, rest in steps if step == "FROM"]
+    stages = [argument for step, argument in steps if step == "FROM"]
     assert [stage.split(" AS ")[1] for stage in stages] == ["base", "build", "run"]
-    assert [rest for step, rest in steps if step == "USER"] == ["ray"]
-    assert "ACCELERATOR=cpu" in [rest for step, rest in steps if step == "ARG"]
+    assert [argument for step, argument in steps if step == "USER"] == ["ray"]
+    assert "ACCELERATOR=cpu" in [argument for step, argument in steps if step == "ARG"]
     shipped = (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
     assert shipped[0] == "*"
-    for step, rest in steps:
-        if step == "COPY" and not rest.startswith("--from"):
-            for source in rest.split()[:-1]:
+    for step, argument in steps:
+        if step == "COPY" and not argument.startswith("--from"):
+            for source in argument.split()[:-1]:
                 assert (ROOT / source).exists()
                 assert f"!{source}" in shipped
 

@@ -49,8 +49,8 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
 
 
 def shell_blocks(page: Path) -> str:
-    found = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return "\n".join(found)
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks)
 
 
 def table(path: Path, seed: int) -> None:
@@ -63,8 +63,8 @@ def table(path: Path, seed: int) -> None:
         share = random.dirichlet(np.ones(3))
         for step in (1000, 2000, 4000):
             loss = 2 + 3 * step**-0.2 * np.exp(-0.4 * share)
-            told = ",".join(f"{value:.8f}" for value in (*share, *loss))
-            lines.append(f"r{seed}-{run},{step},{told}")
+            cells = ",".join(f"{value:.8f}" for value in (*share, *loss))
+            lines.append(f"r{seed}-{run},{step},{cells}")
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -94,7 +94,7 @@ def little(work: Path, page: Path) -> None:
 
 def lines_of(page: Path) -> list[str]:
     """Return the lines that are run: as they are typed, less what makes them long."""
-    found = []
+    lines = []
     for line in raymix_lines(shell_blocks(page)):
         line = re.sub(r"\s+#.*", "", line).removeprefix("raymix ")
         if line.split()[0] in ELSEWHERE or "--on ray" in line:
@@ -103,8 +103,8 @@ def lines_of(page: Path) -> list[str]:
             line = "init fresh.yaml"
         # The last word counts.
         line = line.replace("s3://bucket/", f"s3://{buckets.BUCKET}/")
-        found.append(re.sub(r"train\.tokens=\S+ cluster\.workers=\d+", "train.lr=0.001", line))
-    return found
+        lines.append(re.sub(r"train\.tokens=\S+ cluster\.workers=\d+", "train.lr=0.001", line))
+    return lines
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -134,6 +134,6 @@ def test_what_a_page_tells_to_type_works(name: str, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         stored = any("s3://" in line for line in lines)
         shell = Shell(tmp_path, env=stack.enter_context(buckets.bucket()) if stored else {})
-        told = list(typed(shell, [(line, 0) for line in (*PAGES[name], *lines)]))
-    for line, code, text in told:
+        outputs = list(typed(shell, [(line, 0) for line in (*PAGES[name], *lines)]))
+    for line, code, text in outputs:
         assert f"exit {code}" in text, f"{name}: raymix {line}: {text}"

@@ -30,8 +30,8 @@ def write_runs(path: str) -> None:
 def test_from_runs_to_shares(shell: Shell, kind: str) -> None:
     write_runs(str(shell.cwd / "runs.csv"))
     shell.json("fit", "runs.csv", "--law", kind, "--out", f"{kind}.json")
-    found = shell.json("optimize", f"{kind}.json", "--horizon", "16000", "--cap", "code=0.4")
-    shares = found["shares"]
+    optimum = shell.json("optimize", f"{kind}.json", "--horizon", "16000", "--cap", "code=0.4")
+    shares = optimum["shares"]
     assert sum(shares.values()) == pytest.approx(1, abs=1e-9)
     assert shares["code"] <= 0.4
     # The truth at 16,000 steps: shares in proportion to (alpha K)^(1 / (1 + alpha)), code capped.
@@ -42,18 +42,18 @@ def test_from_runs_to_shares(shell: Shell, kind: str) -> None:
     tolerance = 0.02 if kind == "bimix" else 0.1
     assert shares["web"] == pytest.approx(truth[0], abs=tolerance)
     assert shares["books"] == pytest.approx(truth[1], abs=tolerance)
-    reference = found["reference"]
-    assert np.mean(list(found["losses"].values())) < np.mean(list(reference["losses"].values()))
+    reference = optimum["reference"]
+    assert np.mean(list(optimum["losses"].values())) < np.mean(list(reference["losses"].values()))
     if kind == "bimix":
-        assert found["method"] == "closed form"
-        assert found["gap"] < 1e-12
+        assert optimum["method"] == "closed form"
+        assert optimum["gap"] < 1e-12
 
 
 def test_the_exact_optimum_is_that_of_a_solver_a_thousand_times() -> None:
     for seed in range(1000):
         scale, exponent, offset, region = instance(seed)
-        found = separable_optimum(scale, exponent, region, offset_D=offset)
-        check_solution(found, region)
+        solution = separable_optimum(scale, exponent, region, offset_D=offset)
+        check_solution(solution, region)
         _, value = by_solver(scale, exponent, offset, region)
-        assert found.value <= value * (1 + 1e-9), seed
-        assert found.value == pytest.approx(value, rel=1e-6), seed
+        assert solution.value <= value * (1 + 1e-9), seed
+        assert solution.value == pytest.approx(value, rel=1e-6), seed

@@ -94,22 +94,22 @@ def test_every_source_has_its_licence_and_origin() -> None:
     for source in provenance():
         assert (QUICKSTART / str(source["licence_file"])).stat().st_size > 500
         assert re.fullmatch(r"[0-9a-f]{64}", str(source["archive_sha256"]))
-        for told in ("package", "version", "licence_file", "archive_sha256"):
-            assert str(source[told]) in readme
+        for key in ("package", "version", "licence_file", "archive_sha256"):
+            assert str(source[key]) in readme
 
 
 def test_all_documents_come_from_the_sources_told() -> None:
-    told = {
+    expected = {
         (str(s["domain"]), str(s["package"])): (s["documents"], s["bytes"]) for s in provenance()
     }
-    found: dict[tuple[str, str], tuple[int, int]] = {}
+    counted: dict[tuple[str, str], tuple[int, int]] = {}
     for split in ("train", "valid"):
         for path in parquet(split).values():
             for row in pq.read_table(path).to_pylist():
                 domain, package = row["id"].split("/")[:2]
-                documents, size = found.get((domain, package), (0, 0))
-                found[domain, package] = documents + 1, size + len(row["text"].encode())
-    assert found == told
+                documents, size = counted.get((domain, package), (0, 0))
+                counted[domain, package] = documents + 1, size + len(row["text"].encode())
+    assert counted == expected
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])

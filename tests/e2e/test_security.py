@@ -68,22 +68,22 @@ def calls() -> Iterator[tuple[str, str, ast.Call]]:
 
 
 def test_nothing_runs_what_it_reads() -> None:
-    found = {(file, name) for file, name, _ in calls() if name in RUNS_CODE}
-    assert found == MAY
+    uses = {(file, name) for file, name, _ in calls() if name in RUNS_CODE}
+    assert uses == MAY
 
 
 def test_loaders_that_could_are_told_not_to() -> None:
     wanted = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
     seen = set()
     for file, name, call in calls():
-        told = {word.arg: ast.unparse(word.value) for word in call.keywords}
+        keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
         if name in wanted:
             option, value = wanted[name]
-            assert told.get(option) == str(value), f"{file}: {name}"
+            assert keywords.get(option) == str(value), f"{file}: {name}"
         if name.startswith("Auto") and name.endswith(".from_pretrained"):
-            assert told.get("trust_remote_code") == "False", f"{file}: {name}"
+            assert keywords.get("trust_remote_code") == "False", f"{file}: {name}"
             seen.add(name)
-        assert told.get("shell") != "True", f"{file}: {name}"
+        assert keywords.get("shell") != "True", f"{file}: {name}"
         assert "extractall" not in name, f"{file}: {name}"
     assert seen == {"AutoConfig.from_pretrained", "AutoModelForCausalLM.from_pretrained"}
 
@@ -348,9 +348,9 @@ def test_a_checkpoint_does_not_lead_out_of_its_directory(run: Recipe, tmp_path: 
     (newest / "state.json").write_text(json.dumps(state))
     with pytest.raises(RaymixError, match="is not a file name"):
         read_state(newest)
-    found = newest_checkpoint(Path(run.run_dir) / "checkpoints")
-    assert found is not None
-    assert found[0] != newest
+    checkpoint = newest_checkpoint(Path(run.run_dir) / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint[0] != newest
 
 
 # What is secret is not shown.
@@ -418,12 +418,12 @@ def echo() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.mark.parametrize("kept", ["environment", "file"])
-def test_planted_tokens_appear_nowhere(kept: str, echo: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("token_place", ["environment", "file"])
+def test_planted_tokens_appear_nowhere(token_place: str, echo: str, tmp_path: Path) -> None:
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     planted_in = {**dict.fromkeys(SECRETS, SECRET), "RAY_AUTH_MODE": "token"}
-    if kept == "file":
+    if token_place == "file":
         del planted_in["RAY_AUTH_TOKEN"]
         (home / ".ray" / "auth_token").write_text(SECRET)
     work = tmp_path / "work"

@@ -62,17 +62,17 @@ def test_fp32_is_as_on_the_cpu(how: str) -> None:
         loss = PackedLoss(loss.model, linear_head=True, logit_bytes=0)
     if how == "compiled":
         loss.compile()
-    found = statistics(recorded(loss, "cuda"))
+    actual = statistics(recorded(loss, "cuda"))
     for name in ("loss_K", "norm2_K", "noise_K", "gram_KK"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-3)
+        np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=1e-3)
 
 
 def test_bf16_is_close() -> None:
     loss = model()
     expected = statistics(recorded(loss, "cpu"))
-    found = statistics(recorded(loss, "cuda", bf16=True))
+    actual = statistics(recorded(loss, "cuda", bf16=True))
     for name in ("loss_K", "norm2_K", "noise_K"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=0.05)
+        np.testing.assert_allclose(getattr(actual, name), getattr(expected, name), rtol=0.05)
 
 
 def test_a_batch_of_its_own_leaves_no_gradients() -> None:
@@ -81,6 +81,6 @@ def test_a_batch_of_its_own_leaves_no_gradients() -> None:
     loss = loss.cuda()
     batch, piece_B = rows()
     probe = GradientProbe(loss, n_groups=K)
-    found = statistics(probe.measure(*(part.cuda() for part in batch), piece_B.cuda()))
-    np.testing.assert_allclose(found.norm2_K, expected.norm2_K, rtol=1e-3)
+    actual = statistics(probe.measure(*(part.cuda() for part in batch), piece_B.cuda()))
+    np.testing.assert_allclose(actual.norm2_K, expected.norm2_K, rtol=1e-3)
     assert all(parameter.grad is None for parameter in loss.parameters())

@@ -46,8 +46,8 @@ def _address(server: subprocess.Popen[bytes], log: int) -> str:
     """Return the address the server says that it listens at."""
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and server.poll() is None:
-        if found := _READY.search(os.pread(log, 1 << 16, 0)):
-            return found[1].decode()
+        if match := _READY.search(os.pread(log, 1 << 16, 0)):
+            return match[1].decode()
         time.sleep(0.05)
     pytest.fail(f"moto's server does not start: {os.pread(log, 1 << 16, 0).decode()}")
 

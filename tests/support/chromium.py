@@ -17,12 +17,12 @@ import aiohttp
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def found() -> str | None:
+def installed_browser() -> str | None:
     """Return a browser that is installed here."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
-_TOLD = {
+_NOTED_EVENTS = {
     "Runtime.exceptionThrown",
     "Runtime.consoleAPICalled",
     "Log.entryAdded",
@@ -114,21 +114,21 @@ class Page:
 
     async def _next(self) -> dict[str, Any]:
         message = await asyncio.wait_for(self._socket.receive_json(), 60)
-        if message.get("method") in _TOLD:
+        if message.get("method") in _NOTED_EVENTS:
             self._note(message["method"], message["params"])
         return message
 
-    def _note(self, method: str, told: dict[str, Any]) -> None:
+    def _note(self, method: str, parameters: dict[str, Any]) -> None:
         if method != "Network.requestWillBeSent":
-            self.complaints.append(f"{method}: {told}")
-        elif not told["request"]["url"].startswith("file://"):
-            self.complaints.append(f"asks the network for {told['request']['url']}")
+            self.complaints.append(f"{method}: {parameters}")
+        elif not parameters["request"]["url"].startswith("file://"):
+            self.complaints.append(f"asks the network for {parameters['request']['url']}")
 
 
 @asynccontextmanager
 async def opened(profile: Path) -> AsyncIterator[Page]:
     """Yield a tab of a browser that ends with the context."""
-    browser = found()
+    browser = installed_browser()
     assert browser is not None
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
     process = subprocess.Popen(

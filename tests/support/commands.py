@@ -39,8 +39,8 @@ def parse(line: str) -> dict[str, Any]:
     every = group()
     if len(words) == 2 and words[1] in ("--help", "--version"):
         return {}
-    name, command, rest = every.resolve_command(every.make_context("raymix", []), words[1:])
-    return command.make_context(name, rest).params
+    name, command, arguments = every.resolve_command(every.make_context("raymix", []), words[1:])
+    return command.make_context(name, arguments).params
 
 
 def make_targets() -> set[str]:

@@ -109,15 +109,15 @@ def metrics_cut(scene: Scene) -> None:
 def corrupt(shell: Shell) -> Iterator[str]:
     """Have half a shard overwritten, for a while; yields its name."""
     shard = next((shell.cwd / "corpus" / "books" / "train").glob("shard-*.arrow"))
-    kept = shard.with_suffix(".kept")
-    shutil.copyfile(shard, kept)
+    backup = shard.with_suffix(".kept")
+    shutil.copyfile(shard, backup)
     try:
         with shard.open("r+b") as file:
             file.seek(200)
-            file.write(b"\xff" * (kept.stat().st_size // 2 - 200))
+            file.write(b"\xff" * (backup.stat().st_size // 2 - 200))
         yield shard.name
     finally:
-        kept.replace(shard)
+        backup.replace(shard)
 
 
 def shard_corrupted(scene: Scene) -> None:
@@ -179,7 +179,7 @@ def node_lost(scene: Scene) -> None:
     scene.nodes.lose_one_with("ray::RayTrainWorker")
 
 
-def node_lost_and_found(scene: Scene) -> None:
+def node_replaced(scene: Scene) -> None:
     """A machine with a worker on it is gone, and another comes when the run has gone on."""
     node_lost(scene)
     scene.reaches(scene.farthest + 1)
@@ -214,7 +214,7 @@ FAULTS: dict[str, Fault] = {
         node_lost, "goes on by itself with one worker (cluster.min_workers=1)", _ELASTIC, nodes=2
     ),
     "node lost, another comes": Fault(
-        node_lost_and_found,
+        node_replaced,
         "goes on by itself, with two workers again in the end",
         _ELASTIC,
         nodes=2,
@@ -303,8 +303,8 @@ def compared(scene: Scene, expected: Path, *, at: int) -> Ending:
 
 def totals(lines: list[dict[str, Any]]) -> dict[str, int]:
     """Return tokens read by domain."""
-    found: dict[str, int] = {}
+    tokens_by_domain: dict[str, int] = {}
     for line in lines:
         for name, tokens in line["counts"].items():
-            found[name] = found.get(name, 0) + tokens
-    return found
+            tokens_by_domain[name] = tokens_by_domain.get(name, 0) + tokens
+    return tokens_by_domain

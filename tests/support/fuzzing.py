@@ -74,10 +74,10 @@ def _repeat(raw: bytes, chance: random.Random) -> bytes:
 
 def _number(raw: bytes, chance: random.Random) -> bytes:
     """Put another number in the place of one that stands in a text."""
-    found = list(re.finditer(rb"\d+", raw[:20_000]))
-    if not found:
+    numbers = list(re.finditer(rb"\d+", raw[:20_000]))
+    if not numbers:
         return _flip(raw, chance)
-    hit = chance.choice(found)
+    hit = chance.choice(numbers)
     return raw[: hit.start()] + chance.choice(_NUMBERS) + raw[hit.end() :]
 
 
@@ -104,12 +104,12 @@ _DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )  # fmt: skip
 
 
-def outcome(work: Callable[[], T], told: str) -> T | None:
+def outcome(work: Callable[[], T], label: str) -> T | None:
     """Return what `work` returns, None if it refused its input as the house does.
 
     Args:
         work: What reads the damaged input.
-        told: Which case it is.
+        label: Which case it is.
     """
     problems: tuple[str, ...] = ()
     try:
@@ -118,10 +118,10 @@ def outcome(work: Callable[[], T], told: str) -> T | None:
     except RaymixError as error:
         problems = error.problems or ("an error without a message",)
     except BaseException as error:
-        error.add_note(told)
+        error.add_note(label)
         raise
     for message in problems:
-        assert FORM.fullmatch(message), f"{told}: {message!r}"
+        assert FORM.fullmatch(message), f"{label}: {message!r}"
     return None
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-_KEPT = ("type", "enum", "required", "pattern", "minimum", "maximum", "minLength", "maxLength",
-         "minItems", "maxItems", "format", "nullable")  # fmt: skip
+_SCHEMA_KEYS = ("type", "enum", "required", "pattern", "minimum", "maximum", "minLength",
+                "maxLength", "minItems", "maxItems", "format", "nullable")  # fmt: skip
 _SHARED_BYTES = 300
 
 
@@ -39,16 +39,16 @@ def strict(node: dict[str, Any]) -> dict[str, Any]:
     """Return a node of the definition with what a validator needs, unknown fields refused."""
     if node.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
-    found = {key: node[key] for key in _KEPT if key in node}
+    schema = {key: node[key] for key in _SCHEMA_KEYS if key in node}
     if "properties" in node:
-        found["properties"] = {key: strict(item) for key, item in node["properties"].items()}
+        schema["properties"] = {key: strict(item) for key, item in node["properties"].items()}
         if not node.get("x-kubernetes-preserve-unknown-fields"):
-            found["additionalProperties"] = False
+            schema["additionalProperties"] = False
     if isinstance(node.get("additionalProperties"), dict):
-        found["additionalProperties"] = strict(node["additionalProperties"])
+        schema["additionalProperties"] = strict(node["additionalProperties"])
     if "items" in node:
-        found["items"] = strict(node["items"])
-    return found
+        schema["items"] = strict(node["items"])
+    return schema
 
 
 def inner(node: dict[str, Any]) -> list[dict[str, Any]]:
@@ -64,13 +64,13 @@ def referring(node: dict[str, Any], names: dict[str, str], *, root: bool = False
     name = names.get(json.dumps(node, sort_keys=True))
     if name is not None and not root:
         return {"$ref": f"#/$defs/{name}"}
-    found = dict(node)
+    schema = dict(node)
     if "properties" in node:
-        found["properties"] = {k: referring(v, names) for k, v in node["properties"].items()}
+        schema["properties"] = {k: referring(v, names) for k, v in node["properties"].items()}
     for key in ("items", "additionalProperties"):
         if isinstance(node.get(key), dict):
-            found[key] = referring(node[key], names)
-    return found
+            schema[key] = referring(node[key], names)
+    return schema
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ NORM = "model.norm.weight"
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    shapes_by_name: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
-        found |= {
+        shapes_by_name |= {
             f"{at}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
             f"{at}.self_attn.k_proj.weight": (HIDDEN // 2, HIDDEN),
             f"{at}.self_attn.v_proj.weight": (HIDDEN // 2, HIDDEN),
@@ -48,19 +48,19 @@ def shapes() -> dict[str, tuple[int, ...]]:
             f"{at}.input_layernorm.weight": (HIDDEN,),
             f"{at}.post_attention_layernorm.weight": (HIDDEN,),
         }
-    return found | {NORM: (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+    return shapes_by_name | {NORM: (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
 def weights(number: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return the base's weights (number 0), or those of a fine-tune of it."""
     base, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(100 + number)
-    found = {}
+    tensors = {}
     for name, shape in shapes().items():
         weight = torch.randn(shape, generator=base) * 0.1 + (1.0 if len(shape) == 1 else 0.0)
         if number:
             weight += torch.randn(shape, generator=own) * 0.02
-        found[name] = weight.to(dtype)
-    return found
+        tensors[name] = weight.to(dtype)
+    return tensors
 
 
 def write_model(
@@ -138,10 +138,10 @@ def write_adapter(
 
 def read_model(folder: str | Path) -> dict[str, Tensor]:
     """Return all tensors of a merged model, by the library's own loader."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        tensors |= load_file(file)
+    return tensors
 
 
 def digests(folder: str | Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ def on_two_ranks(work: Callable[[World, Path], Any]) -> None:
 def on_ranks(size: int, work: Callable[[World, Path], Any]) -> None:
     """Do `work` on each rank, given the world and a directory; rank 0's answer is kept.
 
-    For the `__main__` of a test module that `found_by_ranks` runs.
+    For the `__main__` of a test module that `results_of_ranks` runs.
     """
     out = Path(sys.argv[1])
     for module in ("torch._dynamo", "torch.distributed.fsdp", "transformers.models.llama"):
@@ -37,16 +37,16 @@ def on_ranks(size: int, work: Callable[[World, Path], Any]) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(out.with_suffix(".store")), size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    found = work(World(rank=rank, size=size, local_size=size), out.parent)
+    result = work(World(rank=rank, size=size, local_size=size), out.parent)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if rank:
         os._exit(0)
-    torch.save(found, out)
+    torch.save(result, out)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 
 
-def found_by_ranks(module: str, directory: Path) -> Any:
+def results_of_ranks(module: str, directory: Path) -> Any:
     """Return what rank 0 of the ranks of a test module found."""
     out = directory / "found.pt"
     command = [sys.executable, "-m", module, str(out)]

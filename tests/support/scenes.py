@@ -113,20 +113,20 @@ class Scene:
     def pids(self, title: str) -> list[int]:
         """Return this run's own processes of a title, those of other clusters left alone."""
         assert self.process is not None
-        found = (pid for pid in descendants(self.process.pid) if title in title_of(pid))
-        return sorted(found)
+        pids = (pid for pid in descendants(self.process.pid) if title in title_of(pid))
+        return sorted(pids)
 
     def kill_one(self, title: str) -> None:
         """Kill a process of this run by -9."""
-        found: list[int] = []
+        pids: list[int] = []
 
         def there() -> bool:
-            found[:] = self.pids(title)
-            return bool(found) or self.ended
+            pids[:] = self.pids(title)
+            return bool(pids) or self.ended
 
         self._wait(there, f"a process {title}")
-        assert found, f"{self.name} ended before a process {title} could be killed"
-        os.kill(found[0], signal.SIGKILL)
+        assert pids, f"{self.name} ended before a process {title} could be killed"
+        os.kill(pids[0], signal.SIGKILL)
 
     def kill_driver(self, *titles: str) -> None:
         """Kill the command by -9, with processes of it where titles are given."""
@@ -223,7 +223,7 @@ def small_disk(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with tempfile.TemporaryDirectory() as kept:
-            shutil.copytree(path, kept, dirs_exist_ok=True)
+        with tempfile.TemporaryDirectory() as backup:
+            shutil.copytree(path, backup, dirs_exist_ok=True)
             subprocess.run(["umount", str(path)], check=True)
-            shutil.copytree(kept, path, dirs_exist_ok=True)
+            shutil.copytree(backup, path, dirs_exist_ok=True)

@@ -79,8 +79,8 @@ def clock(schedule: Schedule, cost: CostModel) -> float:
             for ranks, total in volume.items():
                 link = cost.link(len(ranks))
                 gather += link.latency_s + link.token_s * total
-            rest = max(cost.floor_s, cost.base_s + cost.linear_s * tokens) if tokens else 0.0
-            spent[rank] = max(gather, local) + shared + rest
+            linear_s = max(cost.floor_s, cost.base_s + cost.linear_s * tokens) if tokens else 0.0
+            spent[rank] = max(gather, local) + shared + linear_s
             assert batch.tokens == tokens
             assert np.isclose(batch.seconds, spent[rank])
         everyone = set(range(layout.ranks))

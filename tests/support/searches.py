@@ -79,10 +79,10 @@ Change = Callable[[dict[str, Any]], object]
 
 def changed(document: Mapping[str, Any], *changes: Change) -> dict[str, Any]:
     """Return a copy of a document, changed."""
-    found = copy.deepcopy(dict(document))
+    result = copy.deepcopy(dict(document))
     for change in changes:
-        change(found)
-    return found
+        change(result)
+    return result
 
 
 def unverified(document: dict[str, Any]) -> None:

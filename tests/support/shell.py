@@ -133,7 +133,7 @@ def wait_for(condition: Callable[[], bool], *, seconds: float, what: str) -> Non
 
 def pids_titled(title: str) -> list[int]:
     """Return the processes whose title contains `title` (Ray names its workers so)."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -141,8 +141,8 @@ def pids_titled(title: str) -> list[int]:
             except OSError:
                 continue
             if title in command:
-                found.append(int(entry.name))
-    return sorted(found)
+                pids.append(int(entry.name))
+    return sorted(pids)
 
 
 def kill(pid: int) -> None:

@@ -136,22 +136,22 @@ def planned(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Yield plans of the tree's own recipes, from its sources, and of prepared corpora."""
     store = "cluster.object_store_bytes=200000000"
     folder = tree.root / "pipelines"
-    asked = {
+    recipes = {
         path.stem: [str(path), store, "corpus.path=not-prepared"]
         for path in sorted(folder.glob("*.yaml"))
     }
-    asked |= {f"prepared-{name}": [f"{name}-2.yaml"] for name in inputs.RUNS}
-    for name, value in tree.probe("plans", asked):
+    recipes |= {f"prepared-{name}": [f"{name}-2.yaml"] for name in inputs.RUNS}
+    for name, value in tree.probe("plans", recipes):
         yield name, without(value)
     for name in ("quickstart", "longctx"):
-        document = tree.json("plan", *asked[name])
+        document = tree.json("plan", *recipes[name])
         yield f"plan/{name}/by-command", without(document)
 
 
 def refused(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Yield the messages about recipes that cannot work, several faults at once."""
     path = "packed.yaml"
-    asked = {
+    recipes = {
         "unknown-fields": [path, "train.stepz=3", "mixer.kind=pikey", "model.sort=llama"],
         "wrong-values": [path, "train.lr=-1", "train.steps=x", "cluster.workers=1.5"],
         "bad-shares": [path, "mixer={kind: static, weights: {german: 0.5, rusian: 0.4}}"],
@@ -166,7 +166,7 @@ def refused(tree: Tree) -> Iterator[tuple[str, Any]]:
         "no-file": ["sources/absent.yaml"],
         "no-fault": [path],
     }
-    yield from tree.probe("messages", asked)
+    yield from tree.probe("messages", recipes)
 
 
 def laws(tree: Tree) -> Iterator[tuple[str, Any]]:
@@ -249,8 +249,8 @@ def record(out: Path, only: list[str]) -> int:
         for section in only or SECTIONS:
             print(f"# {section} ({time.monotonic() - began:.0f} s)", flush=True)
             try:
-                for name, found in SECTIONS[section](tree):
-                    value = tree.without_places(found)
+                for name, raw in SECTIONS[section](tree):
+                    value = tree.without_places(raw)
                     results[name] = {"sha256": digest(value), "value": value}
                     note = f"  FAILED {value[FAILED]}" if failed(value) else ""
                     print(f"{name}  {results[name]['sha256']}{note}", flush=True)

@@ -116,11 +116,11 @@ def runs(given: dict[str, Any]) -> Results:
         )
 
 
-def plans(asked: dict[str, list[str]]) -> Results:
+def plans(recipes: dict[str, list[str]]) -> Results:
     """Yield the plan of each recipe: path, then changes."""
     import raymix
 
-    for name, (path, *changes) in asked.items():
+    for name, (path, *changes) in recipes.items():
         yield (
             f"plan/{name}",
             lambda path=path, changes=changes: raymix.plan(
@@ -129,9 +129,9 @@ def plans(asked: dict[str, list[str]]) -> Results:
         )
 
 
-def messages(asked: dict[str, list[str]]) -> Results:
+def messages(recipes: dict[str, list[str]]) -> Results:
     """Yield what each recipe is refused with, and the resolved form of the others."""
-    for name, (path, *changes) in asked.items():
+    for name, (path, *changes) in recipes.items():
         yield f"messages/{name}", lambda path=path, changes=changes: _answer(path, changes)
 
 

@@ -92,7 +92,7 @@ def test_the_table_says_what_the_runs_say(first: tuple[Any, str], out: Path) -> 
             last = [line["eval"] for line in metrics if "eval" in line][-1]
             losses = {name: last[name]["loss"] for name in "abc"}
             means = row["mean"]["by_seed"], row["worst"]["by_seed"], row["target"]["by_seed"]
-            mean, worst, target = (found[str(seed)] for found in means)
+            mean, worst, target = (by_seed[str(seed)] for by_seed in means)
             assert mean == pytest.approx((losses["a"] + losses["b"]) / 2)
             assert worst == max(losses["a"], losses["b"])
             assert target == losses["c"]
@@ -160,8 +160,8 @@ def test_finished_runs_are_not_repeated_and_begun_ones_go_on(
     assert code == 0, said
     assert "3 of them finished before" in said
     assert document["mixers"]["static"]["mean"] == first[0]["mixers"]["static"]["mean"]
-    kept = {path: old for path, old in before.items() if path.parent.name != "static-seed6"}
-    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    stamps = {path: old for path, old in before.items() if path.parent.name != "static-seed6"}
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
 
 
 def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_an_interrupted_comparison_goes_on(ray_cluster: None, recipe: Path, tmp_
     assert code == 0, said
     assert document["mixers"]["uniform"]["curve"]["step"] == [0, 400, 800]
     # The steps up to the checkpoint are those made before, to the byte.
-    kept = [line for line in begun if json.loads(line)["step"] <= step]
-    assert metrics.read_text().splitlines()[: len(kept)] == kept
+    saved_lines = [line for line in begun if json.loads(line)["step"] <= step]
+    assert metrics.read_text().splitlines()[: len(saved_lines)] == saved_lines
 
 
 def test_a_run_that_fails_is_told_and_the_others_end(

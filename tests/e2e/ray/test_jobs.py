@@ -24,8 +24,8 @@ WORDS = "the quick brown fox jumps over the lazy dog and goes home to sleep unti
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
-    with local_cluster((2,)) as found:
-        yield found
+    with local_cluster((2,)) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / ".gitignore").write_text("*.secret\n")
     (root / "my.yaml").write_text(yaml.safe_dump(recipe()))
     # What Python compiles there did not travel.
-    told = "every = (p for p in Path('.').rglob('*') if p.is_file() and p.suffix != '.pyc')"
-    told += "; print('TRAVELED', sorted(map(str, every)))"
-    code = f"from pathlib import Path\nimport raymix\n\ndef recipe():\n    {told}\n"
+    body = "every = (p for p in Path('.').rglob('*') if p.is_file() and p.suffix != '.pyc')"
+    body += "; print('TRAVELED', sorted(map(str, every)))"
+    code = f"from pathlib import Path\nimport raymix\n\ndef recipe():\n    {body}\n"
     code += "    return raymix.load_recipe('my.yaml')\n"
     (root / "made.py").write_text(code)
     return root

@@ -147,12 +147,12 @@ def test_killed_and_run_again_it_ends_the_same(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in folder.glob("00*.json")}
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("00*.json")}
     code, again, said = run(family, recipe, out)
     assert code == 0, said
     same = ("points", "best", "test", "loss", "search", "held_out")
     assert {key: again[key] for key in same} == {key: document[key] for key in same}
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     ours, theirs = (load_file(place / "model.safetensors") for place in (out, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -161,12 +161,12 @@ def test_another_search_in_the_same_place_is_refused(
     first: tuple[dict[str, Any], Path], family: Path, recipe: Path, tmp_path: Path
 ) -> None:
     _, out = first
-    code, told, _ = run(family, recipe, out)
+    code, document, _ = run(family, recipe, out)
     assert code == 2
-    assert "it exists, and nothing is overwritten" in told["problems"][0]
+    assert "it exists, and nothing is overwritten" in document["problems"][0]
     folder = tmp_path / "other-search"
     folder.mkdir()
     (folder / "search.json").write_text("{}")
-    code, told, _ = run(family, recipe, tmp_path / "other", "parameters.density=0.4")
+    code, document, _ = run(family, recipe, tmp_path / "other", "parameters.density=0.4")
     assert code == 2
-    assert "another search is here" in told["problems"][0]
+    assert "another search is here" in document["problems"][0]

@@ -104,10 +104,10 @@ def test_merges_are_chosen_on_other_rows_than_reported(first: tuple[Any, str], p
     document, _ = first
     drm, mean = document["merges"]["drm"], document["merges"]["mean"]
     assert len(drm["curves"]["3"]) == 5
-    told = json.loads((place / "out" / "merges" / "drm-seed3" / "result.json").read_text())
-    best = min(told["points"], key=lambda point: point["loss"])
+    result = json.loads((place / "out" / "merges" / "drm-seed3" / "result.json").read_text())
+    best = min(result["points"], key=lambda point: point["loss"])
     assert drm["scale"]["mean"] == best["options"]["scale"]
-    assert told["points"][0]["losses"] != told["test"]["given"]
+    assert result["points"][0]["losses"] != result["test"]["given"]
     assert mean["scale"] is None
     assert mean["given"] == mean["best"]
     assert document["failed"] == 0
@@ -118,7 +118,7 @@ def test_what_is_finished_is_not_made_again(
 ) -> None:
     document, _ = first
     out = place / "out"
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
     shutil.rmtree(out / "merges" / "mean-seed3")
     # As a search looks that was killed after its second point.
     for name in ("002.json", "003.json", "004.json", "result.json"):
@@ -129,7 +129,7 @@ def test_what_is_finished_is_not_made_again(
     assert "2 searches of merges, 0 of them finished before" in said
     for key in ("rows", "merges", "differences", "matrix"):
         assert again[key] == document[key]
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert json.loads((out / "specialists.json").read_text())["rows"] == document["rows"]
     assert "specialists merged" in (out / "specialists.html").read_text()
 

@@ -172,11 +172,11 @@ def test_each_run_follows_from_those_before(
     assert [run["state"] for run in document["runs"]] == ["done"] * 5
 
     # More runs: those there are kept, whatever the number.
-    kept = {run["name"]: run["shares"] for run in document["runs"]}
+    shares = {run["name"]: run["shares"] for run in document["runs"]}
     code, document, said = run(recipe, tmp_path / "out", *changes, "tune.runs=6")
     assert code == 0, said
     assert "6 runs of 12 steps (2,304 tokens), 5 of them finished before" in said
-    assert {run["name"]: run["shares"] for run in document["runs"][:5]} == kept
+    assert {run["name"]: run["shares"] for run in document["runs"][:5]} == shares
 
 
 def test_runs_of_high_loss_are_cut_by_asha(ray_cluster: None, recipe: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_killed_search_goes_on(recipe: Path, tmp_path: Path) -> None:
     command += ["--out", str(out), "--parallel", "1", "--set", "cluster.address=local"]
     command += ["--set", "cluster.object_store_bytes=100000000"]
     root = str(ROOT)
-    told: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
 
@@ -223,18 +223,18 @@ def test_a_killed_search_goes_on(recipe: Path, tmp_path: Path) -> None:
         whole = path.read_text().rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines()]
 
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, **told)
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes)
     wait_for(lambda: len(done()) >= 2, seconds=400, what="two finished runs")
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = {path: (path / "metrics.jsonl").read_bytes() for path in done()}
-    assert 2 <= len(kept) < 5
+    metrics = {path: (path / "metrics.jsonl").read_bytes() for path in done()}
+    assert 2 <= len(metrics) < 5
 
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, check=False, **told)
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, check=False, **pipes)
     assert ended.returncode == 0, ended.stderr
     # A worker may end its run in the moment in which its driver is gone already.
     again = re.search(r"5 runs of 60 steps .*, (\d) of them finished before", ended.stderr)
     assert again is not None, ended.stderr
-    assert len(kept) <= int(again[1]) < 5
-    assert kept == {path: (path / "metrics.jsonl").read_bytes() for path in kept}
+    assert len(metrics) <= int(again[1]) < 5
+    assert metrics == {path: (path / "metrics.jsonl").read_bytes() for path in metrics}
     assert json.loads(ended.stdout)["failed"] == 0

@@ -28,7 +28,7 @@ from raymix.training.model.parallel import Replica, World, full_tensors, place_m
 from raymix.training.step.documents import ContextParallel, document_micro_steps
 from raymix.training.step.metrics import StepMetrics
 from tests.support.attention import Case, dense_attention, random_case
-from tests.support.ranks import found_by_ranks, on_ranks
+from tests.support.ranks import on_ranks, results_of_ranks
 
 RANKS = 4
 CASES = 12
@@ -57,10 +57,10 @@ STEPS: list[tuple[str, ExchangeName, str, torch.dtype]] = [
 ]
 
 
-def own_tokens(case: Case, held: LocalShards, mine: list[int], rank: int) -> tuple[Any, Any]:
+def own_tokens(case: Case, shards: LocalShards, mine: list[int], rank: int) -> tuple[Any, Any]:
     """Return which tokens of all documents are in this rank's row, and which are no padding."""
     tokens, real = [], []
-    for at in (mine[place] for place in held.order):
+    for at in (mine[place] for place in shards.order):
         positions = local_positions(DocumentPart(case.lengths[at], case.teams[at]), rank)
         last = case.lengths[at] - 1
         tokens.append(case.begins()[at] + np.minimum(positions, last))
@@ -76,33 +76,33 @@ def errors(
     """Return the largest errors of output and gradients on this rank, shape (4,)."""
     mine = [at for at, team in enumerate(case.teams) if rank in team]
     parts = [DocumentPart(case.lengths[at], case.teams[at]) for at in mine]
-    held = LocalShards(parts, rank, teams, exchange=exchange)
+    shards = LocalShards(parts, rank, teams, exchange=exchange)
     rows, grad = case.rows(dtype)
     for part in rows:
         part.requires_grad_()
     expected = dense_attention(rows, case.lengths)
     expected_grads = torch.autograd.grad(expected, rows, grad)
-    tokens, real = own_tokens(case, held, mine, rank)
+    tokens, real = own_tokens(case, shards, mine, rank)
     own = tuple(part.detach()[tokens].requires_grad_() for part in rows)
-    out = attention(*own, held)
+    out = attention(*own, shards)
     # What is padding has no part in any loss.
     grads = torch.autograd.grad(out, own, grad[tokens] * torch.from_numpy(real)[:, None, None])
     pairs = [(out, expected), *zip(grads, expected_grads, strict=True)]
-    found = [
+    largest = [
         (left - right[tokens])[real].abs().max() if real.any() else 0.0 for left, right in pairs
     ]
-    return torch.tensor([float(error) for error in found])
+    return torch.tensor([float(error) for error in largest])
 
 
 def documents() -> list[LocalDocument]:
     """Return a batch of documents of very unequal lengths, of some only the answers learned."""
     generator = np.random.default_rng(7)
-    found = []
+    batch = []
     for number, length in enumerate(LENGTHS):
         loss_mask = generator.random(length) < 0.4 if number % 2 else None
         tokens = generator.integers(0, FACTS.vocab_size, length).astype(np.uint16)
-        found.append(LocalDocument(number % 3, (0,), tokens, loss_mask))
-    return found
+        batch.append(LocalDocument(number % 3, (0,), tokens, loss_mask))
+    return batch
 
 
 def planned(name: str) -> Schedule:
@@ -165,43 +165,45 @@ def step_error(
     )
     batch = DocumentBatch(0, 0, np.zeros(3), np.zeros(3, np.int64), None, mine)
     how = ContextParallel(world.rank, teams, exchange)
-    account, count = StepMetrics(3, world), len(mine)
+    metrics, count = StepMetrics(3, world), len(mine)
     labels = sum(map(labels_of, every))
     for index, one in enumerate(document_micro_steps(batch, how, world.device)):
         with replica.accumulating(last=index == count - 1), one.attending():
             micro = one.micro
             nats, each = replica.module(micro.tokens_BL, micro.positions_BL, micro.labels_BL)
             (nats * (replica.gradient_scale / labels)).backward()
-        account.add(micro, one.domains, each)
-    sums = account.start(checkpoint=False, stop=False).result()
+        metrics.add(micro, one.domains, each)
+    sums = metrics.start(checkpoint=False, stop=False).result()
     named = dict(replica.model.model.named_parameters())
-    found = full_tensors({name: p.grad for name, p in named.items() if p.grad is not None}, world)
+    gradients = full_tensors(
+        {name: p.grad for name, p in named.items() if p.grad is not None}, world
+    )
     if not world.is_writer:
         return None
     nats, expected = alone(dtype)
-    assert found.keys() == expected.keys()
-    worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    assert gradients.keys() == expected.keys()
+    worst = max(float((gradients[name] - expected[name]).abs().max()) for name in expected)
     by_domain = [sum(labels_of(d) for d in every if d.domain == at) for at in range(3)]
     return worst, sums.loss - nats, sums.labels_D.tolist() == by_domain
 
 
 def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
     teams = ContextParallelGroups.of(Layout(1, RANKS, widths=(2,)))
-    found: dict[Any, Any] = {}
+    results: dict[Any, Any] = {}
     for dtype in TOLERANCE:
         for exchange in get_args(ExchangeName):
             for seed in range(CASES):
                 worst = errors(random_case(seed, RANKS), exchange, dtype, world.rank, teams)
                 torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-                found[str(dtype), exchange, seed] = float(worst.max())
+                results[str(dtype), exchange, seed] = float(worst.max())
     for case in STEPS:
-        found[case] = step_error(world, teams, case)
-    return found
+        results[case] = step_error(world, teams, case)
+    return results
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, float]:
-    return found_by_ranks(
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, float]:
+    return results_of_ranks(
         "tests.integration.context_parallel.test_context_parallel", tmp_path_factory.mktemp("ranks")
     )
 
@@ -209,15 +211,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, float]:
 @pytest.mark.parametrize("exchange", get_args(ExchangeName))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_shared_documents_are_attended_to_as_if_whole(
-    exchange: ExchangeName, dtype: torch.dtype, found: dict[Any, float]
+    exchange: ExchangeName, dtype: torch.dtype, results: dict[Any, float]
 ) -> None:
-    worst = {seed: found[str(dtype), exchange, seed] for seed in range(CASES)}
+    worst = {seed: results[str(dtype), exchange, seed] for seed in range(CASES)}
     assert max(worst.values()) < TOLERANCE[dtype], worst
 
 
 @pytest.mark.parametrize("case", STEPS, ids=str)
-def test_any_schedule_gives_the_gradient_of_one_process(case: Any, found: dict[Any, Any]) -> None:
-    gradients, nats, labels = found[case]
+def test_any_schedule_gives_the_gradient_of_one_process(case: Any, results: dict[Any, Any]) -> None:
+    gradients, nats, labels = results[case]
     exact = case[-1] == torch.float64
     assert gradients < (1e-10 if exact else 1e-5)
     assert abs(nats) < 1e-3

@@ -64,9 +64,9 @@ def test_answers_are_found_with_marks_and_without(source: str) -> None:
     template = ChatTemplate(source, SPECIAL)
     for chat in sums(12):
         text, spans = template.render(Conversation(tuple(chat)))
-        found = [text[first:last] for first, last in spans]
-        assert len(found) == len(answers(chat))
-        for said, answer in zip(found, answers(chat), strict=True):
+        passages = [text[first:last] for first, last in spans]
+        assert len(passages) == len(answers(chat))
+        for said, answer in zip(passages, answers(chat), strict=True):
             assert said.startswith(answer)
             assert said[len(answer) :].strip() in {"<|im_end|>", ";"}
 
@@ -116,18 +116,18 @@ def test_a_batch_counts_and_marks_what_is_loss_mask(corpus: Corpus) -> None:
     plans = StepPlans(corpus, DATA, CONFIG)
     even = MixtureEntry(0, 0, (0.5, 0.5), "fixed")
     plans.reset(start(corpus), MixtureLog(corpus.domain_names, [even]).entries, 6)
-    held = {True: 0, False: 0}
+    counts = {True: 0, False: 0}
     for step in range(6):
         batch = stream.next()
         labels = 0
         for document in chain.from_iterable(batch.micro_batches):
             chat = document.loss_mask is not None
-            held[chat] += 1
+            counts[chat] += 1
             labels += int(document.loss_mask.sum()) if chat else len(document.tokens) - 1
         planned = plans.plan(step).for_rank(0)
         assert batch.label_tokens == labels == planned.label_tokens
         assert batch.batch_hash == planned.batch_hash
-    assert min(held.values()) > 0
+    assert min(counts.values()) > 0
 
 
 def test_held_out_and_probed_rows_are_masked(corpus: Corpus) -> None:

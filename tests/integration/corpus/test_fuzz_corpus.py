@@ -83,12 +83,12 @@ def test_sources(
     )
     for case in range(cases):
         source.write_bytes(raw if case == 0 else damaged(raw, case))
-        told = f"{name} {more} case {case}"
-        done = outcome(lambda: prepare(config, parallelism=0), told)
-        assert (out / "manifest.json").exists() == (done is not None), told
+        label = f"{name} {more} case {case}"
+        done = outcome(lambda: prepare(config, parallelism=0), label)
+        assert (out / "manifest.json").exists() == (done is not None), label
         if done is not None:
             corpus = Corpus.open(str(out))
-            assert corpus.split("a", "train").tokens > 0, told
+            assert corpus.split("a", "train").tokens > 0, label
         else:
             assert case != 0
         shutil.rmtree(out, ignore_errors=True)
@@ -106,12 +106,12 @@ def test_prepared_corpora(cases: int, tmp_path: Path) -> None:
         file = files[case % len(files)]
         raw = (whole / file).read_bytes()
         (whole / file).write_bytes(damaged(raw, case))
-        told = f"{file} case {case}"
+        label = f"{file} case {case}"
         for name in domains:
-            found = outcome(lambda name=name: contents(str(whole), name), told)
+            actual = outcome(lambda name=name: contents(str(whole), name), label)
             # A manifest is believed; what it says of shards is not: they carry checksums.
-            if found is not None and file.name.startswith("shard"):
-                assert np.array_equal(found, expected[name]), told
+            if actual is not None and file.name.startswith("shard"):
+                assert np.array_equal(actual, expected[name]), label
         (whole / file).write_bytes(raw)
 
 

@@ -46,13 +46,13 @@ Lengths = list[int]
 
 def pieces_of(lengths: Lengths, per_piece: int) -> list[TokenPiece]:
     """Return documents of known tokens, several to a piece."""
-    found, at = [], 0
+    pieces, at = [], 0
     for low in range(0, len(lengths), per_piece):
         inside = np.array(lengths[low : low + per_piece])
         tokens = np.arange(at, at + inside.sum(), dtype=np.uint32)
-        found.append(TokenPiece(tokens, np.cumsum(inside) - inside))
+        pieces.append(TokenPiece(tokens, np.cumsum(inside) - inside))
         at += int(inside.sum())
-    return found
+    return pieces
 
 
 documents = st.lists(st.integers(1, 40), max_size=20)
@@ -74,10 +74,10 @@ def test_clip_is_a_stretch_of_the_stream(
     lengths: Lengths, per_piece: int, ends: tuple[int, int]
 ) -> None:
     low, high = sorted(ends)
-    found = list(clip(pieces_of(lengths, per_piece), low, high))
-    tokens = [t for piece in found for t in piece.tokens.tolist()]
+    pieces = list(clip(pieces_of(lengths, per_piece), low, high))
+    tokens = [t for piece in pieces for t in piece.tokens.tolist()]
     assert tokens == list(range(sum(lengths)))[low:high]
-    starts = [int(piece.tokens[s]) for piece in found for s in piece.starts]
+    starts = [int(piece.tokens[s]) for piece in pieces for s in piece.starts]
     whole = (np.cumsum(lengths) - lengths).tolist() if lengths else []
     assert starts == [start for start in whole if low <= start < high]
 
@@ -93,8 +93,8 @@ def test_the_first_of_equal_documents_stays(parts: list[list[int]], bucket: int)
     for word in (word for part in parts for word in part):
         wanted.append(word not in seen)
         seen.add(word)
-    kept = first_of_each(hashes.__getitem__, [len(part) for part in parts], bucket=bucket)
-    assert kept.tolist() == wanted
+    mask = first_of_each(hashes.__getitem__, [len(part) for part in parts], bucket=bucket)
+    assert mask.tolist() == wanted
 
 
 def write_parts(work: Path, parts: list[list[int]]) -> tuple[int, ...]:
@@ -136,23 +136,23 @@ def test_selection_accounts_for_every_document(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]
 ) -> None:
     job = select_job(tmp_path_factory.mktemp("select"), parts)
-    found = select_documents(job)
+    selection = select_documents(job)
     total = sum(map(len, parts))
     distinct = len({word for part in parts for word in part})
-    assert found.duplicates == total - distinct
-    assert found.train.documents + found.valid.documents == distinct
-    assert found.train.bytes + found.valid.bytes == sum({w + 1 for p in parts for w in p})
+    assert selection.duplicates == total - distinct
+    assert selection.train.documents + selection.valid.documents == distinct
+    assert selection.train.bytes + selection.valid.bytes == sum({w + 1 for p in parts for w in p})
     for split in ("train", "valid"):
-        info = getattr(found, split)
+        info = getattr(selection, split)
         lengths = read_lengths(f"{job.corpus}/d/{split}/documents.arrow")
         assert len(lengths) == info.documents == sum(info.length_histogram.values())
         assert lengths.sum() == info.tokens == sum(info.part_tokens)
         assert codes(job).count(1 if split == "train" else 2) == info.documents
     if distinct > 1:
-        assert found.train.documents
-        assert found.valid.documents
+        assert selection.train.documents
+        assert selection.valid.documents
     elif distinct:
-        assert found.train.documents == 1
+        assert selection.train.documents == 1
 
 
 @given(st.lists(st.integers(0, 10_000), min_size=30, max_size=60, unique=True), st.randoms())
@@ -184,9 +184,11 @@ def test_named_held_out_files_decide(tmp_path: Path) -> None:
     job = select_job(tmp_path, [[1, 2], [2, 3, 3]], held_out=("yes", "no"))
     assert select_documents(job).duplicates == 2
     assert codes(job) == [2, 2, 0, 1, 0]
-    kept = select_job(tmp_path, [[1, 2], [2, 3, 3]], held_out=("yes", "no"), deduplicate=False)
-    assert select_documents(kept).duplicates == 0
-    assert codes(kept) == [2, 2, 1, 1, 1]
+    with_duplicates = select_job(
+        tmp_path, [[1, 2], [2, 3, 3]], held_out=("yes", "no"), deduplicate=False
+    )
+    assert select_documents(with_duplicates).duplicates == 0
+    assert codes(with_duplicates) == [2, 2, 1, 1, 1]
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=60))
@@ -247,8 +249,8 @@ def test_entropies_are_exact_however_the_stream_is_cut(
             counts = counter.finish()
             tokens += counts.tokens
             runs += [(url, *run) for run in counts.runs]
-        found = unigram_entropy(tokens), bigram_entropy(runs, 5)
-    assert found == pytest.approx(plain_entropies(stream, starts), abs=1e-9)
+        entropies = unigram_entropy(tokens), bigram_entropy(runs, 5)
+    assert entropies == pytest.approx(plain_entropies(stream, starts), abs=1e-9)
 
 
 def piece(stream: list[int], starts: set[int], low: int, high: int) -> TokenPiece:

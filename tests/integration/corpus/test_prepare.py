@@ -60,13 +60,13 @@ def config(path: Path, domains: list[dict[str, Any]], **fields: Any) -> CorpusCo
     return CorpusConfig.model_validate(document)
 
 
-def run(found: CorpusConfig, **options: Any) -> Manifest:
-    return prepare(found, parallelism=0, **options)
+def run(corpus_config: CorpusConfig, **options: Any) -> Manifest:
+    return prepare(corpus_config, parallelism=0, **options)
 
 
-def refusal(found: CorpusConfig, **options: Any) -> str:
+def refusal(corpus_config: CorpusConfig, **options: Any) -> str:
     with pytest.raises(CorpusError) as caught:
-        run(found, **options)
+        run(corpus_config, **options)
     return str(caught.value)
 
 
@@ -110,12 +110,12 @@ def test_every_document_is_there_once(tmp_path: Path, sources: list[dict[str, An
 
 
 def test_trained_tokenizer_serves_the_corpus(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
-    found = config(tmp_path, sources, tokenizer={"train": "bpe", "vocab_size": 300})
-    manifest = run(found)
+    corpus_config = config(tmp_path, sources, tokenizer={"train": "bpe", "vocab_size": 300})
+    manifest = run(corpus_config)
     assert manifest.tokenizer.vocab_size == 300
     from transformers import AutoTokenizer
 
-    corpus = Corpus.open(found.path)
+    corpus = Corpus.open(corpus_config.path)
     theirs = AutoTokenizer.from_pretrained(corpus.tokenizer_path)
     block = corpus.read_block("two", "train", 0)
     first = theirs.decode(block.tokens[: block.starts[1]], skip_special_tokens=True)
@@ -126,12 +126,12 @@ def test_cleaning_counts_what_it_drops(tmp_path: Path) -> None:
     rows = ["a fine text", "", "   ", "ab", "x" * 50, "a fine text", "another one"]
     path = jsonl(tmp_path / "a.jsonl", [{"text": row} for row in rows])
     domains = [{"name": "d", "train": path}]
-    found = config(tmp_path, domains, min_characters=3, max_characters=40)
-    info = run(found).domains["d"]
+    corpus_config = config(tmp_path, domains, min_characters=3, max_characters=40)
+    info = run(corpus_config).domains["d"]
     assert (info.too_short, info.too_long, info.duplicates) == (3, 1, 1)
     assert info.train.documents + info.valid.documents == 2
-    kept = config(tmp_path / "kept", domains, deduplicate=False, min_characters=0)
-    info = run(kept).domains["d"]
+    unfiltered = config(tmp_path / "kept", domains, deduplicate=False, min_characters=0)
+    info = run(unfiltered).domains["d"]
     assert info.train.documents + info.valid.documents == len(rows)
 
 
@@ -139,8 +139,8 @@ def test_bad_records_are_counted_and_shown(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": text} for text in texts(300, "good")]
     bad = ["{", '{"text": null}', '{"text": 7}', "[]", "", '{"text": "\\ud800"}', '{"id": 1}']
     path = jsonl(tmp_path / "a.jsonl", [*rows[:100], *bad, *rows[100:]])
-    found = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
-    info = run(found).domains["d"]
+    corpus_config = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
+    info = run(corpus_config).domains["d"]
     assert info.rejected == 6
     assert info.records_read == 306
     assert set(info.rejected_by_reason) == {
@@ -157,9 +157,9 @@ def test_line_numbers_hold_across_parts(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("raymix.corpus.read.parts.MIN_PART_BYTES", 1000)
     rows: list[Any] = [{"text": text} for text in texts(300, "good")]
     path = jsonl(tmp_path / "a.jsonl", [*rows[:200], "", "bad", *rows[200:], "worse"])
-    found = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
+    corpus_config = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
     events: list[PrepareProgress] = []
-    run(found, progress=events.append)
+    run(corpus_config, progress=events.append)
     assert max(event.total for event in events) > 10
     shown = [json.loads(line) for line in (tmp_path / "corpus/d/rejects.jsonl").open()]
     assert [(row["line"], row["excerpt"]) for row in shown] == [(202, "bad"), (303, "worse")]
@@ -227,11 +227,11 @@ def interrupt_after(count: int) -> Any:
 
 
 def test_second_run_does_nothing(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
-    found = config(tmp_path, sources)
-    first = run(found)
+    corpus_config = config(tmp_path, sources)
+    first = run(corpus_config)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
     events: list[PrepareProgress] = []
-    assert run(found, progress=events.append) == first
+    assert run(corpus_config, progress=events.append) == first
     assert "nothing to do" in events[-1].note
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
     assert run(config(tmp_path, [])) == first
@@ -263,8 +263,8 @@ def test_unfinished_corpus_of_another_configuration(
 
 
 def test_new_removes_only_what_is_ours(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
-    found = config(tmp_path, sources)
-    run(found)
+    corpus_config = config(tmp_path, sources)
+    run(corpus_config)
     mine = tmp_path / "corpus" / "one" / "notes.txt"
     mine.write_text("mine")
     (tmp_path / "corpus" / "README").write_text("mine")
@@ -275,23 +275,23 @@ def test_new_removes_only_what_is_ours(tmp_path: Path, sources: list[dict[str, A
 
 
 def test_changed_sources_are_reported(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
-    found = config(tmp_path, sources)
-    run(found)
+    corpus_config = config(tmp_path, sources)
+    run(corpus_config)
     path = Path(sources[0]["train"][1])
     path.write_text(path.read_text() + "more")
     pq.write_table(pa.table({"text": ["new"]}), path.parent / "zwei.parquet")
-    notes = [event.note for event in collected(found) if event.note]
+    notes = [event.note for event in collected(corpus_config) if event.note]
     assert f"changed: {path}" in notes
     assert f"new: {path.parent / 'zwei.parquet'}" in notes
     assert any("2 sources are not what they were" in note for note in notes)
     for file in path.parent.iterdir():
         file.unlink()
-    assert any("sources are gone" in event.note for event in collected(found))
+    assert any("sources are gone" in event.note for event in collected(corpus_config))
 
 
-def collected(found: CorpusConfig) -> list[PrepareProgress]:
+def collected(corpus_config: CorpusConfig) -> list[PrepareProgress]:
     events: list[PrepareProgress] = []
-    run(found, progress=events.append)
+    run(corpus_config, progress=events.append)
     return events
 
 
@@ -308,12 +308,12 @@ def test_a_moved_corpus_is_the_same(tmp_path: Path, sources: list[dict[str, Any]
 def test_a_source_changed_halfway_is_read_again(
     tmp_path: Path, sources: list[dict[str, Any]]
 ) -> None:
-    found = config(tmp_path, sources)
+    corpus_config = config(tmp_path, sources)
     with pytest.raises(KeyboardInterrupt):
-        run(found, progress=interrupt_after(6))
+        run(corpus_config, progress=interrupt_after(6))
     path = Path(sources[0]["train"][1])
     path.write_text("one new text\nand another")
-    manifest = run(found)
+    manifest = run(corpus_config)
     assert manifest.domains["one"].records_read == 152
 
 
@@ -343,16 +343,16 @@ def test_wrong_key_lists_those_found(tmp_path: Path) -> None:
 
 
 def test_only_one_at_a_time(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
-    found = config(tmp_path, sources)
+    corpus_config = config(tmp_path, sources)
     said: list[str] = []
 
     def second(event: PrepareProgress) -> None:
         if event.done and not said:
-            thread = threading.Thread(target=lambda: said.append(refusal(found)))
+            thread = threading.Thread(target=lambda: said.append(refusal(corpus_config)))
             thread.start()
             thread.join()
 
-    run(found, progress=second)
+    run(corpus_config, progress=second)
     assert "another process is preparing this corpus" in said[0]
 
 
@@ -373,10 +373,10 @@ def test_disk_without_room_is_refused_before_writing(
 
 
 def test_missing_shard_of_a_finished_corpus(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
-    found = config(tmp_path, sources)
-    run(found)
+    corpus_config = config(tmp_path, sources)
+    run(corpus_config)
     os.remove(tmp_path / "corpus/one/valid/shard-00000.arrow")
-    said = refusal(found)
+    said = refusal(corpus_config)
     assert "1 of its shards are missing, the first is one/valid/shard-00000.arrow" in said
 
 
@@ -384,10 +384,10 @@ def test_any_store_will_do(sources: list[dict[str, Any]], monkeypatch: pytest.Mo
     # Readers of one file in fsspec's memory store share their position.
     monkeypatch.setattr("raymix.corpus.runner._MAX_THREADS", 1)
     document = {"path": "memory://raymix-prepare/c", "domains": sources}
-    found = CorpusConfig.model_validate(document)
-    manifest = run(found)
-    assert run(found) == manifest
-    corpus = Corpus.open(found.path)
+    corpus_config = CorpusConfig.model_validate(document)
+    manifest = run(corpus_config)
+    assert run(corpus_config) == manifest
+    corpus = Corpus.open(corpus_config.path)
     assert decoded(corpus, "two", "valid") == texts(20, "held")
     files.remove("memory://raymix-prepare")
 
@@ -398,10 +398,10 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def test_what_a_person_sees(tmp_path: Path, sources: list[dict[str, Any]], printed: Any) -> None:
-    found = config(tmp_path, sources)
+    corpus_config = config(tmp_path, sources)
     with watching() as listener:
-        manifest = run(found, progress=listener)
-    print_manifest(found.path, manifest)
+        manifest = run(corpus_config, progress=listener)
+    print_manifest(corpus_config.path, manifest)
     out = printed()
     assert "2 domains, 4 files" in out
     assert "tokenizing: 100%" in out

@@ -50,15 +50,15 @@ def slices(path: Path, **fields: object) -> list[FileSlice]:
 
 
 def read(path: Path, max_characters: int = 10_000, **fields: object) -> list[object]:
-    found: list[object] = []
+    values: list[object] = []
     for piece in slices(path, **fields):
         records = read_slice(piece, domain(**fields), max_characters=max_characters)
         for _, value in records:
             if isinstance(value, Reject):
-                found.append(value.reason)
+                values.append(value.reason)
             elif value is not None:
-                found.append(value if isinstance(value, str) else value.tolist())
-    return found
+                values.append(value if isinstance(value, str) else value.tolist())
+    return values
 
 
 def packed(path: Path, content: bytes) -> Path:
@@ -158,18 +158,18 @@ def test_what_is_too_long_is_not_kept(tmp_path: Path, unit: str) -> None:
     ],
 )
 def test_bad_json_is_named_by_reason(line: bytes, reason: str) -> None:
-    found = json_value(line, domain())
-    assert isinstance(found, Reject)
-    assert found.reason == reason
-    assert len(found.excerpt) <= 200
-    found.excerpt.encode()
+    reject = json_value(line, domain())
+    assert isinstance(reject, Reject)
+    assert reject.reason == reason
+    assert len(reject.excerpt) <= 200
+    reject.excerpt.encode()
 
 
 @pytest.mark.parametrize("ids", ["1", '["1"]', "[1.0]", "[true]", "[[1]]", f"[{2**70}]", "{}"])
 def test_bad_token_ids_are_rejected(ids: str) -> None:
-    found = json_value(f'{{"input_ids": {ids}}}'.encode(), domain(tokens_column="input_ids"))
-    assert isinstance(found, Reject)
-    assert found.reason == "not a list of token ids"
+    reject = json_value(f'{{"input_ids": {ids}}}'.encode(), domain(tokens_column="input_ids"))
+    assert isinstance(reject, Reject)
+    assert reject.reason == "not a list of token ids"
 
 
 def test_invalid_utf8_in_columns_is_one_bad_record(tmp_path: Path) -> None:
@@ -189,20 +189,20 @@ def test_invalid_utf8_in_columns_is_one_bad_record(tmp_path: Path) -> None:
 def test_ranges_share_out_the_lines(content: bytes, cuts: list[int], chunk: int) -> None:
     """Whatever the cuts, every line comes out once and in order."""
     edges = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
-    found: list[bytes] = []
+    whole_lines: list[bytes] = []
     for low, high in pairwise(edges):
         source = io.BytesIO(content)
         source.seek(max(low - 1, 0))
         lines = lines_between(lambda size, s=source: s.read(min(size, chunk)), low, high, limit=99)
-        found += [line for line, whole in lines if whole]
-    assert found == content.split(b"\n")[: -1 if content[-1:] in (b"\n", b"") else None]
+        whole_lines += [line for line, whole in lines if whole]
+    assert whole_lines == content.split(b"\n")[: -1 if content[-1:] in (b"\n", b"") else None]
 
 
 @given(st.lists(st.integers(0, 30), max_size=8), st.integers(0, 20))
 def test_long_lines_are_cut_and_say_so(lengths: list[int], limit: int) -> None:
     content = b"".join(b"x" * length + b"\n" for length in lengths)
-    found = list(lines_between(io.BytesIO(content).read, 0, None, limit=limit))
-    assert found == [(b"x" * min(n, limit), n <= limit) for n in lengths]
+    lines = list(lines_between(io.BytesIO(content).read, 0, None, limit=limit))
+    assert lines == [(b"x" * min(n, limit), n <= limit) for n in lengths]
 
 
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
@@ -265,14 +265,14 @@ def test_damaged_files_are_corpus_errors_or_rejects(
         path.unlink()
         path.write_bytes(damaged(good, seed))
         try:
-            found = read(path, **fields)
+            values = read(path, **fields)
         except CorpusError as error:
-            found = [str(error)]
+            values = [str(error)]
             named = str(path) in str(error)
         else:
             named = True
         assert named
-        assert all(isinstance(value, str | list) for value in found)
+        assert all(isinstance(value, str | list) for value in values)
 
 
 def test_a_file_that_lost_its_column_is_named(tmp_path: Path) -> None:

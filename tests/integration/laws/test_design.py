@@ -73,10 +73,10 @@ def test_nearest_within_limits_is_one_factor_for_all_free_shares(
     expected = np.random.default_rng(seed).dirichlet(np.ones(low.size), 3)
     actual = within_limits(expected, low, high)
     np.testing.assert_allclose(actual.sum(axis=1), 1, atol=1e-12)
-    for row, asked in zip(actual, expected, strict=True):
+    for row, expected_row in zip(actual, expected, strict=True):
         free = (row > low + 1e-9) & (row < high - 1e-9)
         np.testing.assert_allclose(
-            np.ptp(row[free] / asked[free]) if free.any() else 0, 0, atol=1e-6
+            np.ptp(row[free] / expected_row[free]) if free.any() else 0, 0, atol=1e-6
         )
 
 

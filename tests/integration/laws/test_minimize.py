@@ -44,24 +44,24 @@ def objective_of(law: Form, task: str) -> Objective:
 
 def by_solver(law: Form, objective: Objective) -> float:
     """Return the best value that SLSQP finds in the epigraph form, started where it stopped."""
-    asked = feasible(objective, law.domains, law.targets)
-    low, high = np.maximum(asked.region.low_A, 1e-7), asked.region.high_A
-    counted = asked.weight_V > 0
+    problem = feasible(objective, law.domains, law.targets)
+    low, high = np.maximum(problem.region.low_A, 1e-7), problem.region.high_A
+    counted = problem.weight_V > 0
 
     def value(r: Floats) -> float:
-        return asked.value(law.predict(r[None])[0], r)
+        return problem.value(law.predict(r[None])[0], r)
 
     def pull(r: Floats) -> Floats:
-        prior = np.ones(r.size) if asked.prior_D is None else asked.prior_D
-        return asked.kl * (np.log(r / prior) + 1)
+        prior = np.ones(r.size) if problem.prior_D is None else problem.prior_D
+        return problem.kl * (np.log(r / prior) + 1)
 
-    share = asked.region.center(np.full(low.size, 1 / low.size))
+    share = problem.region.center(np.full(low.size, 1 / low.size))
     best = value(share)
     for _ in range(12):
         if objective.minimax:
-            top = float((asked.weight_V * law.predict(share[None])[0])[counted].max())
+            top = float((problem.weight_V * law.predict(share[None])[0])[counted].max())
             actual = scipy_minimize(
-                lambda x: x[-1] + asked.divergence(x[:-1]),
+                lambda x: x[-1] + problem.divergence(x[:-1]),
                 np.append(share, top),
                 jac=lambda x: np.append(pull(x[:-1]), 1.0),
                 method="SLSQP",
@@ -74,12 +74,12 @@ def by_solver(law: Form, objective: Objective) -> float:
                     },
                     {
                         "type": "ineq",
-                        "fun": lambda x: (x[-1] - asked.weight_V * law.predict(x[None, :-1])[0])[
+                        "fun": lambda x: (x[-1] - problem.weight_V * law.predict(x[None, :-1])[0])[
                             counted
                         ],
                         "jac": lambda x: np.column_stack(
                             [
-                                -asked.weight_V[:, None] * law.share_gradient(x[:-1])[1],
+                                -problem.weight_V[:, None] * law.share_gradient(x[:-1])[1],
                                 np.ones(counted.size),
                             ]
                         )[counted],
@@ -91,13 +91,13 @@ def by_solver(law: Form, objective: Objective) -> float:
             actual = scipy_minimize(
                 value,
                 share,
-                jac=lambda r: asked.weight_V @ law.share_gradient(r)[1] + pull(r),
+                jac=lambda r: problem.weight_V @ law.share_gradient(r)[1] + pull(r),
                 method="SLSQP",
                 bounds=list(zip(low, high, strict=True)),
                 constraints={"type": "eq", "fun": lambda r: r.sum() - 1, "jac": np.ones_like},
                 options={"maxiter": 200, "ftol": 1e-14},
             )
-        share = asked.region.project(np.log(np.clip(actual.x[: low.size], 1e-12, 1)))
+        share = problem.region.project(np.log(np.clip(actual.x[: low.size], 1e-12, 1)))
         now = value(share)
         if now >= best - 1e-12 * abs(best):
             return min(now, best)

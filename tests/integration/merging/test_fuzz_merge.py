@@ -64,12 +64,12 @@ def test_models(shards: int, file: str, cases: int, tmp_path: Path) -> None:
         # Two of three cases change the header, where sizes and offsets stand.
         head = header if case % 3 else len(raw)
         (tmp_path / file).write_bytes(damaged(raw[:head], case) + raw[head:])
-        told = f"{file} case {case}"
-        done = outcome(lambda: merge(document, out), told)
-        assert done is not None or not left_behind(out), told
+        label = f"{file} case {case}"
+        done = outcome(lambda: merge(document, out), label)
+        assert done is not None or not left_behind(out), label
         shutil.rmtree(out, ignore_errors=True)
         for name in ("base", "m1", "m2"):
-            assert (tmp_path / name).is_dir(), told
+            assert (tmp_path / name).is_dir(), label
 
 
 @pytest.mark.parametrize("cases", FEW)

@@ -25,8 +25,8 @@ from raymix.merging.run.plan import plan_merge
 from raymix.merging.recipe import load_merge
 from tests.support.merging import write_model
 
-asked = json.loads(sys.stdin.read())
-name, (m, n), tasks = asked["name"], asked["shape"], asked["tasks"]
+request = json.loads(sys.stdin.read())
+name, (m, n), tasks = request["name"], request["shape"], request["tasks"]
 return_freed_memory()
 generator = torch.Generator().manual_seed(0)
 base = torch.randn(m, n, generator=generator)
@@ -51,7 +51,7 @@ def most(file, out):
     return max(seen) - before
 
 
-for at, (method, options) in enumerate(asked["merges"]):
+for at, (method, options) in enumerate(request["merges"]):
     file = {
         "merge_method": method, "base_model": "m0", "parameters": options,
         "models": [{"model": f"m{k}"} for k in range(1, tasks + 1)],
@@ -82,8 +82,8 @@ MERGES = [
 def test_a_parameter_takes_what_the_plan_says(
     shape: tuple[int, int], tasks: int, tmp_path: Path
 ) -> None:
-    asked = {"name": MATRIX, "shape": shape, "tasks": tasks, "merges": MERGES}
-    done = run_script(SCRIPT, tmp_path, json.dumps(asked))
+    request = {"name": MATRIX, "shape": shape, "tasks": tasks, "merges": MERGES}
+    done = run_script(SCRIPT, tmp_path, json.dumps(request))
     lines = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("took ")]
     assert len(lines) == len(MERGES), done.stderr[-3000:]
     for method, options, took, said in lines:

@@ -112,10 +112,10 @@ def test_the_order_of_domains_does_not_matter(kind: str, order: list[int], seed:
 def test_floor_and_cap_hold_exactly(
     kind: str, fields: dict[str, Any], seed: int, floor: float, cap: float, size: float
 ) -> None:
-    rails = {"floor": floor, "max_log_change": cap}
-    rails |= {"ema": 1.0} if kind == "dga" else {}
-    rails |= {"unit_free": False} if kind == "pike" else {}
-    mixer = adaptive(kind, context(N), **fields, **rails)
+    guardrails = {"floor": floor, "max_log_change": cap}
+    guardrails |= {"ema": 1.0} if kind == "dga" else {}
+    guardrails |= {"unit_free": False} if kind == "pike" else {}
+    mixer = adaptive(kind, context(N), **fields, **guardrails)
     mixed = mixer.initial > 0
     before = mixer.initial[mixed]
     for step in range(4):
@@ -139,8 +139,8 @@ def test_what_begins_at_zero_stays_there_without_a_floor_and_rises_with_one() ->
     for form in ("simplified", "full", "exact_qp"):
         strict = adaptive("pike", context(3), **RAW, initial=initial, form=form)
         assert strict.update(hard)[2] == 0
-        kept = continued(strict, adaptive("pike", context(3), **RAW, initial=initial, form=form))
-        assert kept.update(hard)[2] == 0
+        resumed = continued(strict, adaptive("pike", context(3), **RAW, initial=initial, form=form))
+        assert resumed.update(hard)[2] == 0
     easy = window(3, norm2=[1, 1, 1], noise=[1, 900, 1])
     solved = adaptive("pike", context(3), **RAW, form="exact_qp", zeta_2=1.0)
     assert solved.update(easy)[1] == 0
@@ -244,8 +244,8 @@ def test_a_domain_without_a_gradient_does_not_spoil_the_gram_matrix(kind: str) -
 
 
 def test_paper_exact_takes_every_rail_away() -> None:
-    rails = {"floor": 0.5, "max_log_change": 1e-3, "warmup_steps": 99, "stats_ema": 0.1}
-    mixer = adaptive("pike", context(2), **rails, paper_exact=True, zeta_1=1.0)
+    guardrails = {"floor": 0.5, "max_log_change": 1e-3, "warmup_steps": 99, "stats_ema": 0.1}
+    mixer = adaptive("pike", context(2), **guardrails, paper_exact=True, zeta_1=1.0)
     mixer.update(window(2, norm2=[1, 0], noise=[0, 0]))
     share = mixer.update(window(2, norm2=[7, 0], noise=[0, 0]))
     assert np.log(share[0] / share[1]) == pytest.approx(8)

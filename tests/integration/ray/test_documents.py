@@ -157,8 +157,8 @@ def test_one_worker_goes_on_where_two_were(
     for number in (15, STEPS):
         shutil.rmtree(run / "checkpoints" / f"step-{number:08d}")
     train(recipe(directory, shared_data, "elastic", 0), report=False)
-    found = steps(directory, "elastic")
-    assert [line["batch_hash"] for line in found] == [line["batch_hash"] for line in two]
-    assert [line["loss"] for line in found] == pytest.approx(
+    resumed = steps(directory, "elastic")
+    assert [line["batch_hash"] for line in resumed] == [line["batch_hash"] for line in two]
+    assert [line["loss"] for line in resumed] == pytest.approx(
         [line["loss"] for line in two], abs=1e-5
     )

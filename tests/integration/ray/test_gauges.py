@@ -27,29 +27,31 @@ ray.init(
 recipe = Recipe.model_validate(document)
 thread = threading.Thread(target=lambda: train(recipe, report=False), daemon=True)
 thread.start()
-run, found = Path(recipe.run_dir), {}
+run, values = Path(recipe.run_dir), {}
 deadline = time.monotonic() + 400
-while time.monotonic() < deadline and thread.is_alive() and len(found) < wanted:
+while time.monotonic() < deadline and thread.is_alive() and len(values) < wanted:
     time.sleep(0.5)
     port = ray.nodes()[0]["MetricsExportPort"]
     if port <= 0:  # the node has not yet said where it listens
         continue
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    found = {
+    values = {
         line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
         for line in text.splitlines() if line.startswith("ray_raymix_") and 'run="scraped"' in line
     }
 (run / ".stop").touch()
 thread.join(60)
-print("found " + json.dumps(found))
+print("found " + json.dumps(values))
 ray.shutdown()
 """
 
 
 def labels(series: str) -> tuple[str, str | None]:
     """Return the name and the domain of a series of Prometheus' text."""
-    name, _, rest = series.partition("{")
-    domains = [part[8:-1] for part in rest.rstrip("}").split(",") if part.startswith("domain=")]
+    name, _, label_text = series.partition("{")
+    domains = [
+        part[8:-1] for part in label_text.rstrip("}").split(",") if part.startswith("domain=")
+    ]
     return name, domains[0] if domains else None
 
 
@@ -69,15 +71,15 @@ def test_prometheus_finds_the_gauges_of_a_run(tmp_path: Path) -> None:
         "wanted": sum(2 if metric.by_domain else 1 for metric in METRICS),
     }
     done = run_script(SCRIPT, tmp_path, json.dumps(document))
-    told = [line for line in done.stdout.splitlines() if line.startswith("found ")]
-    assert told, done.stdout[-2000:] + done.stderr[-4000:]
-    assert told[0] != "found {}", done.stderr[-4000:]
-    found = {labels(series): value for series, value in json.loads(told[0][6:]).items()}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("found ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    assert lines[0] != "found {}", done.stderr[-4000:]
+    values = {labels(series): value for series, value in json.loads(lines[0][6:]).items()}
     for metric in METRICS:
         for domain in ("a", "b") if metric.by_domain else (None,):
-            assert (f"ray_{metric.name}", domain) in found, (metric.name, sorted(found))
-    assert found["ray_raymix_share", "a"] == pytest.approx(0.6, abs=0.02)
-    assert found["ray_raymix_step", None] >= 1
-    read = [found["ray_raymix_domain_tokens", domain] for domain in ("a", "b")]
-    assert sum(read) == found["ray_raymix_tokens", None]
-    assert found["ray_raymix_domain_epochs", "b"] == pytest.approx(read[1] / 20_000, rel=0.01)
+            assert (f"ray_{metric.name}", domain) in values, (metric.name, sorted(values))
+    assert values["ray_raymix_share", "a"] == pytest.approx(0.6, abs=0.02)
+    assert values["ray_raymix_step", None] >= 1
+    read = [values["ray_raymix_domain_tokens", domain] for domain in ("a", "b")]
+    assert sum(read) == values["ray_raymix_tokens", None]
+    assert values["ray_raymix_domain_epochs", "b"] == pytest.approx(read[1] / 20_000, rel=0.01)

@@ -49,12 +49,12 @@ def config(path: Path, shared: Path, **fields: Any) -> CorpusConfig:
 def test_the_same_bytes_whatever_the_parallelism(
     tmp_path: Path, shared_data: Path, small_parts: None, ray_cluster: None
 ) -> None:
-    found = []
+    results = []
     for parallelism in (0, 1, 3, None):
         corpus = config(tmp_path / str(parallelism), shared_data)
         events: list[PrepareProgress] = []
         manifest = prepare(corpus, parallelism=parallelism, progress=events.append)
-        found.append((manifest, content(corpus.path)))
+        results.append((manifest, content(corpus.path)))
         last = [event for event in events if event.stage == "tokenize"][-1]
         assert last.done == last.total > 3
         assert last.bytes_done == last.bytes_total
@@ -62,7 +62,7 @@ def test_the_same_bytes_whatever_the_parallelism(
             getattr(manifest.domains[name], s) for name in DOMAINS for s in ("train", "valid")
         ]
         assert last.tokens >= sum(split.tokens for split in counts)
-    assert all(entry == found[0] for entry in found)
+    assert all(entry == results[0] for entry in results)
 
 
 def test_interrupted_on_ray_and_finished_without(

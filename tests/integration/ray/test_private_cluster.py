@@ -51,6 +51,6 @@ def test_a_cluster_started_after_a_private_one_reports_metrics(tmp_path: Path) -
 
 def test_the_death_of_rays_node_manager_is_told_in_one_line(tmp_path: Path) -> None:
     done = run_script(KILLED, tmp_path)
-    told = done.stdout.splitlines()
-    assert len(told) == 1, done.stdout + done.stderr[-4000:]
-    assert told[0].startswith("cluster.address = 'local': Ray's node manager (raylet) was killed")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1, done.stdout + done.stderr[-4000:]
+    assert lines[0].startswith("cluster.address = 'local': Ray's node manager (raylet) was killed")

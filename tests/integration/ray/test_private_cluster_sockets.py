@@ -34,10 +34,10 @@ def below(root):
             parent[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = {{root}}
-    while more := {{pid for pid, of in parent.items() if of in found}} - found:
-        found |= more
-    return found
+    pids = {{root}}
+    while more := {{pid for pid, of in parent.items() if of in pids}} - pids:
+        pids |= more
+    return pids
 
 def listening():
     places = {{}}
@@ -136,9 +136,9 @@ def test_private_clusters_listen_on_the_loopback_only(kind: str, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    (told,) = (line for line in done.stdout.splitlines() if line.startswith("listening "))
-    found = json.loads(told.removeprefix("listening "))
+    (output,) = (line for line in done.stdout.splitlines() if line.startswith("listening "))
+    sockets = json.loads(output.removeprefix("listening "))
     if kind == "workers":
-        assert any(name.startswith("ray::RayTrain") for name, _ in found), found
-    assert {"gcs_server", "raylet"} <= {name for name, _ in found}
-    assert [entry for entry in found if entry[1] not in LOOPBACK] == []
+        assert any(name.startswith("ray::RayTrain") for name, _ in sockets), sockets
+    assert {"gcs_server", "raylet"} <= {name for name, _ in sockets}
+    assert [entry for entry in sockets if entry[1] not in LOOPBACK] == []

@@ -97,14 +97,14 @@ def test_two_workers_on_a_bucket_killed_interrupted_and_gone_on_with(
         done = shell.json("train", "run.yaml", "--no-report")
         assert done["run"] == two
         assert done["steps"] == STEPS
-        found, wanted = steps(two), steps(one)
+        actual, wanted = steps(two), steps(one)
         for key in ("step", "batch_hash", "mixture_version", "tokens"):
-            assert [line[key] for line in found] == [line[key] for line in wanted], key
-        assert [line["loss"] for line in found] == pytest.approx(
+            assert [line[key] for line in actual] == [line[key] for line in wanted], key
+        assert [line["loss"] for line in actual] == pytest.approx(
             [line["loss"] for line in wanted], abs=1e-5
         )
-        held = files.list_directory(f"{two}/checkpoints")
-        assert [name for name in held if name.startswith("step-")] == [
+        entries = files.list_directory(f"{two}/checkpoints")
+        assert [name for name in entries if name.startswith("step-")] == [
             f"step-{STEPS - 10:08d}",
             f"step-{STEPS:08d}",
         ]

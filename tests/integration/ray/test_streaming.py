@@ -169,12 +169,12 @@ def test_killing_plane_and_controller_changes_no_batch(
     same(seen, whole)
     written = MixtureLog.from_lines((tmp_path / "mixture_log.jsonl").read_text().splitlines())
     # A rank may hold a lease on steps beyond the last one read.
-    kept, expected = (
+    actual, expected = (
         [(entry.version, entry.first_step, entry.weights) for entry in log.entries]
         for log in (written, stream.log)
     )
-    assert kept[: len(expected)] == expected
-    assert all(first_step >= len(whole) for _, first_step, _ in kept[len(expected) :])
+    assert actual[: len(expected)] == expected
+    assert all(first_step >= len(whole) for _, first_step, _ in actual[len(expected) :])
     ray.kill(plane)
 
 
@@ -183,12 +183,12 @@ def test_a_slow_reader_sees_an_ask_two_steps_later(
 ) -> None:
     opened(readers[:1], corpus, controller_of(fixed(SHARES)), plane)
     asks = {0: [1, 0, 0], 5: [0, 0, 1], 9: [1, 0, 0], 14: [0, 0.5, 0.5]}
-    seen, told = ray.get(readers[0].read_slowly.remote(20, 0.06, asks))
-    assert set(told) == set(asks)
-    for asked, first in told.items():
-        assert asked < first <= asked + 2
+    seen, first_steps = ray.get(readers[0].read_slowly.remote(20, 0.06, asks))
+    assert set(first_steps) == set(asks)
+    for request_step, first in first_steps.items():
+        assert request_step < first <= request_step + 2
         counts = np.array(seen[first].counts)
-        assert np.abs(counts - 6 * np.array(asks[asked])).max() <= 1
+        assert np.abs(counts - 6 * np.array(asks[request_step])).max() <= 1
 
 
 def test_forty_domains_of_weights_from_half_to_a_thousandth_change_as_soon(
@@ -209,17 +209,17 @@ def test_forty_domains_of_weights_from_half_to_a_thousandth_change_as_soon(
     opened(readers[:1], corpus, controller, plane, data=data)
     reverse = weights[::-1].copy()
     asks = {4: reverse.tolist(), 11: weights.tolist(), 17: reverse.tolist()}
-    seen, told = ray.get(readers[0].read_slowly.remote(30, 0.06, asks))
-    for asked, first in told.items():
-        assert asked < first <= asked + 2
+    seen, first_steps = ray.get(readers[0].read_slowly.remote(30, 0.06, asks))
+    for request_step, first in first_steps.items():
+        assert request_step < first <= request_step + 2
     # What was asked, whoever asked last, against what came: exact to the proved bound.
-    asked_rows, given_rows, now = np.zeros(40), np.zeros(40), weights
+    requested_rows, given_rows, now = np.zeros(40), np.zeros(40), weights
     for step in seen:
-        for asked, first in told.items():
-            now = np.array(asks[asked]) if first == step.step else now
-        asked_rows += 32 * now
+        for request_step, first in first_steps.items():
+            now = np.array(asks[request_step]) if first == step.step else now
+        requested_rows += 32 * now
         given_rows += step.counts
-        assert np.abs(asked_rows - given_rows).max() <= 3.3  # H_40 - 1
+        assert np.abs(requested_rows - given_rows).max() <= 3.3  # H_40 - 1
     ray.kill(plane)
 
 

@@ -90,10 +90,10 @@ def test_resumed_on_one_worker_it_reads_the_same(
         if int(checkpoint.name.partition("-")[2]) > STEPS // 3:
             shutil.rmtree(checkpoint)
     train(recipe(corpus, directory, "elastic", 1), report=False)
-    found = steps(directory, "elastic")
+    resumed = steps(directory, "elastic")
     for key in ("step", "batch_hash", "mixture_version"):
-        assert [line[key] for line in found] == [line[key] for line in two], key
-    assert [line["loss"] for line in found] == pytest.approx(
+        assert [line[key] for line in resumed] == [line[key] for line in two], key
+    assert [line["loss"] for line in resumed] == pytest.approx(
         [line["loss"] for line in two], abs=1e-5
     )
 

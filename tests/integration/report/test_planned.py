@@ -80,13 +80,13 @@ def test_schedules_of_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("one", "two", "packed")]
     for at, run in enumerate(runs[:2]):
         scheduled(run, [5, 9, 2, 7, 40 + at], [3] * 30)
-    page, told = report(*runs, out=tmp_path / "r.html")
+    page, data = report(*runs, out=tmp_path / "r.html")
     assert "Schedule of step 1, by refine: one" in page
     assert "Schedule of step 2, by refine: two" in page
-    assert told[2]["schedules"] == []
+    assert data[2]["schedules"] == []
     again = training_planner("refine").plan([5, 9, 2, 7, 41], Layout(2, 4, barrier="none",
                                             widths=(1, 2, 4)), PLAIN)  # fmt: skip
-    made = schedule_of(told[1]["schedules"][0])
+    made = schedule_of(data[1]["schedules"][0])
     assert (made.placement.first_K == again.placement.first_K).all()
     assert (made.placement.width_K == again.placement.width_K).all()
 
@@ -101,9 +101,9 @@ def test_damaged_schedules_are_left_out(line: str, tmp_path: Path) -> None:
     scheduled(run, [5, 9, 2])
     with (run / "schedule.jsonl").open("a") as file:
         file.write(line + "\n")
-    _, (told,) = report(run, out=tmp_path / "r.html")
-    assert len(told["schedules"]) == 1
-    assert any("schedule.jsonl" in note for note in told["notes"])
+    _, (data,) = report(run, out=tmp_path / "r.html")
+    assert len(data["schedules"]) == 1
+    assert any("schedule.jsonl" in note for note in data["notes"])
 
 
 def law_file(folder: Path, domains: tuple[str, ...] = ("books", "code", "maths")) -> Path:
@@ -126,12 +126,12 @@ def law_file(folder: Path, domains: tuple[str, ...] = ("books", "code", "maths")
 def test_the_law_of_a_search_stands_beside_what_came(tmp_path: Path) -> None:
     law_file(tmp_path)
     run = write_run(tmp_path / "mix-001")
-    page, (told,) = report(run, out=tmp_path / "r.html")
-    assert told["law"]["kind"] == "additive"
-    assert told["law"]["step"] == [20, 40, 60]
-    assert set(told["law"]["loss"]) == {"books", "code", "maths"}
+    page, (data,) = report(run, out=tmp_path / "r.html")
+    assert data["law"]["kind"] == "additive"
+    assert data["law"]["step"] == [20, 40, 60]
+    assert set(data["law"]["loss"]) == {"books", "code", "maths"}
     assert "Dashed: the prediction of the search" in page
-    assert f"off by {told['law']['error']:.2%} at the end" in page
+    assert f"off by {data['law']['error']:.2%} at the end" in page
 
 
 def test_a_law_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_a_law_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
     )
     other = write_run(tmp_path / "other", domains=("x", "y", "z"))
     law = law_file(tmp_path)
-    page, told = report(changing, other, out=tmp_path / "r.html")
-    assert [run["law"] for run in told] == [None, None]
+    page, data = report(changing, other, out=tmp_path / "r.html")
+    assert [run["law"] for run in data] == [None, None]
     assert "Dashed" not in page
     law.write_text("{")
     _, (run,) = report(write_run(tmp_path / "run"), out=tmp_path / "r.html")

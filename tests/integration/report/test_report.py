@@ -94,10 +94,10 @@ def test_the_twin_says_what_the_metrics_say(run: Path, page: Path) -> None:
     total = steps[-1]["tokens"]
     for name, row in data["domains"].items():
         tokens = sum(line["counts"].get(name, 0) for line in steps)
-        asked = sum(line["shares"][name] for line in steps) / len(steps)
+        mean_share = sum(line["shares"][name] for line in steps) / len(steps)
         assert row["tokens"] == tokens
         assert row["share_realised"] == pytest.approx(tokens / total)
-        assert row["share_asked"] == pytest.approx(asked)
+        assert row["share_asked"] == pytest.approx(mean_share)
         assert row["loss_first"] == pytest.approx(evaluations[0]["eval"][name]["loss"])
         assert row["loss_last"] == pytest.approx(evaluations[-1]["eval"][name]["loss"])
         assert row["unigram_entropy"] == ENTROPY
@@ -213,14 +213,14 @@ def test_damage_is_noted_and_the_rest_is_drawn(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     data = undrawn(run)
     assert len(data["training"]["step"]) == 18
-    told = "\n".join(data["notes"])
+    notes = "\n".join(data["notes"])
     for words in (
         "lines 4, 6 damaged",
         "environment.json is missing",
         "mixture_log.jsonl is damaged",
         "resolved.yaml is damaged",
     ):
-        assert words in told
+        assert words in notes
     # The weights then come from the metrics.
     assert data["domains"]["books"]["share_asked"] == pytest.approx(1 / 3)
 

@@ -44,17 +44,17 @@ def test_the_page_of_a_search_stands_alone(searched: dict[str, Any]) -> None:
 
 def test_differences_are_colored_only_where_they_leave_out_zero(searched: dict[str, Any]) -> None:
     def differ(role: str, low: float, high: float) -> Change:
-        told = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": 2}
-        return lambda d: d["verified"][role].update(against={"uniform": told})
+        difference = {"mean": (low + high) / 2, "low": low, "high": high, "seeds": 2}
+        return lambda d: d["verified"][role].update(against={"uniform": difference})
 
-    told = changed(
+    document = changed(
         searched,
         differ("optimum", -0.3, -0.1),
         differ("best observed", 0.1, 0.3),
         differ("runner-up", -0.1, 0.3),
         lambda d: d["verified"]["uniform"].update(allowed=False),
     )
-    page = tuning_page(told)
+    page = tuning_page(document)
     assert '<td class="good">-0.2000 [-0.3000, -0.1000]</td>' in page
     assert '<td class="warn">+0.2000 [+0.1000, +0.3000]</td>' in page
     assert "<td>+0.1000 [-0.1000, +0.3000]</td>" in page
@@ -118,13 +118,13 @@ def test_of_many_domains_some_panels_are_drawn(searched: dict[str, Any]) -> None
 @pytest.fixture(scope="module")
 def planned() -> tuple[dict[str, Any], dict[str, Any]]:
     lengths = np.array([90, 40, 30, 20, 150, 10, 60, 5])
-    found = compare_planners(
+    comparison = compare_planners(
         lengths, Layout(2, 2), PLAIN, batch=8, steps=1, seed=0,
         planners=("packed", "hdp", "sorted", "skrull"),
     )  # fmt: skip
-    totals = found.totals.items()
+    totals = comparison.totals.items()
     schedules = {name: total.last_schedule for name, total in totals if total.last_schedule}
-    return {"source": "a <name>", **found.document()}, schedules
+    return {"source": "a <name>", **comparison.document()}, schedules
 
 
 def test_the_page_of_planners_has_a_row_for_each(planned: tuple[Any, Any]) -> None:
@@ -139,8 +139,8 @@ def test_the_page_of_planners_has_a_row_for_each(planned: tuple[Any, Any]) -> No
     assert "2 groups of 2 ranks, barrier: group" in page
     assert "times by the cost model of unnamed hardware" in page
     # The second time with one left out.
-    told = {**document, "left_out": {"exact": "over <12> sequences"}}
-    again = schedule_page(told, schedules, twin="twin.json")
+    shortened = {**document, "left_out": {"exact": "over <12> sequences"}}
+    again = schedule_page(shortened, schedules, twin="twin.json")
     assert (
         again.replace('<p class="quiet">exact is left out: over &lt;12&gt; sequences</p>\n', "")
         == page

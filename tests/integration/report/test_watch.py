@@ -55,10 +55,10 @@ def with_environment(run: Path, steps: int) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    found = write_run(tmp_path / "run", pieces=[(0, [0.7, 0.2, 0.1]), (30, [0.1, 0.3, 0.6])])
-    with_seconds(found, data_wait=0.25, domain_loss={"books": 3.0, "code": 4.0})
-    with_environment(found, 60)
-    return found
+    directory = write_run(tmp_path / "run", pieces=[(0, [0.7, 0.2, 0.1]), (30, [0.1, 0.3, 0.6])])
+    with_seconds(directory, data_wait=0.25, domain_loss={"books": 3.0, "code": 4.0})
+    with_environment(directory, 60)
+    return directory
 
 
 def test_it_says_what_the_report_says(run: Path) -> None:

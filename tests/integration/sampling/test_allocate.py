@@ -77,15 +77,17 @@ def test_every_prefix_is_within_the_bound_of_what_was_asked(
 ) -> None:
     n_domains, steps = run
     allocator = Allocator(n_domains)
-    asked_D = [0] * n_domains
+    requested_D = [0] * n_domains
     for weights_D, budget in steps:
         q_D = fixed_point(weights_D)
         count_D = allocator.allocate(q_D, budget)
         assert count_D.sum() == budget
-        asked_D = [asked + budget * int(q) for asked, q in zip(asked_D, q_D, strict=True)]
+        requested_D = [
+            requested + budget * int(q) for requested, q in zip(requested_D, q_D, strict=True)
+        ]
         trailing = [
-            (asked - int(got) * ROW) / ROW
-            for asked, got in zip(asked_D, allocator.count_D, strict=True)
+            (requested - int(got) * ROW) / ROW
+            for requested, got in zip(requested_D, allocator.count_D, strict=True)
         ]
         assert max(trailing) <= realized_error_bound(n_domains)
         assert min(trailing) >= -(1 - 1 / n_domains)
@@ -171,8 +173,8 @@ def test_a_switch_after_100_000_rows_holds_from_the_next_step() -> None:
     allocator.allocate_steps(fixed_point([0.5, 0.5]), 10, 10_000)
     counts_SD = allocator.allocate_steps(fixed_point([0.9, 0.1]), 10, 100)
     assert (np.abs(counts_SD - [9, 1]) <= 1).all()
-    asked_S = 9 * np.arange(1, 101)
-    assert (np.abs(counts_SD[:, 0].cumsum() - asked_S) <= 1).all()
+    requested_S = 9 * np.arange(1, 101)
+    assert (np.abs(counts_SD[:, 0].cumsum() - requested_S) <= 1).all()
 
 
 def test_ten_thousand_domains_with_changing_weights_stay_in_bounds() -> None:
@@ -287,14 +289,14 @@ def test_restricted_shares_keep_their_proportions(
 ) -> None:
     q_D = fixed_point(weights_D)
     out_D = restricted(q_D, np.array(open_D))
-    kept_D = np.array(open_D) & (q_D > 0)
-    if not kept_D.any():
+    mask_D = np.array(open_D) & (q_D > 0)
+    if not mask_D.any():
         assert (out_D == 0).all()
         return
     assert out_D.sum() == ROW
-    exact = [int(q) * ROW / int(q_D[kept_D].sum()) for q in q_D[kept_D]]
-    assert np.abs(out_D[kept_D] - exact).max() <= 1
-    assert (out_D[~kept_D] == 0).all()
+    exact = [int(q) * ROW / int(q_D[mask_D].sum()) for q in q_D[mask_D]]
+    assert np.abs(out_D[mask_D] - exact).max() <= 1
+    assert (out_D[~mask_D] == 0).all()
 
 
 def test_the_bounds_by_hand() -> None:

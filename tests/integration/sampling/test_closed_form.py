@@ -54,6 +54,6 @@ def test_it_lasts_where_every_domain_has_a_row_a_step() -> None:
 
 def test_it_stops_before_a_domain_would_have_to_give_a_row_back() -> None:
     q_D = fixed_point(np.geomspace(0.5, 0.001, 40))
-    found = closed_form(np.zeros(40, np.int64), 64 * q_D, 5000)
-    assert 0 < len(found) < 5000
-    np.testing.assert_array_equal(found, one_by_one(Allocator(40), q_D, 64, len(found)))
+    counts_SD = closed_form(np.zeros(40, np.int64), 64 * q_D, 5000)
+    assert 0 < len(counts_SD) < 5000
+    np.testing.assert_array_equal(counts_SD, one_by_one(Allocator(40), q_D, 64, len(counts_SD)))

@@ -36,10 +36,13 @@ def planner(
     log = MixtureLog(names)
     for version, (step, weights) in enumerate(changes):
         log.append(MixtureEntry(version, step, weights, "test"))
-    shapes = [DomainGeometry(n, len(held), GROUP) for n, held in zip(names, lengths, strict=True)]
+    shapes = [
+        DomainGeometry(n, len(domain_lengths), GROUP)
+        for n, domain_lengths in zip(names, lengths, strict=True)
+    ]
     return DocumentPlanner(
         order=CorpusOrder(shapes, seed=2, window=2),
-        lengths=[np.array(held, dtype=np.uint32) for held in lengths],
+        lengths=[np.array(domain_lengths, dtype=np.uint32) for domain_lengths in lengths],
         sequence_length=longest,
         tokens_per_step=budget,
         log=log,
@@ -54,8 +57,8 @@ def hashes(steps: list[DocumentStep]) -> list[str]:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[list[int]], list[tuple[int, tuple[float, ...]]], int]:
     n_domains = draw(st.integers(1, 6))
-    held = st.lists(st.integers(1, 300), min_size=1, max_size=20)
-    lengths = [draw(held) for _ in range(n_domains)]
+    domain_lengths = st.lists(st.integers(1, 300), min_size=1, max_size=20)
+    lengths = [draw(domain_lengths) for _ in range(n_domains)]
     share = st.floats(0, 1, allow_subnormal=False)
     shares = st.lists(share, min_size=n_domains, max_size=n_domains).filter(lambda w: sum(w) > 0)
     steps = [0, *sorted(draw(st.sets(st.integers(1, 9), max_size=3)))]

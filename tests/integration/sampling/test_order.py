@@ -70,11 +70,11 @@ def test_a_window_reads_only_its_own_groups_and_the_short_group_comes_last(
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5000)), max_size=60),
 )
 def test_together_or_apart_in_any_order_the_answer_is_the_same(
-    several: list[DomainGeometry], seed: int, window: int, asked: list[tuple[int, int]]
+    several: list[DomainGeometry], seed: int, window: int, requests: list[tuple[int, int]]
 ) -> None:
     orders = CorpusOrder(several, seed=seed, window=window)
-    domain = np.array([at % len(several) for at, _ in asked], dtype=np.int64)
-    n = np.array([n for _, n in asked], dtype=np.int64)
+    domain = np.array([at % len(several) for at, _ in requests], dtype=np.int64)
+    n = np.array([n for _, n in requests], dtype=np.int64)
     together = np.stack(orders.locate(domain, n))
     for at, geometry in enumerate(several):
         here = domain == at
@@ -130,11 +130,11 @@ def test_places_and_neighbors_are_uniform_over_keys(n: int) -> None:
     out = permute(value, np.repeat(keys, n), Radix.of(np.array([n])).take(0))
     place_KN = out.reshape(n_keys, n).astype(np.int64)
     cells = 8
-    held = np.bincount(np.arange(n) * cells // n, minlength=cells)
+    cell_sizes = np.bincount(np.arange(n) * cells // n, minlength=cells)
     for lag in (1, 2, 8, n // 2):
         first, second = place_KN[:, :-lag] * cells // n, place_KN[:, lag:] * cells // n
         seen = np.bincount((first * cells + second).ravel(), minlength=cells * cells)
-        share = np.outer(held, held) - np.diag(held)
+        share = np.outer(cell_sizes, cell_sizes) - np.diag(cell_sizes)
         expected = share.ravel() / share.sum() * seen.sum()
         assert p_value(seen, expected) > 1e-5
     jumps = (np.diff(place_KN, axis=1) % n - 1) * 16 // (n - 1)

@@ -97,8 +97,8 @@ def test_every_step_holds_the_next_samples_of_each_domain_and_nothing_else(
 @given(logs(), st.integers(1, 20))
 def test_realized_shares_follow_the_asked_ones_at_every_step(log: MixtureLog, rows: int) -> None:
     chunk = planner(log, rows).plan(40)
-    asked_SD = np.array([fixed_point(log.at(at).weights) for at in range(40)]) / 2.0**40 * rows
-    trailing_SD = asked_SD.cumsum(axis=0) - chunk.counts_SD.cumsum(axis=0)
+    requested_SD = np.array([fixed_point(log.at(at).weights) for at in range(40)]) / 2.0**40 * rows
+    trailing_SD = requested_SD.cumsum(axis=0) - chunk.counts_SD.cumsum(axis=0)
     bound = realized_error_bound(len(log.domains), same_domains=False)
     assert np.abs(trailing_SD).max() <= bound + 1e-6
 

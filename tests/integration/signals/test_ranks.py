@@ -23,7 +23,7 @@ from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, full_tensors, place_model
-from tests.support.ranks import found_by_ranks, on_two_ranks
+from tests.support.ranks import on_two_ranks, results_of_ranks
 
 K, LENGTH, VOCAB = 8, 24, 128
 MODEL = ConfigModel(
@@ -65,18 +65,18 @@ def one_case(world: World, case: str, rank: int) -> dict[str, Any]:
     batch, piece_B = rows_of(rank)
     scale = replica.gradient_scale / 100
     plain, _ = gradients(replica, batch, None, piece_B, scale)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     probes = {
         mode: GradientProbe(replica.model, n_groups=K, mode=mode)
         for mode in ("exact", "backward", "last_layer")
     }
     for mode, probe in probes.items():
-        (found[mode],) = probe.measure(*batch, piece_B)
+        (results[mode],) = probe.measure(*batch, piece_B)
         if any(parameter.grad is not None for parameter in replica.model.parameters()):
             raise AssertionError(f"{mode} left gradients behind")
-    found["passes"] = probes["exact"].measure(*batch, piece_B, passes=2)
-    ours, found["recorded"] = gradients(replica, batch, probes["exact"], piece_B, scale)
-    found["gradients"] = {name: (ours[name], plain[name]) for name in plain}
+    results["passes"] = probes["exact"].measure(*batch, piece_B, passes=2)
+    ours, results["recorded"] = gradients(replica, batch, probes["exact"], piece_B, scale)
+    results["gradients"] = {name: (ours[name], plain[name]) for name in plain}
     for parameter in replica.model.parameters():
         parameter.grad = torch.ones_like(parameter) * 1e-3
     optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
@@ -85,8 +85,8 @@ def one_case(world: World, case: str, rank: int) -> dict[str, Any]:
     for mode in ("exact", "backward"):
         metric = adam_preconditioner(optimizer)
         probe = GradientProbe(replica.model, n_groups=K, mode=mode, precondition=metric)
-        (found[f"adam {mode}"],) = probe.measure(*batch, piece_B)
-    return found
+        (results[f"adam {mode}"],) = probe.measure(*batch, piece_B)
+    return results
 
 
 def gradients(
@@ -119,60 +119,60 @@ def added(sums: GradientSums) -> GradientSums:
 
 
 def on_each_rank(world: World, directory: Path) -> dict[str, Any]:
-    found = {}
+    results = {}
     for case in CASES:
-        found[case] = one_case(world, case, world.rank)
-        found[case]["added"] = {
-            mode: statistics(added(gradient_sums(found[case][mode])))
+        results[case] = one_case(world, case, world.rank)
+        results[case]["added"] = {
+            mode: statistics(added(gradient_sums(results[case][mode])))
             for mode in ("recorded", "backward")
         }
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    two = found_by_ranks("tests.integration.signals.test_ranks", tmp_path_factory.mktemp("ranks"))
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    two = results_of_ranks("tests.integration.signals.test_ranks", tmp_path_factory.mktemp("ranks"))
     return {**two, "one": one_case(World(), "ddp", 0)}
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
     for name in FIELDS:
-        found, expected = getattr(ours, name), getattr(theirs, name)
+        actual, expected = getattr(ours, name), getattr(theirs, name)
         if name == "gram_KK":  # nearly at right angles: as exact as the lengths are
             length_K = np.sqrt(np.abs(theirs.norm2_K))
             scale = np.maximum(np.abs(expected), np.outer(length_K, length_K))
-            np.testing.assert_array_less(np.abs(found - expected) / scale, 1e-5)
+            np.testing.assert_array_less(np.abs(actual - expected) / scale, 1e-5)
         else:
-            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["one", *CASES])
-def test_exact_equals_backward(case: str, found: dict[str, Any]) -> None:
-    expected = statistics(found[case]["backward"])
+def test_exact_equals_backward(case: str, results: dict[str, Any]) -> None:
+    expected = statistics(results[case]["backward"])
     for way in ("exact", "recorded"):
-        assert_same(statistics(found[case][way]), expected)
-    assert_same(statistics(found[case]["adam exact"]), statistics(found[case]["adam backward"]))
+        assert_same(statistics(results[case][way]), expected)
+    assert_same(statistics(results[case]["adam exact"]), statistics(results[case]["adam backward"]))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_add_up_to_the_same_statistics(case: str, found: dict[str, Any]) -> None:
-    assert_same(found[case]["added"]["recorded"], found[case]["added"]["backward"])
-    alone = statistics(found[case]["backward"])
-    assert (found[case]["added"]["backward"].tokens_K > alone.tokens_K).all()
+def test_ranks_add_up_to_the_same_statistics(case: str, results: dict[str, Any]) -> None:
+    assert_same(results[case]["added"]["recorded"], results[case]["added"]["backward"])
+    alone = statistics(results[case]["backward"])
+    assert (results[case]["added"]["backward"].tokens_K > alone.tokens_K).all()
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("way", ["backward", "last_layer", "passes"])
-def test_sharding_changes_nothing(case: str, way: str, found: dict[str, Any]) -> None:
-    ours, theirs = (statistics(found[which][way]) for which in (case, "one"))
+def test_sharding_changes_nothing(case: str, way: str, results: dict[str, Any]) -> None:
+    ours, theirs = (statistics(results[which][way]) for which in (case, "one"))
     np.testing.assert_allclose(ours.noise_K, theirs.noise_K, rtol=1e-4)
     np.testing.assert_allclose(ours.loss_K, theirs.loss_K, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["one", *CASES])
-def test_gradients_come_out_as_always(case: str, found: dict[str, Any]) -> None:
-    assert len(found[case]["gradients"]) > 30
-    for ours, plain in found[case]["gradients"].values():
+def test_gradients_come_out_as_always(case: str, results: dict[str, Any]) -> None:
+    assert len(results[case]["gradients"]) > 30
+    for ours, plain in results[case]["gradients"].values():
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
 

@@ -50,7 +50,7 @@ def draws(each: int, halves: int, count: int = 200) -> tuple[np.ndarray, np.ndar
     model = Linear().double()
     probe = GradientProbe(model, n_groups=2, halves=halves)
     piece_B = assign_pieces(torch.arange(2).repeat_interleave(each), n_groups=2, halves=halves)
-    norms, noises, rest = [], [], []
+    norms, noises, products = [], [], []
     for _ in range(count):
         x = rows(rng, means_KW, each)
         labels = torch.ones(len(x), 1, dtype=torch.int64)
@@ -59,17 +59,17 @@ def draws(each: int, halves: int, count: int = 200) -> tuple[np.ndarray, np.ndar
         norms.append(stats.norm2_K)
         noises.append(stats.noise_K)
         own = pieces.gram_PP.reshape(halves, 2, halves, 2)[:, 0, :, 0]
-        rest.append([stats.gram_KK[0, 1] - means_KW[0] @ means_KW[1], own.sum() / each**2])
-    return np.array(norms), np.array(noises), np.array(rest)
+        products.append([stats.gram_KK[0, 1] - means_KW[0] @ means_KW[1], own.sum() / each**2])
+    return np.array(norms), np.array(noises), np.array(products)
 
 
 @pytest.mark.parametrize("halves", [2, 4])
 def test_norms_are_unbiased_where_naive_ones_are_not(halves: int) -> None:
-    norms, noises, rest = draws(each=32, halves=halves)
-    for values, truth in ((norms, TRUE), (noises, WIDTH), (rest[:, :1], 0.0)):
+    norms, noises, products = draws(each=32, halves=halves)
+    for values, truth in ((norms, TRUE), (noises, WIDTH), (products[:, :1], 0.0)):
         error = values.std(0, ddof=1) / np.sqrt(len(values))
         np.testing.assert_array_less(np.abs(values.mean(0) - truth), 3 * error)
-    assert rest[:, 1].mean() > 4 * TRUE  # |mean gradient|^2: about TRUE + WIDTH / 32
+    assert products[:, 1].mean() > 4 * TRUE  # |mean gradient|^2: about TRUE + WIDTH / 32
 
 
 def test_noise_does_not_depend_on_the_rows_per_half() -> None:

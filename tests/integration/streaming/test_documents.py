@@ -118,8 +118,8 @@ def test_a_run_resumes_anywhere(corpus: Corpus, stop: int) -> None:
     read(stream, stop)
     state = json.loads(json.dumps(stream.state_dict()))
     again = local_stream(corpus, local(fixed(SHARES), corpus), documents(), state=state)
-    rest = [seen.batch_hash for seen in read(again, 25 - stop)]
-    assert rest == [seen.batch_hash for seen in whole[stop:]]
+    hashes = [seen.batch_hash for seen in read(again, 25 - stop)]
+    assert hashes == [seen.batch_hash for seen in whole[stop:]]
 
 
 def test_a_small_budget_changes_nothing(corpus: Corpus, tmp_path: Path) -> None:

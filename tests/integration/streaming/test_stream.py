@@ -101,18 +101,18 @@ def test_batches_stay_valid_while_they_are_held(corpus: Corpus) -> None:
 def test_realized_shares_keep_the_proved_bound_at_every_step(corpus: Corpus) -> None:
     controller = local(fixed(SHARES), corpus)
     stream = local_stream(corpus, controller)
-    asked, given_rows = np.zeros(3), np.zeros(3)
+    requested_rows, given_rows = np.zeros(3), np.zeros(3)
     generator = np.random.default_rng(0)
     for step in range(300):
         if step % 7 == 3:
             controller.set_weights(generator.dirichlet([0.3] * 3).tolist())
         batch = stream.next()
-        asked += batch.shares * 6
+        requested_rows += batch.shares * 6
         given_rows += batch.counts_D
         assert batch.counts_D.sum() == 6
         assert np.bincount(batch.domain_rows, minlength=3).tolist() == batch.counts_D.tolist()
-        assert (asked - given_rows).max() <= realized_error_bound(3) + 1e-9
-        assert (given_rows - asked).max() <= 1 - 1 / 3 + 1e-9
+        assert (requested_rows - given_rows).max() <= realized_error_bound(3) + 1e-9
+        assert (given_rows - requested_rows).max() <= 1 - 1 / 3 + 1e-9
 
 
 def test_asked_weights_hold_from_the_step_told(corpus: Corpus) -> None:

@@ -42,9 +42,9 @@ def test_files_that_are_read(name: str, cases: int, run: Path) -> None:
     raw = (run / name).read_bytes()
     for case in range(cases):
         (run / name).write_bytes(damaged(raw, case))
-        told = f"{name} case {case}"
-        outcome(lambda: summarize(read_run(run)), f"report, {told}")
-        outcome(lambda: watch_once(run), f"watch, {told}")
+        label = f"{name} case {case}"
+        outcome(lambda: summarize(read_run(run)), f"report, {label}")
+        outcome(lambda: watch_once(run), f"watch, {label}")
 
 
 def watch_once(run: Path) -> dict[str, Any]:
@@ -62,15 +62,15 @@ def test_checkpoints(name: str, cases: int, run: Path, recipe: Recipe, tmp_path:
     raw, out = (newest / name).read_bytes(), tmp_path / "out"
     for case in range(cases):
         (newest / name).write_bytes(damaged(raw, case))
-        told = f"{name} case {case}"
+        label = f"{name} case {case}"
         if case % 2:
             # Scoring loads the model; a checkpoint that is not whole is passed over.
-            outcome(lambda: score(run), f"eval, {told}")
+            outcome(lambda: score(run), f"eval, {label}")
         else:
-            done = outcome(lambda: export(run, out), f"export, {told}")
-            assert (done is not None) == out.exists(), told
+            done = outcome(lambda: export(run, out), f"export, {label}")
+            assert (done is not None) == out.exists(), label
         shutil.rmtree(out, ignore_errors=True)
-        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], told
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], label
     (newest / name).write_bytes(raw)
 
 

@@ -64,23 +64,29 @@ def plan(recipe: Recipe, corpus: Corpus | None, *overrides: str, has: Resources 
     return preflight.preflight(load_recipe(recipe, overrides), corpus, has)
 
 
-def refusals(recipe: Recipe, corpus: Corpus | None, *overrides: str, **more: Any) -> list[str]:
+def preflight_problems(
+    recipe: Recipe, corpus: Corpus | None, *overrides: str, **more: Any
+) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         plan(recipe, corpus, *overrides, **more)
     return list(caught.value.problems)
 
 
 def test_a_plan_in_numbers(recipe: Recipe, corpus: Corpus) -> None:
-    found = plan(recipe, corpus)
-    assert (found.steps, found.tokens, found.tokens_per_step) == (20, 20 * 8 * 128, 8 * 128)
-    assert not found.estimated
-    assert [d.share for d in found.domains] == pytest.approx([0.5, 0.3, 0.2])
-    assert [d.read for d in found.domains] == [10_240, 6_144, 4_096]
-    assert [d.sizes.tokens for d in found.domains] == list(TOKENS.values())
-    assert [d.epochs for d in found.domains] == pytest.approx(
+    run_plan = plan(recipe, corpus)
+    assert (run_plan.steps, run_plan.tokens, run_plan.tokens_per_step) == (
+        20,
+        20 * 8 * 128,
+        8 * 128,
+    )
+    assert not run_plan.estimated
+    assert [d.share for d in run_plan.domains] == pytest.approx([0.5, 0.3, 0.2])
+    assert [d.read for d in run_plan.domains] == [10_240, 6_144, 4_096]
+    assert [d.sizes.tokens for d in run_plan.domains] == list(TOKENS.values())
+    assert [d.epochs for d in run_plan.domains] == pytest.approx(
         [10_240 / 39_936, 6_144 / 7_936, 4_096 / 2_048]
     )
-    assert [d.sizes.dropped for d in found.domains] == [64, 64, 2]
+    assert [d.sizes.dropped for d in run_plan.domains] == [64, 64, 2]
 
 
 def test_the_document_has_the_promised_keys(recipe: Recipe, corpus: Corpus) -> None:
@@ -95,15 +101,15 @@ def test_the_document_has_the_promised_keys(recipe: Recipe, corpus: Corpus) -> N
 
 
 def test_tokens_are_rounded_up_to_whole_steps(recipe: Recipe, corpus: Corpus) -> None:
-    found = plan(recipe, corpus, "train.steps=null", "train.tokens=1025")
-    assert (found.steps, found.tokens) == (2, 2048)
+    run_plan = plan(recipe, corpus, "train.steps=null", "train.tokens=1025")
+    assert (run_plan.steps, run_plan.tokens) == (2, 2048)
 
 
 def test_rows_are_dealt_out_over_workers(recipe: Recipe, corpus: Corpus) -> None:
     has = replace(HERE, cpus=8)
-    found = plan(recipe, corpus, "cluster.workers=3", "train.micro_batch_rows=2", has=has)
-    assert found.rows_per_worker == (2, 3)
-    assert (found.micro_batch_rows, found.accumulation) == (2, 2)
+    run_plan = plan(recipe, corpus, "cluster.workers=3", "train.micro_batch_rows=2", has=has)
+    assert run_plan.rows_per_worker == (2, 3)
+    assert (run_plan.micro_batch_rows, run_plan.accumulation) == (2, 2)
 
 
 @given(
@@ -140,25 +146,25 @@ def test_rows_are_counted_as_the_stream_cuts_them(tokens: int, block: int, lengt
 def test_rows_agree_with_the_stream(corpus: Corpus, recipe: Recipe) -> None:
     for length in (8, 100, 128, 1000):
         rows = [g.units for g in row_geometry(corpus, length)]
-        found = plan(recipe, corpus, f"data.sequence_length={length}")
-        assert [d.sizes.usable // length for d in found.domains] == rows
+        run_plan = plan(recipe, corpus, f"data.sequence_length={length}")
+        assert [d.sizes.usable // length for d in run_plan.domains] == rows
 
 
 def test_documents_are_cut_to_the_sequence_length(recipe: Recipe, corpus: Corpus) -> None:
     data = "data={mode: documents, sequence_length: 16, tokens_per_step: 999}"
-    found = plan(recipe, corpus, data)
-    for domain in found.domains:
+    run_plan = plan(recipe, corpus, data)
+    for domain in run_plan.domains:
         lengths = corpus.document_lengths(domain.sizes.name, "train")
         assert domain.sizes.usable == int(np.minimum(lengths, 16).sum())
-    assert found.tokens == 20 * 999
+    assert run_plan.tokens == 20 * 999
 
 
 def test_a_cap_is_noted_and_the_others_take_over(recipe: Recipe, corpus: Corpus) -> None:
-    found = plan(recipe, corpus, "data.max_epochs={math: 1}")
-    math = found.domains[2]
+    run_plan = plan(recipe, corpus, "data.max_epochs={math: 1}")
+    math = run_plan.domains[2]
     assert (math.read, math.epochs, math.capped_at) == (2048, 1.0, 10)
-    assert sum(d.read for d in found.domains) == found.tokens
-    assert "math reaches its max_epochs at step 10; the others take over." in found.notes
+    assert sum(d.read for d in run_plan.domains) == run_plan.tokens
+    assert "math reaches its max_epochs at step 10; the others take over." in run_plan.notes
 
 
 def test_many_epochs_are_noted(recipe: Recipe, corpus: Corpus) -> None:
@@ -168,12 +174,12 @@ def test_many_epochs_are_noted(recipe: Recipe, corpus: Corpus) -> None:
 
 def test_a_piece_after_the_end_is_noted(recipe: Recipe, corpus: Corpus) -> None:
     pieces = "[{step: 0, weights: {books: 1}}, {step: 99, weights: {code: 1}}]"
-    found = plan(recipe, corpus, f"mixer={{kind: schedule, pieces: {pieces}}}")
-    assert "mixer.pieces.1 starts at step 99, after the last step." in found.notes
+    run_plan = plan(recipe, corpus, f"mixer={{kind: schedule, pieces: {pieces}}}")
+    assert "mixer.pieces.1 starts at step 99, after the last step." in run_plan.notes
 
 
 def test_caps_that_cannot_be_met_are_refused_with_numbers(recipe: Recipe, corpus: Corpus) -> None:
-    assert refusals(recipe, corpus, "data.max_epochs=0.25") == [
+    assert preflight_problems(recipe, corpus, "data.max_epochs=0.25") == [
         "data.max_epochs = 0.25: every domain with a share is exhausted after 12 of 20 steps: the "
         "caps allow 12,480 of 20,480 tokens. Raise the caps (all domains read equally often would "
         "need 0.41 epochs), train at most 12 steps, add data, or give other domains a share."
@@ -181,12 +187,12 @@ def test_caps_that_cannot_be_met_are_refused_with_numbers(recipe: Recipe, corpus
 
 
 def test_unimax_that_cannot_be_met_is_refused(recipe: Recipe, corpus: Corpus) -> None:
-    (message,) = refusals(recipe, corpus, "mixer={kind: unimax, max_epochs: 0.1}")
+    (message,) = preflight_problems(recipe, corpus, "mixer={kind: unimax, max_epochs: 0.1}")
     assert message.startswith("mixer.max_epochs = 0.1: ")
 
 
 def test_more_workers_than_cores(recipe: Recipe, corpus: Corpus) -> None:
-    assert refusals(recipe, corpus, "cluster.workers=3") == [
+    assert preflight_problems(recipe, corpus, "cluster.workers=3") == [
         "cluster.workers = 3: with cpus_per_worker = 1 that takes 3 CPUs, this machine has 2. "
         "Use fewer workers, or a larger cluster."
     ]
@@ -195,7 +201,7 @@ def test_more_workers_than_cores(recipe: Recipe, corpus: Corpus) -> None:
 
 
 def test_more_gpus_than_there_are(recipe: Recipe, corpus: Corpus) -> None:
-    (message,) = refusals(recipe, corpus, "cluster.gpus_per_worker=1")
+    (message,) = preflight_problems(recipe, corpus, "cluster.gpus_per_worker=1")
     assert message == (
         "cluster.gpus_per_worker = 1: with cluster.workers = 1 that takes 1 GPUs, this machine has "
         "0. Use fewer workers, or set it to 0."
@@ -207,14 +213,14 @@ def test_more_gpus_than_there_are(recipe: Recipe, corpus: Corpus) -> None:
 
 
 def test_rows_longer_than_the_model_reads(recipe: Recipe, corpus: Corpus) -> None:
-    (message,) = refusals(recipe, corpus, "model.config.max_position_embeddings=64")
+    (message,) = preflight_problems(recipe, corpus, "model.config.max_position_embeddings=64")
     assert "data.sequence_length = 128: longer than the model's 64 positions" in message
 
 
 def test_rows_longer_than_a_block_or_a_domain(recipe: Recipe, corpus: Corpus) -> None:
-    found = refusals(recipe, corpus, "data.sequence_length=4096")
-    assert "data.sequence_length = 4096: longer than a block of the prepared corpus" in found[0]
-    assert [message.split(": ")[0] for message in found[1:]] == [
+    problems = preflight_problems(recipe, corpus, "data.sequence_length=4096")
+    assert "data.sequence_length = 4096: longer than a block of the prepared corpus" in problems[0]
+    assert [message.split(": ")[0] for message in problems[1:]] == [
         f"corpus.domains.{at}.name = {name!r}" for at, name in enumerate(TOKENS)
     ]
 
@@ -224,17 +230,17 @@ def test_gradients_take_two_rows_of_every_domain(tmp_path: Path, recipe: Recipe)
     corpus = write_corpus(tmp_path / "c", domains, block_tokens=1024, vocab_size=16_384)
     even = load_recipe(recipe, [f"corpus.path={corpus.path}", "mixer={kind: uniform}"])
     assert plan(even, corpus).steps == 20
-    (message,) = refusals(even, corpus, "mixer.kind=pike")
+    (message,) = preflight_problems(even, corpus, "mixer.kind=pike")
     assert message.startswith("corpus.domains.1.name = 'scraps': has one row of 128 tokens; pike")
 
 
 def test_a_model_with_too_small_a_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
-    (message,) = refusals(recipe, corpus, "model.config.vocab_size=100")
+    (message,) = preflight_problems(recipe, corpus, "model.config.vocab_size=100")
     assert "vocab_size = 100: smaller than the tokenizer's vocabulary of 16384" in message
 
 
 def test_a_model_that_does_not_fit_into_memory(recipe: Recipe, corpus: Corpus) -> None:
-    (message,) = refusals(recipe, corpus, has=replace(HERE, memory_bytes=10**6))
+    (message,) = preflight_problems(recipe, corpus, has=replace(HERE, memory_bytes=10**6))
     assert message.startswith("model = {'config': {'hidden_size': 32")
     assert "this machine has 0.0 GB of memory" in message
 
@@ -243,15 +249,15 @@ def test_checkpoints_that_do_not_fit_on_the_disk(
     recipe: Recipe, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "disk_free", lambda path: 10**6)
-    (message,) = refusals(recipe, corpus)
+    (message,) = preflight_problems(recipe, corpus)
     assert "3 checkpoints take 0.0 GB, the disk has 0.0 GB free" in message
 
 
 def test_everything_wrong_is_said_at_once(recipe: Recipe, corpus: Corpus) -> None:
-    found = refusals(
+    problems = preflight_problems(
         recipe, corpus, "cluster.workers=8", "data.max_epochs=0.1", "model.config.hiden_size=3"
     )
-    assert [message.split(" = ")[0] for message in found] == [
+    assert [message.split(" = ")[0] for message in problems] == [
         "cluster.workers",
         "model.config.hiden_size",
         "data.max_epochs",
@@ -259,7 +265,7 @@ def test_everything_wrong_is_said_at_once(recipe: Recipe, corpus: Corpus) -> Non
 
 
 def test_weights_of_other_domains(recipe: Recipe, corpus: Corpus) -> None:
-    (message,) = refusals(recipe, corpus, "mixer.weights={boks: 1}")
+    (message,) = preflight_problems(recipe, corpus, "mixer.weights={boks: 1}")
     assert "mixer.weights.boks" in message
     assert "Did you mean 'books'?" in message
 
@@ -268,8 +274,8 @@ def test_an_empty_domain(tmp_path: Path, recipe: Recipe) -> None:
     nothing = (np.zeros(0, np.uint16), np.zeros(0, np.int64))
     domains = {"books": labeled_domain(0, 5000), "void": nothing}
     made = write_corpus(tmp_path / "c", domains, block_tokens=1024)
-    found = refusals(recipe, made, "mixer={kind: uniform}")
-    assert found == [
+    problems = preflight_problems(recipe, made, "mixer={kind: uniform}")
+    assert problems == [
         "corpus.domains.1.name = 'void': the domain has no tokens. Give it text, or leave it out."
     ]
 
@@ -292,20 +298,20 @@ def unprepared(tmp_path: Path, **corpus: Any) -> Recipe:
 def test_an_unprepared_corpus_is_estimated_from_its_sources(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    found = plan(unprepared(tmp_path), None)
-    assert found.estimated
-    for domain in found.domains:
+    run_plan = plan(unprepared(tmp_path), None)
+    assert run_plan.estimated
+    for domain in run_plan.domains:
         file = QUICKSTART / "train" / f"{domain.sizes.name}.parquet"
-        held = sum(len(text.encode()) for text in pq.read_table(file)["text"].to_pylist())
-        assert domain.sizes.tokens == pytest.approx(0.98 * held, rel=0.05)
+        n_bytes = sum(len(text.encode()) for text in pq.read_table(file)["text"].to_pylist())
+        assert domain.sizes.tokens == pytest.approx(0.98 * n_bytes, rel=0.05)
         assert domain.sizes.documents is None
     fewer = plan(unprepared(tmp_path, tokenizer={"train": "bpe", "vocab_size": 4096}), None)
-    assert fewer.domains[0].sizes.tokens < found.domains[0].sizes.tokens / 2
+    assert fewer.domains[0].sizes.tokens < run_plan.domains[0].sizes.tokens / 2
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     recipe = unprepared(tmp_path)
-    (message,) = refusals(recipe, None, "corpus.domains.0.train=/nowhere/*.parquet")
+    (message,) = preflight_problems(recipe, None, "corpus.domains.0.train=/nowhere/*.parquet")
     assert message.startswith("corpus.domains.0.train = '/nowhere/*.parquet': no file matches.")
 
 
@@ -320,8 +326,8 @@ def test_memory_grows_with_what_it_should() -> None:
 
     def parts(rows: int, *, bf16: bool = False, **train: Any) -> dict[str, int]:
         config = TrainConfig(steps=1, **train)
-        found = worker_memory(model, facts, config, Batch(rows, 64, bf16), workers=2)
-        return {part.name: part.bytes for part in found}
+        memory_parts = worker_memory(model, facts, config, Batch(rows, 64, bf16), workers=2)
+        return {part.name: part.bytes for part in memory_parts}
 
     one, four = parts(1), parts(4)
     weights = 4 * sum(p.numel() for p in build_model(model, facts, seed=0).parameters())
@@ -339,29 +345,29 @@ def test_activations_are_those_that_autograd_keeps(kind: str) -> None:
 
     sizes = TINY if kind == "llama" else {"n_embd": 32, "n_layer": 2, "n_head": 2}
     model, facts = ConfigModel(type=kind, config=sizes), CorpusFacts(512, 0, 64)
-    found = worker_memory(model, facts, TrainConfig(steps=1), Batch(3, 64, False), workers=1)
+    memory_parts = worker_memory(model, facts, TrainConfig(steps=1), Batch(3, 64, False), workers=1)
     real = build_model(model, facts, seed=0)
     own = {p.untyped_storage().data_ptr() for p in real.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved_tensors: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved_tensors[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     ids = torch.zeros(3, 64, dtype=torch.int64)
     positions = (torch.arange(64) % 32).expand_as(ids)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         real.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    activations = next(part.bytes for part in found if part.name == "activations")
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors.values())
+    activations = next(part.bytes for part in memory_parts if part.name == "activations")
     assert activations == pytest.approx(counted, rel=0.02)
 
 
-def drawn(found: RunPlan) -> str:
+def drawn(run_plan: RunPlan) -> str:
     console = Console(width=120, record=True, highlight=False)
     with console.capture() as captured:
-        plan_command.draw(found, console)
+        plan_command.draw(run_plan, console)
     return captured.get()
 
 
@@ -390,12 +396,12 @@ def test_estimates_are_marked(tmp_path: Path) -> None:
 
 
 def test_a_crowd_of_domains_is_summed_up(recipe: Recipe, corpus: Corpus) -> None:
-    found = plan(recipe, corpus)
+    run_plan = plan(recipe, corpus)
     many = tuple(
-        replace(found.domains[0], sizes=replace(found.domains[0].sizes, name=f"cluster-{n}"))
+        replace(run_plan.domains[0], sizes=replace(run_plan.domains[0].sizes, name=f"cluster-{n}"))
         for n in range(10_000)
     )
-    shown = drawn(replace(found, domains=many))
+    shown = drawn(replace(run_plan, domains=many))
     assert "... 9960 more" in shown
     assert len(shown.splitlines()) < 60
 
@@ -418,12 +424,12 @@ def test_percentages(share: float, shown: str) -> None:
 
 def test_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    found = machine.resources(None)
+    resources = machine.resources(None)
     total, free = machine.memory()
-    assert found.where == "this machine"
-    assert found.cpus == machine.cores() >= 1
+    assert resources.where == "this machine"
+    assert resources.cpus == machine.cores() >= 1
     assert total > free > 0
-    assert found.object_store_bytes == int(0.3 * total)
+    assert resources.object_store_bytes == int(0.3 * total)
     assert machine.resources("local", 10**8).object_store_bytes == 10**8
     assert (machine.disk_free(str(tmp_path / "a" / "b")) or 0) > 0
     assert machine.disk_free("s3://bucket/x") is None

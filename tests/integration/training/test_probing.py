@@ -64,9 +64,9 @@ def test_the_halves_of_a_pass_are_never_one_row(corpus: Corpus) -> None:
     domain_B, half_B = np.repeat(np.arange(3), 2), np.tile(np.arange(2), 3)
     seen: dict[int, list[bytes]] = {domain: [] for domain in range(3)}
     for number in range(max(rows)):
-        found = reader.rows(domain_B, reader.row_numbers(domain_B, number, half_B))
+        batch = reader.rows(domain_B, reader.row_numbers(domain_B, number, half_B))
         for domain in range(3):
-            first, second = (found.tokens[2 * domain + half].tobytes() for half in range(2))
+            first, second = (batch.tokens[2 * domain + half].tobytes() for half in range(2))
             assert first != second
             seen[domain] += [first, second]
     # One after the other, all rows but the last of an odd number.
@@ -82,9 +82,9 @@ def test_it_is_the_same_on_any_number_of_ranks(
     from raymix.streaming.controller.windows import combine_ranks
 
     def stats(rank: int, size: int) -> DomainStats:
-        found = prober(corpus, model, World(rank=rank, size=size)).measure(3)
+        measured = prober(corpus, model, World(rank=rank, size=size)).measure(3)
         tokens_D, loss_D = np.ones(3, np.int64), np.ones(3)
-        return DomainStats(step=0, window=1, tokens_D=tokens_D, loss_D=loss_D, **found)
+        return DomainStats(step=0, window=1, tokens_D=tokens_D, loss_D=loss_D, **measured)
 
     alone = combine_ranks([stats(0, 1)])
     shared = combine_ranks([stats(rank, world_size) for rank in range(world_size)])

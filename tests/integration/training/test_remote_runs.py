@@ -47,9 +47,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def corpus(store: str, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """Return a corpus that is on the disk, and in the bucket as `corpus`."""
-    found = train_corpus(tmp_path_factory.mktemp("corpus"), {"a": 9000, "b": 6000, "c": 3000})
-    buckets.put(f"{store}/corpus", Path(found.path))
-    return found
+    prepared = train_corpus(tmp_path_factory.mktemp("corpus"), {"a": 9000, "b": 6000, "c": 3000})
+    buckets.put(f"{store}/corpus", Path(prepared.path))
+    return prepared
 
 
 def document(corpus: str, run: str, **train: Any) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def lines_at(place: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in raw.splitlines()]
 
 
-def told(place: str, *keys: str) -> list[list[Any]]:
+def step_values(place: str, *keys: str) -> list[list[Any]]:
     return [[line[key] for key in keys] for line in lines_at(place) if "loss" in line]
 
 
@@ -99,12 +99,12 @@ def calm(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def kept(corpus: Corpus, store: str) -> str:
+def finished_run(corpus: Corpus, store: str) -> str:
     """Return the URL of a finished run, whose directory on this machine is gone."""
     url = f"{store}/runs/kept"
-    found = train(recipe(f"{store}/corpus", url))
-    assert found["run"] == url
-    assert found["steps"] == STEPS
+    result = train(recipe(f"{store}/corpus", url))
+    assert result["run"] == url
+    assert result["steps"] == STEPS
     assert not RunDirectory.at(url).path.exists()
     return url
 
@@ -117,73 +117,73 @@ def objects(url: str) -> dict[str, bytes]:
     return {name: files.read_bytes(files.join(url, name)) for name in names}
 
 
-def test_a_run_in_a_bucket_is_that_of_a_disk(calm: str, kept: str) -> None:
-    assert told(kept, *SAME) == told(calm, *SAME)
+def test_a_run_in_a_bucket_is_that_of_a_disk(calm: str, finished_run: str) -> None:
+    assert step_values(finished_run, *SAME) == step_values(calm, *SAME)
     log = "mixture_log.jsonl"
-    assert files.read_bytes(f"{kept}/{log}") == files.read_bytes(f"{calm}/{log}")
+    assert files.read_bytes(f"{finished_run}/{log}") == files.read_bytes(f"{calm}/{log}")
 
 
-def test_what_a_bucket_holds_of_a_run(kept: str, scratch: Path) -> None:
-    found = objects(kept)
-    tops = {name.split("/")[0] for name in found}
+def test_what_a_bucket_holds_of_a_run(finished_run: str, scratch: Path) -> None:
+    contents = objects(finished_run)
+    tops = {name.split("/")[0] for name in contents}
     assert tops == {
         *("recipe.yaml", "resolved.yaml", "environment.json", "metrics.jsonl"),
         *("mixture_log.jsonl", "controller.json", "checkpoints", "tensorboard"),
         *("report.html", "report.json"),
     }
-    steps = sorted({name.split("/")[1] for name in found if name.startswith("checkpoints/")})
+    steps = sorted({name.split("/")[1] for name in contents if name.startswith("checkpoints/")})
     assert steps == ["step-00000020", "step-00000024"], "older ones are deleted"
-    assert not [name for name in found if name.endswith(".tmp")]
-    for name, content in found.items():
+    assert not [name for name in contents if name.endswith(".tmp")]
+    for name, content in contents.items():
         assert buckets.SECRET.encode() not in content, f"a secret is in {name}"
         assert str(scratch).encode() not in content, f"{name} names a directory of this machine"
 
 
-def test_a_finished_run_is_left_alone(corpus: Corpus, kept: str, store: str) -> None:
-    before = objects(kept)
-    assert train(recipe(f"{store}/corpus", kept), report=False)["steps"] == STEPS
-    assert objects(kept).keys() == before.keys()
+def test_a_finished_run_is_left_alone(corpus: Corpus, finished_run: str, store: str) -> None:
+    before = objects(finished_run)
+    assert train(recipe(f"{store}/corpus", finished_run), report=False)["steps"] == STEPS
+    assert objects(finished_run).keys() == before.keys()
 
 
-def test_commands_read_a_bucket(kept: str, calm: str, tmp_path: Path) -> None:
-    assert read_run(kept).where == kept
-    assert read_run(kept).name == "kept"
-    watched = LiveRun(kept)
+def test_commands_read_a_bucket(finished_run: str, calm: str, tmp_path: Path) -> None:
+    assert read_run(finished_run).where == finished_run
+    assert read_run(finished_run).name == "kept"
+    watched = LiveRun(finished_run)
     watched.poll()
     assert watched.document()["state"] == "finished"
-    assert watched.document()["run"] == kept
-    there, here = score(kept), score(calm)
+    assert watched.document()["run"] == finished_run
+    there, here = score(finished_run), score(calm)
     assert there["domains"] == here["domains"]
-    assert there["checkpoint"] == f"{kept}/checkpoints/step-00000024"
-    one = score(f"{kept}/checkpoints/step-00000020")
+    assert there["checkpoint"] == f"{finished_run}/checkpoints/step-00000024"
+    one = score(f"{finished_run}/checkpoints/step-00000020")
     assert one["step"] == 20
-    done = export(kept, tmp_path / "out")
+    done = export(finished_run, tmp_path / "out")
     assert "model.safetensors" in done["files"]
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert weights == files.read_bytes(f"{calm}/checkpoints/step-00000024/model.safetensors")
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over(
-    corpus: Corpus, kept: str, store: str, capsys: pytest.CaptureFixture[str], calm: str
+    corpus: Corpus, finished_run: str, store: str, capsys: pytest.CaptureFixture[str], calm: str
 ) -> None:
     url = f"{store}/runs/cut"
-    buckets.copy(kept, url)
+    buckets.copy(finished_run, url)
     files.atomic_write_bytes(f"{url}/checkpoints/step-00000024/model.safetensors", b"short")
-    found = newest_checkpoint_of(RunDirectory.at(url))
-    assert found is not None
-    assert found[1].step == 20
+    newest = newest_checkpoint_of(RunDirectory.at(url))
+    assert newest is not None
+    assert newest[1].step == 20
     files.remove(f"{url}/checkpoints/step-00000024/state.json")
     train(recipe(f"{store}/corpus", url), report=False)
     assert f"going on from step 20 of 24 in {url}" in capsys.readouterr().out
-    assert told(url, *SAME) == told(calm, *SAME)
+    assert step_values(url, *SAME) == step_values(calm, *SAME)
 
 
-def test_what_is_there_already(corpus: Corpus, kept: str, store: str) -> None:
-    found = recipe(f"{store}/corpus", kept)
+def test_what_is_there_already(corpus: Corpus, finished_run: str, store: str) -> None:
+    same_recipe = recipe(f"{store}/corpus", finished_run)
     with pytest.raises(RecipeError, match="a run is here already"):
-        train(found, if_exists="fail")
+        train(same_recipe, if_exists="fail")
     with pytest.raises(RecipeError, match=r"a run of another recipe is here; .*lr: 0.01 -> 0.02"):
-        train(recipe(f"{store}/corpus", kept, lr=0.02))
+        train(recipe(f"{store}/corpus", finished_run, lr=0.02))
     files.atomic_write_bytes(f"{store}/runs/other/file", b"mine")
     with pytest.raises(RecipeError, match="holds files but no run"):
         train(recipe(f"{store}/corpus", f"{store}/runs/other"))
@@ -200,20 +200,20 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
     wait_for(lambda: files.exists(checkpoint), seconds=400, what="a checkpoint in the bucket")
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    assert len(told(url, *SAME)) < STEPS, "the run was over before it could be killed"
+    assert len(step_values(url, *SAME)) < STEPS, "the run was over before it could be killed"
     shutil.rmtree(scratch / f"raymix-{os.getuid()}")
     train(recipe(f"{store}/corpus", url), report=False)
-    assert told(url, *SAME) == told(calm, *SAME)
+    assert step_values(url, *SAME) == step_values(calm, *SAME)
     output = (tmp_path / "background.log").read_text()
     assert buckets.SECRET not in output
 
 
 def test_a_run_is_worked_on_by_one_machine_at_a_time(
-    kept: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished_run: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("raymix.training.run.heartbeat_lock.HEARTBEAT_INTERVAL_S", 0.3)
     url = f"{store}/runs/claimed"
-    buckets.copy(kept, url)
+    buckets.copy(finished_run, url)
     said: list[str] = []
     with monkeypatch.context() as other, run_lock(RunDirectory.at(url), note=said.append):
         other.setattr(tempfile, "tempdir", str(tmp_path))  # as on another machine

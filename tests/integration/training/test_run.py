@@ -141,16 +141,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(
 
 
 def after(run: RunDirectory, step: int) -> Callable[[], bool]:
-    def asked() -> bool:
+    def reached() -> bool:
         return any(line["step"] >= step for line in read_metrics(run.metrics) if "loss" in line)
 
-    return asked
+    return reached
 
 
 def weights(run: RunDirectory) -> bytes:
-    found = newest_checkpoint(run.checkpoints)
-    assert found is not None
-    return (found[0] / "model.safetensors").read_bytes()
+    checkpoint = newest_checkpoint(run.checkpoints)
+    assert checkpoint is not None
+    return (checkpoint[0] / "model.safetensors").read_bytes()
 
 
 def test_a_killed_run_forgets_what_came_after_the_checkpoint(
@@ -188,8 +188,8 @@ def test_an_adaptive_mixer_goes_on_bit_for_bit(
     runs = []
     for name in ("whole", "stopped"):
         used = recipe(corpus, tmp_path, name=name, train__probe_interval=4, train__steps=16)
-        asked = after(at(tmp_path, used), stop_after) if name == "stopped" else lambda: False
-        assert train(used, stop_requested=asked).stopped == (name == "stopped")
+        stop_check = after(at(tmp_path, used), stop_after) if name == "stopped" else lambda: False
+        assert train(used, stop_requested=stop_check).stopped == (name == "stopped")
         assert train(used).step == 16
         runs.append(at(tmp_path, used))
     assert numbers(runs[1]) == numbers(runs[0])
@@ -210,9 +210,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     with pytest.raises(TrainingError, match=r"damaged: optimizer\.safetensors"):
         read_state(newest)
     said: list[str] = []
-    found = newest_checkpoint(run.checkpoints, note=said.append)
-    assert found is not None
-    assert found[1].step == 6
+    checkpoint = newest_checkpoint(run.checkpoints, note=said.append)
+    assert checkpoint is not None
+    assert checkpoint[1].step == 6
     assert "skipped" in said[0]
     train(used)
     assert numbers(run) == numbers(whole[0])
@@ -225,9 +225,9 @@ def test_the_last_checkpoints_are_kept(whole: tuple[RunDirectory, Recipe]) -> No
 
 
 def test_a_checkpoint_holds_everything(whole: tuple[RunDirectory, Recipe], corpus: Corpus) -> None:
-    found = newest_checkpoint(whole[0].checkpoints)
-    assert found is not None
-    path, state = found
+    checkpoint = newest_checkpoint(whole[0].checkpoints)
+    assert checkpoint is not None
+    path, state = checkpoint
     assert state.step == state.sampler["step"] == STEPS
     assert state.corpus_fingerprint == corpus.fingerprint
     assert sum(state.tokens.values()) == STEPS * 192
@@ -263,9 +263,9 @@ def test_documents_of_several_domains_in_a_row(corpus: Corpus, tmp_path: Path) -
 
 def test_scores_are_those_of_the_last_evaluation(whole: tuple[RunDirectory, Recipe]) -> None:
     last = [line["eval"] for line in read_metrics(whole[0].metrics) if "eval" in line][-1]
-    found = score(whole[0].path)["domains"]
-    assert found.keys() == last.keys() == DOMAINS.keys()
-    for name, row in found.items():
+    scores = score(whole[0].path)["domains"]
+    assert scores.keys() == last.keys() == DOMAINS.keys()
+    for name, row in scores.items():
         assert row["loss"] == pytest.approx(last[name]["loss"], abs=1e-6)
         assert row["tokens"] == last[name]["tokens"]
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2) / 3)
@@ -289,13 +289,13 @@ def test_an_export_has_the_same_logits_and_a_card(
 
     done = export(whole[0].path, tmp_path / "out")
     assert "optimizer.safetensors" not in done["files"]
-    found = newest_checkpoint(whole[0].checkpoints)
-    assert found is not None
+    checkpoint = newest_checkpoint(whole[0].checkpoints)
+    assert checkpoint is not None
     ids = torch.arange(20)[None]
     with torch.no_grad():
         logits = [
             AutoModelForCausalLM.from_pretrained(path).eval()(ids).logits
-            for path in (found[0], tmp_path / "out")
+            for path in (checkpoint[0], tmp_path / "out")
         ]
     assert torch.equal(*logits)
     card = (tmp_path / "out" / "README.md").read_text()

@@ -18,7 +18,7 @@ from raymix.training.model.parallel import World, full_tensors, place_model
 from raymix.training.run.checkpoint import TrainingState, load_optimizer, save_checkpoint
 from raymix.training.step.batches import count_micro_batches, max_rows_per_rank, micro_batches
 from raymix.training.step.metrics import StepMetrics
-from tests.support.ranks import found_by_ranks, on_two_ranks
+from tests.support.ranks import on_two_ranks, results_of_ranks
 
 ROWS, LENGTH = 5, 32
 FACTS = CorpusFacts(61, 60, LENGTH)
@@ -54,15 +54,15 @@ def one_step(world: World, parallel: str, micro_batch_rows: int, directory: Path
     loss = PackedLoss(build_model(MODEL, FACTS, seed=3), linear_head=True)
     replica = place_model(loss, config, world, bf16=False)
     optimizer = build_optimizer(replica.model, config, sharded=replica.sharded)
-    account = StepMetrics(2, world)
+    metrics = StepMetrics(2, world)
     rows, labels = rows_of_rank(world.rank, world.size)
     count = count_micro_batches(max_rows_per_rank(ROWS, world.size), micro_batch_rows)
     for index, micro in enumerate(micro_batches(rows, count, world.device)):
         with replica.accumulating(last=index == count - 1):
             nats, each = replica.module(micro.tokens_BL, micro.positions_BL, micro.labels_BL)
             (nats * (replica.gradient_scale / labels)).backward()
-        account.add(micro, np.zeros(len(rows.tokens), dtype=np.int32), each)
-    sums = account.start(checkpoint=world.rank == 0, stop=world.rank == 1).result()
+        metrics.add(micro, np.zeros(len(rows.tokens), dtype=np.int32), each)
+    sums = metrics.start(checkpoint=world.rank == 0, stop=world.rank == 1).result()
     norm = clip_gradients(replica.model.parameters(), 0.05)
     named = dict(replica.model.model.named_parameters())
     gradients = full_tensors(
@@ -105,16 +105,16 @@ def state(world: World) -> TrainingState:
 
 
 def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
-    found: dict[Any, Any] = {
+    results: dict[Any, Any] = {
         (parallel, rows): one_step(world, parallel, rows, directory / f"{parallel}{rows}")
         for parallel, rows in CASES
     }
-    return {**found, "agreed": world.broadcast({"rank": world.rank})}
+    return {**results, "agreed": world.broadcast({"rank": world.rank})}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    return found_by_ranks(
+    return results_of_ranks(
         "tests.integration.training.test_two_ranks", tmp_path_factory.mktemp("ranks")
     )
 
@@ -128,12 +128,12 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_any_split_gives_one_gradient_and_update(
     case: tuple[str, int], two_ranks: dict[Any, Any], one_rank: dict[str, Any]
 ) -> None:
-    found = two_ranks[case]
+    actual = two_ranks[case]
     for what in ("gradients", "weights"):
-        assert found[what].keys() == one_rank[what].keys()
+        assert actual[what].keys() == one_rank[what].keys()
         for name, expected in one_rank[what].items():
-            torch.testing.assert_close(found[what][name], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found["norm"], one_rank["norm"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(actual[what][name], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(actual["norm"], one_rank["norm"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

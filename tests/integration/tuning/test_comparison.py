@@ -71,28 +71,28 @@ def test_paired_intervals_are_scipys(pairs: list[tuple[float, float]]) -> None:
     own, base = (dict(enumerate(values)) for values in zip(*pairs, strict=True))
     if np.ptp([a - b for a, b in pairs]) < 1e-9:
         return
-    found = paired(own, base)
-    assert found is not None
+    interval = paired(own, base)
+    assert interval is not None
     expected = ttest_rel(list(own.values()), list(base.values())).confidence_interval(0.95)
-    assert found["low"] == pytest.approx(expected.low, rel=1e-9, abs=1e-9)
-    assert found["high"] == pytest.approx(expected.high, rel=1e-9, abs=1e-9)
-    assert found["seeds"] == len(pairs)
+    assert interval["low"] == pytest.approx(expected.low, rel=1e-9, abs=1e-9)
+    assert interval["high"] == pytest.approx(expected.high, rel=1e-9, abs=1e-9)
+    assert interval["seeds"] == len(pairs)
 
 
 def test_a_known_interval() -> None:
     # Differences 1, 2, 3: mean 2, sd 1, t(0.975, 2) = 4.302653.
-    found = paired({0: 2, 1: 4, 2: 6}, {0: 1, 1: 2, 2: 3})
-    assert found is not None
-    assert found["mean"] == 2
-    assert found["high"] - 2 == pytest.approx(4.3026527 / np.sqrt(3), rel=1e-7)
+    interval = paired({0: 2, 1: 4, 2: 6}, {0: 1, 1: 2, 2: 3})
+    assert interval is not None
+    assert interval["mean"] == 2
+    assert interval["high"] - 2 == pytest.approx(4.3026527 / np.sqrt(3), rel=1e-7)
 
 
 def test_pairing_cancels_what_seeds_have_in_common() -> None:
     common = {seed: float(value) for seed, value in enumerate([1, 5, 9])}
     shifted = {seed: value - 0.1 for seed, value in common.items()}
-    found = paired(shifted, common)
-    assert found is not None
-    assert found["high"] < 0
+    interval = paired(shifted, common)
+    assert interval is not None
+    assert interval["high"] < 0
     assert (spread(shifted)["sd"] or 0) > 3
 
 
@@ -212,16 +212,16 @@ def test_a_run_is_read_from_its_directory(tmp_path: Path) -> None:
             "run": {"dir": str(tmp_path)},
         }
     )
-    found = read_result(Variant("uniform", 0, recipe), "done", flops_per_token=10.0)
-    assert (found.seconds, found.extra_seconds) == (8.0, 1.0)
-    assert [p.tokens for p in found.points] == [0, 200, 400]
-    assert [p.flops for p in found.points] == [0, 2000, 4000]
+    result = read_result(Variant("uniform", 0, recipe), "done", flops_per_token=10.0)
+    assert (result.seconds, result.extra_seconds) == (8.0, 1.0)
+    assert [p.tokens for p in result.points] == [0, 200, 400]
+    assert [p.flops for p in result.points] == [0, 2000, 4000]
     # Half a second of probing to four seconds of training.
-    assert [p.extra_flops for p in found.points] == [0, 250, 500]
-    assert found.losses == {"a": 1.0}
+    assert [p.extra_flops for p in result.points] == [0, 250, 500]
+    assert result.losses == {"a": 1.0}
 
     counted = text.replace('{"seconds": 0.5}', '{"seconds": 0.5, "flops": 7}')
     (tmp_path / "metrics.jsonl").write_text(counted)
-    found = read_result(Variant("uniform", 0, recipe), "failed", flops_per_token=10.0)
-    assert [p.extra_flops for p in found.points] == [0, 7, 14]
-    assert found.losses == {}
+    result = read_result(Variant("uniform", 0, recipe), "failed", flops_per_token=10.0)
+    assert [p.extra_flops for p in result.points] == [0, 7, 14]
+    assert result.losses == {}

@@ -59,14 +59,14 @@ def searcher(one: Recipe, space: MixtureSpace, out: Path, names: list[str]) -> M
 
 def search(one: Recipe, space: MixtureSpace, out: Path, runs: int) -> list[dict[str, Any]]:
     """Return what the searcher configured `runs` runs with, each finished before the next."""
-    found = searcher(one, space, out, [f"mix-{at:03d}" for at in range(runs)])
+    mixture_searcher = searcher(one, space, out, [f"mix-{at:03d}" for at in range(runs)])
     configured: list[dict[str, Any]] = []
     for at in range(runs):
-        config = found.suggest(f"trial-{at}")
+        config = mixture_searcher.suggest(f"trial-{at}")
         assert config is not None
         configured.append(config)
         write_end(out / config["name"], powers(config["shares"]))
-        found.on_trial_complete(f"trial-{at}", {"state": "done"})
+        mixture_searcher.on_trial_complete(f"trial-{at}", {"state": "done"})
     return configured
 
 
@@ -106,15 +106,15 @@ def test_a_new_searcher_learns_from_what_is_there(corpus: Corpus, tmp_path: Path
 def test_it_waits_where_too_little_is_known(corpus: Corpus, tmp_path: Path) -> None:
     one = recipe(corpus, initial=2)
     space = space_of(one, corpus)
-    found = searcher(one, space, tmp_path, ["mix-000", "mix-001", "mix-002"])
-    assert found.suggest("one") is not None
-    assert found.suggest("two") is not None
+    mixture_searcher = searcher(one, space, tmp_path, ["mix-000", "mix-001", "mix-002"])
+    assert mixture_searcher.suggest("one") is not None
+    assert mixture_searcher.suggest("two") is not None
     # Two runs are under way: a law needs three, so the third is a draw once they have ended.
-    assert found.suggest("three") is None
+    assert mixture_searcher.suggest("three") is None
     for trial, name in (("one", "mix-000"), ("two", "mix-001")):
         write_end(tmp_path / name, {"a": 2.0, "b": 2.0, "c": 2.0})
-        found.on_trial_complete(trial, {"state": "done"})
-    config = found.suggest("three")
+        mixture_searcher.on_trial_complete(trial, {"state": "done"})
+    config = mixture_searcher.suggest("three")
     assert config is not None
     assert config["name"] == "mix-002"
 
@@ -123,8 +123,8 @@ def test_runs_under_way_are_not_proposed_again(corpus: Corpus, tmp_path: Path) -
     one = recipe(corpus)
     space = space_of(one, corpus)
     search(one, space, tmp_path, 4)
-    found = searcher(one, space, tmp_path, ["mix-004", "mix-005"])
-    first, second = found.suggest("one"), found.suggest("two")
+    mixture_searcher = searcher(one, space, tmp_path, ["mix-004", "mix-005"])
+    first, second = mixture_searcher.suggest("one"), mixture_searcher.suggest("two")
     assert first is not None
     assert second is not None
     apart = np.sqrt(space.array(first["shares"])) - np.sqrt(space.array(second["shares"]))

@@ -26,16 +26,16 @@ def run(label: str, seed: int, first: Mapping[str, float], last: Mapping[str, fl
 
 
 def runs() -> list[RunResult]:
-    found: list[RunResult] = []
+    results: list[RunResult] = []
     for seed in SEEDS:
         shift = 0.5 * (seed - 1)
         base = {name: loss + shift for name, loss in BASE.items()}
-        found += [
+        results += [
             run("specialist-a", seed, base, {"a": 3.0 + shift, "b": 7.0}),
             run("specialist-b", seed, base, {"a": 5.0, "b": 4.0 + shift}),
             run("joint", seed, base, {"a": 3.5 + shift, "b": 4.5 + shift}),
         ]
-    return found
+    return results
 
 
 def merged(given: float, best: float, scale: float | None) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def merged(given: float, best: float, scale: float | None) -> dict[str, Any]:
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    told = {
+    merges = {
         ("drm", 1): merged(5.0, 4.25, 0.5),
         ("drm", 2): merged(5.5, 4.75, 0.7),
         ("linear", 1): merged(4.5, 4.5, None),
@@ -56,7 +56,7 @@ def document(**changes: Any) -> dict[str, Any]:
         ("broken", 1): None,
         ("broken", 2): None,
     }
-    measured = SpecialistLosses(DOMAINS, SEEDS, ("drm", "linear", "broken"), runs(), told)
+    measured = SpecialistLosses(DOMAINS, SEEDS, ("drm", "linear", "broken"), runs(), merges)
     return specialist_stats(measured, {"broken-seed1": "no <luck>"}) | changes
 
 
@@ -84,16 +84,16 @@ def test_merges_stand_beside_them() -> None:
 
 
 def test_methods_are_compared_seed_by_seed() -> None:
-    found = document()["differences"]
-    assert found["best"]["drm"]["linear"]["mean"] == -0.25
-    assert found["best"]["linear"]["drm"]["mean"] == 0.25
-    assert found["given"]["drm"]["linear"]["mean"] == 0.5
+    differences = document()["differences"]
+    assert differences["best"]["drm"]["linear"]["mean"] == -0.25
+    assert differences["best"]["linear"]["drm"]["mean"] == 0.25
+    assert differences["given"]["drm"]["linear"]["mean"] == 0.5
 
 
 def test_what_failed_is_counted_and_told() -> None:
-    found = document()
-    assert found["failed"] == 2
-    assert found["problems"] == {"broken-seed1": "no <luck>"}
+    stats = document()
+    assert stats["failed"] == 2
+    assert stats["problems"] == {"broken-seed1": "no <luck>"}
 
 
 def test_what_a_specialist_unlearns() -> None:
@@ -119,13 +119,13 @@ def test_the_page_says_all_of_it() -> None:
     assert "A &lt;run&gt;" in page
     assert page.count("<svg") == 2
     assert "://" not in page.replace("http://www.w3.org/", "")
-    for told in (
+    for words in (
         "no &lt;luck&gt;",
         "66.7",
         "+0.2500 [+0.2500, +0.2500]",
         "which test and search rows share",
     ):
-        assert told in page
+        assert words in page
 
 
 def test_the_page_of_one_seed_and_one_method_without_a_scale() -> None:

@@ -142,13 +142,13 @@ def test_a_run_stops_goes_on_and_is_found_done(corpus: Corpus, tmp_path: Path) -
 
 def test_what_goes_wrong_is_told(corpus: Corpus, tmp_path: Path) -> None:
     one, other = variants(corpus, tmp_path, lr=1e30, warmup_ratio=0.0)
-    told = trial(one).attempt(stop_requested=lambda: False)
-    assert told["state"] == "failed"
-    assert "the loss is" in told["problem"]
+    result = trial(one).attempt(stop_requested=lambda: False)
+    assert result["state"] == "failed"
+    assert "the loss is" in result["problem"]
 
     (Path(other.recipe.run_dir) / ".lock").mkdir(parents=True)
-    told = trial(other).attempt(stop_requested=lambda: False)
-    assert "IsADirectoryError" in told["problem"]
+    result = trial(other).attempt(stop_requested=lambda: False)
+    assert "IsADirectoryError" in result["problem"]
     assert "Traceback" in (Path(other.recipe.run_dir) / "error.log").read_text()
     plans = plan_comparison([other], corpus, machine(), parallel=None).plans
     assert run_stages([other], corpus, plans) == {other.name: "new"}
@@ -157,9 +157,9 @@ def test_what_goes_wrong_is_told(corpus: Corpus, tmp_path: Path) -> None:
 def test_a_run_in_use_is_left_alone(corpus: Corpus, tmp_path: Path) -> None:
     one, _ = variants(corpus, tmp_path)
     with RunDirectory(Path(one.recipe.run_dir)).locked():
-        told = trial(one).attempt(stop_requested=lambda: False)
-    assert told["state"] == "failed"
-    assert "in use by" in told["problem"]
+        result = trial(one).attempt(stop_requested=lambda: False)
+    assert result["state"] == "failed"
+    assert "in use by" in result["problem"]
 
 
 def test_directories_of_something_else_are_refused(corpus: Corpus, tmp_path: Path) -> None:

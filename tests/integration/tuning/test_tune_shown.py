@@ -160,20 +160,20 @@ def test_the_interval_of_the_worst_is_its_own(learned: LearnedLaw) -> None:
 
 def test_a_loss_that_was_not_judged_has_no_interval(learned: LearnedLaw) -> None:
     some = {name: score for name, score in learned.report.targets.items() if name != "a"}
-    told = predict_mixture(
+    prediction = predict_mixture(
         replace(learned, report=replace(learned.report, targets=some)),
         dict.fromkeys("abc", 1 / 3),
         step=STEPS,
     )
-    assert (told["low"], told["high"]) == (None, None)
-    assert told["value"] > 0
+    assert (prediction["low"], prediction["high"]) == (None, None)
+    assert prediction["value"] > 0
 
 
 def test_the_law_stands_beside_bimix_and_those_that_know_less(searched: dict[str, Any]) -> None:
-    told = searched["judged"]
-    assert list(told["laws"]) == [searched["law"], "bimix"]
-    assert told["laws"]["bimix"]["unseen_last"]["mre"] >= 0
-    assert set(told["nulls"]) == set(told["nulls_last"]) == {"mean"}
+    judged = searched["judged"]
+    assert list(judged["laws"]) == [searched["law"], "bimix"]
+    assert judged["laws"]["bimix"]["unseen_last"]["mre"] >= 0
+    assert set(judged["nulls"]) == set(judged["nulls_last"]) == {"mean"}
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -218,11 +218,11 @@ def test_runs_are_told_as_far_as_they_came(mixtures: list[Mixture]) -> None:
     stopped = replace(stopped, state="stopped", points=stopped.points[:2])
     start = EvaluationPoint(step=0, tokens=0, flops=0.0, extra_flops=0.0, losses={"a": 4.1})
     failed = replace(failed, state="failed", problem="the loss is nan", points=[start])
-    told = observed_runs([stopped, failed], mixtures, objective)
-    assert [row["state"] for row in told] == ["stopped", "failed"] + ["waiting"] * 4
-    assert [(row["step"], row["value"]) for row in told[1:3]] == [(0, None), (0, None)]
-    assert (told[0]["step"], told[0]["value"]) == (20, stopped.points[1].losses["a"])
-    assert told[1]["problem"] == "the loss is nan"
+    rows = observed_runs([stopped, failed], mixtures, objective)
+    assert [row["state"] for row in rows] == ["stopped", "failed"] + ["waiting"] * 4
+    assert [(row["step"], row["value"]) for row in rows[1:3]] == [(0, None), (0, None)]
+    assert (rows[0]["step"], rows[0]["value"]) == (20, stopped.points[1].losses["a"])
+    assert rows[1]["problem"] == "the loss is nan"
 
 
 def test_only_finished_runs_are_best(mixtures: list[Mixture], space: MixtureSpace) -> None:
@@ -231,15 +231,15 @@ def test_only_finished_runs_are_best(mixtures: list[Mixture], space: MixtureSpac
     def run(name: str, state: str, value: float | None) -> dict[str, Any]:
         return {"name": name, "origin": "o", "shares": {}, "state": state, "value": value}
 
-    told = [run("x", "stopped", 0.1), run("y", "done", None), run("z", "done", 3.0)]
-    roles = roles_of(told, optimum, others)
+    runs = [run("x", "stopped", 0.1), run("y", "done", None), run("z", "done", 3.0)]
+    roles = roles_of(runs, optimum, others)
     assert {role: m.name for role, m in roles.items()} == {
         "optimum": "optimum-1",
         "best observed": "z",
         "uniform": "uniform",
         "proportional": "proportional",
     }
-    assert "runner-up" in roles_of([*told, run("w", "done", 2.0)], optimum, others)
+    assert "runner-up" in roles_of([*runs, run("w", "done", 2.0)], optimum, others)
 
 
 def test_a_verifying_run_that_failed_is_left_out(learned: LearnedLaw, space: MixtureSpace) -> None:

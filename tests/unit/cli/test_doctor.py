@@ -31,15 +31,15 @@ def verdicts(checks: list[doctor.Check]) -> dict[str, str]:
 def test_a_small_machine_is_warned_with_what_to_do(small: pytest.MonkeyPatch) -> None:
     small.delenv("RAY_ADDRESS", raising=False)
     checks = list(doctor.examine(None))
-    found = verdicts(checks)
+    verdict_of = verdicts(checks)
     for name in ("cores", "memory", "object store", "disk", "open files"):
-        assert found[name] == "warn", name
+        assert verdict_of[name] == "warn", name
     advice = {check.name: check.advice for check in checks}
     assert "cluster.workers=0" in advice["cores"]
     assert "cluster.object_store_bytes" in advice["memory"]
     assert "--shm-size (1g)" in advice["object store"]
     assert "ulimit -n 65536" in advice["open files"]
-    assert "fail" not in found.values()
+    assert "fail" not in verdict_of.values()
 
 
 def test_a_large_machine_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +53,9 @@ def test_a_large_machine_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_shared_memory_ray_is_slower(small: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small.setattr(machine, "SHM", tmp_path / "none")
-    found = doctor._shared_memory()
-    assert found.verdict == "warn"
-    assert "slower" in found.advice
+    check = doctor._shared_memory()
+    assert check.verdict == "warn"
+    assert "slower" in check.advice
 
 
 def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +67,12 @@ def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
         return "1.0" if name == "torch" else installed(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    found = {check.name: check for check in doctor._packages()}
-    assert found["scipy"].verdict == "fail"
-    assert found["scipy"].advice == "pip install 'scipy'"
-    assert (found["torch"].verdict, found["torch"].observed) == ("fail", "1.0")
-    assert found["torch"].advice.startswith("pip install 'torch>=")
-    assert found["ray"].verdict == "ok"
+    checks = {check.name: check for check in doctor._packages()}
+    assert checks["scipy"].verdict == "fail"
+    assert checks["scipy"].advice == "pip install 'scipy'"
+    assert (checks["torch"].verdict, checks["torch"].observed) == ("fail", "1.0")
+    assert checks["torch"].advice.startswith("pip install 'torch>=")
+    assert checks["ray"].verdict == "ok"
 
 
 def test_ray_address_of_the_environment_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,8 @@ def fit(*arguments: str) -> tuple[int, str, str]:
 def test_a_law_is_fitted_judged_and_written(tables: Path) -> None:
     law = tables / "law.json"
     options = ("--law", "additive", "--target", "d0,d2", "--out", str(law))
-    held = ("--holdout", str(tables / "test.csv"))
-    code, out, _ = fit(str(tables / "train.csv"), *options, *held)
+    holdout = ("--holdout", str(tables / "test.csv"))
+    code, out, _ = fit(str(tables / "train.csv"), *options, *holdout)
     assert code == 0
     assert "law additive, from 24 rows of 24 runs" in out
     assert f"judged on {tables / 'test.csv'}" in out.replace("\n", "")
@@ -45,8 +45,8 @@ def test_json_has_the_keys_others_rely_on(tables: Path) -> None:
     assert code == 0
     assert {"law", "cpu_s", "targets", "mean", "verdict"} <= set(document)
     assert set(document["targets"]["d0"]) == {"spearman", "r2", "mre"} == set(document["mean"])
-    held = ("--holdout", str(tables / "test.csv"))
-    _, out, _ = fit(str(tables / "train.csv"), "--law", "additive", *held, "--json")
+    holdout = ("--holdout", str(tables / "test.csv"))
+    _, out, _ = fit(str(tables / "train.csv"), "--law", "additive", *holdout, "--json")
     assert json.loads(out)["mean"] != document["mean"]
 
 

@@ -32,8 +32,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(root: Path, pattern: str) -> list[str]:
-    found = expand("p", f"{root}/{pattern}")
-    return [str(Path(url).relative_to(root)) for url, _ in found]
+    matches = expand("p", f"{root}/{pattern}")
+    return [str(Path(url).relative_to(root)) for url, _ in matches]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_escaped_names_mean_themselves(tmp_path_factory: pytest.TempPathFactory,
     root = tmp_path_factory.mktemp(glob.escape("odd [dir]"))
     (root / name).write_text("x")
     (root / "a").write_text("x")
-    found = expand("p", glob.escape(str(root / name)))
-    assert [url for url, _ in found] == [str(root / name)]
+    matches = expand("p", glob.escape(str(root / name)))
+    assert [url for url, _ in matches] == [str(root / name)]
 
 
 def test_hidden_files_need_a_dot(tree: Path) -> None:
@@ -65,9 +65,9 @@ def test_hidden_files_need_a_dot(tree: Path) -> None:
 def test_globs_work_on_any_store() -> None:
     for name in ("b", "a", "sub/c"):
         atomic_write_bytes(f"memory://raymix-glob/{name}.txt", b"x")
-    found = [url for url, _ in expand("p", "memory://raymix-glob/**/*.txt")]
-    assert [url.rsplit("raymix-glob/")[-1] for url in found] == ["a.txt", "b.txt", "sub/c.txt"]
-    assert all(files.read_bytes(url) == b"x" for url in found)
+    urls = [url for url, _ in expand("p", "memory://raymix-glob/**/*.txt")]
+    assert [url.rsplit("raymix-glob/")[-1] for url in urls] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert all(files.read_bytes(url) == b"x" for url in urls)
     files.remove("memory://raymix-glob")
 
 
@@ -77,9 +77,9 @@ def config(tmp: Path, **domain: object) -> CorpusConfig:
     )
 
 
-def refusal(found: CorpusConfig) -> str:
+def refusal(corpus_config: CorpusConfig) -> str:
     with pytest.raises(CorpusError) as caught:
-        find_sources(found)
+        find_sources(corpus_config)
     return str(caught.value)
 
 
@@ -110,13 +110,13 @@ def test_sources_may_not_lie_where_the_corpus_goes(tmp_path: Path) -> None:
     (tmp_path / "d" / "train").mkdir(parents=True)
     (tmp_path / "d" / "train" / "a.txt").write_text("x")
     inside = {"name": "d", "train": f"{tmp_path}/d/train/*.txt"}
-    found = CorpusConfig.model_validate({"path": str(tmp_path), "domains": [inside]})
-    assert "where the prepared corpus of the domain goes" in refusal(found)
+    corpus_config = CorpusConfig.model_validate({"path": str(tmp_path), "domains": [inside]})
+    assert "where the prepared corpus of the domain goes" in refusal(corpus_config)
 
 
 def test_order_is_that_of_the_globs_then_sorted(tree: Path) -> None:
-    found = find_sources(config(tree, train=[f"{tree}/b.*", f"{tree}/*.jsonl"], format="text"))
-    assert [Path(file.url).name for file in found["d"].train] == ["b.jsonl", "b.txt", "a.jsonl"]
+    sources = find_sources(config(tree, train=[f"{tree}/b.*", f"{tree}/*.jsonl"], format="text"))
+    assert [Path(file.url).name for file in sources["d"].train] == ["b.jsonl", "b.txt", "a.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,8 @@ def test_unknown_ending_says_what_to_set(name: str) -> None:
 
 
 def plan(tmp: Path, **domain: object) -> list[tuple[str, int, int | None]]:
-    found = config(tmp, **domain)
-    parts = plan_parts(found.domains, find_sources(found))["d"]
+    corpus_config = config(tmp, **domain)
+    parts = plan_parts(corpus_config.domains, find_sources(corpus_config))["d"]
     return [(p.held_out, s.low, s.high) for p in parts for s in p.slices]
 
 
@@ -152,8 +152,8 @@ def test_parquet_is_cut_by_row_groups(tmp_path: Path) -> None:
     table = pa.table({"text": ["abcdefgh" * (MIN_PART_BYTES // 16)] * 4, "id": [1, 2, 3, 4]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="none",
                    use_dictionary=False)  # fmt: skip
-    found = config(tmp_path, train=f"{tmp_path}/a.parquet")
-    parts = plan_parts(found.domains, find_sources(found))["d"]
+    corpus_config = config(tmp_path, train=f"{tmp_path}/a.parquet")
+    parts = plan_parts(corpus_config.domains, find_sources(corpus_config))["d"]
     assert [[(s.low, s.high) for s in part.slices] for part in parts] == [
         [(0, 1)], [(1, 2)], [(2, 3)], [(3, 4)],
     ]  # fmt: skip
@@ -171,8 +171,8 @@ def test_lines_are_cut_by_bytes_and_the_rest_by_files(tmp_path: Path) -> None:
 
 
 def test_held_out_files_come_first(tree: Path) -> None:
-    found = plan(tree, train=f"{tree}/a.jsonl", valid=f"{tree}/b.jsonl")
-    assert [held_out for held_out, *_ in found] == ["yes", "no"]
+    slices = plan(tree, train=f"{tree}/a.jsonl", valid=f"{tree}/b.jsonl")
+    assert [held_out for held_out, *_ in slices] == ["yes", "no"]
 
 
 def unplannable(tmp: Path, **domain: object) -> str:
@@ -207,7 +207,9 @@ def test_unreadable_file_is_named(tmp_path: Path, kind: str, content: bytes) -> 
 
 
 def test_parts_do_not_depend_on_anything_but_the_files(tree: Path) -> None:
-    found = config(tree, train=f"{tree}/**/*.jsonl")
-    first, second = (plan_parts(found.domains, find_sources(found)) for _ in range(2))
+    corpus_config = config(tree, train=f"{tree}/**/*.jsonl")
+    first, second = (
+        plan_parts(corpus_config.domains, find_sources(corpus_config)) for _ in range(2)
+    )
     assert first == second
     assert [part.key() for part in first["d"]] == [part.key() for part in second["d"]]

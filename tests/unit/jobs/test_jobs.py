@@ -31,7 +31,7 @@ def write(root: Path, files: dict[str, str]) -> Path:
 
 def document(**changes: Any) -> dict[str, Any]:
     domains = [{"name": "books", "train": "data/*.txt"}, {"name": "web", "train": "s3://b/*.txt"}]
-    found = {
+    fields = {
         **DOCUMENT,
         "corpus": {"path": "/shared/corpus", "domains": domains},
         "mixer": {"kind": "uniform"},
@@ -39,13 +39,13 @@ def document(**changes: Any) -> dict[str, Any]:
         "run": {"dir": "/shared/runs/{name}"},
     }
     for path, value in changes.items():
-        node: Any = found
+        node: Any = fields
         *parents, last = path.split("__")
         for key in parents:
             node[key] = dict(node[key])
             node = node[key]
         node[last] = value
-    return found
+    return fields
 
 
 @pytest.fixture
@@ -131,10 +131,10 @@ def test_sources_must_travel(project: Path, change: dict[str, Any], says: str) -
 
 def test_every_fault_is_told_at_once(project: Path) -> None:
     both = document(corpus__path="corpora/my", run__dir="runs/{name}")
-    told = refused(project, both)
-    assert "corpus.path" in told
-    assert "run.dir" in told
-    assert "--storage" in told
+    message = refused(project, both)
+    assert "corpus.path" in message
+    assert "run.dir" in message
+    assert "--storage" in message
     assert submit(project, both, storage="/shared").storage == "/shared"
     assert submit(project, both, command="plan").entrypoint
 
@@ -256,8 +256,8 @@ def test_ignored_is_what_git_ignores(
     git = ["git", f"--git-dir={EMPTY}", f"--work-tree={root}", "-c", "core.excludesFile="]
     command = [*git, "ls-files", "-z", "--others", "--exclude-standard"]
     done = subprocess.run(command, capture_output=True, check=True, cwd=root)
-    kept = sorted(done.stdout.decode().split("\0")[:-1])
-    assert list(list_files(root).files) == kept, patterns
+    expected = sorted(done.stdout.decode().split("\0")[:-1])
+    assert list(list_files(root).files) == expected, patterns
 
 
 @pytest.fixture(scope="module", autouse=True)

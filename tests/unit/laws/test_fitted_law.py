@@ -214,10 +214,10 @@ def test_rows_of_a_subset_are_those_seen_or_all_if_there_are_none() -> None:
     table = AdditiveTruth(3).table(5).with_targets(["d0", "d1"])
     table.loss_RV[:2, 1] = np.nan
     use_FR = np.array([[True, True, False, False, False], [True, False, True, True, True]])
-    found_FVR = make_training_table(table).seen_in(use_FR)
-    np.testing.assert_array_equal(found_FVR[:, 0], use_FR)
-    np.testing.assert_array_equal(found_FVR[0, 1], [False, False, True, True, True])
-    np.testing.assert_array_equal(found_FVR[1, 1], [False, False, True, True, True])
+    seen_FVR = make_training_table(table).seen_in(use_FR)
+    np.testing.assert_array_equal(seen_FVR[:, 0], use_FR)
+    np.testing.assert_array_equal(seen_FVR[0, 1], [False, False, True, True, True])
+    np.testing.assert_array_equal(seen_FVR[1, 1], [False, False, True, True, True])
 
 
 def log_linear(runs: int, noise: float = 0.0) -> tuple[MixtureTable, Any]:

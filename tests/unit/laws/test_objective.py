@@ -136,9 +136,9 @@ def test_weights_have_their_defaults() -> None:
 
 def test_a_prior_of_zero_is_fine_where_nothing_is_allowed() -> None:
     prior = {"web": 0.5, "books": 0.5}
-    asked = feasible(Objective(prior=prior, kl=0.1, caps={"code": 0}), DOMAINS, TARGETS)
-    assert asked.divergence(np.array([0.5, 0.5, 0])) == 0
-    assert asked.divergence(np.array([1.0, 0, 0])) == pytest.approx(0.1 * np.log(2))
+    problem = feasible(Objective(prior=prior, kl=0.1, caps={"code": 0}), DOMAINS, TARGETS)
+    assert problem.divergence(np.array([0.5, 0.5, 0])) == 0
+    assert problem.divergence(np.array([1.0, 0, 0])) == pytest.approx(0.1 * np.log(2))
 
 
 @st.composite

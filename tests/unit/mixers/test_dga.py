@@ -93,8 +93,8 @@ def test_only_what_is_sampled_by_is_averaged() -> None:
     settled = mean
     for n in range(1, 5):  # weights that stay: the average closes in geometrically
         target = plain.update(window(3, alignment=[0, 0, 1]))
-        found = averaged.update(window(3, alignment=[0, 0, 1]))
-        assert found == pytest.approx(target + (1 - beta) ** n * (settled - target))
+        actual = averaged.update(window(3, alignment=[0, 0, 1]))
+        assert actual == pytest.approx(target + (1 - beta) ** n * (settled - target))
 
 
 @pytest.mark.parametrize("gradients", ["unit", "clip"])

@@ -384,8 +384,8 @@ def test_overrides_to_and_from_a_kind_of_another_package(
 ) -> None:
     install(monkeypatch, f"{__name__}:greedy")
     ours = write(tmp_path / "ours.yaml", document())
-    found = load_recipe(ours, ["mixer.kind=greedy", "mixer.slope=2"]).mixer
-    assert found.model_dump() == {"kind": "greedy", "targets": (), "slope": 2}
+    mixer = load_recipe(ours, ["mixer.kind=greedy", "mixer.slope=2"]).mixer
+    assert mixer.model_dump() == {"kind": "greedy", "targets": (), "slope": 2}
     theirs = write(tmp_path / "theirs.yaml", document(mixer={"kind": "greedy", "slope": 1}))
     assert load_recipe(theirs, ["mixer.kind=uniform"]).mixer == UniformMixer(kind="uniform")
     with pytest.raises(

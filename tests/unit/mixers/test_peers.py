@@ -163,10 +163,10 @@ def test_known_power_laws_are_found_again() -> None:
     )  # fmt: skip
     truth = PowerLaws(floor, scale, power)
     n_H = np.linspace(1e4, 2e6, 40)
-    found = fit_power_laws(n_H, np.array([truth.loss(n) for n in n_H]))
+    fitted = fit_power_laws(n_H, np.array([truth.loss(n) for n in n_H]))
     for n in (2e5, 2e6, 4e6):
-        assert found.loss(n) == pytest.approx(truth.loss(n), rel=2e-3)
-        assert found.slope(n) == pytest.approx(truth.slope(n), rel=0.05)
+        assert fitted.loss(n) == pytest.approx(truth.loss(n), rel=2e-3)
+        assert fitted.slope(n) == pytest.approx(truth.slope(n), rel=0.05)
 
 
 def test_the_fit_is_as_good_as_a_general_optimizer_and_passes_over_outliers() -> None:
@@ -185,18 +185,18 @@ def test_the_fit_is_as_good_as_a_general_optimizer_and_passes_over_outliers() ->
 
     starts = [(np.log(f), np.log(s), p) for f in (0.5, 1.5) for s in (10, 60) for p in (0.2, 0.5)]
     best = min(minimize(cost, start, method="Nelder-Mead").fun for start in starts)
-    found = fit_power_laws(n_H, loss_H[:, None])
-    ours = cost([np.log(found.floor_M[0]), np.log(found.scale_M[0]), found.power_M[0]])
+    fitted = fit_power_laws(n_H, loss_H[:, None])
+    ours = cost([np.log(fitted.floor_M[0]), np.log(fitted.scale_M[0]), fitted.power_M[0]])
     assert ours <= best * 1.02
-    assert found.slope(1e6) == pytest.approx(truth.slope(1e6), rel=0.1)
+    assert fitted.slope(1e6) == pytest.approx(truth.slope(1e6), rel=0.1)
 
 
 def test_too_few_points_are_no_law() -> None:
     loss = np.full((4, 2), np.nan)
     loss[:, 0] = [3, 2.5, 2.2, 2.1]
     loss[:2, 1] = [3, 2]
-    found = fit_power_laws(np.arange(1.0, 5.0), loss)
-    assert np.isfinite(found.slope(4.0)).tolist() == [True, False]
+    fitted = fit_power_laws(np.arange(1.0, 5.0), loss)
+    assert np.isfinite(fitted.slope(4.0)).tolist() == [True, False]
 
 
 def test_ado_prefers_what_still_learns() -> None:

@@ -85,8 +85,8 @@ def test_equal_domains_keep_their_shares() -> None:
     for form in ("simplified", "full"):
         mixer = adaptive("pike", context(3), form=form, initial="uniform")
         assert mixer.update(window(3, norm2=[2] * 3, noise=[5] * 3)).tolist() == [1 / 3] * 3
-    held = adaptive("pike", context(3), **RAW, initial={"d0": 0.5, "d1": 0.3, "d2": 0.2})
-    assert held.update(window(3, norm2=[2] * 3, noise=[5] * 3)).tolist() == [0.5, 0.3, 0.2]
+    raw = adaptive("pike", context(3), **RAW, initial={"d0": 0.5, "d1": 0.3, "d2": 0.2})
+    assert raw.update(window(3, norm2=[2] * 3, noise=[5] * 3)).tolist() == [0.5, 0.3, 0.2]
 
 
 def test_log_odds_rise_by_the_difference_of_norms() -> None:
@@ -214,17 +214,17 @@ def test_extreme_tilt_looks_at_the_worst_domain_only() -> None:
 
 
 def test_loss_weights_ignore_a_shift_of_all_losses_and_targets_count_once() -> None:
-    found = []
+    weights_by_shift = []
     for shift in (0.0, 5.0):
         mixer = adaptive("pike", context(3), tau=2.0, targets="d1")
         assert mixer.loss_weights() is None
         mixer.update(window(3, norm2=[1] * 3, noise=[1] * 3, loss=[1 + shift, 9, 2 + shift]))
         weights = mixer.loss_weights()
         assert weights is not None
-        found.append(weights)
-    assert found[0] == pytest.approx(found[1])
-    assert found[0][1] == 1
-    assert found[0][[0, 2]].mean() == pytest.approx(1)
+        weights_by_shift.append(weights)
+    assert weights_by_shift[0] == pytest.approx(weights_by_shift[1])
+    assert weights_by_shift[0][1] == 1
+    assert weights_by_shift[0][[0, 2]].mean() == pytest.approx(1)
 
 
 def test_loss_weights_can_be_left_out_and_wait_for_the_warm_up() -> None:

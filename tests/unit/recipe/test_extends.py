@@ -64,15 +64,15 @@ def test_another_tokenizer_replaces_the_old(folder: Path) -> None:
 
 def test_domains_are_merged_by_name(folder: Path) -> None:
     domains = [{"name": "b", "text_column": "t"}, {"name": "d", "train": "d.txt"}]
-    found = load_recipe(extend(folder, corpus={"domains": domains})).corpus.domains
-    assert [domain.name for domain in found] == ["a", "b", "c", "d"]
-    assert found[1].text_column == "t"
-    assert found[1].train == (str(folder / "data/b/*.txt"),)
+    merged = load_recipe(extend(folder, corpus={"domains": domains})).corpus.domains
+    assert [domain.name for domain in merged] == ["a", "b", "c", "d"]
+    assert merged[1].text_column == "t"
+    assert merged[1].train == (str(folder / "data/b/*.txt"),)
 
 
 def test_names_alone_select_domains(folder: Path) -> None:
-    found = load_recipe(extend(folder, corpus={"domains": ["c", "a"]})).corpus.domains
-    assert [domain.name for domain in found] == ["c", "a"]
+    selected = load_recipe(extend(folder, corpus={"domains": ["c", "a"]})).corpus.domains
+    assert [domain.name for domain in selected] == ["c", "a"]
     path = extend(folder, corpus={"domains": ["c", "aa"]})
     assert refused(path) == (
         "corpus.domains = 'aa': the extended recipe has no entry of this name. "

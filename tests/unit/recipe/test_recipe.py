@@ -126,10 +126,10 @@ OVERRIDES: list[tuple[str, str, Any]] = [
 
 @pytest.mark.parametrize(("override", "path", "value"), OVERRIDES)
 def test_overrides(file: str, override: str, path: str, value: Any) -> None:
-    found: Any = load_recipe(file, ["mixer={kind: uniform}", override])
+    actual: Any = load_recipe(file, ["mixer={kind: uniform}", override])
     for key in path.split("."):
-        found = found[int(key)] if key.isdecimal() else getattr(found, key)
-    assert found == value or str(found).endswith(f"/{value}")
+        actual = actual[int(key)] if key.isdecimal() else getattr(actual, key)
+    assert actual == value or str(actual).endswith(f"/{value}")
 
 
 def test_overrides_apply_in_order_and_the_last_wins(file: str) -> None:
@@ -249,7 +249,7 @@ def test_recipes_are_frozen(file: str) -> None:
 
 
 def test_all_faults_are_reported_at_once(file: str) -> None:
-    found = problems(
+    messages = problems(
         file,
         "train.stesp=3",
         "corpus.domains.0.nme=x",
@@ -258,7 +258,7 @@ def test_all_faults_are_reported_at_once(file: str) -> None:
         "cluster.workers=3",
         "seed=-1",
     )
-    starts = [message.split(" = ")[0] for message in found]
+    starts = [message.split(" = ")[0] for message in messages]
     assert starts == [
         "seed",
         "corpus.domains.0.nme",
@@ -269,8 +269,11 @@ def test_all_faults_are_reported_at_once(file: str) -> None:
 
 
 def test_rules_across_sections_are_checked_beside_other_faults(file: str) -> None:
-    found = problems(file, "train.steps=0", "mixer.weights={boks: 1}")
-    assert [message.split(" = ")[0] for message in found] == ["train.steps", "mixer.weights.boks"]
+    messages = problems(file, "train.steps=0", "mixer.weights={boks: 1}")
+    assert [message.split(" = ")[0] for message in messages] == [
+        "train.steps",
+        "mixer.weights.boks",
+    ]
 
 
 def test_hundreds_of_wrong_names_are_summed_up(tmp_path: Path) -> None:
@@ -279,12 +282,12 @@ def test_hundreds_of_wrong_names_are_summed_up(tmp_path: Path) -> None:
     data = document(
         corpus={"path": "c", "domains": domains}, mixer={"kind": "static", "weights": weights}
     )
-    found = problems(write(tmp_path / "r.yaml", data))
-    assert len(found) == 6
-    assert "Did you mean 'cluster-0'?" in found[0]
-    assert "cluster-19 and 480 more" in found[0]
-    assert "495 more names are of no domain" in found[-1]
-    assert max(map(len, found)) < 1000
+    messages = problems(write(tmp_path / "r.yaml", data))
+    assert len(messages) == 6
+    assert "Did you mean 'cluster-0'?" in messages[0]
+    assert "cluster-19 and 480 more" in messages[0]
+    assert "495 more names are of no domain" in messages[-1]
+    assert max(map(len, messages)) < 1000
 
 
 WEIGHTS = st.dictionaries(
@@ -294,7 +297,9 @@ WEIGHTS = st.dictionaries(
     st.integers(0, 1000),
     min_size=1,
     max_size=6,
-).filter(lambda found: sum(found.values()) > 0 and len({n.lower() for n in found}) == len(found))
+).filter(
+    lambda weights: sum(weights.values()) > 0 and len({n.lower() for n in weights}) == len(weights)
+)
 
 
 @settings(max_examples=60)

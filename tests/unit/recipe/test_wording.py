@@ -49,12 +49,12 @@ def test_types_in_words(annotation: Any, expected: str) -> None:
 
 
 def every_spot(spot: FieldSpec, path: str = "") -> list[tuple[str, FieldSpec]]:
-    found = []
+    spots = []
     for model in (member.model for member in spot.members()):
         for name, field in model.model_fields.items() if model else ():
             below = FieldSpec.of_field(field)
-            found += [(f"{path}{name}", below), *every_spot(below, f"{path}{name}.")]
-    return found
+            spots += [(f"{path}{name}", below), *every_spot(below, f"{path}{name}.")]
+    return spots
 
 
 def test_every_field_can_be_described_without_python() -> None:

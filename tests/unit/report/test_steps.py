@@ -17,13 +17,13 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 
 
 def test_the_last_line_of_a_step_counts() -> None:
-    told = [
+    entries = [
         line(1, counts={"a": 48, "b": 16}, shares={"a": 0.75, "b": 0.25}, grad_norm=0.5),
         line(2, counts={"b": 64}),
         {"step": 2, "eval": {"a": {"loss": 3.0}}},
         line(2, loss=2.0, counts={"a": 64}, domain_loss={"a": 1.5}),
     ]
-    texts = [json.dumps(item) + "\n" for item in told]
+    texts = [json.dumps(item) + "\n" for item in entries]
     steps, evaluations, bad, cut_off = steps_and_evaluations([*texts, "\n", '{"step": 3, "lo'])
     assert steps.step_S.tolist() == [1, 2]
     assert steps.loss_S.tolist() == [2.5, 2.0]
@@ -37,7 +37,9 @@ def test_the_last_line_of_a_step_counts() -> None:
     assert np.isnan(steps.grad_norm_S[1])
     assert [losses and losses.values.tolist() for losses in steps.domain_loss] == [None, [1.5]]
     assert steps.shares == [{"a": 0.75, "b": 0.25}, None]
-    assert [(found.step, found.domains) for found in evaluations] == [(2, {"a": {"loss": 3.0}})]
+    assert [(evaluation.step, evaluation.domains) for evaluation in evaluations] == [
+        (2, {"a": {"loss": 3.0}})
+    ]
     assert (bad, cut_off) == ([6], True)
 
 
@@ -48,21 +50,21 @@ def test_long_runs_of_many_domains_fit_in_memory() -> None:
     def lines() -> Iterator[str]:
         nonlocal size
         for step in range(500):
-            told = {
+            fields = {
                 "counts": dict.fromkeys(names, 1000 + step),
                 "shares": dict.fromkeys(names, 1 / 200),
                 "domain_loss": dict.fromkeys(names, step + 0.5),
             }
-            text = json.dumps(line(step, **told)) + "\n"
+            text = json.dumps(line(step, **fields)) + "\n"
             size += len(text)
             yield text
 
     tracemalloc.start()
     try:
         steps, *_ = steps_and_evaluations(lines())
-        held, _ = tracemalloc.get_traced_memory()
+        traced_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(steps) == 500
     # The parsed lines would take four times their text, not a quarter.
-    assert held < size / 4
+    assert traced_bytes < size / 4

@@ -52,10 +52,10 @@ def typed() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), list(typed()))
 def test_what_is_typed_is_a_command(page: str, line: str) -> None:
-    found = list(raymix_lines(line))
-    if found:
-        parameters = parse(found[0])
-        if found[0].startswith("raymix submit"):
+    commands = list(raymix_lines(line))
+    if commands:
+        parameters = parse(commands[0])
+        if commands[0].startswith("raymix submit"):
             assert parameters["name"] in JOB_COMMANDS
         return
     assert line.split()[0] in OTHERS, f"{page}: {line}"
@@ -136,9 +136,9 @@ def test_the_field_reference_has_every_field() -> None:
         for field in of.model_fields.values():
             for inner in re.findall(r"raymix\.recipe\.[\w.]+", str(field.annotation)):
                 home, _, name = inner.rpartition(".")
-                found = getattr(sys.modules.get(home), name, None)
-                if isinstance(found, type) and issubclass(found, BaseModel):
-                    yield from models(found)
+                candidate = getattr(sys.modules.get(home), name, None)
+                if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                    yield from models(candidate)
 
     every = list(dict.fromkeys(models(Recipe)))
     assert len(every) > 25

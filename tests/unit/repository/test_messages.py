@@ -249,6 +249,6 @@ def test_bytes_that_are_no_text(here: Path) -> None:
 
 def test_long_values_are_cut_short(here: Path) -> None:
     write(here / "r.yaml")
-    found = message("r.yaml", f"train.steps={'x' * 500}")
-    assert len(found) < 250
-    assert "..." in found
+    text = message("r.yaml", f"train.steps={'x' * 500}")
+    assert len(text) < 250
+    assert "..." in text

@@ -135,9 +135,9 @@ def test_public_names() -> None:
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_name_is_there_and_documented(name: str) -> None:
-    found = getattr(raymix, name)
-    assert found.__doc__
-    assert found is getattr(raymix, name)
+    value = getattr(raymix, name)
+    assert value.__doc__
+    assert value is getattr(raymix, name)
 
 
 def test_the_room_of_training_can_be_called() -> None:
@@ -189,8 +189,10 @@ def test_options(command: str) -> None:
     from raymix.cli.main import app
 
     group: Any = get_command(app)
-    found = group.get_command(None, command)
-    options = {name for parameter in found.params for name in parameter.opts if name[:2] == "--"}
+    click_command = group.get_command(None, command)
+    options = {
+        name for parameter in click_command.params for name in parameter.opts if name[:2] == "--"
+    }
     assert options == OPTIONS[command]
 
 

@@ -13,7 +13,7 @@ from raymix.schedule.planners.skrull import SHARDED, gds
 from tests.support.scheduling import PLAIN, cost_of
 
 
-def tokens_held(length_K: Ints, ranks_K: list[int], ranks: int) -> Ints:
+def tokens_by_rank(length_K: Ints, ranks_K: list[int], ranks: int) -> Ints:
     """Return the tokens on every rank."""
     tokens = np.zeros(ranks, dtype=np.int64)
     for length, rank in zip(length_K.tolist(), ranks_K, strict=True):
@@ -33,7 +33,7 @@ def overruns(name: str, model: str, context: int, *, paper_exact: bool) -> list[
         longest = context * cost.memory_tokens
         lengths = np.sort(sample_lengths(name, 64, seed=seed, longest=longest))[::-1]
         for part, ranks_K in gds(lengths, layout, cost, paper_exact=paper_exact):
-            most = int(tokens_held(lengths[part], ranks_K, context).max())
+            most = int(tokens_by_rank(lengths[part], ranks_K, context).max())
             fills.append(most / cost.memory_tokens)
     return fills
 
@@ -63,10 +63,10 @@ def test_the_overrun_by_hand() -> None:
     """
     length_K = np.array([80, 70, 60, 60])
     printed = dacp(length_K, 2, PLAIN, paper_exact=True)
-    assert printed is None or tokens_held(length_K, printed, 2).max() > 100
+    assert printed is None or tokens_by_rank(length_K, printed, 2).max() > 100
     three = np.array([70, 60, 60])
     assert dacp(three, 2, PLAIN) is not None
-    assert tokens_held(three, dacp(three, 2, PLAIN) or [], 2).tolist() == [95, 95]
+    assert tokens_by_rank(three, dacp(three, 2, PLAIN) or [], 2).tolist() == [95, 95]
 
 
 def test_what_fits_nowhere_fails_so_that_it_is_batched_again() -> None:
@@ -98,7 +98,7 @@ def test_repaired_dacp_never_holds_too_much(lengths: list[int], ranks: int, room
     length_K = np.sort(np.array(lengths))[::-1]
     ranks_K = dacp(length_K, ranks, cost)
     if ranks_K is not None:
-        assert tokens_held(length_K, ranks_K, ranks).max() <= room
+        assert tokens_by_rank(length_K, ranks_K, ranks).max() <= room
 
 
 def test_every_micro_batch_has_short_and_long_sequences() -> None:

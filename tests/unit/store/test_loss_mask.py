@@ -13,7 +13,7 @@ from raymix.store import LossMask
 from raymix.store.loss_mask import read_loss_mask, write_loss_mask
 
 EDGES = st.lists(st.integers(0, 60), unique=True, max_size=12).map(
-    lambda found: np.array(sorted(found)[: len(found) // 2 * 2], dtype=np.int64)
+    lambda edges: np.array(sorted(edges)[: len(edges) // 2 * 2], dtype=np.int64)
 )
 
 

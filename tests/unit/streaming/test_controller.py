@@ -307,13 +307,13 @@ def test_a_restarted_controller_waits_for_the_ranks_before_it_takes_an_ask(tmp_p
         controller = restarted(tmp_path)
         for rank in ranks:
             rank.controller = controller
-        asked = asyncio.ensure_future(controller.set_weights([0, 1, 0]))
+        pending = asyncio.ensure_future(controller.set_weights([0, 1, 0]))
         lease = await ranks[0].lease(n_steps=10)
         assert lease.until == 5  # the first answer of a new incarnation grants nothing
         await asyncio.sleep(0)
-        assert not asked.done()
+        assert not pending.done()
         await ranks[1].lease(n_steps=50)
-        assert await asked == 50
+        assert await pending == 50
         seen = await ranks[0].walk(80), await ranks[1].walk(80)
         expected = [tuple(SHARES)] * 50 + [(0.0, 1.0, 0.0)] * 20 + [tuple(OTHER)] * 10
         assert seen[0] == seen[1] == expected

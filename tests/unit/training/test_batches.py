@@ -53,14 +53,14 @@ def test_label_count_is_that_of_the_plan(starts: list[list[int]]) -> None:
 @given(rows=st.integers(0, 9), count=st.integers(1, 6))
 def test_micro_batches_cover_all_rows_once_in_order(rows: int, count: int) -> None:
     tokens = np.arange(rows * 8, dtype=np.uint16).reshape(rows, 8)
-    found = list(micro_batches(rows_of(tokens, [[0]] * rows), count, CPU))
-    assert len(found) == count
-    real = [micro for micro in found if micro.rows.start < micro.rows.stop]
+    batches = list(micro_batches(rows_of(tokens, [[0]] * rows), count, CPU))
+    assert len(batches) == count
+    real = [micro for micro in batches if micro.rows.start < micro.rows.stop]
     joined = torch.cat([micro.tokens_BL for micro in real]) if real else torch.empty(0, 8)
     assert joined.tolist() == tokens.tolist()
     sizes = [len(micro.tokens_BL) for micro in real]
     assert not sizes or max(sizes) - min(sizes) <= 1
-    stand_ins = [micro for micro in found if micro.rows.start == micro.rows.stop]
+    stand_ins = [micro for micro in batches if micro.rows.start == micro.rows.stop]
     assert all((micro.labels_BL == IGNORED).all() for micro in stand_ins)
 
 
@@ -98,6 +98,6 @@ def test_account_adds_up_by_row_and_by_token() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_only_rank_0_decides(rank: int) -> None:
-    account = StepMetrics(1, World(rank=rank))
-    sums = account.start(checkpoint=True, stop=True).result()
+    metrics = StepMetrics(1, World(rank=rank))
+    sums = metrics.start(checkpoint=True, stop=True).result()
     assert (sums.checkpoint, sums.stop) == (rank == 0, rank == 0)

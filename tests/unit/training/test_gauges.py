@@ -18,7 +18,7 @@ DASHBOARD = json.loads((ROOT / "cluster" / "grafana.json").read_text())
 Values = dict[tuple[str, str | None], float]
 
 
-class Kept:
+class RecordedGauge:
     """A gauge that keeps its values."""
 
     def __init__(self, name: str, values: Values) -> None:
@@ -35,8 +35,10 @@ def values() -> Values:
 
 
 def made(values: Values, domains: int = 2, **read: int) -> Gauges:
-    held = {chr(97 + at) if at < 26 else f"d{at}": 100 * (at + 1) for at in range(domains)}
-    return Gauges("r", held, read=read, make=lambda metric: Kept(metric.name, values))
+    domain_tokens = {chr(97 + at) if at < 26 else f"d{at}": 100 * (at + 1) for at in range(domains)}
+    return Gauges(
+        "r", domain_tokens, read=read, make=lambda metric: RecordedGauge(metric.name, values)
+    )
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
@@ -57,9 +59,9 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 
 
 def test_a_step_sets_all_that_it_knows(values: Values) -> None:
-    kept = made(values, a=60)
-    kept.step(line(1))
-    kept.evaluation({"a": {"loss": 2.5, "tokens": 9}, "b": {"loss": None}})
+    run_gauges = made(values, a=60)
+    run_gauges.step(line(1))
+    run_gauges.evaluation({"a": {"loss": 2.5, "tokens": 9}, "b": {"loss": None}})
     assert {name for name, _ in values} == {metric.name for metric in METRICS}
     assert values["raymix_step", None] == 1
     assert values["raymix_share", "b"] == 0.25
@@ -75,12 +77,12 @@ def test_steps_in_quick_succession_are_counted_not_told(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(gauges.time, "monotonic", lambda: now)
-    kept = made(values)
+    run_gauges = made(values)
     for step in range(1, 11):
-        kept.step(line(step))
+        run_gauges.step(line(step))
     assert values["raymix_step", None] == 1
     now = 102.0
-    kept.step(line(11))
+    run_gauges.step(line(11))
     assert values["raymix_step", None] == 11
     assert values["raymix_domain_tokens", "a"] == 11 * 40
 
@@ -113,8 +115,8 @@ def expressions(node: Any) -> Iterator[str]:
 def test_the_dashboard_draws_every_gauge_and_no_other() -> None:
     named = set(re.findall(r"\bray_(\w+)", " ".join(expressions(DASHBOARD["panels"]))))
     assert named == {metric.name for metric in METRICS}
-    asked = set(re.findall(r"\bray_(\w+)", " ".join(expressions(DASHBOARD["templating"]))))
-    assert asked <= named
+    templated = set(re.findall(r"\bray_(\w+)", " ".join(expressions(DASHBOARD["templating"]))))
+    assert templated <= named
 
 
 def by_name(name: str) -> Metric:

@@ -30,24 +30,26 @@ def rates(recipe: TrainConfig, steps: int = STEPS) -> list[float]:
 
 
 def test_warmup_is_linear_and_reaches_the_peak() -> None:
-    found = rates(config(warmup_ratio=0.1, schedule="constant"))
-    assert found[:10] == pytest.approx([0.001 * (step + 1) for step in range(10)])
-    assert found[10:] == [0.01] * 90
+    learning_rates = rates(config(warmup_ratio=0.1, schedule="constant"))
+    assert learning_rates[:10] == pytest.approx([0.001 * (step + 1) for step in range(10)])
+    assert learning_rates[10:] == [0.01] * 90
 
 
 def test_cosine_follows_the_formula_to_the_lowest() -> None:
-    found = rates(config(warmup_ratio=0.1, min_lr_ratio=0.2))
-    assert found[9] == pytest.approx(0.01)
+    learning_rates = rates(config(warmup_ratio=0.1, min_lr_ratio=0.2))
+    assert learning_rates[9] == pytest.approx(0.01)
     middle = 0.01 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * 45 / 90)))
-    assert found[54] == pytest.approx(middle)
-    assert found[-1] == pytest.approx(0.002)
+    assert learning_rates[54] == pytest.approx(middle)
+    assert learning_rates[-1] == pytest.approx(0.002)
 
 
 def test_wsd_holds_then_falls_in_a_straight_line() -> None:
-    found = rates(config(schedule="wsd", warmup_ratio=0.05, decay_ratio=0.2, min_lr_ratio=0.0))
-    assert found[5:80] == [0.01] * 75
+    learning_rates = rates(
+        config(schedule="wsd", warmup_ratio=0.05, decay_ratio=0.2, min_lr_ratio=0.0)
+    )
+    assert learning_rates[5:80] == [0.01] * 75
     fall = [0.01 * (1 - (step + 1) / 20) for step in range(20)]
-    assert found[80:] == pytest.approx(fall)
+    assert learning_rates[80:] == pytest.approx(fall)
 
 
 @given(
@@ -67,13 +69,13 @@ def test_rates_stay_between_lowest_and_peak_and_fall_after_the_warmup(
         min_lr_ratio=low,
         steps=steps,
     )
-    found = rates(recipe, steps)
-    peak = found.index(max(found))
-    assert all(0 <= rate <= recipe.lr * (1 + 1e-9) for rate in found)
-    assert found[: peak + 1] == sorted(found[: peak + 1])
-    assert found[peak:] == sorted(found[peak:], reverse=True)
+    learning_rates = rates(recipe, steps)
+    peak = learning_rates.index(max(learning_rates))
+    assert all(0 <= rate <= recipe.lr * (1 + 1e-9) for rate in learning_rates)
+    assert learning_rates[: peak + 1] == sorted(learning_rates[: peak + 1])
+    assert learning_rates[peak:] == sorted(learning_rates[peak:], reverse=True)
     if schedule != "constant" and math.ceil(warmup * steps) < steps:
-        assert found[-1] == pytest.approx(recipe.lr * low, abs=1e-12)
+        assert learning_rates[-1] == pytest.approx(recipe.lr * low, abs=1e-12)
 
 
 class Net(nn.Module):
@@ -86,11 +88,11 @@ class Net(nn.Module):
 
 def test_biases_and_norms_do_not_decay() -> None:
     net = Net()
-    decayed, kept = decay_groups(net, 0.1)
+    decayed, undecayed = decay_groups(net, 0.1)
     assert decayed["weight_decay"] == 0.1
-    assert kept["weight_decay"] == 0.0
+    assert undecayed["weight_decay"] == 0.0
     assert decayed["params"] == [net.embedding.weight, net.linear.weight]
-    assert kept["params"] == [net.linear.bias, net.norm.weight, net.norm.bias]
+    assert undecayed["params"] == [net.linear.bias, net.norm.weight, net.norm.bias]
 
 
 def test_a_step_of_adamw_is_the_formula() -> None:
@@ -108,10 +110,10 @@ def test_a_step_of_adamw_is_the_formula() -> None:
     torch.testing.assert_close(net.linear.weight.detach(), expected)
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(None, 5.0), (1.0, 1.0), (10.0, 5.0)])
-def test_clipping_returns_the_norm_before(limit: float | None, kept: float) -> None:
+@pytest.mark.parametrize(("limit", "expected"), [(None, 5.0), (1.0, 1.0), (10.0, 5.0)])
+def test_clipping_returns_the_norm_before(limit: float | None, expected: float) -> None:
     first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert float(clip_gradients([first, second], limit)) == pytest.approx(5.0)
     norm = math.hypot(float(first.grad), float(second.grad))
-    assert norm == pytest.approx(kept, rel=1e-5)
+    assert norm == pytest.approx(expected, rel=1e-5)

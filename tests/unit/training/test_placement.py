@@ -23,31 +23,31 @@ def nodes(*gpus: int) -> list[Node]:
 
 
 def test_one_node_takes_all_where_it_can() -> None:
-    found = place_workers(nodes(4, 8), WORKER, group_size=4, groups=2)
-    assert found == WorkerPlacement("STRICT_PACK", (WORKER,) * 8, (), split_groups=False)
-    assert scaling_options(found) == {"placement_strategy": "STRICT_PACK"}
+    placement = place_workers(nodes(4, 8), WORKER, group_size=4, groups=2)
+    assert placement == WorkerPlacement("STRICT_PACK", (WORKER,) * 8, (), split_groups=False)
+    assert scaling_options(placement) == {"placement_strategy": "STRICT_PACK"}
 
 
 def test_single_workers_are_left_to_ray() -> None:
-    found = place_workers(nodes(4, 8), WORKER, group_size=1, groups=3)
-    assert scaling_options(found) == {"placement_strategy": "PACK"}
+    placement = place_workers(nodes(4, 8), WORKER, group_size=1, groups=3)
+    assert scaling_options(placement) == {"placement_strategy": "PACK"}
 
 
 def test_even_nodes_need_no_ties() -> None:
-    found = place_workers(nodes(8, 8, 8), WORKER, group_size=4, groups=5)
-    assert (found.strategy, found.selectors, found.split_groups) == ("PACK", (), False)
+    placement = place_workers(nodes(8, 8, 8), WORKER, group_size=4, groups=5)
+    assert (placement.strategy, placement.selectors, placement.split_groups) == ("PACK", (), False)
 
 
 def test_groups_are_tied_to_nodes_that_they_do_not_fill() -> None:
-    found = place_workers(nodes(6, 4, 9), WORKER, group_size=4, groups=4)
-    ids = [selector[NODE_LABEL] for selector in found.selectors]
+    placement = place_workers(nodes(6, 4, 9), WORKER, group_size=4, groups=4)
+    ids = [selector[NODE_LABEL] for selector in placement.selectors]
     assert ids == ["n2"] * 8 + ["n0"] * 4 + ["n1"] * 4
-    assert scaling_options(found)["label_selector"][0] == {NODE_LABEL: "n2"}
+    assert scaling_options(placement)["label_selector"][0] == {NODE_LABEL: "n2"}
 
 
 def test_groups_larger_than_a_node_go_across() -> None:
-    found = place_workers(nodes(8, 8), WORKER, group_size=16, groups=1)
-    assert (found.strategy, found.selectors, found.split_groups) == ("PACK", (), True)
+    placement = place_workers(nodes(8, 8), WORKER, group_size=16, groups=1)
+    assert (placement.strategy, placement.selectors, placement.split_groups) == ("PACK", (), True)
 
 
 def test_too_many_workers_are_refused_with_the_numbers() -> None:
@@ -62,15 +62,15 @@ def test_too_many_workers_are_refused_with_the_numbers() -> None:
 )
 def test_a_tied_group_lies_on_one_node_with_room(gpus: list[int], size: int, groups: int) -> None:
     try:
-        found = place_workers(nodes(*gpus), WORKER, group_size=size, groups=groups)
+        placement = place_workers(nodes(*gpus), WORKER, group_size=size, groups=groups)
     except ClusterError:
         assert sum(gpus) < size * groups
         return
-    assert len(found.bundles) == size * groups
-    assert found.split_groups == (
+    assert len(placement.bundles) == size * groups
+    assert placement.split_groups == (
         (size == 1 or max(gpus) < size * groups) and sum(n // size for n in gpus) < groups
     )
-    ids = [selector[NODE_LABEL] for selector in found.selectors]
+    ids = [selector[NODE_LABEL] for selector in placement.selectors]
     assert len(ids) in {0, size * groups}
     for at in range(0, len(ids), size):
         assert len(set(ids[at : at + size])) == 1

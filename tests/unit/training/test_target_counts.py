@@ -50,11 +50,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def test_documents_go_to_the_domain_that_wrote_their_like(corpus: Corpus) -> None:
-    found = target_domain_counts(
+    counts = target_domain_counts(
         recipe(corpus, {"kind": "importance", "targets": "target"}), corpus
     )
-    assert found is not None
-    assert found.tolist() == [3, 9, 0]
+    assert counts is not None
+    assert counts.tolist() == [3, 9, 0]
 
 
 def test_it_is_naive_bayes_with_a_dirichlet_prior(corpus: Corpus) -> None:
@@ -76,11 +76,11 @@ def test_it_is_naive_bayes_with_a_dirichlet_prior(corpus: Corpus) -> None:
         likely = (own + PRIOR_TOKENS * prior) / (len(tokens_of[name]) + PRIOR_TOKENS)
         scores.append(np.log(likely)[tokens_of["target"].reshape(12, 64)].sum(axis=1))
     expected = np.bincount(np.argmax(scores, axis=0), minlength=3)
-    found = target_domain_counts(
+    counts = target_domain_counts(
         recipe(corpus, {"kind": "importance", "targets": "target"}), corpus
     )
-    assert found is not None
-    assert found.tolist() == expected.tolist()
+    assert counts is not None
+    assert counts.tolist() == expected.tolist()
 
 
 def test_nobody_else_asks(corpus: Corpus) -> None:

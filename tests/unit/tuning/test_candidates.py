@@ -65,15 +65,15 @@ def test_limits_follow_from_floors_caps_and_epochs(corpus: Corpus) -> None:
 
 
 def test_targets_are_measured_and_not_mixed(corpus: Corpus) -> None:
-    held = recipe(corpus, mixer={"kind": "uniform", "targets": ["c"]})
-    space = space_of(held, corpus)
+    with_target = recipe(corpus, mixer={"kind": "uniform", "targets": ["c"]})
+    space = space_of(with_target, corpus)
     assert (space.domains, space.targets) == (("a", "b"), ("c",))
-    assert loss_weights(held, space) == {"c": 1.0}
+    assert loss_weights(with_target, space) == {"c": 1.0}
     assert loss_weights(recipe(corpus, {"weights": {"a": 3, "b": 1}}), space) == {
         "a": 0.75,
         "b": 0.25,
     }
-    one = variant(proxy_recipe(held), references(space)[0], out="/x")
+    one = variant(proxy_recipe(with_target), references(space)[0], out="/x")
     assert one.recipe.mixer.targets == ("c",)
 
 
@@ -214,11 +214,13 @@ def test_from_runs_to_a_verified_optimum(corpus: Corpus) -> None:
     # Equal exponents: even shares are best, and the law knows the losses exactly.
     optimum = optimum_mixture(learned.optimum.shares, space)
     np.testing.assert_allclose(list(optimum.shares.values()), 1 / 3, atol=0.03)
-    told = predict_mixture(learned, optimum.shares, step=STEPS)
+    prediction = predict_mixture(learned, optimum.shares, step=STEPS)
     exact = results_of([optimum])[0].losses
-    assert told["value"] == pytest.approx(sum(exact.values()) / 3, rel=1e-6)
+    assert prediction["value"] == pytest.approx(sum(exact.values()) / 3, rel=1e-6)
     # The law fits exactly: what is left is the 1 % that it says it is unsure by.
-    assert told["high"] - told["value"] == pytest.approx(1.96 * 0.01 * told["value"], rel=1e-6)
+    assert prediction["high"] - prediction["value"] == pytest.approx(
+        1.96 * 0.01 * prediction["value"], rel=1e-6
+    )
 
     tried = observed_runs(runs, mixtures, learned.objective)
     roles = roles_of(tried, optimum, references(space))

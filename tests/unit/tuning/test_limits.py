@@ -170,15 +170,15 @@ def test_names_are_checked_against_the_corpus(
     one = recipe(corpus, section, mixer={"kind": "uniform", **mixer})
     with pytest.raises(RecipeError) as caught:
         space_of(one, corpus)
-    assert any(message in told for told in caught.value.problems), caught.value.problems
+    assert any(message in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_a_target_may_be_weighted_and_capped(corpus: Corpus) -> None:
     section = {"weights": {"c": 1, "a": 3}, "caps": {"c": 0.0}, "prior": {"a": 1.0, "c": 0.0}}
     one = recipe(corpus, section, mixer={"kind": "uniform", "targets": ["c"]})
-    found = space_of(one, corpus)
-    assert loss_weights(one, found) == {"c": 0.25, "a": 0.75}
-    assert found.prior_D.tolist() == [1.0, 0.0]
+    space = space_of(one, corpus)
+    assert loss_weights(one, space) == {"c": 0.25, "a": 0.75}
+    assert space.prior_D.tolist() == [1.0, 0.0]
 
 
 def test_a_prior_of_targets_alone_leaves_nothing_to_draw_around(corpus: Corpus) -> None:
@@ -208,8 +208,8 @@ def test_limits_that_cannot_be_met_are_refused(
 
 
 def test_a_floor_never_lifts_a_domain_above_its_cap(corpus: Corpus) -> None:
-    found = space_of(recipe(corpus, {"floor": 0.9, "caps": {"c": 0.05}}), corpus)
-    np.testing.assert_allclose(found.floor_D, [0.3, 0.3, 0.05])
+    space = space_of(recipe(corpus, {"floor": 0.9, "caps": {"c": 0.05}}), corpus)
+    np.testing.assert_allclose(space.floor_D, [0.3, 0.3, 0.05])
 
 
 def test_caps_by_epochs_are_of_the_recipes_own_run(corpus: Corpus) -> None:
@@ -239,12 +239,12 @@ def test_rounded_shares_still_sum_to_one(raw: list[float]) -> None:
 def test_the_objective_says_what_the_section_says(corpus: Corpus) -> None:
     section = {"minimax": True, "kl": 0.25, "caps": {"a": 0.5}, "floors": {"b": 0.2}}
     one = recipe(corpus, section)
-    found = objective_of(one, space_of(one, corpus), horizon=77)
-    assert (found.horizon, found.minimax, found.kl) == (77, True, 0.25)
-    assert (found.caps["a"], found.floors["b"]) == (0.5, 0.2)
-    assert found.weights == dict.fromkeys("abc", 1 / 3)
-    assert found.prior is not None
-    assert sum(found.prior.values()) == pytest.approx(1)
+    objective = objective_of(one, space_of(one, corpus), horizon=77)
+    assert (objective.horizon, objective.minimax, objective.kl) == (77, True, 0.25)
+    assert (objective.caps["a"], objective.floors["b"]) == (0.5, 0.2)
+    assert objective.weights == dict.fromkeys("abc", 1 / 3)
+    assert objective.prior is not None
+    assert sum(objective.prior.values()) == pytest.approx(1)
 
 
 # Designs.
@@ -323,8 +323,8 @@ def test_the_limits_bend_no_mixture_that_keeps_them(size: int, low: float, seed:
 
 
 def test_a_single_row_is_a_table_of_one() -> None:
-    found = within_limits(np.array([8.0, 1.0, 1.0]), np.zeros(3), np.array([0.5, 1, 1]))
-    np.testing.assert_allclose(found, [[0.5, 0.25, 0.25]], atol=1e-9)
+    shares = within_limits(np.array([8.0, 1.0, 1.0]), np.zeros(3), np.array([0.5, 1, 1]))
+    np.testing.assert_allclose(shares, [[0.5, 0.25, 0.25]], atol=1e-9)
     zeros = within_limits(np.zeros(4), np.zeros(4), np.ones(4))
     np.testing.assert_allclose(zeros, [[0.25] * 4], atol=1e-9)
 
@@ -340,12 +340,12 @@ def test_only_ratios_of_what_is_wanted_count(scale: float) -> None:
 @pytest.mark.parametrize("law", ["bimix", "additive", "joint", "auto", "regression", "gp"])
 def test_features_are_those_the_law_is_linear_in(law: str) -> None:
     share_CD = np.array([[0.2, 0.3, 0.5], [0.0, 0.5, 0.5]])
-    found = features_for(law)(share_CD)
-    assert np.isfinite(found).all()
+    features = features_for(law)(share_CD)
+    assert np.isfinite(features).all()
     if law in ("regression", "gp"):
-        np.testing.assert_array_equal(found, share_CD[:, :2])
+        np.testing.assert_array_equal(features, share_CD[:, :2])
     else:
-        np.testing.assert_allclose(found[0], np.log(share_CD[0]))
+        np.testing.assert_allclose(features[0], np.log(share_CD[0]))
 
 
 def test_a_d_optimal_design_beats_draws_by_its_own_measure() -> None:
@@ -366,10 +366,10 @@ def test_a_d_optimal_design_beats_draws_by_its_own_measure() -> None:
 
 
 def test_fewer_runs_than_features_are_still_different() -> None:
-    found = d_optimal_design(
+    design = d_optimal_design(
         2, features_for("bimix"), floor_D=np.full(6, 0.01), cap_D=np.ones(6), seed=1
     )
-    assert np.abs(found[0] - found[1]).sum() > 0.5
+    assert np.abs(design[0] - design[1]).sum() > 0.5
 
 
 def test_corners_hold_all_that_the_limits_allow() -> None:
@@ -385,7 +385,10 @@ def test_corners_hold_all_that_the_limits_allow() -> None:
 def test_limits_name_every_domain_at_fault() -> None:
     with pytest.raises(LawError) as caught:
         check_limits(np.array([0.3, 0.4, 0.1]), np.array([0.2, 0.3, 1.0]), ("x", "y", "z"))
-    assert [told.split(" = ")[0] for told in caught.value.problems] == ["floor of x", "floor of y"]
+    assert [problem.split(" = ")[0] for problem in caught.value.problems] == [
+        "floor of x",
+        "floor of y",
+    ]
 
 
 # Recipes of small runs.
@@ -477,7 +480,7 @@ def test_a_damaged_record_is_refused_and_left_as_it_is(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"design": "space_filling"}, "tune.design: 'dirichlet' -> 'space_filling'"),
         ({"floor": 0.6}, "floors"),
@@ -486,7 +489,7 @@ def test_a_damaged_record_is_refused_and_left_as_it_is(
     ],
 )
 def test_a_changed_design_is_told_field_by_field(
-    corpus: Corpus, tmp_path: Path, changes: dict[str, Any], told: str
+    corpus: Corpus, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     one, other = recipe(corpus, {"runs": 4}), recipe(corpus, {"runs": 4, **changes})
     opened(tmp_path, one, space_of(one, corpus))
@@ -494,7 +497,7 @@ def test_a_changed_design_is_told_field_by_field(
     (tmp_path / "mix-000").mkdir()
     with pytest.raises(RecipeError) as caught:
         opened(tmp_path, other, space_of(other, corpus))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "Set that back, give another --out" in str(caught.value)
     assert (tmp_path / "design.json").read_bytes() == before
 

@@ -31,38 +31,38 @@ def whole(corpus: Corpus, name: str) -> np.ndarray:
         begins[block.starts] = 1
         documents.append(before + np.cumsum(begins))
         before = int(documents[-1][-1])
-        kept = len(block.tokens) // LENGTH * LENGTH
-        rows += list(zip(block.tokens[:kept].reshape(-1, LENGTH), strict=True))
-    cut = [found[: len(found) // LENGTH * LENGTH].reshape(-1, LENGTH) for found in documents]
+        n_tokens = len(block.tokens) // LENGTH * LENGTH
+        rows += list(zip(block.tokens[:n_tokens].reshape(-1, LENGTH), strict=True))
+    cut = [numbers[: len(numbers) // LENGTH * LENGTH].reshape(-1, LENGTH) for numbers in documents]
     return np.concatenate(cut)
 
 
 @pytest.mark.parametrize("tested", [1, 3, 8, 20])
 def test_the_parts_share_no_row_and_no_document(corpus: Corpus, tested: int) -> None:
-    found, shared = search_rows(
+    rows, shared = search_rows(
         corpus, sequence_length=LENGTH, rows_per_domain=6, test_rows=tested, domains=("a",)
     )
     assert shared == ()
-    assert found.tokens.shape == (6, LENGTH)
-    assert set(found.domain_B.tolist()) == {0}
+    assert rows.tokens.shape == (6, LENGTH)
+    assert set(rows.domain_B.tolist()) == {0}
     documents = whole(corpus, "a")
     # The rows are the last ones.
     last = held_out_rows(
         corpus, sequence_length=LENGTH, rows_per_domain=len(documents), domains=("a",)
     )
-    np.testing.assert_array_equal(found.tokens, last.tokens[-6:])
+    np.testing.assert_array_equal(rows.tokens, last.tokens[-6:])
     assert documents[:tested].max() < documents[-6:].min()
 
 
 def test_fewer_rows_where_there_are_no_more(corpus: Corpus) -> None:
     documents = whole(corpus, "b")
     tested = len(documents) - 5
-    found, shared = search_rows(
+    rows, shared = search_rows(
         corpus, sequence_length=LENGTH, rows_per_domain=100, test_rows=tested, domains=("b",)
     )
     assert shared == ()
-    assert 1 <= len(found.tokens) <= 5
-    assert documents[:tested].max() < documents[-len(found.tokens) :].min()
+    assert 1 <= len(rows.tokens) <= 5
+    assert documents[:tested].max() < documents[-len(rows.tokens) :].min()
 
 
 def test_too_little_text_is_refused_with_every_domain(corpus: Corpus) -> None:
@@ -83,11 +83,11 @@ def test_a_single_long_document_is_divided_and_told(tmp_path: Path) -> None:
     info = manifest.domains["book"]
     swapped = info.model_copy(update={"valid": info.train})
     manifest = manifest.model_copy(update={"domains": {"book": swapped}})
-    held = Corpus(corpus.path, manifest)
-    found, shared = search_rows(
-        held, sequence_length=LENGTH, rows_per_domain=4, test_rows=10, domains=("book",)
+    swapped_corpus = Corpus(corpus.path, manifest)
+    rows, shared = search_rows(
+        swapped_corpus, sequence_length=LENGTH, rows_per_domain=4, test_rows=10, domains=("book",)
     )
     assert shared == ("book",)
-    assert len(found.tokens) == 4
-    first = held_out_rows(held, sequence_length=LENGTH, rows_per_domain=1_000).tokens
-    np.testing.assert_array_equal(found.tokens, first[-4:])
+    assert len(rows.tokens) == 4
+    first = held_out_rows(swapped_corpus, sequence_length=LENGTH, rows_per_domain=1_000).tokens
+    np.testing.assert_array_equal(rows.tokens, first[-4:])

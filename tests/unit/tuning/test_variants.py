@@ -87,8 +87,8 @@ def test_the_recipes_own_section_is_taken_for_its_kind() -> None:
 def test_presets_are_kinds_with_fields() -> None:
     assert (mixer_of(recipe(), "pike")["tau"], mixer_of(recipe(), "pike-balanced")["tau"]) == (0, 3)
     own = recipe(mixer={"kind": "pike", "floor": 0.25, "tau": 1.0})
-    found = mixer_of(own, "pike-balanced")
-    assert (found["kind"], found["tau"], found["floor"]) == ("pike", 3, 0.25)
+    preset = mixer_of(own, "pike-balanced")
+    assert (preset["kind"], preset["tau"], preset["floor"]) == ("pike", 3, 0.25)
     assert mixer_of(own, "pike-balanced(tau=5)")["tau"] == 5
     assert mixer_of(recipe(), "pike-full")["form"] == "full"
 
