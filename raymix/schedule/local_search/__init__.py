@@ -1,6 +1,6 @@
-"""The search of `refine`: partitions into micro-batches, assignments to slots, improving moves.
+"""The search of `refine`: partitions into micro-batches, assignments to slots, exchanges.
 
 Read in this order: `assignment` (costs and LPT for many micro-batches at once), `rules` (the width
-of each sequence), `moves` (moves and swaps in a micro-batch), `partitions` (of a group),
-`cross_group_moves` (exchanges between micro-batches), `anneal` (simulated annealing).
+of each sequence), `partitions` (of a group), `exchanges` (between groups), `anneal` (simulated
+annealing). `make bench-refine` measures what each is worth.
 """

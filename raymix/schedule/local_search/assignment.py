@@ -4,8 +4,8 @@ Everything here works on B micro-batches of groups of the same size side by side
 numpy's overhead per call; shorter ones are padded with sequences of length 0.
 
 Legend: B micro-batches, K sequences in the longest of them, N ranks of a group, T slots (see
-`Slots`), W widths of the layout; X width rules tried per micro-batch, S of their assignments that
-remain, C = B X. The level of a sequence is the index of its width.
+`Slots`), W widths of the layout; X width rules tried per micro-batch, C = B X. The level of a
+sequence is the index of its width.
 """
 
 from __future__ import annotations
@@ -84,8 +84,6 @@ class Loads:
     gather_BN: Floats
     """Seconds of communication."""
     tokens_BN: Floats
-    count_BT: Ints
-    """Sequences in each slot."""
 
     @classmethod
     def of(cls, tables: CostTables, slot_BK: Ints) -> Loads:
@@ -105,11 +103,9 @@ class Loads:
         attention_BT = per_slot(tables.attention_BKW.ravel()[table_index])
         tokens_BT = per_slot(tables.shard_tokens_BKW.ravel()[table_index])
         volume_BT = per_slot(tables.length_BK.ravel())
-        count_BT = np.bincount(cell, minlength=n_rows * (n_slots + 1))
-        count_BT = count_BT.reshape(n_rows, n_slots + 1)[:, :n_slots]
         gather_BT = volume_BT * tables.token_W[slots.level_T]
         # The sequences of a slot travel in one collective: one latency.
-        gather_BT += (count_BT > 0) * tables.latency_W[slots.level_T]
+        gather_BT += (volume_BT > 0) * tables.latency_W[slots.level_T]
         n_ranks = slots.covers_TN.shape[1]
         # The first N slots are the single ranks, so they need no product with covers_TN.
         return cls(
@@ -117,17 +113,6 @@ class Loads:
             attention_BT[:, n_ranks:] @ slots.covers_TN[n_ranks:],
             gather_BT[:, n_ranks:] @ slots.covers_TN[n_ranks:],
             tokens_BT @ slots.covers_TN,
-            count_BT,
-        )
-
-    def rows(self, index: Ints) -> Loads:
-        """Return the loads of the micro-batches selected by `index`."""
-        return Loads(
-            self.local_BN[index],
-            self.sharded_BN[index],
-            self.gather_BN[index],
-            self.tokens_BN[index],
-            self.count_BT[index],
         )
 
     def seconds(self, cost: CostModel) -> Floats:
@@ -136,13 +121,12 @@ class Loads:
         return busy + self.sharded_BN + cost.linear(self.tokens_BN)
 
 
-def assign_by_rules(tables: CostTables, level_BXK: Ints, n_starts: int) -> tuple[Ints, Floats]:
-    """Return the best assignments and their times, the best first, (B, S, K) and (B, S).
+def assign_by_rules(tables: CostTables, level_BXK: Ints) -> tuple[Ints, Floats]:
+    """Return the fastest assignment of each micro-batch, (B, K), and its time, (B,).
 
     Args:
         tables: Costs of the micro-batches.
         level_BXK: Level of each sequence by each width rule; see `rules`.
-        n_starts: Assignments per micro-batch, S, at most X.
     """
     n_rows, n_rules, _ = level_BXK.shape
     repeated = tables.rows(np.repeat(np.arange(n_rows), n_rules))
@@ -152,12 +136,8 @@ def assign_by_rules(tables: CostTables, level_BXK: Ints, n_starts: int) -> tuple
     unassigned = (slot_CK < 0) & (repeated.length_BK > 0)
     second_C[unassigned.any(axis=1)] = np.inf
     second_BX = second_C.reshape(n_rows, n_rules)
-    best_BS = np.argsort(second_BX, axis=1, kind="stable")[:, :n_starts]
-    slot_BXK = slot_CK.reshape(level_BXK.shape)
-    return (
-        np.take_along_axis(slot_BXK, best_BS[:, :, None], axis=1),
-        np.take_along_axis(second_BX, best_BS, axis=1),
-    )
+    row, best_B = np.arange(n_rows), second_BX.argmin(axis=1)
+    return slot_CK.reshape(level_BXK.shape)[row, best_B], second_BX[row, best_B]
 
 
 def _assign(tables: CostTables, level_CK: Ints) -> Ints:

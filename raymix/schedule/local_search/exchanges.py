@@ -1,11 +1,10 @@
-"""Exchanges of sequences between micro-batches: of slow and fast groups, and within slow groups.
+"""Exchanges of sequences between the micro-batches of slow and fast groups.
 
-An exchange moves one sequence to the target micro-batch and takes back one or none. Some are chosen
-by their work, some at random; all are assigned, improved and timed at once, and the best applied.
+An exchange moves one sequence to the target micro-batch and takes back one or none. Candidates are
+chosen by their work; all are assigned and timed at once, and those that gain are applied.
 
 Legend: K sequences of the batch, G groups; X sequences of the source partition, Y of the target
-(and none, once per micro-batch), P and Q their micro-batches, C feasible pairs of X and Y; S as in
-`assignment`.
+(and none, once per micro-batch), P and Q their micro-batches, C feasible pairs of X and Y.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _GAP_FRACTIONS = (0.5, 0.25, 0.125)
 
 @dataclass(frozen=True, slots=True)
 class _Exchange:
-    """Two micro-batches, of two partitions or of one, after an exchange."""
+    """Two micro-batches of two groups after an exchange."""
 
     source: int
     """Index of the group that gives a sequence."""
@@ -40,19 +39,14 @@ class _Exchange:
     target_micro: int
     parts: list[Ints]
     """Sequences of the source and of the target micro-batch afterwards."""
-    slots: list[Ints]
-    """Their slots before, (1, K) each; -1 for the sequence just added."""
 
 
-def exchange_between_groups(
-    search: PartitionSearch, partitions: list[Partition], seed: int
-) -> None:
-    """Apply improving exchanges between the slowest groups and the fastest.
+def exchange_between_groups(search: PartitionSearch, partitions: list[Partition]) -> None:
+    """Apply improving exchanges between the slowest groups and the fastest, in place.
 
     Args:
         search: The search of the batch.
-        partitions: The partition of each group, changed in place.
-        seed: Seed of the random exchanges.
+        partitions: The partition of each group.
     """
     second_G = np.array([partition.seconds for partition in partitions])
     order = np.argsort(-second_G, kind="stable").tolist()
@@ -65,11 +59,15 @@ def exchange_between_groups(
             break
         # Times are of ranks and work is in rank-seconds.
         goals = [gap * fraction * search.layout.context for fraction in _GAP_FRACTIONS]
-        exchanges += _candidates(search, partitions, (slow, fast), goals, seed)
-    for exchange, improved in zip(exchanges, _improved(search, exchanges), strict=True):
+        exchanges += _candidates(search, partitions, (slow, fast), goals)
+    pairs = [
+        Partition(index, exchange.parts, [], _UNKNOWN_S) for index, exchange in enumerate(exchanges)
+    ]
+    assigned = search.assign(pairs, after_exchange=True)
+    for exchange, pair in zip(exchanges, assigned, strict=True):
         source, target = partitions[exchange.source], partitions[exchange.target]
-        new_source = _replaced(source, {exchange.source_micro: 0}, improved)
-        new_target = _replaced(target, {exchange.target_micro: 1}, improved)
+        new_source = _replaced(source, exchange.source_micro, pair, 0)
+        new_target = _replaced(target, exchange.target_micro, pair, 1)
         # An earlier exchange of the list may have changed the source, and with it the indices
         # and sequences that this exchange assumes.
         unchanged = source.seconds == second_G[exchange.source]
@@ -78,42 +76,19 @@ def exchange_between_groups(
             partitions[exchange.source], partitions[exchange.target] = new_source, new_target
 
 
-def exchange_within_groups(search: PartitionSearch, partitions: list[Partition], seed: int) -> None:
-    """Apply the best exchange between micro-batches of each of the slowest groups."""
-    second_G = np.array([partition.seconds for partition in partitions])
-    slow = np.flatnonzero(second_G >= second_G.max() * (1 - _SLOWEST)).tolist()
-    exchanges = [
-        exchange
-        for group in slow
-        for exchange in _candidates(search, partitions, (group, group), [], seed)
-    ]
-    best: dict[int, Partition] = {}
-    for exchange, improved in zip(exchanges, _improved(search, exchanges), strict=True):
-        group = exchange.source
-        replacements = {exchange.source_micro: 0, exchange.target_micro: 1}
-        partition = _replaced(partitions[group], replacements, improved)
-        current = best.get(group, partitions[group])
-        if partition.seconds < current.seconds * (1 - _MIN_GAIN):
-            best[group] = partition
-    for group, partition in best.items():
-        partitions[group] = partition
-
-
 def _candidates(
     search: PartitionSearch,
     partitions: list[Partition],
     pair: tuple[int, int],
     goals: Sequence[float],
-    seed: int,
 ) -> list[_Exchange]:
-    """Return exchanges that fit in memory: the nearest to each goal, and some random ones.
+    """Return exchanges that fit in memory, the nearest to each goal.
 
     Args:
         search: The search of the batch.
         partitions: The partition of each group.
         pair: Source and target group.
         goals: Rank-seconds of work to move.
-        seed: Seed of the random exchanges.
     """
     source, target = (partitions[group] for group in pair)
     p_X, k_X = _flatten(source.parts)
@@ -121,29 +96,21 @@ def _candidates(
     # Y ends with "no sequence back" from each target micro-batch and from a new one.
     q_Y = np.concatenate([q_Y, np.arange(len(target.parts) + 1)])
     work_XY, fits_XY = _work_and_fit(search, (p_X, k_X), (q_Y, k_Y), len(target.parts) + 1)
-    if pair[0] == pair[1]:
-        fits_XY &= p_X[:, None] != q_Y
     feasible_C = np.flatnonzero(fits_XY)
     if not feasible_C.size:
         return []
     work_C = work_XY.ravel()[feasible_C]
     selected = [int(np.abs(work_C - goal).argmin()) for goal in goals]
-    if n_random := min(search.budget.random_exchanges, feasible_C.size):
-        rng = np.random.default_rng(seed)
-        selected += rng.choice(feasible_C.size, n_random, replace=False).tolist()
     exchanges = []
-    # dict.fromkeys: two goals may select one exchange, which is improved once.
+    # dict.fromkeys: two goals may select one exchange, which is assigned once.
     for index in dict.fromkeys(selected):
         x, y = divmod(int(feasible_C[index]), q_Y.size)
         p, q = int(p_X[x]), int(q_Y[y])
         given, returned = k_X[x : x + 1], k_Y[y : y + 1]
         is_new = q == len(target.parts)
         old_part = _NO_SEQUENCES if is_new else target.parts[q]
-        old_slots = _NO_SEQUENCES[None] if is_new else target.slots[q]
-        source_part, source_slots = _after(source.parts[p], source.slots[p], given, returned)
-        target_part, target_slots = _after(old_part, old_slots, returned, given)
-        parts, slots = [source_part, target_part], [source_slots, target_slots]
-        exchanges.append(_Exchange(*pair, p, q, parts, slots))
+        parts = [_after(source.parts[p], given, returned), _after(old_part, returned, given)]
+        exchanges.append(_Exchange(*pair, p, q, parts))
     return exchanges
 
 
@@ -168,14 +135,10 @@ def _work_and_fit(
     return work_X[:, None] - work_Y, fits_XY
 
 
-def _after(part: Ints, slot_SK: Ints, removed: Ints, added: Ints) -> tuple[Ints, Ints]:
-    """Return a micro-batch and its slots after removing and adding one sequence each, or none."""
-    remains = part != removed[0] if removed.size else np.ones(part.size, dtype=np.bool_)
-    ids = np.append(part[remains], added)
-    slots = np.append(slot_SK[0, remains], np.full(added.size, -1))
+def _after(part: Ints, removed: Ints, added: Ints) -> Ints:
+    """Return a micro-batch after removing and adding one sequence each, or none."""
     # Rising ids are lengths longest first, as `assignment` expects.
-    order = np.argsort(ids)
-    return ids[order], slots[None, order]
+    return np.sort(np.append(np.setdiff1d(part, removed), added))
 
 
 def _flatten(parts: Sequence[Ints]) -> tuple[Ints, Ints]:
@@ -184,35 +147,24 @@ def _flatten(parts: Sequence[Ints]) -> tuple[Ints, Ints]:
     return np.repeat(np.arange(len(parts)), sizes), np.concatenate([*parts, _NO_SEQUENCES])
 
 
-def _improved(search: PartitionSearch, exchanges: Sequence[_Exchange]) -> list[Partition]:
-    """Return the two micro-batches of each exchange, assigned and improved."""
-    pairs = [
-        Partition(index, exchange.parts, exchange.slots, _UNKNOWN_S)
-        for index, exchange in enumerate(exchanges)
-    ]
-    return search.improve_exchanged(pairs)
-
-
 _UNKNOWN_S = np.full(1, np.inf)
 _NO_SEQUENCES = np.zeros(0, dtype=np.int64)
 
 
-def _replaced(partition: Partition, replacements: dict[int, int], pair: Partition) -> Partition:
-    """Return a partition with some micro-batches replaced; empty ones are dropped.
+def _replaced(partition: Partition, micro: int, pair: Partition, index: int) -> Partition:
+    """Return a partition with one micro-batch replaced, or added if `micro` is past the end.
 
     Args:
         partition: The old partition.
-        replacements: Index in `pair` by index in `partition`; its length stands for a new one.
+        micro: Index of the micro-batch in it.
         pair: The two micro-batches after an exchange.
+        index: Which of the two it becomes; an empty one is dropped.
     """
-    rows: list[tuple[Ints, Ints, float]] = []
-    old_rows = list(zip(partition.parts, partition.slots, partition.second_M.tolist(), strict=True))
-    # One index past the end: the exchange may have opened a new micro-batch.
-    for index in range(len(old_rows) + 1):
-        new = replacements.get(index)
-        if new is None:
-            rows += old_rows[index : index + 1]
-        elif pair.parts[new].size:
-            rows.append((pair.parts[new], pair.slots[new], float(pair.second_M[new])))
-    second_M: Floats = np.array([row[2] for row in rows])
-    return Partition(partition.group, [row[0] for row in rows], [row[1] for row in rows], second_M)
+    part = [pair.parts[index]] if pair.parts[index].size else []
+    # Slices: past the end they add, and an empty micro-batch leaves nothing.
+    parts, slots, second_M = list(partition.parts), list(partition.slots), partition.second_M
+    parts[micro : micro + 1] = part
+    slots[micro : micro + 1] = [pair.slots[index]] if part else []
+    added = pair.second_M[index : index + 1] if part else np.zeros(0)
+    second_M = np.concatenate([second_M[:micro], added, second_M[micro + 1 :]])
+    return Partition(partition.group, parts, slots, second_M)
