@@ -83,7 +83,7 @@ def _from_csv(text: str, source: str) -> list[Any]:
             fix=f"Name one {' or '.join(_COLUMNS)}",
         )
     # A single column needs no header: a first row of digits is a length.
-    return [row[0] for row in (rows if names[0].isdigit() else rows[1:])]
+    return [row[0] for row in (rows if names[0].isdecimal() else rows[1:])]
 
 
 def _from_json(text: str, source: str) -> list[Any]:
@@ -111,7 +111,8 @@ def _to_lengths(values: list[Any], source: str) -> Ints:
     for number, value in enumerate(values, start=1):
         # By text, as int() would take True, 2.5 and "1_000" without complaint.
         text = "" if isinstance(value, bool) else str(value).strip()
-        if not text.isdigit() or int(text) < 1:
+        # `isdecimal`, as `isdigit` is true of "²", which int() refuses.
+        if not text.isdecimal() or int(text) < 1:
             raise ScheduleError.at(
                 "lengths", source, f"entry {number}, {value!r}, is not a whole number >= 1"
             )

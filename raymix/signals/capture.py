@@ -292,10 +292,15 @@ def _embedding(
     rows: Tensor,
     table: Tensor,
     padding_idx: int | None = None,
-    *options: Any,
-    **keywords: Any,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
-    # *options (max_norm, scale_grad_by_freq, sparse) are not supported and have no effect.
+    # `sparse` only changes the form of the gradient, which the pieces replace.
+    if max_norm is not None or scale_grad_by_freq:
+        name = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+        capture.raise_unsupported("embedding", f"its option {name} changes weights or gradients")
     split = capture.split(rows, table, inner=0)
     use = capture.use(table, split, product=False)
     if use is None:

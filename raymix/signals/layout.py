@@ -44,16 +44,15 @@ def order_by_piece(piece_B: Tensor) -> Tensor:
 
 
 def split_passes(piece_B: Tensor, passes: int) -> list[Tensor]:
-    """Return the rows of each pass, ordered by piece; each piece is divided evenly over passes."""
+    """Return the rows of each pass, ordered by piece; each piece is divided evenly over passes.
+
+    With at most as many passes as rows, every pass has a row.
+    """
     piece_B = piece_B.cpu()
     order_B = torch.argsort(piece_B, stable=True)
-    sorted_B = piece_B[order_B]
-    # As in `assign_pieces`; the i-th of n rows of a piece goes to pass i * passes // n.
-    turn_B = torch.arange(len(piece_B)) - torch.searchsorted(sorted_B, sorted_B)
-    count_B = torch.searchsorted(sorted_B, sorted_B, right=True) - torch.searchsorted(
-        sorted_B, sorted_B
-    )
-    pass_B = turn_B * passes // count_B
+    # Dealt out in turn over all pieces: were every piece to begin at pass 0, pieces of few rows
+    # would leave the last passes empty.
+    pass_B = torch.arange(len(piece_B)) % passes
     parts = [order_B[pass_B == number] for number in range(passes)]
     return [part[order_by_piece(piece_B[part])] for part in parts]
 

@@ -62,7 +62,7 @@ def requested_threads() -> int | None:
     """Return the threads per process that the user set by OMP_NUM_THREADS; None if not set."""
     # Read in the driver: Ray sets the variable in its workers, so there it is not the user's.
     value = os.environ.get("OMP_NUM_THREADS", "")
-    return int(value) if value.isdigit() and int(value) > 0 else None
+    return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
 def quiet_libraries() -> None:

@@ -178,6 +178,12 @@ def test_passes_add_up_to_unbiased_averages(llama: PackedLoss) -> None:
     np.testing.assert_array_equal(parts.tokens_K, whole.tokens_K)
 
 
+def test_pieces_of_one_row_fill_every_pass(llama: PackedLoss) -> None:
+    result = measured(llama, rows_of(even()), even(), passes=2 * K)
+    assert [int(each.rows_P.sum()) for each in result] == 2 * K * [1]
+    assert sum(each.rows_P for each in result).tolist() == 2 * K * [1.0]
+
+
 def test_a_missing_half_or_group_is_nan_and_nothing_else(llama: PackedLoss) -> None:
     pieces = even(2)
     pieces = pieces[(pieces % K != 2) & (pieces != 1)]  # group 2, and the first half of group 1
@@ -302,7 +308,8 @@ class Odd(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
-        self.table = nn.Embedding(VOCAB, 8)
+        options = {"max_norm": {"max_norm": 0.5}, "by frequency": {"scale_grad_by_freq": True}}
+        self.table = nn.Embedding(VOCAB, 8, **options.get(how, {}))
         self.mix = nn.Parameter(torch.randn(8, 8))
         self.head = nn.Linear(8, VOCAB)
 
@@ -323,13 +330,21 @@ class Odd(nn.Module):
         return loss_N.sum(), loss_N.detach().view(labels_BL.shape)
 
 
-@pytest.mark.parametrize("how", ["einsum", "some tokens"])
-def test_what_cannot_be_split_is_named(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("einsum", "'mix'"),
+        ("some tokens", "'mix'"),
+        ("max_norm", "'embedding'.*max_norm"),
+        ("by frequency", "'embedding'.*scale_grad_by_freq"),
+    ],
+)
+def test_what_cannot_be_split_is_named(how: str, name: str) -> None:
     model, pieces = Odd(how), even()
     rows = rows_of(pieces)
-    with pytest.raises(TrainingError, match=r"'mix'.*mode 'backward'"):
+    with pytest.raises(TrainingError, match=rf"{name}.*mode 'backward'"):
         measured(model, rows, pieces)
-    with pytest.raises(TrainingError, match="'mix'"):
+    with pytest.raises(TrainingError, match=name):
         recorded(model, rows, pieces)
     assert np.isfinite(statistics(measured(model, rows, pieces, mode="backward")).norm2_K).all()
     model(*rows)[0].backward()  # and nothing is left behind

@@ -84,6 +84,7 @@ def test_files_of_lengths(tmp_path: Path, file: str, text: str) -> None:
         ("a.txt", "", "the file holds no lengths"),
         ("a.csv", "", "the file holds no lengths"),
         ("a.txt", "3\n-1\n", r"entry 2, '-1', is not a whole number >= 1"),
+        ("a.txt", "3\n²\n", r"entry 2, '²', is not a whole number >= 1"),
         ("a.txt", "3\n0\n", "entry 2, '0'"),
         ("a.json", "[1, 2.5]", r"entry 2, 2\.5"),
         ("a.json", "[1, true]", "entry 2, True"),
