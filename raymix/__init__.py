@@ -7,13 +7,14 @@ neither torch nor ray:
     raymix.plan(recipe).document()     # dry run: tokens, shares, epochs, memory
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
+    raymix.MixtureLoader(recipe)       # the same batches in a training loop of one's own
     raymix.tune(recipe)                # proxy runs, a mixing law, its optimum, verified
     raymix.fit_law("mixtures.csv")     # a law that predicts losses from shares, and its report
     raymix.merge("merge.yaml", "out")  # one model from several
 
 Packages, from the lowest floor to the highest (docs/architecture.md): `recipe`, `store`,
 `sampling`, `mixers`, `laws`, `schedule`, `signals`, `merging`, `context_parallel`, `report`,
-`corpus`, `streaming`, `training`, `tuning`, `jobs`, `cli`.
+`corpus`, `streaming`, `training`, `loader`, `tuning`, `jobs`, `cli`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from raymix.laws import MixtureTable, fit_law
+    from raymix.loader import MixtureLoader, token_losses
     from raymix.merging import merge, merge_method
     from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer, mixer
     from raymix.recipe import Recipe, load_recipe, recipe_schema, recipe_to_yaml
@@ -55,6 +57,7 @@ __all__ = [
     "MergeError",
     "Mixer",
     "MixerContext",
+    "MixtureLoader",
     "MixtureLog",
     "MixtureTable",
     "RaymixError",
@@ -73,6 +76,7 @@ __all__ = [
     "prepare",
     "recipe_schema",
     "recipe_to_yaml",
+    "token_losses",
     "train",
     "tune",
 ]
@@ -87,6 +91,7 @@ _MODULE_OF = {
     "MergeError": "errors",
     "Mixer": "mixers",
     "MixerContext": "mixers",
+    "MixtureLoader": "loader",
     "MixtureLog": "sampling",
     "MixtureTable": "laws",
     "RaymixError": "errors",
@@ -105,6 +110,7 @@ _MODULE_OF = {
     "prepare": "corpus",
     "recipe_schema": "recipe",
     "recipe_to_yaml": "recipe",
+    "token_losses": "loader",
     "train": "training.api",
     "tune": "tuning.mixtures.tune",
 }
@@ -113,6 +119,7 @@ _PACKAGES = (
     "corpus",
     "jobs",
     "laws",
+    "loader",
     "merging",
     "mixers",
     "recipe",

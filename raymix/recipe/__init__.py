@@ -14,6 +14,7 @@ from raymix.recipe.corpus import (
 )
 from raymix.recipe.document import Recipe
 from raymix.recipe.load import (
+    RecipeSource,
     load_recipe,
     read_recipe,
     recipe_files,
@@ -83,6 +84,7 @@ __all__ = [
     "ProportionalMixer",
     "RbMixer",
     "Recipe",
+    "RecipeSource",
     "ReplayMixer",
     "RunConfig",
     "ScheduleMixer",

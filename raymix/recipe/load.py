@@ -32,11 +32,16 @@ from raymix.recipe.translate import fault_message, translate
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
-def load_recipe(source: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+RecipeSource = str | os.PathLike[str] | Recipe | Mapping[str, Any]
+"""What a recipe is loaded from; see `load_recipe`."""
+
+
+def load_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe at `source` with `overrides` applied and its paths made absolute.
 
     Args:
-        source: A YAML file, `module:function` where the function returns a Recipe, or a Recipe.
+        source: A YAML file, `module:function` where the function returns a Recipe, a Recipe, or the
+            data of one: relative paths in it start at the working directory.
         overrides: Changes such as `train.steps=200`, `corpus.domains.0.name=books` or
             `mixer.weights={a: 0.5, b: 0.5}`; values are YAML. A change of a kind
             (`mixer.kind=uniform`) drops the fields that only the old kind has.
@@ -48,9 +53,7 @@ def load_recipe(source: str | os.PathLike[str] | Recipe, overrides: Sequence[str
     return resolve_paths(recipe, base)
 
 
-def read_recipe(
-    source: str | os.PathLike[str] | Recipe, overrides: Sequence[str] = ()
-) -> tuple[Recipe, str]:
+def read_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
     """Return the recipe with its paths as they were written, and where relative sources start.
 
     Args:
@@ -60,6 +63,8 @@ def read_recipe(
     Raises:
         RecipeError: As `load_recipe` does.
     """
+    if isinstance(source, Mapping):
+        return _validate(apply_overrides(source, overrides)), os.getcwd()
     name = source if isinstance(source, Recipe) else os.fspath(source)
     # A file wins over `module:function`, as its name may hold a colon.
     if isinstance(name, str) and not (_FUNCTION.fullmatch(name) and not os.path.exists(name)):

@@ -292,15 +292,16 @@ def _embedding(
     rows: Tensor,
     table: Tensor,
     padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    *options: Any,
+    **keywords: Any,
 ) -> Tensor:
-    # `sparse` only changes the form of the gradient, which the pieces replace.
-    if max_norm is not None or scale_grad_by_freq:
-        name = "max_norm" if max_norm is not None else "scale_grad_by_freq"
-        capture.raise_unsupported("embedding", f"its option {name} changes weights or gradients")
+    given = dict(zip(("max_norm", "norm_type", "scale_grad_by_freq"), options, strict=False))
+    given |= keywords
+    # The others change nothing: a norm type without a norm, or the form of the gradient (sparse).
+    for name in ("max_norm", "scale_grad_by_freq"):
+        if given.get(name):
+            problem = f"its option {name} changes weights or gradients"
+            capture.raise_unsupported("embedding", problem)
     split = capture.split(rows, table, inner=0)
     use = capture.use(table, split, product=False)
     if use is None:

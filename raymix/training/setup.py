@@ -15,19 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch.optim import Optimizer
 
 from raymix.errors import RecipeError
-from raymix.mixers import GRADIENT_STATISTICS, Mixer, MixerContext, build_mixer
+from raymix.mixers import GRADIENT_STATISTICS, Mixer, build_mixer
 from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
 from raymix.streaming.batches.assign import Assignments, assign_locally
 from raymix.streaming.batches.stream import MixtureStream, row_tokens
 from raymix.streaming.blocks.sources import BlockSource, LocalSource
-from raymix.streaming.controller.actor import MixtureController
-from raymix.streaming.controller.client import LocalController, RemoteController
+from raymix.streaming.controller.build import build_mixture_state
+from raymix.streaming.controller.client import RemoteController
+from raymix.streaming.controller.local import LocalController
 from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
@@ -42,7 +42,7 @@ from raymix.training.model.hf_model import (
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
-from raymix.training.plan.target_counts import target_domain_counts
+from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.checkpoint import TrainingState, load_optimizer
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.recorder import Recorder
@@ -102,20 +102,6 @@ def recipe_hash(recipe: Recipe) -> str:
     """Return a hash of the identifying recipe fields."""
     text = json.dumps(identity(recipe.model_dump(mode="json")), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext:
-    """Return what a mixer may know about the run."""
-    tokens = [corpus.split(name, "train").tokens for name in corpus.domain_names]
-    return MixerContext(
-        domains=corpus.domain_names,
-        tokens_D=np.array(tokens, dtype=np.int64),
-        total_tokens=steps * recipe.data.step_tokens,
-        total_steps=steps,
-        rows_per_step=recipe.data.step_rows,
-        targets=recipe.mixer.targets,
-        nearest_D=target_domain_counts(recipe, corpus),
-    )
 
 
 def resume(job: Job, world: World) -> ResumePoint:
@@ -289,15 +275,15 @@ def _control(
         return RemoteController(
             job.controller, attempt=start.attempt, rank=world.rank, world_size=world.size
         )
-    controller = MixtureController(
-        recipe_mixer=job.recipe.mixer,
-        context=mixer_context(job.recipe, corpus, steps=job.steps),
+    state = build_mixture_state(
+        job.recipe.mixer,
+        mixer_context(job.recipe, corpus, steps=job.steps),
         run_dir=str(job.run.path),
         snapshot=start.state.controller if start.state else None,
         probe_interval=job.recipe.train.probe_interval,
         session=job.session,
     )
-    return LocalController(controller)
+    return LocalController(state)
 
 
 def _prober(
@@ -317,7 +303,8 @@ def _prober(
     device = replica.world.device.type
     return Prober(
         ProbeReader(corpus, sequence_length=length, seed=recipe.seed),
-        replica,
+        replica.model,
+        replica.world,
         config,
         needs=mixer.needs,
         n_domains=len(corpus.domain_names),

@@ -51,20 +51,20 @@ def raymix_local() -> Fill:
     from raymix.store import Corpus
     from raymix.streaming.batches.stream import MixtureStream
     from raymix.streaming.blocks.sources import LocalSource
-    from raymix.streaming.controller.actor import MixtureController
-    from raymix.streaming.controller.client import LocalController
+    from raymix.streaming.controller.build import build_mixture_state
+    from raymix.streaming.controller.local import LocalController
 
     corpus = Corpus.open(str(CACHE / "corpus"))
     tokens_D = np.full(DOMAINS, ROWS * LENGTH)
     context = MixerContext(corpus.domain_names, tokens_D, total_tokens=10**9, total_steps=10**6)
-    controller = MixtureController(recipe_mixer=Planned("fixed", [WEIGHTS]), context=context)
+    state = build_mixture_state(Planned("fixed", [WEIGHTS]), context)
     stream = MixtureStream(
         corpus,
         PackedData(sequence_length=LENGTH, rows_per_step=BATCH),
         seed=1,
         rank=0,
         world_size=1,
-        controller=LocalController(controller),
+        controller=LocalController(state),
         source=LocalSource(corpus, row_tokens=LENGTH),
     )
     return lambda staging: np.copyto(staging, stream.next().tokens)

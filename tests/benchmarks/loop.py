@@ -250,9 +250,9 @@ def in_memory(
 def local_stream(recipe: Any, corpus: Any, rank: int = 0, workers: int = 1) -> Any:
     from raymix.streaming.batches.stream import MixtureStream, row_tokens
     from raymix.streaming.blocks.sources import LocalSource
-    from raymix.streaming.controller.actor import MixtureController
-    from raymix.streaming.controller.client import LocalController
-    from raymix.training.setup import mixer_context
+    from raymix.streaming.controller.build import build_mixture_state
+    from raymix.streaming.controller.local import LocalController
+    from raymix.training.plan.mixer_context import mixer_context
 
     context = mixer_context(recipe, corpus, steps=recipe.train.steps)
     return MixtureStream(
@@ -261,7 +261,7 @@ def local_stream(recipe: Any, corpus: Any, rank: int = 0, workers: int = 1) -> A
         seed=recipe.seed,
         rank=rank,
         world_size=workers,
-        controller=LocalController(MixtureController(recipe_mixer=recipe.mixer, context=context)),
+        controller=LocalController(build_mixture_state(recipe.mixer, context)),
         source=LocalSource(corpus, row_tokens=row_tokens(recipe.data)),
     )
 
@@ -346,7 +346,7 @@ def _rpc(recipe: Any, corpus: Any) -> dict[str, Any]:
     from raymix.recipe import ClusterConfig
     from raymix.streaming.controller.client import RemoteController, start_controller
     from raymix.training.launch.cluster import ray_cluster
-    from raymix.training.setup import mixer_context
+    from raymix.training.plan.mixer_context import mixer_context
 
     with ray_cluster(ClusterConfig()):
         context = mixer_context(recipe, corpus, steps=10**6)

@@ -33,9 +33,9 @@ from raymix.store import Corpus
 from raymix.store.remote.tail import LineTail
 from raymix.streaming.batches.stream import MixtureStream, row_tokens
 from raymix.streaming.blocks.sources import LocalSource
-from raymix.streaming.controller.actor import MixtureController
-from raymix.streaming.controller.client import LocalController
-from raymix.training.setup import mixer_context
+from raymix.streaming.controller.build import build_mixture_state
+from raymix.streaming.controller.local import LocalController
+from raymix.training.plan.mixer_context import mixer_context
 from tests.benchmarks._report import RESULTS, row, write_results
 from tests.support import faults
 from tests.support.scenes import BOUND_S, RECIPE, Hung, Scene, descendants, title_of
@@ -173,7 +173,7 @@ def compared(scene: Scene) -> tuple[int, int]:
         seed=recipe.seed,
         rank=0,
         world_size=1,
-        controller=LocalController(MixtureController(recipe_mixer=recipe.mixer, context=context)),
+        controller=LocalController(build_mixture_state(recipe.mixer, context)),
         source=LocalSource(corpus, row_tokens=row_tokens(recipe.data)),
     )
     return len(done), sum(line["batch_hash"] != stream.next().batch_hash for line in done)

@@ -20,8 +20,8 @@ from raymix.streaming.batches.step_batch import DocumentBatch
 from raymix.streaming.batches.stream import MixtureStream, row_tokens
 from raymix.streaming.blocks.geometry import row_geometry
 from raymix.streaming.blocks.sources import LocalSource
-from raymix.streaming.controller.actor import MixtureController
-from raymix.streaming.controller.client import LocalController
+from raymix.streaming.controller.build import build_mixture_state
+from raymix.streaming.controller.local import LocalController
 from tests.support.corpora import labeled_domain, write_corpus
 
 BLOCK = 96
@@ -76,9 +76,7 @@ def packed(**changes: Any) -> PackedData:
 
 
 def local(mixer: Mixer, corpus: Corpus, **options: Any) -> LocalController:
-    return LocalController(
-        MixtureController(recipe_mixer=mixer, context=context(corpus), **options)
-    )
+    return LocalController(build_mixture_state(mixer, context(corpus), **options))
 
 
 def local_stream(

@@ -27,6 +27,11 @@ class Chunk(Protocol):
     """Consecutive steps prepared together."""
 
     @property
+    def first(self) -> int:
+        """Return the first step."""
+        ...
+
+    @property
     def end(self) -> int:
         """Return the step after the last one."""
         ...

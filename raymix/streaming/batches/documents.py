@@ -218,18 +218,19 @@ class DocumentChunk:
     """Consecutive steps; see `raymix.streaming.batches.builder.Chunk`.
 
     Attributes:
+        first: The first step.
         end_state: The planner's state after the last step.
     """
 
     def __init__(self, first: int) -> None:
         self.end_state: dict[str, Any] = {}
-        self._first = first
+        self.first = first
         self._steps: list[tuple[dict[str, Any], DocumentBatch]] = []
 
     @property
     def end(self) -> int:
         """Return the step after the last one."""
-        return self._first + len(self._steps)
+        return self.first + len(self._steps)
 
     def add(self, state: dict[str, Any], batch: DocumentBatch) -> None:
         """Append a step, with the planner's state before it."""
@@ -237,11 +238,11 @@ class DocumentChunk:
 
     def batch(self, step: int) -> DocumentBatch:
         """Return the batch of one of the steps."""
-        return self._steps[step - self._first][1]
+        return self._steps[step - self.first][1]
 
     def state_at(self, step: int) -> dict[str, Any]:
         """Return the planner's state before `step`."""
-        return self.end_state if step == self.end else self._steps[step - self._first][0]
+        return self.end_state if step == self.end else self._steps[step - self.first][0]
 
 
 class DocumentBatchInfo:

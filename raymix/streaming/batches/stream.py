@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from raymix.errors import CorpusError, RecipeError
+from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.recipe.training import DocumentData, PackedData
 from raymix.sampling import MixtureLog
 from raymix.store import Corpus
@@ -26,7 +26,7 @@ from raymix.streaming.batches.documents import DocumentBatchBuilder
 from raymix.streaming.batches.packed import PackedBatchBuilder
 from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 from raymix.streaming.blocks.sources import BlockSource
-from raymix.streaming.controller.client import Controller
+from raymix.streaming.controller.base import Controller
 from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE
 
 _MAX_LEASE_STEPS = 4096
@@ -49,6 +49,8 @@ class MixtureStream:
             one rank, and a micro-batch has room for one of full length.
         state: From `state_dict`, to continue.
         limit: Steps in the whole run; no lease goes beyond.
+        keep_past: Whether `state_dict` can return the state of any step since `release`, for loops
+            that read ahead of what they train on.
 
     Attributes:
         waited_s: Seconds that the last `next` took: leases, blocks and assembly.
@@ -72,8 +74,10 @@ class MixtureStream:
         assignments: Assignments | None = None,
         state: Mapping[str, Any] | None = None,
         limit: int | None = None,
+        keep_past: bool = False,
     ) -> None:
         self.waited_s = 0.0
+        self._keep_past = keep_past
         self.log = MixtureLog(corpus.domain_names)
         self._controller = controller
         self._limit = limit
@@ -96,8 +100,10 @@ class MixtureStream:
             self._check(state, accept_changed=data.accept_changed_corpus)
             self._step = self._builder.load(state)
         # The builder runs ahead of the caller; until the first batch this is the caller's state.
-        self._start_state = self._builder.state_dict()
+        self._start_state, self._first_step = self._builder.state_dict(), self._step
         self._chunk: Chunk | None = None
+        # Chunks before this one, as far as `release` has not given them up: their states.
+        self._past: list[Chunk] = []
         self._planned_until = self._leased_until = self._ready_until = self._step
         self._lease_steps = 1
         self._lease_requested = False
@@ -130,7 +136,10 @@ class MixtureStream:
         """
         started = time.perf_counter()
         if self._chunk is None or self._step == self._ready_until:
-            self._chunk = self._advance()
+            chunk = self._advance()
+            if self._keep_past and self._chunk is not None:
+                self._past.append(self._chunk)
+            self._chunk = chunk
         batch = self._chunk.batch(self._step)
         self._step += 1
         self.waited_s = time.perf_counter() - started
@@ -148,13 +157,31 @@ class MixtureStream:
         note: str | None = entry.stats.get(NOTE) if entry.stats else None
         return note if entry.first_step == step else None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return, in JSON types, the state to continue after the batch last returned.
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Return, in JSON types, the state to continue at `step`, else after the last batch.
 
         It is the same on all ranks. Shares are not part of it: the controller's snapshot has them.
+
+        Raises:
+            TrainingError: If `step` was not returned yet, or was released.
         """
-        state = self._start_state if self._chunk is None else self._chunk.state_at(self._step)
-        return {**state, **self._identity}
+        step = self._step if step is None else step
+        if step == self._first_step:
+            return {**self._start_state, **self._identity}
+        chunks = [*self._past, *([] if self._chunk is None else [self._chunk])]
+        for chunk in chunks:
+            if step <= chunk.end and step >= chunk.first and step <= self._step:
+                return {**chunk.state_at(step), **self._identity}
+        raise TrainingError.at(
+            "step",
+            step,
+            "the stream has no state for it",
+            allowed=f"Allowed: {chunks[0].first if chunks else self._first_step} to {self._step}",
+        )
+
+    def release(self, step: int) -> None:
+        """Give up the states before `step`, those of a loop that has trained up to it."""
+        self._past = [chunk for chunk in self._past if chunk.end > step]
 
     def _advance(self) -> Chunk:
         """Return the chunk that begins at this step, and have the one after it prepared."""

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 
 import ray
 
-from raymix.mixers import DomainStats, Mixer, MixerContext, build_mixer
-from raymix.streaming.controller.journal import Journal
+from raymix.mixers import DomainStats, MixerContext
+from raymix.streaming.controller.build import build_mixture_state
 from raymix.streaming.controller.leases import Lease
-from raymix.streaming.controller.state import MixtureState
 
 _Answer = TypeVar("_Answer")
 
@@ -46,16 +45,13 @@ class MixtureController:
         lease_s: float = 0.05,
         session: str | None = None,
     ) -> None:
-        built = isinstance(recipe_mixer, Mixer)
-        mixer = recipe_mixer if built else build_mixer(recipe_mixer, context)
         self.lease_s = lease_s
-        self.state = MixtureState(
-            mixer,
+        self.state = build_mixture_state(
+            recipe_mixer,
             context,
-            kind=getattr(recipe_mixer, "kind", type(mixer).__name__),
-            interval=probe_interval,
-            journal=Journal(run_dir) if run_dir else None,
+            run_dir=run_dir,
             snapshot=snapshot,
+            probe_interval=probe_interval,
             session=session,
         )
         self._changed = asyncio.Event()

@@ -1,117 +1,24 @@
-"""Clients of the controller: `RemoteController` over Ray, `LocalController` in one process.
-
-Requesting a lease and waiting for it are two calls, so that the answer travels while the rank
-works on its last leased step.
-"""
+"""The ranks' side of the controller actor."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.exceptions
 
-from raymix.errors import ClusterError, RaymixError, TrainingError
+from raymix.errors import ClusterError, RaymixError
 from raymix.mixers import DomainStats
 from raymix.streaming.actor_options import actor_options
-from raymix.streaming.controller.actor import MixtureController, MixtureControllerActor
+from raymix.streaming.controller.actor import MixtureControllerActor
+from raymix.streaming.controller.base import LeaseRequest
 from raymix.streaming.controller.leases import Lease
 
 # A restarted controller may have lost the pushes of the current window and of the two before it,
 # no more: leases end two windows after the last complete one, which is saved.
 _RESEND_WINDOWS = 3
-
-
-class Controller(Protocol):
-    """The controller as a stream uses it."""
-
-    lease_s: float
-    """Seconds of reading that a lease should cover."""
-    remote: bool
-    """Whether answers take time; then `wait_lease` may be called on another thread."""
-
-    def request_lease(self, *, step: int, leased_until: int, n_steps: int, version: int) -> None:
-        """Request a lease; `wait_lease` returns it."""
-        ...
-
-    def wait_lease(self) -> Lease:
-        """Return the lease last requested, waiting for it."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _LeaseRequest:
-    step: int
-    leased_until: int
-    n_steps: int
-    version: int
-
-
-class LocalController:
-    """A controller in this process, for a single rank; it never waits."""
-
-    remote = False
-
-    def __init__(self, controller: MixtureController) -> None:
-        self.lease_s = controller.lease_s
-        self._state = controller.state
-        self._attempt = uuid.uuid4().hex
-        self._state.register(self._attempt, 1)
-        self._request: _LeaseRequest | None = None
-
-    def request_lease(self, *, step: int, leased_until: int, n_steps: int, version: int) -> None:
-        """Store the request."""
-        # Answered in `wait_lease`: statistics pushed between the two calls must count.
-        self._request = _LeaseRequest(step, leased_until, n_steps, version)
-
-    def wait_lease(self) -> Lease:
-        """Return the lease last requested.
-
-        Raises:
-            TrainingError: If it depends on statistics that were never pushed.
-        """
-        assert self._request is not None
-        request = self._request
-        lease = self._state.lease(
-            self._attempt,
-            0,
-            step=request.step,
-            leased_until=request.leased_until,
-            n_steps=request.n_steps,
-            version=request.version,
-        )
-        if lease is None:
-            known = self._state.known_until
-            raise TrainingError.at(
-                "step",
-                request.step,
-                f"its weights need the statistics of steps before {known}, never pushed",
-            )
-        return lease
-
-    def push(self, window: int, stats: DomainStats) -> None:
-        """Push the statistics of a window."""
-        self._state.push(self._attempt, window, 0, stats)
-
-    def set_weights(
-        self, weights: Mapping[str, float] | Sequence[float], first_step: int | None = None
-    ) -> int:
-        """Request shares and return the step from which on they hold."""
-        return self._state.set_weights(weights, first_step)
-
-    def snapshot(self, step: int | None = None) -> dict[str, Any]:
-        """Return the state in a checkpoint that resumes at `step`."""
-        snapshot = self._state.snapshot(step)
-        if snapshot is None:
-            raise TrainingError.at("step", step, "statistics of windows before it are missing")
-        return snapshot
-
-    def status(self) -> dict[str, Any]:
-        """Return attempt, leases, shares and windows in JSON types."""
-        return self._state.status()
 
 
 class RemoteController:
@@ -141,13 +48,13 @@ class RemoteController:
         self._rank = rank
         self._timeout_s = timeout_s
         self._pushed: dict[int, DomainStats] = {}
-        self._request: _LeaseRequest | None = None
+        self._request: LeaseRequest | None = None
         self._answer: Any = None
         self._incarnation, self.lease_s = self._get(handle.register.remote(attempt, world_size))
 
     def request_lease(self, *, step: int, leased_until: int, n_steps: int, version: int) -> None:
         """Request a lease; `wait_lease` returns it."""
-        self._request = _LeaseRequest(step, leased_until, n_steps, version)
+        self._request = LeaseRequest(step, leased_until, n_steps, version)
         self._send(self._request)
 
     def wait_lease(self) -> Lease:
@@ -169,7 +76,7 @@ class RemoteController:
             for window, stats in list(self._pushed.items()):
                 self._handle.push.remote(self._attempt, window, self._rank, stats)
             version = entries[-1].version if entries else request.version
-            self._send(_LeaseRequest(request.step, request.leased_until, request.n_steps, version))
+            self._send(LeaseRequest(request.step, request.leased_until, request.n_steps, version))
             lease = self._get(self._answer)
             entries += lease.entries
         return Lease(lease.until, entries, lease.incarnation)
@@ -198,7 +105,7 @@ class RemoteController:
         status: dict[str, Any] = self._get(self._handle.status.remote())
         return status
 
-    def _send(self, request: _LeaseRequest) -> None:
+    def _send(self, request: LeaseRequest) -> None:
         self._answer = self._handle.lease.remote(
             self._attempt,
             self._rank,

@@ -17,22 +17,23 @@ schedule or the next window of an adaptive mixer.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raymix.errors import CorpusError, RecipeError, TrainingError
+from raymix.errors import RecipeError, TrainingError
 from raymix.mixers import DomainStats, Mixer, MixerContext, PlannedMixer, Shares, shares_by_name
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.streaming.controller.journal import Journal, plain
 from raymix.streaming.controller.leases import Lease, Leases
+from raymix.streaming.controller.requests import (
+    REQUESTED,
+    SharesTuple,
+    logged_requests,
+    parse_requests,
+)
 from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, loss_weight_stats
 
-REQUESTED = "asked"
-"""`MixtureEntry.mixer` of entries that a user requested."""
-
 NO_STEP_LIMIT = (1 << 63) - 1
-
-SharesTuple = tuple[float, ...]
 
 
 class MixtureState:
@@ -153,6 +154,13 @@ class MixtureState:
         return self.windows.known_until if self.windows else NO_STEP_LIMIT
 
     @property
+    def first_free_step(self) -> int:
+        """Return the first step that no reported rank may read yet."""
+        # Either may be the larger: a new attempt starts without leases, and a restarted controller
+        # with a saved `decided` from before the last leases, as those are not saved.
+        return max(self._leases.first_unleased_step, self._decided_until)
+
+    @property
     def all_ranks_reported(self) -> bool:
         """Return whether each rank's lease is known."""
         return self._leases.all_ranks_reported
@@ -190,9 +198,7 @@ class MixtureState:
                 )
             weights = dict(zip(names, map(float, weights), strict=True))
         shares = tuple(shares_by_name(weights, self.context, path="weights").tolist())
-        # Either may be the larger: a new attempt starts without leases, and a restarted controller
-        # with a saved `decided` from before the last leases, as those are not saved.
-        earliest = max(self._leases.first_unleased_step, self._decided_until)
+        earliest = self.first_free_step
         # Ray repeats a call that was lost with the actor, after which the step would be another.
         if (repeated := self._equal_request(shares, first_step, earliest)) is not None:
             return repeated
@@ -334,9 +340,9 @@ class MixtureState:
         # Requests are the one thing that cannot be computed again: those that the run before had
         # accepted and that are still to come are taken over from its files.
         saved = self._journal.read_state()
-        requests = _logged_requests(self._journal.read_log(), self.context.domains)
+        requests = logged_requests(self._journal.read_log(), self.context.domains)
         if saved is not None and tuple(saved["domains"]) == self.context.domains:
-            requests |= _parse_requests(saved["asks"])
+            requests |= parse_requests(saved["asks"])
         self._requests |= {
             step: shares for step, shares in requests.items() if step >= self._decided_until
         }
@@ -357,7 +363,7 @@ class MixtureState:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.log = MixtureLog.from_lines(state["log"], self.context.domains)
-        self._requests = _parse_requests(state["asks"])
+        self._requests = parse_requests(state["asks"])
         self._decided_until = int(state["decided"])
         if self.windows:
             self.windows.load_state_dict(state["windows"])
@@ -384,17 +390,3 @@ def _loss_factors(stats: Mapping[str, Any] | None) -> dict[str, float] | None:
 def _request_stats(stats: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the part of a mixer's `stats` that holds although a request replaces its shares."""
     return {key: stats[key] for key in (LOSS_WEIGHTS, NOTE) if stats and key in stats}
-
-
-def _parse_requests(raw: Mapping[Any, Iterable[float]]) -> dict[int, SharesTuple]:
-    # JSON turns the keys of a mapping into strings.
-    return {int(step): tuple(map(float, shares)) for step, shares in raw.items()}
-
-
-def _logged_requests(lines: Sequence[str], domains: tuple[str, ...]) -> dict[int, SharesTuple]:
-    """Return the requests in a log; none if it is of other domains."""
-    try:
-        entries = MixtureLog.from_lines(lines, domains).entries
-    except CorpusError:
-        return {}
-    return {entry.first_step: entry.weights for entry in entries if entry.mixer == REQUESTED}

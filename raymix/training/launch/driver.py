@@ -28,8 +28,9 @@ from raymix.training.launch.cluster import capacity_error, worker_environment
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.launch.worker import FailFastPolicy, train_worker
+from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.remote_run import newest_checkpoint_of
-from raymix.training.setup import Job, mixer_context
+from raymix.training.setup import Job
 
 _START_RETRIES = 2
 # Interval at which a run with `cluster.min_workers` checks for resources for more workers. Every

@@ -49,6 +49,7 @@ from raymix.training.plan.checks import (
 )
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
 from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
+from raymix.training.plan.mixer_context import count_steps
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
@@ -197,7 +198,7 @@ class _BatchShape:
             recipe.cluster.gpus_per_worker == "auto" and available.gpus >= workers
         )
         return cls(
-            steps=train.steps or -(-(train.tokens or 0) // data.step_tokens),
+            steps=count_steps(recipe),
             tokens=data.step_tokens,
             rows=data.step_rows,
             rows_per_worker=(rank_rows // workers, -(-rank_rows // workers)),

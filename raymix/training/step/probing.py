@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from raymix.recipe.training import ProbeConfig
 from raymix.sampling import CorpusOrder
@@ -26,7 +27,7 @@ from raymix.signals import GradientProbe, GradientStats, Preconditioner, statist
 from raymix.store import Corpus
 from raymix.streaming.blocks.geometry import row_geometry
 from raymix.training.host.device import seed_everything
-from raymix.training.model.parallel import Replica
+from raymix.training.model.parallel import World
 from raymix.training.step.batches import micro_batches, row_loss_mask
 
 Ints = npt.NDArray[np.int64]
@@ -108,7 +109,8 @@ class Prober:
 
     Args of the constructor:
         reader: Reads the rows.
-        replica: The model.
+        model: Loss module, as `GradientProbe` takes it, unwrapped.
+        world: This rank; the device is the model's.
         config: The recipe's `train.probe`.
         needs: Statistics that the mixer reads.
         n_domains: D.
@@ -122,7 +124,8 @@ class Prober:
     def __init__(
         self,
         reader: ProbeReader,
-        replica: Replica,
+        model: nn.Module,
+        world: World,
         config: ProbeConfig,
         *,
         needs: frozenset[str],
@@ -134,7 +137,7 @@ class Prober:
         metric: Preconditioner | None = None,
     ) -> None:
         self._reader = reader
-        self._replica = replica
+        self._world = world
         self._config = config
         self._n_domains = n_domains
         self._targets = list(targets)
@@ -151,7 +154,7 @@ class Prober:
         self._chunks = [measured[at : at + width] for at in range(0, len(measured), width)]
         self._n_groups = width + len(targets)
         self._probe = GradientProbe(
-            replica.model,
+            model,
             n_groups=self._n_groups,
             halves=_HALVES,
             mode=config.mode,
@@ -164,7 +167,7 @@ class Prober:
         A collective: ranks without a pass of their own repeat the first one and discard it, as a
         forward pass under FSDP2 gathers parameters from all ranks.
         """
-        world = self._replica.world
+        world = self._world
         passes = self._config.rows // _HALVES
         sums: dict[str, Floats] = {}
         passes_done = 0
@@ -193,7 +196,7 @@ class Prober:
                 self._group_ND, domain_B[drawn], number * _HALVES + half_B[drawn]
             )
         rows = self._reader.rows(domain_B, self._reader.row_numbers(domain_B, number, half_B))
-        device = self._replica.world.device
+        device = self._world.device
         (batch,) = micro_batches(rows, 1, device, loss_mask_BL=rows.loss_mask)
         piece_B = torch.from_numpy(half_B * self._n_groups + member_B)
         # Rank 0 always: dropout must be the same on whichever rank the pass runs.

@@ -16,7 +16,7 @@ from raymix.recipe.training import ProbeConfig
 from raymix.store import Corpus
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import PackedLoss
-from raymix.training.model.parallel import SingleReplica, World
+from raymix.training.model.parallel import World
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.step.probing import Prober, ProbeReader
 from tests.integration.training.test_run import after, at, numbers, recipe, train
@@ -46,7 +46,8 @@ def prober(corpus: Corpus, model: PackedLoss, world: World, **changes: Any) -> P
     options: dict[str, Any] = {"needs": NEEDS, "micro_batch_rows": 6, "targets": [2]} | changes
     return Prober(
         ProbeReader(corpus, sequence_length=LENGTH, seed=5),
-        SingleReplica(model, world),
+        model,
+        world,
         ProbeConfig(rows=8, mode=options.pop("mode", "exact")),
         n_domains=3,
         precision=contextlib.nullcontext,

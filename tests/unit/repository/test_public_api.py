@@ -25,6 +25,7 @@ NAMES = {
     "MergeError",
     "Mixer",
     "MixerContext",
+    "MixtureLoader",
     "MixtureLog",
     "RaymixError",
     "Recipe",
@@ -41,6 +42,7 @@ NAMES = {
     "prepare",
     "recipe_schema",
     "recipe_to_yaml",
+    "token_losses",
     "train",
     "tune",
 }
