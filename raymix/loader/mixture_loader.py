@@ -40,7 +40,8 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
     `num_items_in_batch`, the labels of the global batch divided by the ranks: a loss that is a sum
     over this rank's labels divided by it gives, averaged over ranks as DDP and FSDP do, the mean
     over the global batch. `use_cache` is False: with a cache, transformers lets packed documents
-    see each other. `domain_ids` is for the loop, not the model: pop it before the forward pass. Under a mixer that scales losses, `loss_weights` has the factor of each token.
+    see each other. `domain_ids` is for the loop, not the model: pop it before the forward pass.
+    Under a mixer that scales losses, `loss_weights` has the factor of each token.
 
     Args of the constructor:
         source: A recipe, or the path of one. Its sections `model`, `cluster` and `run` are unused.

@@ -35,8 +35,8 @@ def batch_tensors(
     """Yield exactly `parts` parts of a rank's batch, each the tensors of one forward pass.
 
     Fields: `input_ids`, `labels`, `position_ids` and `domain_ids`, int64 of one shape; domains by
-    number, -1 for padding; and `use_cache`, False. A part without rows or documents is one token without a label, so that
-    all ranks make equally many passes.
+    number, -1 for padding; and `use_cache`, False. A part without rows or documents is one token
+    without a label, so that all ranks make equally many passes.
     """
     if isinstance(batch, DocumentBatch):
         for documents in _divided(batch, parts):

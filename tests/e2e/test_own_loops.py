@@ -1,0 +1,106 @@
+"""The training loops of docs/systems/own_loop.md, each with its real framework.
+
+Every script is killed by SIGKILL at step 23 and started again, on two ranks where the framework
+can: every step that it trains has the batch of `raymix train` of the same recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from tests.support.own_loops import run, scripts
+from tests.support.paths import ROOT
+from tests.support.shell import Shell, steps_of, write_recipe
+
+PAGE = ROOT / "docs/systems/own_loop.md"
+SCRIPTS = scripts(PAGE)
+STEPS, KILLED_AT = 40, 23
+RANKS_AFTERWARDS = {
+    "PyTorch": 2,
+    "Hugging Face Trainer": 2,
+    "TRL": 1,
+    "Accelerate": 2,
+    "Lightning": 1,
+}
+"""Frameworks, and on how many ranks each goes on."""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a recipe, a corpus of real text, a model's config, and a run."""
+    work = tmp_path_factory.mktemp("work")
+    write_recipe(
+        work / "my.yaml",
+        name="my",
+        seed=3,
+        data={"sequence_length": 64, "rows_per_step": 8},
+        train={"steps": STEPS, "lr": 1e-3},
+        cluster={"workers": 0},
+        eval={"rows_per_domain": 2, "every": STEPS},
+    )
+    shell = Shell(work)
+    shell.ok("train", "my.yaml", "--no-report")
+    corpus = next(work.glob("corp*"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(next(corpus.rglob("tokenizer.json"))), eos_token="<|endoftext|>"
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(work / "model")
+    LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(work / "model")
+    return work
+
+
+@pytest.fixture(scope="module")
+def expected(work: Path) -> list[tuple[int, str]]:
+    return [(line["step"], line["batch_hash"]) for line in steps_of(next(work.glob("runs/*")))]
+
+
+def directory_of(work: Path, tmp_path: Path) -> Path:
+    """Return a directory of a script, with the recipe and all that it names."""
+    for path in work.iterdir():
+        if path.name != "runs":
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("framework", RANKS_AFTERWARDS)
+def test_a_killed_loop_goes_on_in_the_next_batch(
+    framework: str, work: Path, expected: list[tuple[int, str]], tmp_path: Path
+) -> None:
+    directory = directory_of(work, tmp_path)
+    script = directory / "train.py"
+    script.write_text(SCRIPTS[framework])
+    first = run(script, tmp_path / "notes", kill_at=KILLED_AT)
+    assert first == expected[:KILLED_AT]
+    rest = run(script, tmp_path / "notes", ranks=RANKS_AFTERWARDS[framework])
+    assert rest == expected[20:]
+
+
+def test_losses_by_domain_are_in_the_trainers_logs(work: Path, tmp_path: Path) -> None:
+    directory = directory_of(work, tmp_path)
+    script = directory / "train.py"
+    script.write_text(SCRIPTS["Hugging Face Trainer"])
+    run(script, tmp_path / "notes")
+    state = json.loads((directory / "out/checkpoint-40/trainer_state.json").read_text())
+    logged = [line for line in state["log_history"] if "loss" in line]
+    names = {name.removeprefix("loss/") for name in logged[-1] if name.startswith("loss/")}
+    assert names == {"books", "python", "legal", "math"}
+
+
+def test_no_loop_takes_more_than_fifteen_lines_of_raymix() -> None:
+    for framework in [*RANKS_AFTERWARDS, "Ray Train"]:
+        ours = re.compile(r"raymix|loader|mixture|domain_ids|Mixture")
+        lines = [line for line in SCRIPTS[framework].splitlines() if ours.search(line)]
+        assert len(lines) <= 15, (framework, lines)
