@@ -14,6 +14,7 @@ products), `functions` and `capture` (how the pieces are intercepted), `probe` (
 Over ranks: all-reduce `gradient_sums(pieces)`, then call `statistics(sums)`.
 """
 
+from raymix.signals.causal_loss import CausalLoss
 from raymix.signals.layout import assign_pieces, order_by_piece
 from raymix.signals.precondition import adam_preconditioner
 from raymix.signals.probe import GradientProbe, Mode, Preconditioner, Recording
@@ -26,6 +27,7 @@ from raymix.signals.statistics import (
 )
 
 __all__ = [
+    "CausalLoss",
     "GradientProbe",
     "GradientStats",
     "GradientSums",
