@@ -60,6 +60,8 @@ class Capture(TorchFunctionMode):
         self._paused = False
         self.refuse: Callable[[Sequence[str], str], None] = self.raise_unsupported
         """Called with the parameters whose use cannot be split, and the reason."""
+        self.inspect: Callable[[str, Tensor, Split], bool] | None = None
+        """Called with a parameter's name, its inputs (N, ...) and their slots; false: refused."""
 
     @property
     def begun(self) -> bool:
@@ -253,6 +255,24 @@ class Capture(TorchFunctionMode):
         Raises:
             Unsupported: If it is neither.
         """
+        split = self._split(x, parameter, inner)
+        self.check(x, parameter, split)
+        return split
+
+    def check(self, x: Tensor, parameter: Any, split: Split) -> None:
+        """Let a survey see the vectors that a split assigns to slots.
+
+        Raises:
+            Unsupported: If it finds that they are not of these slots.
+        """
+        if self.inspect is None:
+            return
+        owner = self.parameter(parameter)
+        name = None if owner is None else self._names.name(owner)
+        if name is not None and not self.inspect(name, x.reshape(len(split.slot_N), -1), split):
+            raise Unsupported("its inputs are not the rows in order")
+
+    def _split(self, x: Tensor, parameter: Any, inner: int) -> Split:
         layout, leading = self.gram.layout, x.shape[: x.ndim - inner]
         count = leading.numel()
         if len(leading) > 1 and leading[0] == layout.rows and count % layout.tokens == 0:

@@ -60,6 +60,10 @@ class CaptureContext(Protocol):
         """Return the slots of the vectors of `x`: all axes but its last `inner` ones."""
         ...
 
+    def check(self, x: Tensor, parameter: Any, split: Split) -> None:
+        """Let a survey see the vectors that a split assigns to slots."""
+        ...
+
 
 def linear(
     capture: CaptureContext,
@@ -144,7 +148,9 @@ def _elementwise(capture: CaptureContext, x: Tensor, parameter: Tensor) -> tuple
     layout = capture.gram.layout
     # A vector's piece is a sum over tokens, so a row needs only one vector: its sum.
     if x.ndim > 2 and x.shape[0] == layout.rows:
-        return layout.rows_split(1), layout.rows
+        split = layout.rows_split(1)
+        capture.check(x, parameter, split)
+        return split, layout.rows
     split = capture.split(x, parameter, inner=x.ndim - 1)
     return split, x.shape[0]
 

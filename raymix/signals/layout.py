@@ -114,6 +114,10 @@ class PieceLayout:
         self._cache: dict[tuple[int, int, int], Split] = {}
         self._index_cache: dict[tuple[int, int], Tensor] = {}
 
+    def slot_of_row(self, row: int) -> int:
+        """Return the slot of a row."""
+        return int(self._slot_B[row])
+
     def vectors_per_row(self, shape: torch.Size) -> int:
         """Return how many entries of the leading axis each row has; 0 if that axis has no rows."""
         if not shape:

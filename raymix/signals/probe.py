@@ -237,7 +237,8 @@ class GradientProbe:
                 capture.begin(PassGram(layout, self._workspace, lambda name: None))
                 return capture
 
-            self._plan = Survey(self._model, self._names, new_capture).run(args, kwargs)
+            arguments = self._signature.bind(*args, **kwargs)
+            self._plan = Survey(self._model, self._names, new_capture, arguments).run()
         return self._plan
 
     def _bind(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:

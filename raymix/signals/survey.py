@@ -1,12 +1,20 @@
-"""Survey of a model: which modules must run again, found in forward passes before the first one."""
+"""Survey of a model: which modules must run again, found in forward passes before the first one.
+
+A pass of its own shows each use of a parameter that cannot be split. Whether the others are split
+as the shapes say is tested by another pass in which one row has other tokens: the inputs of a
+parameter may differ only in the vectors of that row. A model that sorts or mixes the tokens of all
+rows is found so.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from raymix.signals.capture import Capture, unsupported_error
+from raymix.signals.layout import Split
+from raymix.signals.locality import LocalityTest, with_first_row_changed
 from raymix.signals.parameters import ParameterNames, is_parameter, reached_parameters
 from raymix.signals.replay import can_replay, take_tensors
 
@@ -42,10 +52,18 @@ class Survey:
     """Finds the innermost module to run again, for each use of a parameter that cannot be split."""
 
     def __init__(
-        self, model: nn.Module, names: ParameterNames, new_capture: Callable[[], Capture]
+        self,
+        model: nn.Module,
+        names: ParameterNames,
+        new_capture: Callable[[], Capture],
+        arguments: inspect.BoundArguments,
     ) -> None:
-        """Survey `model`; `new_capture` returns a capture that has begun."""
+        """Survey `model`, called with `arguments`; `new_capture` returns a capture that has begun.
+
+        The first argument has the tokens.
+        """
         self._model, self._names = model, names
+        self._arguments = arguments
         self._new_capture = new_capture
         self._capture = new_capture()
         self._plan: dict[str, frozenset[str]] = {}
@@ -53,29 +71,40 @@ class Survey:
         self._bypassed: dict[str, str] = {}
         self._running: list[_ModuleCall] = []
 
-    def run(self, args: Any, kwargs: Any) -> Plan:
-        """Return the plan, from forward passes with the given arguments.
+    def run(self) -> Plan:
+        """Return the plan.
 
         Raises:
             TrainingError: If no module can run again for some parameter.
         """
-        tensors: list[Tensor] = []
-        take_tensors((args, kwargs), tensors)
-        devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+        tokens_key, tokens_BL = next(iter(self._arguments.arguments.items()))
+        devices = [tokens_BL.device] if tokens_BL.is_cuda else []
         for _ in range(_MAX_ROUNDS):
             before = dict(self._plan)
+            locality = LocalityTest()
             # The model's own pass must draw the same dropout as without a survey.
             with torch.random.fork_rng(devices), torch.enable_grad():
-                self._round(args, kwargs)
-            if self._plan == before and not self._bypassed:
+                self._round(locality.record)
+            if self._plan != before or self._bypassed:
+                continue
+            locality.start_comparison()
+            self._arguments.arguments[tokens_key] = with_first_row_changed(tokens_BL)
+            slot = self._capture.gram.layout.slot_of_row(0)
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                self._round(partial(locality.unchanged_elsewhere, slot=slot))
+            self._arguments.arguments[tokens_key] = tokens_BL
+            if self._plan == before:
                 self._notify()
                 return self._plan
         raise unsupported_error(sorted(self._reasons), "no module can run again for it")
 
-    def _round(self, args: Any, kwargs: Any) -> None:
+    def _round(self, inspect_inputs: Callable[[str, Tensor, Split], bool]) -> None:
+        """Run the model and take what it shows into the plan."""
+        args, kwargs = self._arguments.args, self._arguments.kwargs
         hidden = {name for names in self._plan.values() for name in names}
         self._capture = self._new_capture()
         self._capture.refuse = self._note
+        self._capture.inspect = inspect_inputs
         with self._hooks(), self._capture:
             self._enter("", self._model, args, kwargs)
             result = self._model.forward(*args, **kwargs)
