@@ -72,7 +72,10 @@ class LeafSubstitution(TorchFunctionMode):
         return func(*args, **{key: self._substitute(value) for key, value in kwargs.items()})
 
     def grads(self, outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the gradients of the sum of `weights * outputs`, by the parameters' names."""
+        """Return the gradients of the sum of `weights * outputs`, by the parameters' names.
+
+        Call it when the mode is off: it would substitute parameters in `torch.autograd.grad`.
+        """
         inputs = list(self.leaves.items())
         # Uses that no mode sees, such as `autograd.Function.apply`, have no substitute.
         for parameter in reached_parameters(outputs):

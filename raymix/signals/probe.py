@@ -267,8 +267,8 @@ class GradientProbe:
             # Callers may measure under no_grad.
             with torch.enable_grad(), _eager(self._model), substitution:
                 loss, own_BL = self._model(*(tensor[index] for tensor in batch))
-                with torch.autocast(loss.device.type, enabled=False):
-                    grads = substitution.grads([loss], [torch.ones_like(loss)])
+            with torch.autocast(loss.device.type, enabled=False):
+                grads = substitution.grads([loss], [torch.ones_like(loss)])
             grads_by_piece[piece] = {name: self._scaled(name, grad) for name, grad in grads.items()}
             loss_BL[own.cpu()] = own_BL.detach().double().cpu()
         gram_PP = torch.zeros(self._n_pieces, self._n_pieces, dtype=torch.float64)

@@ -121,8 +121,9 @@ class ModuleCall:
 
 def _error(again: Tensor, out: Tensor) -> Tensor:
     """Return the relative difference of two outputs, float32 of shape ()."""
+    again, out = again.detach(), out.detach()
     scale = torch.linalg.vector_norm(out.float())
-    difference = torch.linalg.vector_norm((again.detach() - out).float())
+    difference = torch.linalg.vector_norm((again - out).float())
     return difference / scale.clamp_min(torch.finfo(torch.float32).tiny)
 
 

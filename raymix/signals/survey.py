@@ -175,10 +175,12 @@ class Survey:
 
     def _set_requires_grad(self, names: frozenset[str], *, requires_grad: bool) -> None:
         """Hide or show parameters: what is left in the graph then was not intercepted."""
-        for name in names:
-            parameter = self._model.get_parameter(name)
-            if is_parameter(parameter):
-                parameter.requires_grad_(requires_grad)
+        # The capture would change a detached copy.
+        with self._capture.paused():
+            for name in names:
+                parameter = self._model.get_parameter(name)
+                if is_parameter(parameter):
+                    parameter.requires_grad_(requires_grad)
 
     def _note(self, names: Sequence[str], reason: str) -> None:
         self._running[-1].unsupported.update(dict.fromkeys(names, reason))
