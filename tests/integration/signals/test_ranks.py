@@ -84,7 +84,7 @@ def one_case(world: World, case: str, rank: int) -> dict[str, Any]:
     plain, _ = gradients(replica, batch, None, piece_B, scale)
     results: dict[str, Any] = {}
     probes = {
-        mode: GradientProbe(replica.model, n_groups=K, mode=mode)
+        mode: GradientProbe(replica.module, n_groups=K, mode=mode)
         for mode in ("exact", "backward", "last_layer")
     }
     for mode, probe in probes.items():
