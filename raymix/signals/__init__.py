@@ -1,8 +1,8 @@
 """Gradient statistics of groups of sequences from one backward pass, at little extra cost.
 
 Read in this order: `statistics` (the estimators), `layout` (rows and pieces), `gram` (inner
-products), `functions`, `handlers` and `capture` (how the pieces are intercepted), `replay`, `survey`
-and `locality` (parameters for which a module runs again), `probe` (the interface).
+products), `functions`, `handlers` and `capture` (how the pieces are intercepted), `replay`,
+`survey` and `locality` (parameters for which a module runs again), `probe` (the interface).
 
     probe = GradientProbe(loss_module, n_groups=K)
     with probe.recording(piece_B, scale=scale) as recording:   # a training batch

@@ -111,7 +111,12 @@ class Capture(TorchFunctionMode):
         if not used:
             return func(*args, **kwargs)
         names = [name for name in map(self._names.name, used) if name is not None]
-        names = [name for name in names if name not in self._replayed]
+        if self._replayed and names:
+            own = [name for name in names if name not in self._replayed]
+            # A handler would return the gradient of one and drop that of the other.
+            if own and len(own) < len(names):
+                self.refuse(own, "it is used beside a parameter whose module runs again")
+            names = own if len(own) == len(names) else []
         if func in _CASTS or (names and _is_sum_with_number(func, args, kwargs)):
             # Not detached: an alias whose use is not intercepted must show in the graph.
             return self._alias(args[0], func(*args, **kwargs))

@@ -94,19 +94,17 @@ def _addmm(
     return linear(capture, x, weight, bias, io=True)
 
 
+_EMBEDDING_OPTIONS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+
+
 def _embedding(
-    capture: CaptureContext,
-    rows: Tensor,
-    table: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
+    capture: CaptureContext, rows: Tensor, table: Tensor, *positional: Any, **named: Any
 ) -> Tensor:
     # `sparse` only changes the form of the gradient, which the pieces replace.
-    if max_norm is not None or scale_grad_by_freq:
-        name = "max_norm" if max_norm is not None else "scale_grad_by_freq"
+    options = {**dict(zip(_EMBEDDING_OPTIONS, positional, strict=False)), **named}
+    padding_idx = options.get("padding_idx")
+    if options.get("max_norm") is not None or options.get("scale_grad_by_freq"):
+        name = "max_norm" if options.get("max_norm") is not None else "scale_grad_by_freq"
         reason = f"the embedding's option {name} changes weights or gradients"
         raise Unsupported(reason, may_replay=False)
     split = capture.split(rows, table, inner=0)

@@ -70,6 +70,7 @@ class Inner(nn.Module):
         super().__init__()
         self.how = how
         self.mix = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.bias = nn.Parameter(torch.randn(WIDTH))
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x_BLH: torch.Tensor) -> torch.Tensor:
@@ -83,6 +84,8 @@ class Inner(nn.Module):
             return functional.linear(x_BLH, mix.to(torch.float32).double())
         if how == "linear, then einsum":
             return torch.einsum("blh,hk->blk", functional.linear(x_BLH, mix).tanh(), mix)
+        if how == "bias twice":
+            return functional.linear(x_BLH, mix, self.bias) * (x_BLH @ self.bias)[..., None]
         if how == "number minus":
             return functional.linear(x_BLH, 1.0 - mix)
         if how == "in place":
@@ -142,6 +145,10 @@ def logits(how: str = "einsum", form: str = "tensor") -> Logits:
 )
 def test_what_one_pass_cannot_split_is_measured_by_backward(how: str) -> None:
     assert_exact(logits(how), "inner.mix")
+
+
+def test_a_parameter_beside_one_whose_module_runs_again_is_measured_so_too() -> None:
+    assert_exact(logits("bias twice"), "inner.bias", "inner.mix")
 
 
 def test_a_cast_of_a_parameter_is_the_parameter() -> None:
