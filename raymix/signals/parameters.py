@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from raymix.errors import TrainingError
+
 SEQUENCE_TYPES = (list, tuple)
 
 
@@ -32,6 +34,23 @@ class ParameterNames:
         if id(parameter) not in self._resolved and not self._resolve(parameter):
             return None  # FSDP2 is still building it; not in the module tree yet.
         return self._resolved[id(parameter)][1]
+
+    def check_known(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Check that names of the parameters in a graph are known.
+
+        Raises:
+            TrainingError: If FSDP2 has taken one out of the module tree before any use was seen.
+        """
+        sharded = any(isinstance(each, DTensor) for each in self._model.parameters())
+        for parameter in parameters if sharded else ():
+            if id(parameter) not in self._resolved and not self._resolve(parameter):
+                raise TrainingError.at(
+                    "signals.model",
+                    type(self._model).__name__,
+                    f"a parameter of shape {tuple(parameter.shape)} is used by an operation that no"
+                    " mode of torch intercepts, as those of fused kernels, and sharded by FSDP2",
+                    fix="Turn the fused kernel off, or measure under DDP or on one process",
+                )
 
     def _resolve(self, parameter: nn.Parameter) -> bool:
         """Store the name of a parameter; return whether it is a parameter of the model."""
@@ -78,7 +97,9 @@ class LeafSubstitution(TorchFunctionMode):
         """
         inputs = list(self.leaves.items())
         # Uses that no mode sees, such as `autograd.Function.apply`, have no substitute.
-        for parameter in reached_parameters(outputs):
+        reached = reached_parameters(outputs)
+        self._names.check_known(reached)
+        for parameter in reached:
             name = self._names.name(parameter)
             if name is not None and (self._only is None or name in self._only):
                 inputs.append((name, parameter))

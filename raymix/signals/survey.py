@@ -112,7 +112,9 @@ class Survey:
             self._leave(result)
         outs: list[Tensor] = []
         take_tensors(result, outs)
-        bypassing = [self._names.name(parameter) for parameter in reached_parameters(outs)]
+        reached = reached_parameters(outs)
+        bypassing = [self._names.name(parameter) for parameter in reached]
+        self._names.check_known(reached)
         # Of what no module runs again for yet: first the owner, then the modules around it.
         planned = {name for names in self._plan.values() for name in names} - hidden
         self._bypassed = {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from raymix.errors import TrainingError
-from raymix.signals import CausalLoss, GradientProbe
+from raymix.signals import CausalLoss, GradientProbe, Mode
 from tests.integration.signals.test_families import (
     LENGTH,
     PIECE_B,
@@ -274,3 +278,34 @@ def test_a_tied_table_used_in_an_odd_way_too(untied: bool) -> None:
 
     model.inner = Mean()
     assert_exact(model, "table.weight")
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns that an output is a view
+@pytest.mark.parametrize(
+    ("how", "mode", "message"),
+    [
+        ("einsum", "exact", "'model.inner.mix'.*only a module sharded by FSDP2"),
+        ("custom function", "exact", "no mode of torch intercepts"),
+        ("custom function", "backward", "no mode of torch intercepts"),
+    ],
+)
+def test_what_fsdp_forbids_is_an_error(how: str, mode: Mode, message: str, mesh: Any) -> None:
+    model = logits(how)
+    (expected,) = GradientProbe(model, n_groups=K, mode="backward").measure(*rows(), PIECE_B)
+    outer, inner = logits(how), logits(how)
+    fully_shard(outer, mesh=mesh)
+    (measured,) = GradientProbe(outer, n_groups=K).measure(*rows(), PIECE_B)
+    assert relative_error(measured, expected) < 1e-12
+    fully_shard(inner.inner, mesh=mesh)
+    fully_shard(inner, mesh=mesh)
+    with pytest.raises(TrainingError, match=message):
+        GradientProbe(inner, n_groups=K, mode=mode).measure(*rows(), PIECE_B)

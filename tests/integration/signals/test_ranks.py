@@ -52,7 +52,7 @@ EXPERTS = ConfigModel(
     },
 )
 CASES = ("ddp", "fsdp2", "fsdp2 checkpointed")
-EXPERT_CASES = ("ddp experts", "fsdp2 experts", "fsdp2 experts checkpointed")
+EXPERT_CASES = ("ddp experts", "fsdp2 experts checkpointed")
 FIELDS = ("loss_K", "tokens_K", "norm2_K", "noise_K", "gram_KK")
 
 
