@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from raymix.loader.collectives import Collectives
 from raymix.mixers import Mixer
 from raymix.recipe import Recipe
-from raymix.signals import adam_preconditioner
+from raymix.signals import CausalLoss, adam_preconditioner
 from raymix.store import Corpus
-from raymix.training.model.loss import IGNORED
 from raymix.training.model.parallel import World, training_precision
 from raymix.training.step.probing import Prober, ProbeReader
 
@@ -56,7 +54,7 @@ class LoaderProbe:
         by_adam = config.precondition == "adam" and probed.optimizer is not None
         self._prober = Prober(
             ProbeReader(corpus, sequence_length=length, seed=recipe.seed),
-            LogitsLoss(inner),
+            CausalLoss(inner),
             World(rank=ranks.rank, size=ranks.world_size, device=device),
             config,
             needs=mixer.needs,
@@ -71,35 +69,3 @@ class LoaderProbe:
     def measure(self, window: int) -> dict[str, Any]:
         """Return the gradient fields of `DomainStats`, means over this rank's passes."""
         return self._prober.measure(window)
-
-
-class LogitsLoss(nn.Module):
-    """A model that returns logits, with the loss that a `GradientProbe` measures."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap `model`, called with `input_ids` and `position_ids`."""
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss summed over labels, nats, and the loss of each token, (B, L).
-
-        Args:
-            tokens_BL: Token ids.
-            positions_BL: Positions in the documents.
-            labels_BL: The next token, or -100.
-        """
-        # With a cache, transformers lets packed documents see each other.
-        options = {"use_cache": False} if hasattr(self.model, "config") else {}
-        out = self.model(input_ids=tokens_BL, position_ids=positions_BL, **options)
-        logits = getattr(out, "logits", out)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        loss_N = functional.cross_entropy(
-            logits.flatten(0, 1).to(dtype),
-            labels_BL.flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        return loss_N.sum(), loss_N.detach().view(labels_BL.shape)

@@ -1,7 +1,8 @@
 """Gradient statistics of groups of sequences from one backward pass, at little extra cost.
 
 Read in this order: `statistics` (the estimators), `layout` (rows and pieces), `gram` (inner
-products), `functions` and `capture` (how the pieces are intercepted), `probe` (the interface).
+products), `functions`, `handlers` and `capture` (how the pieces are intercepted), `replay`,
+`survey` and `locality` (parameters for which a module runs again), `probe` (the interface).
 
     probe = GradientProbe(loss_module, n_groups=K)
     with probe.recording(piece_B, scale=scale) as recording:   # a training batch
@@ -11,9 +12,13 @@ products), `functions` and `capture` (how the pieces are intercepted), `probe` (
 
     stats = statistics(probe.measure(tokens_BL, positions_BL, labels_BL, piece_B))  # its own batch
 
+`loss_module` is a module that returns the summed loss and the loss per token, or any causal LM that
+returns logits (`CausalLoss`).
+
 Over ranks: all-reduce `gradient_sums(pieces)`, then call `statistics(sums)`.
 """
 
+from raymix.signals.causal_loss import CausalLoss
 from raymix.signals.layout import assign_pieces, order_by_piece
 from raymix.signals.precondition import adam_preconditioner
 from raymix.signals.probe import GradientProbe, Mode, Preconditioner, Recording
@@ -26,6 +31,7 @@ from raymix.signals.statistics import (
 )
 
 __all__ = [
+    "CausalLoss",
     "GradientProbe",
     "GradientStats",
     "GradientSums",

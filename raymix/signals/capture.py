@@ -6,94 +6,32 @@ parameter whose pieces cannot be computed is an error that names it, not a silen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeGuard
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
-from torch.distributed.tensor import DTensor
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from raymix.errors import TrainingError
-from raymix.signals.functions import Lookup, ParameterUse, Product, Scale, Shift
-from raymix.signals.gram import PassGram
+from raymix.signals.functions import ParameterUse
+from raymix.signals.gram import PassGram, SharedParameter
+from raymix.signals.handlers import HANDLERS, Unsupported, linear
 from raymix.signals.layout import Split
+from raymix.signals.parameters import SEQUENCE_TYPES, ParameterNames, parameters_in
 
-_SEQUENCE_TYPES = (list, tuple)
-
-
-class ParameterNames:
-    """Names of the measured parameters, by the tensors that the forward pass uses.
-
-    FSDP2 replaces a module's sharded parameters by gathered ones, which are other objects, before
-    the module runs: these are looked up in the module tree when they are first used.
-    """
-
-    def __init__(self, model: nn.Module, counted: Mapping[str, nn.Parameter]) -> None:
-        """Store the names of `counted`, the measured parameters of `model`."""
-        self._model = model
-        self._counted = {id(parameter): name for name, parameter in counted.items()}
-        # Keeps the parameter alive too: the id of a freed object is reused.
-        self._resolved: dict[int, tuple[nn.Parameter, str | None]] = {}
-
-    def name(self, parameter: nn.Parameter) -> str | None:
-        """Return the name, or None where the parameter is not measured."""
-        if id(parameter) not in self._resolved and not self._resolve(parameter):
-            return None  # FSDP2 is still building it; not in the module tree yet.
-        return self._resolved[id(parameter)][1]
-
-    def _resolve(self, parameter: nn.Parameter) -> bool:
-        """Store the name of a parameter; return whether it is a parameter of the model."""
-        if id(parameter) in self._counted:
-            self._resolved[id(parameter)] = parameter, self._counted[id(parameter)]
-            return True
-        counted = set(self._counted.values())
-        # A tied parameter has several names, of which one is measured.
-        names = [
-            name
-            for name, other in self._model.named_parameters(remove_duplicate=False)
-            if other is parameter
-        ]
-        if names:
-            name = next((name for name in names if name in counted), None)
-            self._resolved[id(parameter)] = parameter, name
-        return bool(names)
-
-
-class LeafSubstitution(TorchFunctionMode):
-    """Runs a model with detached leaves in place of its parameters, so `.grad` stays untouched."""
-
-    def __init__(self, names: ParameterNames) -> None:
-        """Substitute the measured parameters; the others are detached."""
-        super().__init__()
-        self._names = names
-        self.leaves: dict[str, Tensor] = {}
-        """The substitutes, by name."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Return the result of the operation on the substitutes."""
-        kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or not _parameters(args, kwargs):
-            return func(*args, **kwargs)
-        args = tuple(self._substitute(value) for value in args)
-        return func(*args, **{key: self._substitute(value) for key, value in kwargs.items()})
-
-    def _substitute(self, value: Any) -> Any:
-        if isinstance(value, _SEQUENCE_TYPES):
-            return type(value)(self._substitute(item) for item in value)
-        if not _is_parameter(value):
-            return value
-        name = self._names.name(value)
-        if name is None:
-            return value.detach()
-        # One leaf for all uses: autograd sums their gradients.
-        if name not in self.leaves:
-            self.leaves[name] = value.detach().requires_grad_()
-        return self.leaves[name]
+# Sums with a number and casts: the gradient of the result is the gradient of the parameter.
+_CASTS = frozenset(
+    {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half}
+    | {Tensor.bfloat16}
+)
+_SUMS = frozenset(
+    {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+    | {torch.sub, Tensor.sub, Tensor.__sub__}
+)
 
 
 class Capture(TorchFunctionMode):
@@ -116,6 +54,14 @@ class Capture(TorchFunctionMode):
         self.forward_runs = False
         """Whether uses are counted; later runs of the same code are recomputation."""
         self._tokens_seen: dict[str, int] = {}
+        # By id, as == of tensors compares elements; weak, as casts of weights are large.
+        self._aliases: dict[int, tuple[weakref.ref[Tensor], nn.Parameter]] = {}
+        self._replayed: frozenset[str] = frozenset()
+        self._paused = False
+        self.refuse: Callable[[Sequence[str], str], None] = self.raise_unsupported
+        """Called with the parameters whose use cannot be split, and the reason."""
+        self.inspect: Callable[[str, Tensor, Split], bool] | None = None
+        """Called with a parameter's name, its inputs (N, ...) and their slots; false: refused."""
 
     @property
     def begun(self) -> bool:
@@ -147,9 +93,7 @@ class Capture(TorchFunctionMode):
         # A multiple of the tokens: chunks may cover all of them several times.
         for name, tokens in self._tokens_seen.items():
             if tokens % self.gram.layout.tokens:
-                self.raise_unsupported(
-                    name, f"it sees {tokens} of {self.gram.layout.tokens} tokens"
-                )
+                self.refuse([name], f"it sees {tokens} of {self.gram.layout.tokens} tokens")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -159,22 +103,55 @@ class Capture(TorchFunctionMode):
         # Both spellings, as code may call either.
         if func in (Tensor.backward, torch.autograd.backward):
             return self._backward(*args, **kwargs)
-        if self._gram is None or not torch.is_grad_enabled():
+        if self._gram is None or self._paused or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        used = _parameters(args, kwargs)
+        used = parameters_in(args, kwargs)
+        if self._aliases:
+            used += self._aliases_in(args, kwargs)
         if not used:
             return func(*args, **kwargs)
         names = [name for name in map(self._names.name, used) if name is not None]
-        handler = _HANDLERS.get(func) if names else None
-        if handler is not None and not (self._head_only and handler is not _linear):
-            return handler(self, *args, **kwargs)
-        if not names or self._head_only:
-            return func(*map(self.plain, args), **{k: self.plain(v) for k, v in kwargs.items()})
-        # Without a gradient nothing is missed: shapes, dtypes, detached copies, initializations.
-        out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.requires_grad and not isinstance(out, nn.Parameter):
-            self.raise_unsupported(names[0], f"it is used in {getattr(func, '__name__', func)}")
+        if self._replayed and names:
+            own = [name for name in names if name not in self._replayed]
+            # A handler would return the gradient of one and drop that of the other.
+            if own and len(own) < len(names):
+                self.refuse(own, "it is used beside a parameter whose module runs again")
+            names = own if len(own) == len(names) else []
+        if func in _CASTS or (names and _is_sum_with_number(func, args, kwargs)):
+            # Not detached: an alias whose use is not intercepted must show in the graph.
+            return self._alias(args[0], func(*args, **kwargs))
+        handler = HANDLERS.get(func) if names else None
+        if handler is not None and not (self._head_only and handler is not linear):
+            try:
+                return handler(self, *args, **kwargs)
+            except Unsupported as error:
+                if not error.may_replay:
+                    raise unsupported_error(names, str(error)) from None
+                self.refuse(names, str(error))
+        elif names and not self._head_only:
+            out = func(*args, **kwargs)
+            # Without a gradient nothing is missed: shapes, detached copies, initializations.
+            if not _has_grad(out):
+                return out
+            self.refuse(names, f"it is used in {getattr(func, '__name__', func)}")
+        return func(*map(self.plain, args), **{k: self.plain(v) for k, v in kwargs.items()})
+
+    def _alias(self, value: Any, out: Any) -> Any:
+        """Return `out`, which from now on stands for the parameter that `value` is."""
+        parameter = self.parameter(value)
+        # A cast may return the parameter itself; `x.type_as(parameter)` is no use of it.
+        if parameter is not None and out is not value and out.is_floating_point():
+            self._aliases[id(out)] = weakref.ref(out), parameter
         return out
+
+    def _aliases_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[nn.Parameter]:
+        # Keywords too: `linear(x, weight=weight.float())`.
+        standing = (
+            self.parameter(value)
+            for value in (*args, *kwargs.values())
+            if not isinstance(value, nn.Parameter)
+        )
+        return [parameter for parameter in standing if parameter is not None]
 
     def _backward(
         self,
@@ -192,7 +169,7 @@ class Capture(TorchFunctionMode):
         """
         gradient = keywords.get("grad_tensors", gradient)
         losses = (losses,) if isinstance(losses, Tensor) else tuple(losses)
-        given = gradient if isinstance(gradient, _SEQUENCE_TYPES) else [gradient] * len(losses)
+        given = gradient if isinstance(gradient, SEQUENCE_TYPES) else [gradient] * len(losses)
         grads = tuple(
             torch.ones_like(loss) if grad is None else grad
             for loss, grad in zip(losses, given, strict=True)
@@ -209,31 +186,63 @@ class Capture(TorchFunctionMode):
                 accumulate_grad=True,
             )
 
-    def raise_unsupported(self, name: str, reason: str) -> NoReturn:
+    def raise_unsupported(self, names: Sequence[str], reason: str) -> NoReturn:
         """Raise an error that names a parameter whose pieces cannot be computed.
 
         Raises:
             TrainingError: Always.
         """
-        problem = f"no pieces for the parameter {name!r}: {reason}"
-        raise TrainingError.at(
-            "signals.mode", "exact", problem, fix="Measure in mode 'backward' or 'last_layer'"
-        )
+        raise unsupported_error(names, reason)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave all operations alone inside, also those of a backward pass under this mode."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def begin_replayed(self, names: frozenset[str]) -> frozenset[str]:
+        """Leave uses of these parameters alone; return those that were not left alone before."""
+        more = names - self._replayed
+        self._replayed |= more
+        return more
+
+    def end_replayed(self, names: frozenset[str]) -> None:
+        """Intercept uses of these parameters again."""
+        self._replayed -= names
+
+    def replay_use(self, name: str, parameter: Tensor) -> SharedParameter:
+        """Return the accumulator of a parameter in a module that runs again, and count the use."""
+        shared = self.gram.register_use(name, tuple(parameter.shape))
+        if self.forward_runs:
+            shared.products += 1
+            shared.products_left += 1
+            shared.replayed = True
+        return shared
 
     # The methods below are the interface of the handlers.
 
+    def parameter(self, value: Any) -> nn.Parameter | None:
+        """Return the parameter that `value` is or stands for."""
+        if isinstance(value, nn.Parameter):
+            return value
+        alias = self._aliases.get(id(value))
+        # The id of a freed tensor is reused.
+        return alias[1] if alias is not None and alias[0]() is value else None
+
     def plain(self, value: Any) -> Any:
         """Return an argument of an operation, detached if it is a parameter and these are fixed."""
-        if self._fixed and isinstance(value, nn.Parameter):
+        if self._fixed and self.parameter(value) is not None:
             return value.detach()
         return value
 
-    def use(
-        self, parameter: Tensor | None, split: Split, *, product: bool = True
-    ) -> ParameterUse | None:
+    def use(self, value: Any, split: Split, *, product: bool = True) -> ParameterUse | None:
         """Return the accumulator of a parameter's pieces; None where it is not measured."""
-        name = self._names.name(parameter) if isinstance(parameter, nn.Parameter) else None
-        if name is None or parameter is None:
+        parameter = self.parameter(value)
+        name = None if parameter is None else self._names.name(parameter)
+        if name is None or parameter is None or name in self._replayed:
             return None
         shared = self.gram.register_use(name, tuple(parameter.shape))
         # Recomputation by checkpointing runs the same uses again: count only the forward pass.
@@ -242,153 +251,86 @@ class Capture(TorchFunctionMode):
             shared.products_left += 1
         return ParameterUse(self.gram, shared, split)
 
-    def split(self, x: Tensor, parameter: Tensor, *, inner: int) -> Split:
+    def split(self, x: Tensor, parameter: Any, *, inner: int) -> Split:
         """Return the slots of the vectors of `x`: all axes but its last `inner` ones.
 
         `x` has all rows, in any shape that begins with their number, or is a flat list of tokens,
         possibly in chunks and in order.
+
+        Raises:
+            Unsupported: If it is neither.
         """
+        split = self._split(x, parameter, inner)
+        self.check(x, parameter, split)
+        return split
+
+    def check(self, x: Tensor, parameter: Any, split: Split) -> None:
+        """Let a survey see the vectors that a split assigns to slots.
+
+        Raises:
+            Unsupported: If it finds that they are not of these slots.
+        """
+        if self.inspect is None:
+            return
+        owner = self.parameter(parameter)
+        name = None if owner is None else self._names.name(owner)
+        if name is not None and not self.inspect(name, x.reshape(len(split.slot_N), -1), split):
+            raise Unsupported("its inputs are not the rows in order")
+
+    def _split(self, x: Tensor, parameter: Any, inner: int) -> Split:
         layout, leading = self.gram.layout, x.shape[: x.ndim - inner]
         count = leading.numel()
-        if leading and leading[0] == layout.rows and len(leading) > 1:
+        if len(leading) > 1 and leading[0] == layout.rows and count % layout.tokens == 0:
             return layout.rows_split(count // layout.rows)
-        name = (self._names.name(parameter) if isinstance(parameter, nn.Parameter) else "") or ""
         if len(leading) != 1 or count > layout.tokens:
-            self.raise_unsupported(
-                name, f"its input of shape {tuple(x.shape)} is not one vector per token"
-            )
+            raise Unsupported(f"its input of shape {tuple(x.shape)} is not one vector per token")
         if count == layout.tokens:
             return layout.rows_split(layout.length)
+        owner = self.parameter(parameter)
+        name = (self._names.name(owner) if owner is not None else None) or ""
         # The forward pass sees the chunks in order. The nodes of a recomputed chunk are not the
         # ones that autograd runs, so any split does for them.
-        first_token = self._tokens_seen.get(name, 0) % layout.tokens if self.forward_runs else 0
-        if first_token + count > layout.tokens:
-            self.raise_unsupported(name, "its inputs are not the tokens in order")
-        if self.forward_runs:
-            self._tokens_seen[name] = self._tokens_seen.get(name, 0) + count
+        if not self.forward_runs:
+            return layout.tokens_split(0, count)
+        first_token = self._tokens_seen.get(name, 0) % layout.tokens
+        # Some of the tokens in any order look alike, as those that are routed to an expert.
+        if not _is_chunk(x, first_token, layout.tokens, inner):
+            raise Unsupported("its inputs are not the tokens in order")
+        self._tokens_seen[name] = self._tokens_seen.get(name, 0) + count
         return layout.tokens_split(first_token, count)
 
 
-def _linear(
-    capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, io: bool = False
-) -> Tensor:
-    """Handle a linear layer; `io`: the weight has shape (in, out), as in GPT-2's Conv1D."""
-    split = capture.split(x, weight, inner=1)
-    uses = capture.use(weight, split), capture.use(bias, split), io
-    bias = bias if bias is None else capture.plain(bias)
-    return Product.apply(x, capture.plain(weight), bias, capture.anchor, uses)
+def unsupported_error(names: Sequence[str], reason: str) -> TrainingError:
+    """Return the error of parameters whose pieces cannot be computed."""
+    listed = ", ".join(map(repr, names))
+    return TrainingError.at(
+        "signals.mode",
+        "exact",
+        f"no pieces for the parameter {listed}: {reason}",
+        fix="Measure in mode 'backward' or 'last_layer'",
+    )
 
 
-def _addmm(
-    capture: Capture, bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    if (beta, alpha) != (1, 1) or not isinstance(weight, nn.Parameter):
-        capture.raise_unsupported("addmm", "it is used in a scaled product")
-    return _linear(capture, x, weight, bias, io=True)
+def _is_sum_with_number(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    # In this order: `number - parameter` would change the gradient's sign.
+    return func in _SUMS and not kwargs and len(args) == 2 and isinstance(args[1], int | float)
 
 
-def _embedding(
-    capture: Capture,
-    rows: Tensor,
-    table: Tensor,
-    padding_idx: int | None = None,
-    *options: Any,
-    **keywords: Any,
-) -> Tensor:
-    given = dict(zip(("max_norm", "norm_type", "scale_grad_by_freq"), options, strict=False))
-    given |= keywords
-    # The others change nothing: a norm type without a norm, or the form of the gradient (sparse).
-    for name in ("max_norm", "scale_grad_by_freq"):
-        if given.get(name):
-            problem = f"its option {name} changes weights or gradients"
-            capture.raise_unsupported("embedding", problem)
-    split = capture.split(rows, table, inner=0)
-    use = capture.use(table, split, product=False)
-    if use is None:
-        return functional.embedding(rows, capture.plain(table))
-    if capture.forward_runs:
-        use.shared.rows.append(rows.detach())
-    # Negative indices count from the end, and -1 means none for `Lookup`.
-    padding = -1 if padding_idx is None else padding_idx % table.shape[0]
-    return Lookup.apply(rows, capture.plain(table), padding, capture.anchor, use)
+def _has_grad(out: Any) -> bool:
+    """Return whether an operation's result has a gradient, and is not the parameter itself."""
+    if isinstance(out, SEQUENCE_TYPES):
+        return any(map(_has_grad, out))
+    return isinstance(out, Tensor) and out.requires_grad and not isinstance(out, nn.Parameter)
 
 
-def _vector_handler(function_class: type[Scale | Shift], plain: Callable[..., Tensor]) -> Any:
-    """Return the handler of a product or sum of activations and a vector of parameters."""
-
-    def handle(capture: Capture, x: Tensor, vector: Tensor) -> Tensor:
-        if not isinstance(vector, nn.Parameter):
-            x, vector = vector, x
-        split, leading = _elementwise(capture, x, vector)
-        use = capture.use(vector, split)
-        if use is None:
-            return plain(x, capture.plain(vector))
-        return function_class.apply(x, capture.plain(vector), capture.anchor, leading, use)
-
-    return handle
-
-
-_scale, _shift = _vector_handler(Scale, torch.mul), _vector_handler(Shift, torch.add)
-
-
-def _elementwise(capture: Capture, x: Tensor, parameter: Tensor) -> tuple[Split, int]:
-    """Return the split of rows, or of tokens, and its number of vectors."""
-    layout = capture.gram.layout
-    # A vector's piece is a sum over tokens, so a row needs only one vector: its sum.
-    if x.ndim > 2 and x.shape[0] == layout.rows and x.shape[-1:] == parameter.shape:
-        return layout.rows_split(1), layout.rows
-    split = capture.split(x, parameter, inner=x.ndim - 1)
-    return split, x.shape[0]
-
-
-def _layer_norm(
-    capture: Capture,
-    x: Tensor,
-    shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    # Normalize without parameters, then scale and shift by handlers that accumulate pieces.
-    out = functional.layer_norm(x, shape, None, None, eps)
-    out = out if weight is None else _scale(capture, out, weight)
-    return out if bias is None else _shift(capture, out, bias)
-
-
-def _rms_norm(
-    capture: Capture,
-    x: Tensor,
-    shape: Any,
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Tensor:
-    out = functional.rms_norm(x, shape, None, eps)
-    return out if weight is None else _scale(capture, out, weight)
-
-
-_HANDLERS: dict[Any, Callable[..., Tensor]] = {
-    functional.linear: _linear,
-    torch.addmm: _addmm,
-    functional.embedding: _embedding,
-    functional.layer_norm: _layer_norm,
-    functional.rms_norm: _rms_norm,
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _scale),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _shift),
-}
-
-
-def _is_parameter(value: Any) -> TypeGuard[nn.Parameter]:
-    """Return whether `value` is a parameter that a model computes with, not a shard of FSDP2."""
-    return isinstance(value, nn.Parameter) and not isinstance(value, DTensor)
-
-
-def _parameters(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[nn.Parameter]:
-    """Return the parameters among the arguments of an operation."""
-    parameters: list[nn.Parameter] = []
-    # Every operation of the model passes here: no new tuple where there are no keywords.
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, _SEQUENCE_TYPES):
-            parameters += [item for item in value if _is_parameter(item)]
-        elif _is_parameter(value):
-            parameters.append(value)
-    return parameters
+def _is_chunk(x: Tensor, first: int, tokens: int, inner: int) -> bool:
+    """Return whether `x` is a slice, from vector `first` on, of a tensor of all tokens."""
+    base = x._base
+    size = x.shape[x.ndim - inner :].numel()
+    return (
+        base is not None
+        and base.numel() == tokens * size
+        and base.is_contiguous()
+        and x.is_contiguous()
+        and x.storage_offset() == base.storage_offset() + first * size
+    )

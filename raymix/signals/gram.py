@@ -77,6 +77,8 @@ class SharedParameter:
     looked_up_U: Tensor | None = None
     """Distinct rows of all look-ups, rising."""
     lookups: list[_Lookup] = field(default_factory=list)
+    replayed: bool = False
+    """Whether a use is a module that runs again: autograd computes that use's gradient itself."""
     total_SX: Tensor | None = None
     """Pieces summed over uses so far, where there is more than one use."""
     product_rows_SUH: Tensor | None = None
@@ -107,13 +109,15 @@ class PassGram:
         self._shared: dict[str, SharedParameter] = {}
         self._slots = len(layout.pieces)
         self._gram_SS: Tensor | None = None
+        self._errors: list[tuple[str, Tensor, float]] = []
 
     def gram(self, n_pieces: int) -> Tensor:
         """Return the Gram matrix of all pieces on the CPU, float64, shape (P, P).
 
         Raises:
             RuntimeError: If no parameter was used at all.
-            TrainingError: If the backward pass did not reach every use of a parameter.
+            TrainingError: If the backward pass did not reach every use of a parameter, or a module
+                that ran again gave other outputs.
         """
         if not self._shared:
             raise RuntimeError("the forward pass used none of the measured parameters")
@@ -124,6 +128,17 @@ class PassGram:
                     "exact",
                     f"the backward pass reached only some uses of {shared.name!r}",
                     fix="Measure in mode 'backward' or 'last_layer'",
+                )
+        for name, error, tolerance in self._errors:
+            # False for outputs that are not numbers: these show in the statistics.
+            if float(error) > tolerance:
+                problem = f"the module {name!r} has other outputs when it runs again for one piece"
+                raise TrainingError.at(
+                    "signals.mode",
+                    "exact",
+                    f"{problem} (relative error {float(error):.1g}): dropout, or rows that depend"
+                    " on each other",
+                    fix="Set dropout to 0, or measure in mode 'backward' or 'last_layer'",
                 )
         gram_PP = torch.zeros(n_pieces + 1, n_pieces + 1, dtype=torch.float64)
         if self._gram_SS is not None:
@@ -158,13 +173,15 @@ class PassGram:
                 the last one returns it.
         """
         left_NA, right_NB = split.ordered(left_NA), split.ordered(right_NB)
-        if shared.products > 1:
+        if shared.products > 1 or shared.replayed:
             total_SAB = self._total_of(shared, left_NA)
+            left_NA, right_NB = left_NA.to(total_SAB.dtype), right_NB.to(total_SAB.dtype)
             # One batched product per run of slots with equally many vectors.
             for run in split.runs:
                 part = total_SAB[run.slot : run.slot + run.slots]
                 part.baddbmm_(*_factors(left_NA, right_NB, run.vectors, run.slots))
-            return self._finish_use(shared, needs_grad=needs_grad)
+            own = left_NA.t() @ right_NB if shared.replayed and needs_grad else None
+            return self._finish_use(shared, needs_grad=needs_grad, own=own)
         A, B = shared.shape
         dtype = _accumulation_dtype(left_NA)
         grad_AB = left_NA.new_empty(A, B, dtype=dtype) if needs_grad else None
@@ -188,9 +205,11 @@ class PassGram:
     ) -> Tensor | None:
         """Add pieces that are sums over vectors of `values`, for a parameter of shape (A,)."""
         values_NA = values_NA.to(_accumulation_dtype(values_NA))
-        if shared.products > 1:
-            self._total_of(shared, values_NA).index_add_(0, split.slot_N, values_NA)
-            return self._finish_use(shared, needs_grad=needs_grad)
+        if shared.products > 1 or shared.replayed:
+            total_SA = self._total_of(shared, values_NA)
+            total_SA.index_add_(0, split.slot_N, values_NA.to(total_SA.dtype))
+            own = values_NA.sum(0) if shared.replayed and needs_grad else None
+            return self._finish_use(shared, needs_grad=needs_grad, own=own)
         pieces_SA = values_NA.new_zeros(self._slots, *shared.shape)
         pieces_SA.index_add_(0, split.slot_N, values_NA)
         grad_A = pieces_SA.sum(0) if needs_grad else None
@@ -204,19 +223,42 @@ class PassGram:
         shared.lookups.append(_Lookup(row_N, grad_NH, split.slot_N))
         self._add_lookups(shared)
 
+    def replay(self, shared: SharedParameter, slot: int, grad: Tensor) -> None:
+        """Add the gradient of one slot's vectors in one use; then call `finish_replay`."""
+        like = grad.new_empty(0, dtype=_accumulation_dtype(grad))
+        self._total_of(shared, like)[slot] += grad
+
+    def finish_replay(self, shared: SharedParameter) -> None:
+        """Count a use as done whose slots were added by `replay`."""
+        self._finish_use(shared, needs_grad=False)
+        # Not done by `_finish_use` if no slot had a gradient.
+        self._add_lookups(shared)
+
+    def compare(self, name: str, error: Tensor, tolerance: float) -> None:
+        """Store the relative error of a module that ran again; `gram` checks it."""
+        # Not here: reading it would synchronize with the device in the midst of a backward pass.
+        self._errors.append((name, error, tolerance))
+
     def _total_of(self, shared: SharedParameter, like: Tensor) -> Tensor:
         """Return the pieces of a parameter summed over uses, zero at first."""
         if shared.total_SX is None:
             shared.total_SX = like.new_zeros(self._slots, *shared.shape)
         return shared.total_SX
 
-    def _finish_use(self, shared: SharedParameter, *, needs_grad: bool) -> Tensor | None:
-        """Count a use as done; with the last one, add the pieces and return the gradient."""
+    def _finish_use(
+        self, shared: SharedParameter, *, needs_grad: bool, own: Tensor | None = None
+    ) -> Tensor | None:
+        """Count a use as done; with the last one, add the pieces and return the gradient.
+
+        `own`: gradient of this use alone, where another one's does not come from the pieces.
+        """
         shared.products_left -= 1
         total_SX = shared.total_SX
         if shared.products_left or total_SX is None:
-            return None
-        grad = total_SX.sum(0, dtype=_accumulation_dtype(total_SX)) if needs_grad else None
+            return own
+        grad = own
+        if needs_grad and own is None:
+            grad = total_SX.sum(0, dtype=_accumulation_dtype(total_SX))
         self._add_pieces(shared, total_SX, 0, shared.shape[0])
         shared.total_SX = None
         self._add_lookups(shared)

@@ -112,6 +112,28 @@ class PieceLayout:
         slot_of = {piece: slot for slot, piece in enumerate(present)}
         self._slot_B = torch.tensor([slot_of[piece] for piece in pieces])
         self._cache: dict[tuple[int, int, int], Split] = {}
+        self._index_cache: dict[tuple[int, int], Tensor] = {}
+
+    def slot_of_row(self, row: int) -> int:
+        """Return the slot of a row."""
+        return int(self._slot_B[row])
+
+    def vectors_per_row(self, shape: torch.Size) -> int:
+        """Return how many entries of the leading axis each row has; 0 if that axis has no rows."""
+        if not shape:
+            return 0
+        return {self.tokens: self.length, self.rows: 1}.get(shape[0], 0)
+
+    def take(self, tensor: Tensor, slot: int) -> Tensor:
+        """Return a copy of a slot's entries along the leading axis; all where it has no rows."""
+        per_row = self.vectors_per_row(tensor.shape)
+        if not per_row:
+            return tensor
+        key = slot, per_row
+        if key not in self._index_cache:
+            slot_N = self._slot_B.repeat_interleave(per_row)
+            self._index_cache[key] = torch.nonzero(slot_N == slot).flatten().to(self._device)
+        return tensor[self._index_cache[key]]
 
     def rows_split(self, per_row: int) -> Split:
         """Return the split of `per_row` vectors from each row in turn."""

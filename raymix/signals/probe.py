@@ -12,64 +12,32 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from raymix.signals.capture import Capture, LeafSubstitution, ParameterNames
+from raymix.signals.capture import Capture
+from raymix.signals.causal_loss import CausalLoss, loss_module
 from raymix.signals.gram import GramBuffer, PassGram
 from raymix.signals.layout import PieceLayout, split_passes
+from raymix.signals.parameters import LeafSubstitution, ParameterNames
+from raymix.signals.recording import Recording, piece_gram, row_sums
+from raymix.signals.replay import ReplayHooks
 from raymix.signals.statistics import PieceGram
+from raymix.signals.survey import Plan, Survey
 
 Mode = Literal["exact", "backward", "last_layer"]
 Preconditioner = Callable[[nn.Parameter], Tensor | None]
 
 
-class Recording:
-    """One forward and backward pass whose pieces are being recorded."""
-
-    def __init__(self, piece_B: Tensor, scale: float) -> None:
-        """Start with nothing recorded."""
-        self._piece_B, self._scale = piece_B, scale
-        self._n_groups = self._n_pieces = 0
-        self._gram: PassGram | None = None
-        self._rows: tuple[Tensor, Tensor] | None = None
-        self._pieces: PieceGram | None = None
-
-    @property
-    def pieces(self) -> PieceGram:
-        """Return the recorded sums; synchronizes with the device.
-
-        Raises:
-            RuntimeError: If no forward pass took place.
-        """
-        if self._pieces is None:
-            if self._gram is None or self._rows is None:
-                raise RuntimeError("no forward pass of the probe's model was recorded")
-            # Products of two gradients, so the loss scale enters squared.
-            gram_PP = self._gram.gram(self._n_pieces) / self._scale**2
-            self._pieces = _piece_gram(self._n_groups, gram_PP, self._piece_B, self._rows)
-            # Frees the device memory of the Gram matrix and its look-ups.
-            self._gram = None
-        return self._pieces
-
-    def begin(self, gram: PassGram, n_groups: int, n_pieces: int) -> None:
-        """Store the accumulator of the pass."""
-        self._gram, self._n_groups, self._n_pieces = gram, n_groups, n_pieces
-
-    def add_losses(self, labels_BL: Tensor, loss_BL: Tensor) -> None:
-        """Store the losses of the rows."""
-        self._rows = row_sums(labels_BL, loss_BL)
-
-
 class GradientProbe:
-    """Measures the Gram matrix of per-piece gradients of a loss module.
+    """Measures the Gram matrix of per-piece gradients of a causal LM or a loss module.
 
-    Works on any model whose parameters are used in matrix products, look-ups, norms and biases
-    (others: `mode="backward"`), on one process, inside DDP, and sharded by FSDP2. Each rank
-    measures its own rows; all-reduce `gradient_sums`. Under FSDP2 all ranks must make the same
-    calls with equally many passes, as gathering a layer is a collective.
+    Parameters in matrix products, look-ups, norms and biases come from the one backward pass. For
+    all others (packed experts, convolutions, attention sinks) the innermost module that sees whole
+    rows runs again, piece by piece; `by_backward` names them. Works on one process, inside DDP, and
+    sharded by FSDP2. Each rank measures its own rows; all-reduce `gradient_sums`. Under FSDP2 all
+    ranks must make the same calls with equally many passes, as gathering a layer is a collective.
     """
 
     def __init__(
@@ -85,8 +53,10 @@ class GradientProbe:
         """Inspect `model` after sharding, before or after wrapping by DDP.
 
         Args:
-            model: `model(tokens_BL, positions_BL, labels_BL)` returns the loss summed over labels
-                in nats, and the loss of each token, shape (B, L). Labels below 0 are ignored.
+            model: Either `model(tokens_BL, positions_BL, labels_BL)` returns the loss summed over
+                labels in nats, and the loss of each token, shape (B, L); labels below 0 are
+                ignored. Or a causal LM with an argument `input_ids`, as `CausalLoss` takes it;
+                record calls of `loss_module` then. A DDP wrapper stands for what it wraps.
             n_groups: K; targets are groups too.
             halves: Pieces per group, at least 2 for norms and noise.
             mode: `exact`: all parameters. `last_layer`: the output head as a matrix product.
@@ -104,7 +74,9 @@ class GradientProbe:
             raise ValueError(f"n_groups = {n_groups}, halves = {halves}: both must be 1 or more")
         if mode not in ("exact", "backward", "last_layer"):
             raise ValueError(f"mode = {mode!r}: must be exact, backward or last_layer")
-        self._model = model
+        self.loss_module: nn.Module = loss_module(model)
+        """The module whose passes are measured: `model`, or `CausalLoss` around it."""
+        model = self._model = self.loss_module
         self._n_groups, self._n_pieces = n_groups, n_groups * halves
         self._mode = mode
         self._precondition = precondition
@@ -118,8 +90,20 @@ class GradientProbe:
         self._trained = trained
         self._names = ParameterNames(model, trained)
         self._workspace = GramBuffer(tile_bytes)
+        # Found in the first pass: which modules run again depends on the shapes in it.
+        self._plan: Plan | None = None
         # Callers pass arguments by position or by name: bound to find the labels.
         self._signature = inspect.signature(model.forward)
+
+    @property
+    def by_backward(self) -> tuple[str, ...]:
+        """Return the names of the parameters measured by running a module again for each piece.
+
+        Empty before the first pass. In mode `backward` all parameters are, and none is named.
+        """
+        names = sorted({name for own in (self._plan or {}).values() for name in own})
+        prefix = "model." if isinstance(self.loss_module, CausalLoss) else ""
+        return tuple(name.removeprefix(prefix) for name in names)
 
     @contextlib.contextmanager
     def recording(self, piece_B: Tensor, *, scale: float = 1.0) -> Iterator[Recording]:
@@ -210,6 +194,7 @@ class GradientProbe:
         By forward hooks, as the labels are known there, also where DDP calls the module.
         """
         capture = Capture(self._names, fixed=fixed, head_only=self._mode == "last_layer")
+        hooks: list[Any] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             labels_BL = self._bind(args, kwargs)[2]
@@ -217,6 +202,10 @@ class GradientProbe:
                 problem = "a second forward pass" if capture.begun else f"{len(labels_BL)} rows"
                 raise ValueError(f"a recording of one pass of {len(piece_B)} rows: got {problem}")
             layout = PieceLayout(piece_B.to(labels_BL.device), labels_BL.shape[1])
+            for name, replayed in self._planned(layout, args, kwargs).items():
+                parameters = {each: self._trained[each] for each in replayed}
+                replay = ReplayHooks(capture, self._names, name, parameters)
+                hooks.extend(replay.register(module.get_submodule(name), running=not name))
             gram = PassGram(layout, self._workspace, self._root)
             recording.begin(gram, self._n_groups, self._n_pieces)
             capture.begin(gram)
@@ -225,10 +214,10 @@ class GradientProbe:
             capture.close_forward()
             recording.add_losses(self._bind(args, kwargs)[2], out[1].detach())
 
-        hooks = (
+        hooks += [
             self._model.register_forward_pre_hook(before, with_kwargs=True),
             self._model.register_forward_hook(after, with_kwargs=True),
-        )
+        ]
         try:
             with _eager(self._model), capture:
                 yield capture
@@ -236,6 +225,21 @@ class GradientProbe:
             # Also after an error: remaining hooks would refuse the next forward pass.
             for hook in hooks:
                 hook.remove()
+
+    def _planned(self, layout: PieceLayout, args: Any, kwargs: Any) -> Plan:
+        """Return which modules run again, by a survey in the first pass."""
+        if self._plan is None and self._mode == "last_layer":
+            self._plan = {}
+        if self._plan is None:
+
+            def new_capture() -> Capture:
+                capture = Capture(self._names, fixed=True, head_only=False)
+                capture.begin(PassGram(layout, self._workspace, lambda name: None))
+                return capture
+
+            arguments = self._signature.bind(*args, **kwargs)
+            self._plan = Survey(self._model, self._names, new_capture, arguments).run()
+        return self._plan
 
     def _bind(self, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
         return tuple(self._signature.bind(*args, **kwargs).arguments.values())
@@ -263,13 +267,9 @@ class GradientProbe:
             # Callers may measure under no_grad.
             with torch.enable_grad(), _eager(self._model), substitution:
                 loss, own_BL = self._model(*(tensor[index] for tensor in batch))
-                names, leaves = zip(*substitution.leaves.items(), strict=True)
-                with torch.autocast(loss.device.type, enabled=False):
-                    # A leaf that the loss does not depend on gets zeros and not None.
-                    grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            grads_by_piece[piece] = {
-                name: self._scaled(name, grad) for name, grad in zip(names, grads, strict=True)
-            }
+            with torch.autocast(loss.device.type, enabled=False):
+                grads = substitution.grads([loss], [torch.ones_like(loss)])
+            grads_by_piece[piece] = {name: self._scaled(name, grad) for name, grad in grads.items()}
             loss_BL[own.cpu()] = own_BL.detach().double().cpu()
         gram_PP = torch.zeros(self._n_pieces, self._n_pieces, dtype=torch.float64)
         # float64: the reference that the other modes are compared with.
@@ -280,36 +280,11 @@ class GradientProbe:
                     for name, grad in left.items()
                 )
         sums = row_sums(batch[2].cpu(), loss_BL)
-        return _piece_gram(self._n_groups, gram_PP, piece_B, sums)
+        return piece_gram(self._n_groups, gram_PP, piece_B, sums)
 
     def _scaled(self, name: str, grad: Tensor) -> Tensor:
         root = self._root(name)
         return grad if root is None else grad * root
-
-
-def row_sums(labels_BL: Tensor, loss_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label tokens and the summed loss of each row, both float64 of shape (B,)."""
-    return (labels_BL >= 0).sum(1).double(), loss_BL.double().sum(1)
-
-
-def _piece_gram(
-    n_groups: int, gram_PP: Tensor, piece_B: Tensor, sums: tuple[Tensor, Tensor]
-) -> PieceGram:
-    """Return the sums per piece, from label tokens and losses per row."""
-    index_B = piece_B.cpu().numpy()
-    has_piece_B = index_B >= 0
-    columns = [np.ones(len(index_B)), *(tensor.cpu().numpy() for tensor in sums)]
-    rows_P, labels_P, nats_P = (
-        np.bincount(index_B[has_piece_B], value_B[has_piece_B], len(gram_PP)).astype(np.float64)
-        for value_B in columns
-    )
-    return PieceGram(
-        n_groups=n_groups,
-        gram_PP=gram_PP.numpy(),
-        nats_P=nats_P,
-        labels_P=labels_P,
-        rows_P=rows_P,
-    )
 
 
 def _head(model: nn.Module) -> list[nn.Parameter]:

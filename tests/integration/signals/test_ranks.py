@@ -36,7 +36,23 @@ MODEL = ConfigModel(
         "tie_word_embeddings": True,
     }
 )
+# Experts and attention sinks: their modules run again in the backward pass.
+EXPERTS = ConfigModel(
+    type="gpt_oss",
+    config={
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+)
 CASES = ("ddp", "fsdp2", "fsdp2 checkpointed")
+EXPERT_CASES = ("ddp experts", "fsdp2 experts checkpointed")
 FIELDS = ("loss_K", "tokens_K", "norm2_K", "noise_K", "gram_KK")
 
 
@@ -56,10 +72,11 @@ def one_case(world: World, case: str, rank: int) -> dict[str, Any]:
     """Return what each way of measuring found on this rank, and gradients of two ways."""
     parallel, *options = case.split()
     config = TrainConfig.model_validate({"steps": 1, "parallel": parallel})
+    kind = EXPERTS if "experts" in options else MODEL
     loss = PackedLoss(
-        build_model(MODEL, CorpusFacts(VOCAB, VOCAB - 1, LENGTH), seed=3), linear_head=True
+        build_model(kind, CorpusFacts(VOCAB, VOCAB - 1, LENGTH), seed=3), linear_head=True
     )
-    if options:
+    if "checkpointed" in options:
         loss.model.gradient_checkpointing_enable({"use_reentrant": False})
     replica = place_model(loss, config, world, bf16=False)
     batch, piece_B = rows_of(rank)
@@ -67,13 +84,14 @@ def one_case(world: World, case: str, rank: int) -> dict[str, Any]:
     plain, _ = gradients(replica, batch, None, piece_B, scale)
     results: dict[str, Any] = {}
     probes = {
-        mode: GradientProbe(replica.model, n_groups=K, mode=mode)
+        mode: GradientProbe(replica.module, n_groups=K, mode=mode)
         for mode in ("exact", "backward", "last_layer")
     }
     for mode, probe in probes.items():
         (results[mode],) = probe.measure(*batch, piece_B)
         if any(parameter.grad is not None for parameter in replica.model.parameters()):
             raise AssertionError(f"{mode} left gradients behind")
+    results["by_backward"] = probes["exact"].by_backward
     results["passes"] = probes["exact"].measure(*batch, piece_B, passes=2)
     ours, results["recorded"] = gradients(replica, batch, probes["exact"], piece_B, scale)
     results["gradients"] = {name: (ours[name], plain[name]) for name in plain}
@@ -120,7 +138,7 @@ def added(sums: GradientSums) -> GradientSums:
 
 def on_each_rank(world: World, directory: Path) -> dict[str, Any]:
     results = {}
-    for case in CASES:
+    for case in (*CASES, *EXPERT_CASES):
         results[case] = one_case(world, case, world.rank)
         results[case]["added"] = {
             mode: statistics(added(gradient_sums(results[case][mode])))
@@ -146,7 +164,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
             np.testing.assert_allclose(actual, expected, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("case", ["one", *CASES])
+@pytest.mark.parametrize("case", ["one", *CASES, *EXPERT_CASES])
 def test_exact_equals_backward(case: str, results: dict[str, Any]) -> None:
     expected = statistics(results[case]["backward"])
     for way in ("exact", "recorded"):
@@ -154,7 +172,7 @@ def test_exact_equals_backward(case: str, results: dict[str, Any]) -> None:
     assert_same(statistics(results[case]["adam exact"]), statistics(results[case]["adam backward"]))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *EXPERT_CASES])
 def test_ranks_add_up_to_the_same_statistics(case: str, results: dict[str, Any]) -> None:
     assert_same(results[case]["added"]["recorded"], results[case]["added"]["backward"])
     alone = statistics(results[case]["backward"])
@@ -169,9 +187,10 @@ def test_sharding_changes_nothing(case: str, way: str, results: dict[str, Any]) 
     np.testing.assert_allclose(ours.loss_K, theirs.loss_K, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["one", *CASES])
+@pytest.mark.parametrize("case", ["one", *CASES, *EXPERT_CASES])
 def test_gradients_come_out_as_always(case: str, results: dict[str, Any]) -> None:
     assert len(results[case]["gradients"]) > 30
+    assert len(results[case]["by_backward"]) == (10 if case in EXPERT_CASES else 0)
     for ours, plain in results[case]["gradients"].values():
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
 
