@@ -107,6 +107,7 @@ def _named(
     """Return the files that a pattern means, less the indices of token files."""
     token_file = domain.format in TOKEN_FORMATS
     if token_file:
+        _check_local(path, pattern)
         pattern = named_file(pattern, cast(TokenFormat, domain.format))
     matched = expand(path, pattern, listings)
     if domain.format != "auto" and not token_file:
@@ -134,8 +135,6 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
     compression = _COMPRESSIONS.get(endings[-1]) if endings else None
     if compression:
         endings = endings[:-1]
-    if domain.format in TOKEN_FORMATS:
-        _check_local(path, url)
     if domain.format != "auto":
         return domain.format, compression
     kind = _token_format(path, url) or (_FORMATS.get(endings[-1]) if endings else None)
