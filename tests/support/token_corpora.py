@@ -120,7 +120,7 @@ def check_copy(root: Path, case: str, path: Path) -> None:
     wanted = expected(root, case)
     if case.startswith("llmc"):
         # Prepared documents end with end-of-text; llm.c's begin with it.
-        rolled = [(tokens[1:] + tokens[:1], [False] + loss[1:]) for tokens, loss in wanted]
+        rolled = [(tokens[1:] + tokens[:1], [False, *loss[1:]]) for tokens, loss in wanted]
         wanted = [(tokens, loss) for tokens, loss in rolled if len(tokens) > 1]
     # Empty answers and documents of one id teach nothing and are rejected where a mask is.
     if any(name in case for name in ("arrow", "parquet", "datatrove_large")):

@@ -102,9 +102,7 @@ def datatrove(folder: Path, vocabulary: int) -> dict[str, np.ndarray]:
     # A window that divides the file, as the reader leaves out an incomplete last one.
     window = next(size for size in range(2, len(file) + 1) if len(file) % size == 0)
     path = str(folder / "00000_unshuffled.ds")
-    dataset = DatatroveFileDataset(
-        path, seq_len=window - 1, token_size=size, return_positions=True
-    )
+    dataset = DatatroveFileDataset(path, seq_len=window - 1, token_size=size, return_positions=True)
     items = [dataset[at] for at in range(len(dataset))]
     stream = np.concatenate([np.asarray(item["input_ids"]) for item in items])
     position = np.concatenate([np.asarray(item["positions"]) for item in items])
@@ -146,9 +144,9 @@ def mds(folder: Path, encoding: str, compression: str | None) -> dict[str, np.nd
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms"):
         sys.modules.setdefault(name, types.ModuleType(name))
     functional = types.ModuleType("torchvision.transforms.functional")
-    functional.to_tensor = None  # type: ignore[attr-defined]
+    vars(functional)["to_tensor"] = None
     sys.modules.setdefault("torchvision.transforms.functional", functional)
-    sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
+    vars(sys.modules["torchvision.datasets"])["VisionDataset"] = object
     from streaming import LocalDataset, MDSWriter
 
     docs = documents(LARGE if encoding.startswith("ndarray") else SMALL)

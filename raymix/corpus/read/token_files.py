@@ -70,6 +70,12 @@ def _check_end(file: TokenFile, end: int, eos_id: int) -> None:
 def _check_starts(file: TokenFile, eos_id: int) -> None:
     # Files of llm.c go on from one to the next: the first document may be the end of one.
     start = file.edges.next(1)
+    if start == file.info.tokens and int(file.tokens[0]) != eos_id:
+        raise bad_file(
+            file.info.file.path,
+            f"the tokenizer's end-of-text, {eos_id:,}, begins no document in it",
+            fix="set corpus.tokenizer to the one that made the file, or eos_at: none of the domain",
+        )
     for position in _positions(file):
         if start < file.info.tokens and int(file.tokens[start]) != eos_id:
             raise bad_file(

@@ -146,6 +146,14 @@ def test_end_of_text_is_checked_at_the_ends_of_documents(tmp_path: Path) -> None
         prepared(tmp_path / "c2", path, eos_at="start")
 
 
+def test_a_file_without_end_of_text_is_not_taken_for_one_document(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.arange(60, dtype=np.uint16))
+    with pytest.raises(CorpusError, match="begins no document"):
+        prepared(tmp_path / "c", str(tmp_path / "t.npy"))
+    corpus = prepared(tmp_path / "c", str(tmp_path / "t.npy"), eos_at="none")
+    assert corpus.document_lengths("d", "train").tolist() == [60]
+
+
 def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     ids = write_datatrove(tmp_path / "t.ds", [30, 20, 9])
     ids[3] = 9999

@@ -148,8 +148,7 @@ def test_ids_outside_the_vocabulary_are_found_when_they_are_read(
     ids = np.full(9, 256, dtype)
     ids[5] = bad
     ids.tofile(tmp_path / "x.bin")
-    name = np.dtype(dtype).name
-    options = TokenFileOptions(257, 256, dtype=name)  # type: ignore[arg-type]
+    options = TokenFileOptions(257, 256, dtype=np.dtype(dtype).name)
     file = TokenFile(parse(tmp_path / "x.bin", "nanogpt", options), options)
     assert file.read(0, 5, np.uint16).tolist() == [256] * 5
     with pytest.raises(CorpusError, match=f"token 5 is {shown}"):
