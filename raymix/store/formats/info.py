@@ -24,6 +24,7 @@ TokenDtype = Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64"]
 """Types of token ids on disk, little-endian."""
 
 _RESTORE = "restore the file, or leave it out"
+_AGAIN = "restore it, or prepare again with --if-exists new"
 
 
 class _FileModel(BaseModel):
@@ -42,7 +43,7 @@ class FileStamp(_FileModel):
     """Time of the last change, in ns since 1970."""
 
     @classmethod
-    def of(cls, path: str) -> FileStamp:
+    def of(cls, path: str, *, fix: str = _RESTORE) -> FileStamp:
         """Return the stamp of a file as it is now.
 
         Raises:
@@ -51,7 +52,8 @@ class FileStamp(_FileModel):
         try:
             status = Path(path).stat()
         except OSError as error:
-            raise bad_file(path, f"cannot be read: {error.strerror or error}") from error
+            problem = f"cannot be read: {error.strerror or error}"
+            raise bad_file(path, problem, fix=fix) from error
         return cls(path=path, size=status.st_size, changed=status.st_mtime_ns)
 
     def check(self, corpus: str = "") -> None:
@@ -61,12 +63,12 @@ class FileStamp(_FileModel):
             CorpusError: If it is missing or has changed.
         """
         path = self.path if self.path.startswith("/") else f"{corpus.rstrip('/')}/{self.path}"
-        now = FileStamp.of(path)
+        now = FileStamp.of(path, fix=_AGAIN)
         if (now.size, now.changed) != (self.size, self.changed):
             raise bad_file(
                 path,
                 f"it has changed since it was indexed ({self.size:,} bytes then, {now.size:,} now)",
-                fix="restore it, or prepare again with --if-exists new",
+                fix=_AGAIN,
             )
 
 

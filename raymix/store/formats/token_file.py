@@ -79,6 +79,16 @@ class DocumentEdges(Protocol):
         ...
 
 
+def _starts(edges: Ints, *, from_zero: bool) -> Ints:
+    """Return ascending edges without repeats, 0 among them if the range begins the file."""
+    if from_zero:
+        edges = np.concatenate([np.zeros(1, np.int64), edges])
+    # Not np.unique, which hashes: 20 times as slow where numbers ascend already.
+    is_new = np.ones(len(edges), np.bool_)
+    is_new[1:] = edges[1:] != edges[:-1]
+    return edges[is_new]
+
+
 class IndexEdges:
     """Document edges from a column of cumulative starts or ends."""
 
@@ -103,7 +113,7 @@ class IndexEdges:
         # Starts and ends give the same edges: an end is the start of the next document, and empty
         # documents repeat an edge.
         edges = self._scaled(slice(self._search(low), self._search(min(high, self._tokens))))
-        return np.unique(np.append(edges, 0) if low == 0 < high else edges)
+        return _starts(edges, from_zero=low == 0 < high)
 
     def next(self, position: int) -> int:
         """See `DocumentEdges`."""
@@ -122,7 +132,7 @@ class IndexEdges:
             if (end := int(edges[-1])) > self._tokens:
                 problem = f"it ends at token {end:,}, beyond the {self._tokens:,} of its file"
                 raise bad_file(self._path, problem)
-            starts = np.unique(edges)
+            starts = _starts(edges, from_zero=False)
             yield starts[(starts > last) & (starts < self._tokens)]
             last = end
 
@@ -150,7 +160,7 @@ class EosEdges:
         first = max(low - shift, 0)
         found = np.flatnonzero(self.tokens[first : high - shift] == self.eos_id)
         edges = found + (first + shift)
-        return np.unique(np.append(edges, 0) if low == 0 < high else edges)
+        return _starts(edges, from_zero=low == 0 < high)
 
     def next(self, position: int) -> int:
         """See `DocumentEdges`."""
