@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from raymix.corpus.passes.assemble import automatic_block_tokens
 from raymix.corpus.passes.choose_tokenizer import saved_tokenizer
@@ -29,8 +30,15 @@ from raymix.corpus.read.token_files import check_samples, file_digest
 from raymix.corpus.read.token_records import file_options
 from raymix.errors import CorpusError, format_problem
 from raymix.recipe import CorpusConfig, DomainConfig, TrainedTokenizer
-from raymix.store import SPLITS, DomainInfo, Manifest, Split, SplitInfo, TokenizerInfo
-from raymix.store import atomic_write_text as write_text
+from raymix.store import (
+    SPLITS,
+    DomainInfo,
+    Manifest,
+    Split,
+    SplitInfo,
+    TokenizerInfo,
+    atomic_write_text,
+)
 from raymix.store.formats.detect import MAPPED, token_files
 from raymix.store.formats.info import (
     EdgesInfo,
@@ -43,6 +51,7 @@ from raymix.store.formats.token_file import Ints, TokenFile
 from raymix.store.loss_mask import LOSS_MASK_FILE, write_loss_mask
 from raymix.store.manifest import MANIFEST, in_place_manifest
 from raymix.store.remote import files
+from raymix.store.remote.errors import is_remote
 
 # One byte of the mask and one of the edges per token are in memory at a time.
 _CHUNK_TOKENS = 1 << 22
@@ -79,7 +88,7 @@ def prepare_in_place(
         name: _domain_info(config.path, name, each, block_tokens) for name, each in indexed.items()
     }
     manifest = in_place_manifest(tokenizer, block_tokens, infos)
-    write_text(files.join(config.path, MANIFEST), manifest.model_dump_json(indent=1))
+    atomic_write_text(files.join(config.path, MANIFEST), manifest.model_dump_json(indent=1))
     return manifest
 
 
@@ -190,6 +199,13 @@ def _with_edges(
     """Return the facts of a file with an index that can be mapped, written if there is none."""
     if info.edges is not None or (info.eos_at == "none" and info.text_index is None):
         return info
+    if is_remote(corpus):
+        raise CorpusError.at(
+            "corpus.path",
+            corpus,
+            f"the index of {info.file.path} is to be mapped, and this is no local directory",
+            fix="choose a path on a file system that all workers see",
+        )
     name = f"{domain}/index/{number:05d}.starts"
     url = files.join(corpus, name)
     with files.AtomicFile(url) as written:
@@ -307,7 +323,7 @@ def _with_loss_mask(corpus: str, directory: str, domain: _Domain, info: SplitInf
     return info.model_copy(update={"loss_mask": digest, "loss_tokens": loss_tokens})
 
 
-def _masks(domain: _Domain, corpus: str, first: int, last: int) -> Iterator[np.ndarray]:
+def _masks(domain: _Domain, corpus: str, first: int, last: int) -> Iterator[npt.NDArray[np.bool_]]:
     """Yield which tokens of a range of the domain's stream are to be predicted."""
     before = 0
     for info in domain.infos:

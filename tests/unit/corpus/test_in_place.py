@@ -19,6 +19,7 @@ from raymix.laws.entropy import entropy_shares
 from raymix.recipe import CorpusConfig
 from raymix.store import Corpus, Manifest
 from raymix.streaming.blocks.sources import LocalSource
+from tests.support.token_corpora import FIXTURES
 
 EOS = 256
 
@@ -204,6 +205,40 @@ def test_other_files_and_remote_ones_cannot_be_read_in_place(tmp_path: Path) -> 
         prepared(tmp_path / "c", str(tmp_path / "a.txt"))
     with pytest.raises(CorpusError, match="no local file"):
         prepared(tmp_path / "c", "memory://a/b.ds", format="datatrove")
+
+
+def test_an_index_of_ours_needs_a_local_corpus(tmp_path: Path) -> None:
+    write_datatrove(tmp_path / "t.ds", [30, 20])
+    shutil.copy(tmp_path / "t.ds", tmp_path / "t.bin")
+    local = config(tmp_path / "c", str(tmp_path / "t.bin"), format="nanogpt")
+    remote = local.model_copy(update={"path": "memory://in-place"})
+    with pytest.raises(CorpusError, match=r"corpus.path = 'memory://.*no local directory"):
+        prepare(remote, parallelism=0)
+
+
+@pytest.mark.parametrize(
+    ("case", "train", "kind"),
+    [
+        ("megatron", "text_document", "megatron"),
+        ("megatron", "*", "auto"),
+        ("megatron", "text_document.idx", "megatron"),
+        ("litdata", "", "litdata"),
+        ("litdata", "*", "auto"),
+    ],
+)
+def test_data_sets_may_be_named_as_their_owners_name_them(
+    case: str, train: str, kind: str, tmp_path: Path
+) -> None:
+    corpus = prepared(tmp_path / "c", str(FIXTURES / case / train), format=kind)
+    arrays = np.load(FIXTURES / "expected.npz")
+    tokens = stream(corpus, "train") + stream(corpus, "valid")
+    assert tokens == arrays[f"{case}/tokens"].tolist()
+
+
+def test_an_index_alone_is_no_source(tmp_path: Path) -> None:
+    write_datatrove(tmp_path / "t.ds", [30, 20])
+    with pytest.raises(CorpusError, match="only indices of token files match"):
+        prepared(tmp_path / "c", str(tmp_path / "*.index"))
 
 
 def test_one_document_is_trained_on(tmp_path: Path) -> None:
