@@ -90,6 +90,12 @@ def test_files_named_as_held_out_are(tmp_path: Path) -> None:
     assert stream(corpus, "valid") == valid.tolist()
 
 
+def test_something_is_always_left_to_train_on(tmp_path: Path) -> None:
+    write_datatrove(tmp_path / "t.ds", [1, 1, 5])
+    corpus = prepared(tmp_path / "c", str(tmp_path / "t.ds"), valid_fraction=0.9)
+    assert corpus.document_lengths("d", "train").tolist() == [1]
+
+
 def test_a_block_inside_one_file_is_a_view_of_it(tmp_path: Path) -> None:
     write_datatrove(tmp_path / "t.ds", [100, 5])
     corpus = prepared(tmp_path / "c", str(tmp_path / "t.ds"))
@@ -111,6 +117,15 @@ def test_the_fingerprint_is_of_the_tokens_and_not_of_the_place(tmp_path: Path) -
     assert other.fingerprint != first.fingerprint
     write_datatrove(tmp_path / "b" / "t.ds", [30, 20, 9], seed=1)
     assert prepared(tmp_path / "cd", str(tmp_path / "b" / "t.ds")).fingerprint != first.fingerprint
+
+
+def test_the_fingerprint_is_the_same_in_another_format(tmp_path: Path) -> None:
+    ids = write_datatrove(tmp_path / "t.ds", [30, 20, 9])
+    ids.astype(np.uint32).tofile(tmp_path / "t.bin")
+    raw = {"format": "nanogpt", "token_dtype": "uint32"}
+    first = prepared(tmp_path / "a", str(tmp_path / "t.ds"))
+    second = prepared(tmp_path / "b", str(tmp_path / "t.bin"), **raw)
+    assert first.fingerprint == second.fingerprint
 
 
 @pytest.mark.parametrize("change", ["touch", "truncate", "index", "remove"])
