@@ -63,6 +63,16 @@ bench-%: install  ## Print one table and write bench-results/NAME.json (see READ
 	  "$$(grep -E '^torch==' requirements.lock | sed 's/+.*//')"
 	@mv $@.new $@
 
+# Their own requirements contradict each other; what they need to write and read tokens does not.
+.venv-formats:  ## Libraries that own token file formats, for the tests that read what they write
+	@$(PYTHON) -m venv $@.new
+	@$@.new/bin/python -m pip install --quiet numpy==2.2.6 \
+	  "$$(grep -E '^torch==' requirements.lock | sed 's/+.*//')"
+	@$@.new/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1 ai2-olmo-core==3.0.0 \
+	  dolma==1.2.1 datatrove==0.10.1 mosaicml-streaming==0.13.0 litdata==0.2.76 datasets==5.2.0
+	@$@.new/bin/python -m pip install --quiet --requirement tests/support/token_file_libraries.txt
+	@mv $@.new $@
+
 docs: install  ## Build the documentation into docs/_build, warnings being errors
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build
 	@echo "docs/_build/index.html"

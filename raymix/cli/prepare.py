@@ -71,12 +71,13 @@ def command(
 
 
 def document(path: str, manifest: Manifest, *, seconds: float) -> dict[str, Any]:
-    """Return what `--json` prints: the manifest without its lists of shards."""
+    """Return what `--json` prints: the manifest without its lists of files."""
     domains = manifest.model_dump()["domains"]
     for domain in domains.values():
         for split in ("train", "valid"):
             # Counted, not listed: a corpus may have thousands, and its manifest names them.
             domain[split]["shards"] = len(domain[split]["shards"])
+        domain["token_files"] = len(domain["token_files"])
     return {
         "path": path,
         "fingerprint": manifest.fingerprint,

@@ -132,8 +132,8 @@ def _cells(info: DomainInfo) -> list[str]:
         f"{size:,.1f}" if size else "",
         f"{train.length_quantiles['p50']:,}",
         f"{train.length_quantiles['p99']:,}",
-        f"{train.unigram_entropy:.2f}",
-        f"{train.bigram_entropy:.2f}",
+        "" if train.unigram_entropy is None else f"{train.unigram_entropy:.2f}",
+        "" if train.bigram_entropy is None else f"{train.bigram_entropy:.2f}",
     ]
 
 

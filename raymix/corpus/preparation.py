@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from raymix.corpus import state
+from raymix.corpus.in_place import prepare_in_place, refuse_changed_files
 from raymix.corpus.passes import rejects
 from raymix.corpus.passes.assemble import (
     EntropyJob,
@@ -26,6 +27,7 @@ from raymix.corpus.passes.assemble import (
     write_shard,
 )
 from raymix.corpus.passes.choose_tokenizer import ready_tokenizer
+from raymix.corpus.passes.domain_info import domain_info, record_counts
 from raymix.corpus.passes.select import (
     Selection,
     SelectJob,
@@ -35,15 +37,15 @@ from raymix.corpus.passes.select import (
 from raymix.corpus.passes.tokenize import PartCounts, PartJob, finished_counts, tokenize_part
 from raymix.corpus.progress import Listener, Reporter, Stage
 from raymix.corpus.read.parts import Part, digest, plan_parts
-from raymix.corpus.read.readers import check_first_line
+from raymix.corpus.read.readers import check_first_lines
 from raymix.corpus.read.sources import DomainSources, find_sources
+from raymix.corpus.read.token_records import check_indices, has_loss_mask
 from raymix.corpus.runner import Runner, choose_runner, in_order
 from raymix.errors import CorpusError, format_problem
 from raymix.recipe import CorpusConfig
 from raymix.store import (
     SPLITS,
     Corpus,
-    DomainInfo,
     Manifest,
     Split,
     SplitInfo,
@@ -104,18 +106,21 @@ def prepare(
             return _nothing_to_do(config, existing, report)
     report.begin("plan")
     sources = find_sources(config)
-    parts = plan_parts(config.domains, sources)
-    _check_json(config, parts)
+    parts: Parts = {} if config.in_place else plan_parts(config.domains, sources)
+    check_first_lines(config.domains, parts)
     with state.locked(config.path):
         if if_exists == "new":
             state.clear(config)
         state.remove_temporary(config.path)
         state.record(config, sources)
+        if config.in_place:
+            return _prepare_in_place(config, sources, report)
         return _prepare(config, sources, parts, (parallelism, address), report)
 
 
 def _nothing_to_do(config: CorpusConfig, manifest: Manifest, report: Reporter) -> Manifest:
     state.refuse_missing_shards(config.path, manifest)
+    refuse_changed_files(manifest)
     files.remove(files.join(config.path, state.WORK))
     changed = state.changed_sources(config)
     for line in changed[:10]:
@@ -128,17 +133,13 @@ def _nothing_to_do(config: CorpusConfig, manifest: Manifest, report: Reporter) -
     return manifest
 
 
-def _check_json(config: CorpusConfig, parts: Parts) -> None:
-    problems: list[str] = []
-    for domain in config.domains:
-        first = next((cut for part in parts[domain.name] for cut in part.slices), None)
-        if first is not None and first.file.format == "jsonl":
-            try:
-                check_first_line(first, domain)
-            except CorpusError as error:
-                problems += error.problems
-    if problems:
-        raise CorpusError(*problems)
+def _prepare_in_place(
+    config: CorpusConfig, sources: dict[str, DomainSources], report: Reporter
+) -> Manifest:
+    manifest = prepare_in_place(config, sources, report)
+    files.remove(files.join(config.path, state.WORK))
+    report.begin("done")
+    return manifest
 
 
 def _prepare(
@@ -156,7 +157,7 @@ def _prepare(
                 f"{len(sources)} domains, {count} files, about {size / 1e6:,.0f} MB of text; "
                 f"{runner.description}"
             )
-            manifest = _Preparation(config, parts, runner, report).run()
+            manifest = _Preparation(config, sources, parts, runner, report).run()
     finally:
         state.remove_temporary(config.path)
     files.remove(files.join(config.path, state.WORK))
@@ -169,6 +170,7 @@ class _Preparation:
     """One run over a corpus; each method is a pass."""
 
     config: CorpusConfig
+    sources: dict[str, DomainSources]
     parts: Parts
     runner: Runner
     report: Reporter
@@ -180,12 +182,13 @@ class _Preparation:
     def run(self) -> Manifest:
         """Return the manifest, having written everything."""
         tokenizer, template = ready_tokenizer(self.config, self.parts, self.runner, self.report)
+        check_indices(self.config, self.sources, tokenizer)
         part_counts = self._tokenize(tokenizer, template)
         self._check_rejects(part_counts)
         selections = self._select(part_counts)
         splits, block_tokens = self._assemble(selections, tokenizer)
         domains = {
-            name: _domain_info(
+            name: domain_info(
                 part_counts[name], selections[name], splits[name, "train"], splits[name, "valid"]
             )
             for name in self.parts
@@ -202,6 +205,7 @@ class _Preparation:
 
     def _tokenize(self, tokenizer: TokenizerInfo, template: str) -> dict[str, list[PartCounts]]:
         domains = {domain.name: domain for domain in self.config.domains}
+        masked = self._masked()
         jobs = [
             PartJob(
                 part,
@@ -212,6 +216,7 @@ class _Preparation:
                 self.config.min_characters,
                 self.config.max_characters,
                 template,
+                masked=masked[name],
             )
             for name, domain_parts in self.parts.items()
             for part in domain_parts
@@ -226,6 +231,12 @@ class _Preparation:
         return {
             name: [part_counts[name, part.number] for part in domain_parts]
             for name, domain_parts in self.parts.items()
+        }
+
+    def _masked(self) -> dict[str, bool]:
+        return {
+            domain.name: has_loss_mask(domain, self.sources[domain.name])
+            for domain in self.config.domains
         }
 
     def _run(
@@ -262,7 +273,7 @@ class _Preparation:
 
     def _select(self, part_counts: dict[str, list[PartCounts]]) -> dict[str, Selection]:
         jobs = []
-        answers = {domain.name: bool(domain.messages_column) for domain in self.config.domains}
+        answers = self._masked()
         for name, domain_counts in part_counts.items():
             keys = [counts.key for counts in domain_counts]
             options = [self.config.valid_fraction, self.config.deduplicate]
@@ -291,7 +302,7 @@ class _Preparation:
     ) -> None:
         problems: list[str] = []
         for number, domain in enumerate(self.config.domains):
-            info = _domain_counts(part_counts[domain.name], selections[domain.name])
+            info = record_counts(part_counts[domain.name], selections[domain.name])
             counts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in info.items())
             for split in SPLITS:
                 globs = domain.train if split == "train" else domain.valid
@@ -377,24 +388,3 @@ class _Preparation:
                 loss_tokens=selection.loss_tokens,
             )
         return splits
-
-
-def _domain_counts(part_counts: Sequence[PartCounts], selection: Selection) -> dict[str, int]:
-    return {
-        "records_read": sum(counts.records for counts in part_counts),
-        "rejected": sum(rejects.by_reason(part_counts).values()),
-        "duplicates": selection.duplicates,
-        "too_short": sum(counts.too_short for counts in part_counts),
-        "too_long": sum(counts.too_long for counts in part_counts),
-    }
-
-
-def _domain_info(
-    part_counts: Sequence[PartCounts], selection: Selection, train: SplitInfo, valid: SplitInfo
-) -> DomainInfo:
-    return DomainInfo(
-        train=train,
-        valid=valid,
-        rejected_by_reason=rejects.by_reason(part_counts),
-        **_domain_counts(part_counts, selection),
-    )

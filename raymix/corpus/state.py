@@ -46,6 +46,9 @@ class Recorded:
 def identity(config: CorpusConfig) -> dict[str, Any]:
     """Return the settings that the content of a corpus depends on, beside the files themselves."""
     document = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    # Not written by versions without it, whose corpora must stay equal to their recipes.
+    if not config.in_place:
+        del document["in_place"]
     # The order of domains is content: a sampled domain is an index into it.
     document["domain_order"] = [domain.name for domain in config.domains]
     document["domains"] = {
@@ -260,7 +263,7 @@ def clear(config: CorpusConfig) -> None:
         files.remove(files.join(config.path, name))
     for name in sorted(names):
         # By name, and the directory only when empty: a user may keep other files beside these.
-        for content in ("train", "valid", "rejects.jsonl"):
+        for content in ("train", "valid", "index", "rejects.jsonl"):
             files.remove(files.join(config.path, name, content))
         directory = files.join(config.path, name)
         if not files.list_directory(directory):

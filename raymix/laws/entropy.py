@@ -37,7 +37,8 @@ def entropy_shares(
         temperature: Divisor of the entropies, in nats; above 1 makes the shares more uniform.
 
     Raises:
-        LawError: If the proxy is unknown, the temperature is not above 0, or a domain is empty.
+        LawError: If the proxy is unknown, the temperature is not above 0, a domain is empty, or its
+            entropies were not counted.
     """
     if proxy not in get_args(Proxy):
         raise LawError.at(
@@ -56,14 +57,29 @@ def entropy_shares(
                 "has no tokens to count",
                 fix="Leave it out",
             )
-    unigram_D = np.array([info.train.unigram_entropy for info in domains.values()])
-    conditional_D = np.array([info.train.bigram_entropy for info in domains.values()])
+    unigram_D = _known(domains, "unigram_entropy")
+    conditional_D = _known(domains, "bigram_entropy")
     entropy_D = {
         "unigram": unigram_D,
         "joint": unigram_D + conditional_D,  # chain rule of the entropy
         "conditional": conditional_D,
     }[proxy]
     return dict(zip(domains, shares_of_entropy(entropy_D, temperature).tolist(), strict=True))
+
+
+def _known(
+    domains: Mapping[str, DomainInfo], field: Literal["unigram_entropy", "bigram_entropy"]
+) -> Floats:
+    entropies = {name: getattr(info.train, field) for name, info in domains.items()}
+    for name, entropy in entropies.items():
+        if entropy is None:
+            raise LawError.at(
+                f"corpus.domains.{name}.train.{field}",
+                None,
+                "not counted, as the corpus is read in place",
+                fix="Prepare it without corpus.in_place",
+            )
+    return np.array(list(entropies.values()), np.float64)
 
 
 def shares_of_entropy(entropy_D: Floats, temperature: float = 1.0) -> Floats:

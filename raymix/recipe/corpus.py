@@ -20,6 +20,9 @@ from raymix.recipe.base import (
 NAME = FieldDescription(
     "text of letters, digits, '_', '.' and '-' that begins with a letter or digit"
 )
+# Formats of ready token ids: in place, they need no copy; MDS has sizes between its ids.
+IN_PLACE_FORMATS = ("megatron", "olmo", "datatrove", "nanogpt", "llmc", "litdata")
+TOKEN_FORMATS = (*IN_PLACE_FORMATS, "mds")
 # Entries of a prepared corpus' directory that are no domains.
 RESERVED_NAMES = ("tokenizer", "manifest.json", "prepare.json")
 
@@ -102,12 +105,32 @@ class DomainConfig(RecipeModel):
     """Globs of training files, local or any fsspec URL; relative ones start at the recipe."""
     valid: Globs = ()
     """Globs of held-out files; left out, `valid_fraction` of the documents is held out."""
-    format: Literal["auto", "parquet", "jsonl", "text", "arrow"] = "auto"
-    """File format; `auto` goes by the name's ending (.parquet, .jsonl[.gz|.zst], .txt, .arrow)."""
+    format: Literal[
+        "auto",
+        "parquet",
+        "jsonl",
+        "text",
+        "arrow",
+        "megatron",
+        "olmo",
+        "datatrove",
+        "nanogpt",
+        "llmc",
+        "litdata",
+        "mds",
+    ] = "auto"
+    """File format; `auto` goes by the name's ending (.parquet, .jsonl[.gz|.zst], .txt, .arrow), and
+    for token files by their neighbors and first bytes too (.bin, .npy, .ds, index.json)."""
     text_column: str = Field(default="text", min_length=1)
     """Column that holds the text (Parquet, JSONL, Arrow)."""
     tokens_column: str | None = Field(default=None, min_length=1)
     """Column of ready token ids, such as `input_ids`; then nothing is tokenized."""
+    labels_column: str | None = Field(default=None, min_length=1)
+    """Column that says which ids are in the loss: labels (-100 is not), or a mask of 0 and 1."""
+    token_dtype: Literal["uint8", "uint16", "uint32", "uint64", "int32", "int64"] | None = None
+    """Type of the ids in token files that do not tell it; left out, by format and vocabulary."""
+    eos_at: Literal["end", "start", "none"] | None = None
+    """Where the end-of-text id stands in the documents of token files; left out, by format."""
     messages_column: str | None = Field(default=None, min_length=1)
     """Column of conversations, such as `messages`: lists of {role, content}; only the assistant's
     answers are learned."""
@@ -151,8 +174,24 @@ class DomainConfig(RecipeModel):
             )
             if self.messages_column and self.tokens_column
             else None,
+            *self._token_faults(),
         )
         return self
+
+    def _token_faults(self) -> list[Fault]:
+        """Return a fault per column that does not go with the format or the other columns."""
+        faults = []
+        token_file = self.format in TOKEN_FORMATS
+        if token_file and (self.messages_column or (self.tokens_column and self.format != "mds")):
+            wrong = f"format = {self.format!r} has no such column"
+            faults.append(Fault(self.column_field, self.column, wrong, ("Leave it out",)))
+        if self.labels_column and not self.tokens_column:
+            wrong = "labels are of ready token ids, and tokens_column is not given"
+            faults.append(Fault("labels_column", self.labels_column, wrong, ("Give both",)))
+        if self.labels_column and token_file:
+            wrong = f"format = {self.format!r} has no such column"
+            faults.append(Fault("labels_column", self.labels_column, wrong, ("Leave it out",)))
+        return faults
 
 
 class CorpusConfig(RecipeModel):
@@ -175,6 +214,9 @@ class CorpusConfig(RecipeModel):
     """Longer documents are dropped."""
     deduplicate: bool = True
     """Drop exact duplicates of a document within its domain."""
+    in_place: bool = False
+    """Read token files where they lie, without a copy: `path` gets an index only. Nothing is
+    deduplicated or dropped, and the last documents of each domain are held out."""
     max_rejected: Number = Field(default=0.01, ge=0, le=1)
     """Share of bad records above which preparing a domain fails."""
     block_tokens: Annotated[Integer, Field(ge=16, le=2**31)] | Literal["auto"] = "auto"
@@ -182,7 +224,7 @@ class CorpusConfig(RecipeModel):
 
     @model_validator(mode="after")
     def _rules(self) -> CorpusConfig:
-        raise_if(*_twice(self.domains), _too_short(self), *_untrainable(self))
+        raise_if(*_twice(self.domains), _too_short(self), *_untrainable(self), *_not_in_place(self))
         return self
 
 
@@ -214,11 +256,31 @@ def _untrainable(corpus: CorpusConfig) -> list[Fault]:
         return []
     return [
         Fault(
-            f"domains.{index}.tokens_column",
-            domain.tokens_column,
+            f"domains.{index}.{'tokens_column' if domain.tokens_column else 'format'}",
+            domain.tokens_column or domain.format,
             "ready token ids need the tokenizer that made them",
             ("Set corpus.tokenizer to its path",),
         )
         for index, domain in enumerate(corpus.domains)
-        if domain.tokens_column is not None
+        if domain.tokens_column is not None or domain.format in TOKEN_FORMATS
     ]
+
+
+def _not_in_place(corpus: CorpusConfig) -> list[Fault]:
+    """Return a fault per domain that cannot be read in place, as far as the recipe tells."""
+    if not corpus.in_place:
+        return []
+    faults = [
+        Fault(
+            f"domains.{index}.format",
+            domain.format,
+            "cannot be read in place",
+            (f"Allowed with in_place: {', '.join(IN_PLACE_FORMATS)}", "Or set in_place: false"),
+        )
+        for index, domain in enumerate(corpus.domains)
+        if domain.format not in ("auto", *IN_PLACE_FORMATS)
+    ]
+    if isinstance(corpus.tokenizer, TrainedTokenizer):
+        advice = ("Set corpus.tokenizer to the path of the one that made them",)
+        faults.append(Fault("tokenizer", "bpe", "token files need the tokenizer's ids", advice))
+    return faults

@@ -11,7 +11,8 @@ CORPUS/DOMAIN/rejects.jsonl                     sample of the bad records
 
 A split is one stream of tokens: documents in order, each ended by the end-of-text token, cut
 into blocks of exactly `block_tokens` tokens; only the last block may be shorter. Read `block`,
-`shard`, `manifest`, `corpus`; `remote/` has files by URL.
+`shard`, `manifest`, `corpus`; `remote/` has files by URL. Corpora read in place have no shards:
+their manifest names token files of other tools, which `formats/` reads.
 """
 
 from raymix.store.block import Block, StartArray, TokenArray, block_schema

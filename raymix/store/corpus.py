@@ -14,6 +14,7 @@ import pyarrow as pa
 from raymix.errors import CorpusError, did_you_mean
 from raymix.store.block import Block
 from raymix.store.columns import read_lengths
+from raymix.store.formats.blocks import TokenFileBlocks
 from raymix.store.loss_mask import LOSS_MASK_FILE, LossMask, read_loss_mask
 from raymix.store.manifest import Manifest, SplitInfo, read_manifest
 from raymix.store.remote import files
@@ -41,6 +42,7 @@ class Corpus:
         self._ends: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
         self._loss_mask: dict[tuple[str, str], LossMask] = {}
         self._readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self._token_files = TokenFileBlocks(path, manifest) if manifest.in_place else None
         # Ranks, the evaluator and the probe read from threads of one process.
         self._lock = threading.Lock()
 
@@ -100,10 +102,7 @@ class Corpus:
             CorpusError: If the split has no such block.
         """
         info = self.split(domain, split)
-        if not 0 <= block < info.blocks:
-            raise CorpusError.at(
-                f"{domain}.{split}.block", block, f"the split has {info.blocks} blocks"
-            )
+        self._check_number(domain, split, block)
         ends = self._ends.get((domain, split))
         if ends is None:
             # Computed on first use: with 10,000 domains most splits are never read by a rank.
@@ -116,9 +115,12 @@ class Corpus:
         """Return one block; its arrays are views of the mapped file where that is local.
 
         Raises:
-            CorpusError: If there is no such block, or the shard is missing or corrupt; the
-                message names the shard file and the block.
+            CorpusError: If there is no such block, or the file is missing, corrupt or changed; the
+                message names it.
         """
+        if self._token_files is not None:
+            self._check_number(domain, split, block)
+            return self._token_files.read_block(domain, self.split(domain, split), block)
         file, row = self.shard_of(domain, split, block)
         content = self._guarded(file, row, lambda: self._read(file, row))
         # The checksum shows that the block is intact, this that it is the one meant.
@@ -142,6 +144,8 @@ class Corpus:
         expected = self.split(domain, split).documents
         if not expected:
             return np.empty(0, dtype=np.uint32)
+        if self._token_files is not None:
+            return self._token_files.document_lengths(domain, self.split(domain, split))
         file = f"{domain}/{split}/documents.arrow"
         lengths = self._guarded(file, None, lambda: read_lengths(files.join(self.path, file)))
         # A file of the right form from another corpus would shift every document.
@@ -169,6 +173,11 @@ class Corpus:
             raise self._corrupt(file, None, f"{tokens} tokens, {info.loss_tokens} expected")
         self._loss_mask[domain, split] = mask
         return mask
+
+    def _check_number(self, domain: str, split: str, block: int) -> None:
+        blocks = self.split(domain, split).blocks
+        if not 0 <= block < blocks:
+            raise CorpusError.at(f"{domain}.{split}.block", block, f"the split has {blocks} blocks")
 
     def _read(self, file: str, row: int) -> Block:
         with self._lock:

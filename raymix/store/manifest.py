@@ -13,10 +13,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from raymix._utils.json import parse_json
 from raymix.errors import CorpusError
+from raymix.store.formats.info import TokenFileInfo
 from raymix.store.remote import files
 
-FORMAT = 1
-"""Version of the layout; a reader refuses a higher one."""
+FORMAT = 2
+"""Highest version of the layout that can be read; a reader refuses a higher one."""
+
+_SHARDS_FORMAT, _IN_PLACE_FORMAT = 1, 2
 
 MANIFEST = "manifest.json"
 """Name of the manifest's file in the corpus directory."""
@@ -87,15 +90,17 @@ class SplitInfo(_ManifestModel):
     """Tokens per document: `p50`, `p90`, `p99`, `max`; empty without documents."""
     length_histogram: dict[str, int]
     """Documents by length in tokens; key `2**k` counts lengths in [2**k, 2**(k + 1))."""
-    unigram_entropy: float
-    """Entropy of the token distribution, nats per token."""
-    bigram_entropy: float
-    """Entropy of the next token given the current one, nats per token."""
+    unigram_entropy: float | None
+    """Entropy of the token distribution, nats per token; None where tokens were not counted."""
+    bigram_entropy: float | None
+    """Entropy of the next token given the current one, nats per token; None likewise."""
     # Likewise optional: corpora of plain text have no mask.
     loss_mask: str | None = None
     """Hash of the loss mask's file; None: all tokens but each document's first are predicted."""
     loss_tokens: int | None = None
     """Number of tokens to predict; None: all but each document's first."""
+    first_token: int = 0
+    """Of a corpus read in place: the split's first token in the stream of the domain's files."""
 
 
 class DomainInfo(_ManifestModel):
@@ -118,13 +123,15 @@ class DomainInfo(_ManifestModel):
     """Documents dropped as empty or too short."""
     too_long: int
     """Documents dropped as too long."""
+    token_files: tuple[TokenFileInfo, ...] = ()
+    """The files of a corpus that is read in place, in the order of the stream; else none."""
 
 
 class Manifest(_ManifestModel):
     """Everything about a prepared corpus that a reader needs before opening a shard."""
 
-    format: int = FORMAT
-    """Version of the layout."""
+    format: int = _SHARDS_FORMAT
+    """Version of the layout; 2 where tokens stay in the files of other tools."""
     fingerprint: str
     """Hash of the content: equal for equal tokens in equal order, wherever they lie."""
     tokenizer: TokenizerInfo
@@ -138,6 +145,25 @@ class Manifest(_ManifestModel):
     def dtype(self) -> np.dtype[np.unsignedinteger]:
         """Return the type of a token id on disk."""
         return token_dtype(self.tokenizer.vocab_size)
+
+    @property
+    def in_place(self) -> bool:
+        """Return whether the tokens are in files of other tools, and not in shards."""
+        return self.format == _IN_PLACE_FORMAT
+
+
+def in_place_manifest(
+    tokenizer: TokenizerInfo, block_tokens: int, domains: dict[str, DomainInfo]
+) -> Manifest:
+    """Return the manifest of a corpus whose tokens stay in the files that they are in."""
+    return Manifest(
+        # Readers of format 1 would find no shard, and no reason.
+        format=_IN_PLACE_FORMAT,
+        fingerprint=corpus_fingerprint(tokenizer, block_tokens, domains),
+        tokenizer=tokenizer,
+        block_tokens=block_tokens,
+        domains=domains,
+    )
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -155,7 +181,7 @@ def corpus_fingerprint(
         "block_tokens": block_tokens,
         "domains": [
             # Hashes of files, so that a copy elsewhere, or another compression, is the same corpus.
-            [name, *(_hashes(getattr(info, split)) for split in SPLITS)]
+            [name, *(_hashes(getattr(info, split)) for split in SPLITS), *_digests(info)]
             for name, info in domains.items()
         ],
     }
@@ -166,6 +192,15 @@ def corpus_fingerprint(
 
 def _hashes(info: SplitInfo) -> list[str]:
     return [shard.sha256 for shard in info.shards] + ([info.loss_mask] if info.loss_mask else [])
+
+
+def _digests(info: DomainInfo) -> list[str]:
+    # Nothing for a corpus of shards, whose fingerprint must not change. The range of the held-out
+    # split is content: it decides what is trained on.
+    if not info.token_files:
+        return []
+    cut = f"{info.train.tokens}:{info.valid.first_token}:{info.valid.tokens}"
+    return [file.digest for file in info.token_files] + [cut]
 
 
 def read_manifest(corpus: str) -> Manifest:

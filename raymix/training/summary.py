@@ -89,7 +89,7 @@ def requested_shares(run: RunDirectory, steps: int) -> dict[str, float]:
 def _domain(
     sizes: DomainSizes,
     *,
-    entropy: float,
+    entropy: float | None,
     requested: float,
     tokens: int,
     total: int,

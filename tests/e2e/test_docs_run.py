@@ -34,6 +34,7 @@ PAGES = {
     "docs/systems/mixers.md": [],
     "docs/systems/mixing.md": [],
     "docs/systems/schedule.md": ["prepare my.yaml"],
+    "docs/systems/token_files.md": [],
 }
 """Pages, and what has been typed before."""
 ELSEWHERE = ("submit", "status", "logs", "stop", "compare", "tune", "specialists")

@@ -14,7 +14,7 @@ from raymix.corpus.read.chat import save_template
 from raymix.corpus.read.parts import Part, digest
 from raymix.corpus.runner import Runner, in_order
 from raymix.corpus.tokenizers.tokenizer import LoadedTokenizer, byte_tokenizer, load_pretrained
-from raymix.recipe import CorpusConfig, PretrainedTokenizer, TrainedTokenizer
+from raymix.recipe import ByteTokenizer, CorpusConfig, PretrainedTokenizer, TrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text
 from raymix.store.remote import files
 
@@ -31,12 +31,23 @@ def ready_tokenizer(
     if isinstance(chosen, TrainedTokenizer):
         template = save_template(config)
         return _trained(config, chosen, parts, template, runner, report), template
+    return saved_tokenizer(config, chosen), save_template(config)
+
+
+def saved_tokenizer(
+    config: CorpusConfig, chosen: ByteTokenizer | PretrainedTokenizer
+) -> TokenizerInfo:
+    """Return a tokenizer that needs no training, having saved it in the corpus.
+
+    Raises:
+        CorpusError: If it cannot be used.
+    """
     if isinstance(chosen, PretrainedTokenizer):
         loaded = load_pretrained(chosen)
     else:
         loaded = LoadedTokenizer.made(byte_tokenizer(), "byte")
     loaded.save(config.path)
-    return loaded.info, save_template(config)
+    return loaded.info
 
 
 def _trained(

@@ -18,11 +18,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from raymix._utils.json import parse_json
 from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
 from raymix.corpus.read.parts import Part
-from raymix.corpus.read.readers import TOO_LONG, Reject, TokenIds, Value, excerpt, read_slice
+from raymix.corpus.read.readers import TOO_LONG, Reject, Value, excerpt, read_slice
+from raymix.corpus.read.token_records import LabeledTokens, TokenIds, loss_edges
 from raymix.corpus.tokenizers.tokenizer import Ints, TokenArray, saved_encoder
 from raymix.recipe import DomainConfig
 from raymix.store import TokenizerInfo, atomic_write_text, token_dtype
@@ -53,6 +55,8 @@ class PartJob:
     max_characters: int
     template: str = ""
     """Name of the chat template; see `raymix.corpus.read.chat`."""
+    masked: bool = False
+    """Whether the domain has a loss mask."""
 
     @property
     def base(self) -> str:
@@ -63,7 +67,16 @@ class PartJob:
         """Return the hash of everything the result depends on."""
         # Not the globs: the files themselves are in the part's key, under any pattern.
         columns = self.domain.model_dump(
-            include={"text_column", "tokens_column", "messages_column", "text_unit"}
+            include={
+                "text_column",
+                "tokens_column",
+                "labels_column",
+                "messages_column",
+                "text_unit",
+                "format",
+                "token_dtype",
+                "eos_at",
+            }
         )
         limits = [self.min_characters, self.max_characters]
         if self.domain.messages_column:
@@ -132,7 +145,12 @@ def tokenize_part(job: PartJob) -> PartCounts:
     with _Writer(job, counts) as writer:
         for number, file_slice in enumerate(job.part.slices):
             line = 0
-            records = read_slice(file_slice, job.domain, max_characters=job.max_characters)
+            records = read_slice(
+                file_slice,
+                job.domain,
+                max_characters=job.max_characters,
+                tokenizer=job.tokenizer,
+            )
             for line, value in records:
                 if value is None:
                     continue
@@ -161,9 +179,7 @@ class _Writer:
         self._pending = 0
         self._tokens = files.AtomicFile(job.base + ".tokens")
         self._documents = files.AtomicFile(job.base + ".documents")
-        self._loss_mask = (
-            files.AtomicFile(job.base + ".edges") if job.domain.messages_column else None
-        )
+        self._loss_mask = files.AtomicFile(job.base + ".edges") if job.masked else None
 
     def add(self, value: Value) -> Reject | None:
         """Take one record; return why it is bad, if it is."""
@@ -175,6 +191,8 @@ class _Writer:
             return self._add_text(value)
         elif isinstance(value, Conversation):
             return self._add_chat(value)
+        elif isinstance(value, LabeledTokens):
+            return self._add_ids(value.ids, value.in_loss)
         else:
             return self._add_ids(value)
         return None
@@ -217,7 +235,9 @@ class _Writer:
             self._take(raw, len(raw), len(raw))
         return None
 
-    def _add_ids(self, ids: TokenIds) -> Reject | None:
+    def _add_ids(
+        self, ids: TokenIds, in_loss: npt.NDArray[np.bool_] | None = None
+    ) -> Reject | None:
         vocabulary, eos = self._job.tokenizer.vocab_size, self._job.tokenizer.eos_id
         if not len(ids):
             self._counts.too_short += 1
@@ -232,6 +252,11 @@ class _Writer:
         # Token ids brought along may or may not end in end-of-text; a document ends in one.
         ended = ids if ids[-1] == eos else np.append(ids, eos)
         tokens = ended.astype(self._dtype)
+        if self._loss_mask is not None:
+            edges = loss_edges(in_loss, len(ids), len(tokens))
+            if not len(edges):
+                return Reject("no answer to learn", excerpt(ids[:20].tolist()))
+            self._edges.append(edges)
         self._ids.append(tokens)
         # Hashed in one width and byte order, so that the same ids are duplicates on any machine.
         self._take(tokens.astype("<u4").tobytes(), 0, tokens.nbytes)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from raymix.corpus.read.sources import DomainSources, SourceFile
 from raymix.errors import CorpusError, RaymixError
 from raymix.recipe import DomainConfig
+from raymix.store.formats.litdata import read_index
 from raymix.store.remote import files
 from raymix.store.remote.errors import storage_errors
 
@@ -35,6 +36,10 @@ _TARGET_PARTS = 512
 _MAX_SLICES = 1000
 # Text usually shrinks to a quarter; the size only orders and bundles the work.
 _COMPRESSED_RATIO = 4
+
+# Records that begin in a range of bytes can be found without what is before it.
+_TOKENS_END_TO_END = ("megatron", "olmo", "datatrove", "nanogpt", "llmc")
+_BYTE_RANGES = ("jsonl", "text", *_TOKENS_END_TO_END)
 
 HeldOut = Literal["by hash", "yes", "no"]
 
@@ -137,7 +142,7 @@ def _cut(slices: Iterable[FileSlice], part_bytes: int) -> Iterator[FileSlice]:
     for file_slice in slices:
         file, end = file_slice.file, file_slice.high
         count = max(1, round(file_slice.size / part_bytes))
-        if file.format not in ("jsonl", "text") or end is None or count == 1:
+        if file.format not in _BYTE_RANGES or end is None or count == 1:
             yield file_slice
             continue
         # The cuts fall anywhere; a reader takes the lines that start within its range.
@@ -159,11 +164,25 @@ def _file_slices(domain: DomainConfig, file: SourceFile) -> list[FileSlice]:
         return _guarded(file, lambda: _parquet_slices(domain, file, column))
     if file.format == "arrow":
         return _guarded(file, lambda: _arrow_slices(domain, file, column))
+    if file.format in ("mds", "litdata"):
+        return _shard_slices(file)
+    if file.format in _TOKENS_END_TO_END:
+        return [FileSlice(file, 0, file.size, file.size)]
     if file.compression:
         return [FileSlice(file, 0, None, file.size * _COMPRESSED_RATIO)]
     # A paragraph or a whole file can span any cut, so only single lines may be cut by bytes.
     lines = file.format == "jsonl" or domain.text_unit == "line"
     return [FileSlice(file, 0, file.size if lines else None, file.size)]
+
+
+def _shard_slices(file: SourceFile) -> list[FileSlice]:
+    """Return a slice per shard that the `index.json` of MDS or litData names."""
+    index = read_index(file.url)
+    if file.format == "mds":
+        sizes = [entry["raw_data"]["bytes"] for entry in index.get("shards") or []]
+    else:
+        sizes = [entry["chunk_bytes"] for entry in index.get("chunks") or []]
+    return [FileSlice(file, number, number + 1, size) for number, size in enumerate(sizes)]
 
 
 def _guarded(file: SourceFile, read: Callable[[], list[FileSlice]]) -> list[FileSlice]:
@@ -228,6 +247,8 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
     field = f"{domain.name}.{domain.column_field}"
     if column not in schema.names:
         raise no_column(field, column, file, schema.names)
+    if domain.labels_column and domain.labels_column not in schema.names:
+        raise no_column(f"{domain.name}.labels_column", domain.labels_column, file, schema.names)
     column_type: Any = schema.field(column).type
     if domain.messages_column:
         fits = _is_list(column_type) and pa.types.is_struct(column_type.value_type)

@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raymix.corpus.read.chat import Conversation, conversation
 from raymix.corpus.read.lines import lines_between
-from raymix.corpus.read.parts import FileSlice, check_column, is_arrow_file, no_column, unreadable
+from raymix.corpus.read.parts import (
+    FileSlice,
+    Part,
+    check_column,
+    is_arrow_file,
+    no_column,
+    unreadable,
+)
+from raymix.corpus.read.token_records import LabeledTokens, TokenIds, labels_mask, token_records
+from raymix.errors import CorpusError
 from raymix.recipe import DomainConfig
+from raymix.recipe.corpus import TOKEN_FORMATS
+from raymix.store import TokenizerInfo
 from raymix.store.remote import files
 
 BATCH_BYTES = 1 << 20
@@ -34,8 +43,6 @@ _MAX_BATCH_ROWS = 4096
 # A character is at most six bytes of JSON (an escape) and a token id at most eight.
 _MAX_ESCAPE_BYTES = 6
 _LINE_SLACK = 1 << 20
-
-TokenIds = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +56,17 @@ class Reject:
 TOO_LONG = Reject("too long", "")
 """Stands for a document that was not read to its end, being longer than any that is wanted."""
 
-Value = str | TokenIds | Conversation | Reject
+Value = str | TokenIds | LabeledTokens | Conversation | Reject
 Records = Iterator[tuple[int, Value | None]]
 
 
-def read_slice(file_slice: FileSlice, domain: DomainConfig, *, max_characters: int) -> Records:
+def read_slice(
+    file_slice: FileSlice,
+    domain: DomainConfig,
+    *,
+    max_characters: int,
+    tokenizer: TokenizerInfo | None = None,
+) -> Records:
     """Yield the records of a slice: the line or row number in the slice (from 1) and the value.
 
     The value is None for a blank line, which is no record but has a number.
@@ -62,6 +75,7 @@ def read_slice(file_slice: FileSlice, domain: DomainConfig, *, max_characters: i
         file_slice: The range of a file to read.
         domain: Says which column holds what, and what a document of a text file is.
         max_characters: Longest document wanted; a line far beyond it is not read whole.
+        tokenizer: The tokenizer that made the ids; needed for token files.
 
     Raises:
         CorpusError: If the file is damaged, or has changed since it was planned.
@@ -71,6 +85,8 @@ def read_slice(file_slice: FileSlice, domain: DomainConfig, *, max_characters: i
             yield from _parquet(file_slice, domain)
         elif file_slice.file.format == "arrow":
             yield from _arrow(file_slice, domain)
+        elif tokenizer is not None and file_slice.file.format in TOKEN_FORMATS:
+            yield from token_records(file_slice, domain, tokenizer)
         elif file_slice.file.format == "jsonl":
             yield from _jsonl(file_slice, domain, max_characters * _MAX_ESCAPE_BYTES + _LINE_SLACK)
         else:
@@ -106,9 +122,12 @@ def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
         # bounded.
         rows = sum(reader.metadata.row_group(group).num_rows for group in groups)
         batch = min(max(rows * BATCH_BYTES // max(file_slice.size, 1), 1), _MAX_BATCH_ROWS)
+        labels = [domain.labels_column] if domain.labels_column else []
         # Arrow's own threads would compete with one reader per core.
-        batches = reader.iter_batches(batch, row_groups=groups, columns=[column], use_threads=False)
-        columns = (_column(records.column(0), domain) for records in batches)
+        batches = reader.iter_batches(
+            batch, row_groups=groups, columns=[column, *labels], use_threads=False
+        )
+        columns = (_values(records, domain) for records in batches)
         yield from enumerate(chain.from_iterable(columns), 1)
 
 
@@ -123,12 +142,13 @@ def _arrow_values(
     column = domain.column
     for records in _arrow_batches(source, file_slice):
         check_column(domain, file_slice.file, records.schema, column)
-        index = records.schema.get_field_index(column)
+        wanted = records.select([column, *([domain.labels_column] if domain.labels_column else [])])
         for low in range(0, records.num_rows, _MAX_BATCH_ROWS):
-            values = records.column(index).slice(low, _MAX_BATCH_ROWS)
+            rows = wanted.slice(low, _MAX_BATCH_ROWS)
             # Only Arrow files: Parquet's decoder writes its own offsets.
-            _check_layout(values)
-            yield from _column(values, domain)
+            for values in rows.columns:
+                _check_layout(values)
+            yield from _values(rows, domain)
 
 
 def _check_layout(values: pa.Array) -> None:
@@ -148,6 +168,16 @@ def _arrow_batches(source: pa.NativeFile, file_slice: FileSlice) -> Iterator[pa.
     end = reader.num_record_batches if file_slice.high is None else file_slice.high
     for number in range(file_slice.low, end):
         yield reader.get_batch(number)
+
+
+def _values(records: pa.RecordBatch, domain: DomainConfig) -> Iterator[Value]:
+    values = _column(records.column(domain.column), domain)
+    if domain.labels_column is None:
+        yield from values
+        return
+    labels = records.column(domain.labels_column).to_pylist()
+    for ids, row_labels in zip(values, labels, strict=True):
+        yield ids if not isinstance(ids, np.ndarray) else labeled(ids, row_labels)
 
 
 def _column(values: pa.Array, domain: DomainConfig) -> Iterator[Value]:
@@ -225,7 +255,10 @@ def json_value(line: bytes, domain: DomainConfig) -> Value:
     if domain.messages_column:
         return _messages(value)
     if domain.tokens_column:
-        return _token_ids(value, line)
+        ids = _token_ids(value, line)
+        if domain.labels_column is None or isinstance(ids, Reject):
+            return ids
+        return labeled(ids, record.get(domain.labels_column))
     return value if isinstance(value, str) else Reject("not text", excerpt(line))
 
 
@@ -233,6 +266,14 @@ def _messages(value: object) -> Conversation | Reject:
     if value is None:
         return _null()
     return conversation(value) or Reject("not a list of messages", excerpt(value))
+
+
+def labeled(ids: TokenIds, labels: object) -> LabeledTokens | Reject:
+    """Return ids with the labels of a record, or why they do not go together."""
+    try:
+        return LabeledTokens(ids, labels_mask(ids, labels))
+    except ValueError as error:
+        return Reject(str(error), excerpt(labels))
 
 
 def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
@@ -291,6 +332,24 @@ def _paragraphs(numbered: Lines, limit: int) -> Records:
 
 def _paragraph(lines: list[bytes], size: int, limit: int) -> Value:
     return _decoded(b"\n".join(lines)) if size <= limit else TOO_LONG
+
+
+def check_first_lines(domains: Iterable[DomainConfig], parts: Mapping[str, Sequence[Part]]) -> None:
+    """Check that the first JSON object of each domain has the column that the domain reads.
+
+    Raises:
+        CorpusError: If not; with a message per domain.
+    """
+    problems: list[str] = []
+    for domain in domains:
+        first = next((cut for part in parts.get(domain.name, ()) for cut in part.slices), None)
+        if first is not None and first.file.format == "jsonl":
+            try:
+                check_first_line(first, domain)
+            except CorpusError as error:
+                problems += error.problems
+    if problems:
+        raise CorpusError(*problems)
 
 
 def check_first_line(file_slice: FileSlice, domain: DomainConfig) -> None:

@@ -6,17 +6,20 @@ import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raymix.errors import CorpusError, did_you_mean, format_problem
 from raymix.recipe import CorpusConfig, DomainConfig
+from raymix.recipe.corpus import TOKEN_FORMATS
+from raymix.store.formats.detect import INDEX_JSON, detect, is_companion, named_file
+from raymix.store.formats.info import TokenFormat
 from raymix.store.remote import files
-from raymix.store.remote.errors import storage_errors
+from raymix.store.remote.errors import is_remote, storage_errors
 
-Format = Literal["parquet", "jsonl", "text", "arrow"]
+Format = Literal["parquet", "jsonl", "text", "arrow"] | TokenFormat
 
 _FORMATS: dict[str, Format] = {
     "parquet": "parquet",
@@ -90,12 +93,30 @@ def _expand_all(
     matched: dict[str, SourceFile] = {}
     for pattern in globs:
         try:
-            for url, info in expand(path, pattern, listings):
+            for url, info in _named(path, pattern, domain, listings):
                 # A file that two globs match is one source, at the place of the first.
                 matched.setdefault(url, _source_file(path, url, info, domain))
         except CorpusError as error:
             problems += error.problems
     return tuple(matched.values())
+
+
+def _named(
+    path: str, pattern: str, domain: DomainConfig, listings: Listings
+) -> list[tuple[str, pafs.FileInfo]]:
+    """Return the files that a pattern means, less the indices of token files."""
+    token_file = domain.format in TOKEN_FORMATS
+    if token_file:
+        _check_local(path, pattern)
+        pattern = named_file(pattern, cast(TokenFormat, domain.format))
+    matched = expand(path, pattern, listings)
+    if domain.format != "auto" and not token_file:
+        return matched
+    tokens = [(url, info) for url, info in matched if not is_companion(url)]
+    if not tokens:
+        fix = "name the files of tokens that they belong to"
+        raise CorpusError.at(path, pattern, "only indices of token files match", fix=fix)
+    return tokens
 
 
 def _source_file(path: str, url: str, info: pafs.FileInfo, domain: DomainConfig) -> SourceFile:
@@ -116,7 +137,7 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
         endings = endings[:-1]
     if domain.format != "auto":
         return domain.format, compression
-    kind = _FORMATS.get(endings[-1]) if endings else None
+    kind = _token_format(path, url) or (_FORMATS.get(endings[-1]) if endings else None)
     # Only where the format is guessed: the recipe's own choice is checked by its model.
     if kind == "text" and domain.column_field != "text_column":
         raise CorpusError.at(
@@ -134,6 +155,31 @@ def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str 
             fix=f"set `format` of domain {domain.name!r} to parquet, jsonl, text or arrow",
         )
     return kind, compression
+
+
+def _token_format(path: str, url: str) -> TokenFormat | None:
+    """Return the format of a token file, None for one of another kind."""
+    name = url.rsplit("/", 1)[-1]
+    if not name.endswith((".bin", ".npy", ".ds")) and name != INDEX_JSON:
+        return None
+    _check_local(path, url)
+    kind = detect(url)
+    if kind is None and name.endswith(".bin"):
+        raise CorpusError.at(
+            path,
+            url,
+            "it has neither an .idx beside it (Megatron) nor llm.c's header",
+            fix="restore the .idx, or set format: nanogpt for raw ids that end-of-text separates",
+        )
+    return kind
+
+
+def _check_local(path: str, url: str) -> None:
+    if is_remote(url):
+        fix = "mount the store, or copy the files"
+        raise CorpusError.at(
+            path, url, "token files are mapped, and this is no local file", fix=fix
+        )
 
 
 class Listings:

@@ -13,9 +13,11 @@ from raymix.recipe import (
     DataConfig,
     DomainConfig,
     PackedData,
+    PretrainedTokenizer,
     TrainedTokenizer,
 )
-from raymix.store import Corpus
+from raymix.recipe.corpus import TOKEN_FORMATS
+from raymix.store import Corpus, token_dtype
 from raymix.streaming.blocks.geometry import epoch_rows
 
 # Bytes of a token id in a file of ready ids: uint16 to int64, mostly int32.
@@ -93,7 +95,14 @@ def estimated_sizes(config: CorpusConfig, data: DataConfig) -> list[DomainSizes]
         hashed = bytes_by_split["by hash"]
         valid_bytes = bytes_by_split["yes"] + config.valid_fraction * hashed
         train_bytes = bytes_by_split["no"] + (1 - config.valid_fraction) * hashed
-        bytes_per_token = _bytes_per_token(config, domain)
+        token_file = any(
+            file_slice.file.format in TOKEN_FORMATS
+            for part in parts[domain.name]
+            for file_slice in part.slices[:1]
+        )
+        bytes_per_token = (
+            _id_bytes(config, domain) if token_file else _bytes_per_token(config, domain)
+        )
         # More digits would look like a count.
         tokens = _three_digits(train_bytes / bytes_per_token)
         # Lengths of documents are unknown here, so in document mode none is taken to be cut.
@@ -119,6 +128,17 @@ def _bytes_per_token(config: CorpusConfig, domain: DomainConfig) -> float:
         # On mixed text a BPE gains about 0.4 bytes per token with each doubling of its vocabulary.
         return min(4.6, 0.4 * math.log2(config.tokenizer.vocab_size) - 1.6)
     return _PRETRAINED_BYTES_PER_TOKEN
+
+
+def _id_bytes(config: CorpusConfig, domain: DomainConfig) -> float:
+    """Return the bytes of an id in the token files of a domain, as most tools choose them."""
+    from raymix.corpus.tokenizers.tokenizer import load_pretrained
+
+    if domain.token_dtype is not None:
+        return np.dtype(domain.token_dtype).itemsize
+    if isinstance(config.tokenizer, PretrainedTokenizer):
+        return token_dtype(load_pretrained(config.tokenizer).info.vocab_size).itemsize
+    return 2
 
 
 def _three_digits(value: float) -> int:

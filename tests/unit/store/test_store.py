@@ -247,8 +247,8 @@ def test_damaged_manifest_is_an_error(tmp_path: Path, content: str) -> None:
 
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"format": 2, "novel": true}')
-    with pytest.raises(CorpusError, match="format 2, this raymix reads up to 1"):
+    (tmp_path / "manifest.json").write_text('{"format": 3, "novel": true}')
+    with pytest.raises(CorpusError, match="format 3, this raymix reads up to 2"):
         Corpus.open(str(tmp_path))
 
 
