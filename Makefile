@@ -73,6 +73,11 @@ bench-%: install  ## Print one table and write bench-results/NAME.json (see READ
 	@$@.new/bin/python -m pip install --quiet --requirement tests/support/token_file_libraries.txt
 	@mv $@.new $@
 
+.venv-torchtitan: install  ## torchtitan in a folder of its own (its dependencies are not ours), for its test
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@.new torchtitan==0.3.0 torchdata==0.11.0 \
+	  torch_checkpointing spmd_types==0.2.3 tyro docstring-parser typeguard shtab einops
+	@mv $@.new $@
+
 docs: install  ## Build the documentation into docs/_build, warnings being errors
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build
 	@echo "docs/_build/index.html"
