@@ -29,6 +29,8 @@ def imports_in_strings() -> Iterator[tuple[str, str, str]]:
 def test_an_import_in_a_program_names_what_exists(file: str, module: str, name: str) -> None:
     try:
         exists = hasattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("raymix"):
+            pytest.skip(f"{error.name} is not installed")
         exists = False
     assert exists or importlib.util.find_spec(f"{module}.{name}"), f"{file}: {module}.{name}"
