@@ -12,21 +12,20 @@ import torch
 
 from raymix.errors import TrainingError
 from raymix.loader import MixtureLoader
-from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.model.parallel import World
 from tests.integration.training.test_run import recipe
 from tests.support.loops import train_corpus
 from tests.support.ranks import on_two_ranks, results_of_ranks
+from tests.support.streams import TokensMixer
 
 STEPS = 12
 
 
-def adaptive(directory: Path) -> Recipe:
+def adaptive(directory: Path, **options: Any) -> MixtureLoader:
     corpus = Corpus.open(str(directory / "corpus"))
-    return recipe(
-        corpus, directory, mixer={"kind": "odm"}, train={"steps": STEPS, "probe_interval": 3}
-    )
+    made = recipe(corpus, directory, train={"steps": STEPS, "probe_interval": 2})
+    return MixtureLoader(made, mixer=TokensMixer(3), **options)
 
 
 def give_losses(loader: MixtureLoader, steps: int) -> None:
@@ -39,8 +38,7 @@ def give_losses(loader: MixtureLoader, steps: int) -> None:
 
 
 def work(world: World, directory: Path) -> dict[str, Any]:
-    made = adaptive(directory)
-    loader = MixtureLoader(made)
+    loader = adaptive(directory)
     give_losses(loader, 7)
     first = loader.set_weights({"a": 0.2, "b": 0.2, "c": 0.6})
     state = loader.state_dict()
@@ -48,7 +46,7 @@ def work(world: World, directory: Path) -> dict[str, Any]:
     torch.distributed.all_gather_object(states, state)
     give_losses(loader, STEPS - 7)
     try:  # both processes say that they are rank 0
-        next(MixtureLoader(made, rank=0, world_size=2))
+        next(adaptive(directory, rank=0, world_size=2))
         problems: tuple[str, ...] = ()
     except TrainingError as error:
         problems = error.problems
@@ -80,7 +78,7 @@ def entries(lines: list[str]) -> list[dict[str, Any]]:
 
 
 def test_two_ranks_decide_as_one(directory: Path, two: dict[str, Any]) -> None:
-    one = MixtureLoader(adaptive(directory))
+    one = adaptive(directory)
     give_losses(one, 7)
     assert one.set_weights({"a": 0.2, "b": 0.2, "c": 0.6}) == two["first"] == 8
     give_losses(one, STEPS - 7)
@@ -97,7 +95,7 @@ def test_the_state_is_equal_on_both_and_goes_on_with_one(
     directory: Path, two: dict[str, Any]
 ) -> None:
     assert two["equal"]
-    rest = MixtureLoader(adaptive(directory))
+    rest = adaptive(directory)
     rest.load_state_dict(json.loads(two["state"]))
     give_losses(rest, STEPS - 7)
     ours, theirs = entries(rest.mixture_log.to_lines()), entries(two["log"])
