@@ -7,11 +7,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start a hundred processes; each would compile all of raymix again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo demo-cluster docs test test-unit test-gpu test-slow lint lock clean \
+.PHONY: help install demo demo-cluster docs test test-unit test-integration test-ray test-gpu test-slow lint lock clean \
         bench-stream bench-prepare bench-loop bench-merge
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(STAMP)  ## Make .venv with the locked versions, and nothing else
 
@@ -34,9 +34,15 @@ demo-cluster: install  ## Submit a run to a real two-node cluster on this machin
 
 test: install  ## All tests but gpu and slow
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not ray" tests/integration tests/e2e
-	@$(BIN)/python -m pytest -q -m "not slow and ray" tests/integration/ray tests/e2e/ray
+	@# Side by side: tests with Ray wait for it more than they compute.
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-integration test-ray
 	@$(MAKE) --no-print-directory lint
+
+test-integration: install  ## Tests of several processes and of whole commands, without Ray
+	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not ray" tests/integration tests/e2e
+
+test-ray: install  ## Tests that share one Ray cluster
+	@$(BIN)/python -m pytest -q -m "not slow and ray" tests/integration/ray tests/e2e/ray
 
 test-unit: install  ## Tests without Ray, under a minute
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
