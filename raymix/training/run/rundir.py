@@ -5,6 +5,8 @@ RUN/recipe.yaml           the user's recipe: fields left at their defaults are a
 RUN/resolved.yaml         every field; its presence makes the directory a run
 RUN/environment.json      versions, machine, code revision of the last start
 RUN/mixture_log.jsonl     the shares and the steps they start at (written by the controller)
+RUN/controller.json       the controller's state: requests to come, the mixer's state
+RUN/requests/             requests of `raymix weights`, until the controller has answered them
 RUN/metrics.jsonl         one object per step; `step` counts the optimizer steps done
 RUN/schedule.jsonl        in document mode: lengths of some steps, their planner and cost model
 RUN/checkpoints/step-XXXXXXXX/
@@ -153,6 +155,18 @@ class RunDirectory:
         atomic_write_text(str(self.path / "recipe.yaml"), dump_yaml(given))
         # Last, because its presence makes the directory a run.
         atomic_write_text(str(self.resolved), recipe_to_yaml(recipe))
+
+    def in_use(self) -> bool:
+        """Return whether a live process holds the lock of `locked`."""
+        try:
+            with (self.path / ".lock").open() as lock:
+                # Shared, and given back at once. A start in this very instant would be refused.
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
