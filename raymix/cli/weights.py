@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -91,18 +92,18 @@ def _parse(words: Sequence[str]) -> dict[str, float]:
     shares: dict[str, float] = {}
     problems = []
     for word in words:
-        name, _, number = word.rpartition("=")
+        name, equals, number = word.rpartition("=")
         try:
-            share = float(number)
+            share = float(number) if equals else math.nan
         except ValueError:
-            name = ""
-        if not name:
+            share = math.nan
+        if not math.isfinite(share):
             fix = "Write DOMAIN=SHARE, e.g. books=0.5"
             problems.append(format_problem("weights", word, "not a share", fix=fix))
-        elif name in shares:
+            continue
+        if name in shares:
             problems.append(format_problem(f"weights.{name}", share, "given twice"))
-        else:
-            shares[name] = share
+        shares[name] = share
     if problems:
         raise RecipeError(*problems)
     return shares
@@ -114,7 +115,7 @@ def _taken_up(answer: Mapping[str, Any], *, hold: bool) -> str:
         return f"{text}, until `raymix weights RUN --release`"
     if answer["until"] is None:
         return text
-    return f"{text}, until the mixer changes its shares, next at step {answer['until']:,}"
+    return f"{text}, until the mixer's next change, at step {answer['until']:,} at the earliest"
 
 
 def _show(document: Mapping[str, Any]) -> None:
@@ -133,6 +134,8 @@ def _show(document: Mapping[str, Any]) -> None:
         if len(ranked) > _MAX_DOMAINS:
             table.add_row(f"{len(ranked) - _MAX_DOMAINS} more")
         console.print(table)
+    if document["in_work"] is False:
+        console.print("the run is not in work")
     for request in document["to_come"]:
         shares = request["shares"]
         what = "the mixer's own shares"

@@ -277,7 +277,8 @@ class MixtureState:
             step = self._request(request.weights, request.first_step, request.hold)
         ends = request.weights is not None and not request.hold
         until = self._decisions.next_change(step) if ends else None
-        answer = {"first_step": step, "until": until}
+        within = until is not None and until < self.context.total_steps
+        answer = {"first_step": step, "until": until if within else None}
         self._applied = {"name": name, "answer": answer}
         # In one write with the request: it must not be applied again after a kill.
         self._save()

@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from raymix._utils.json import parse_json
@@ -25,7 +24,6 @@ from raymix.streaming.controller.requests import (
     ShareRequests,
     held_at,
     parse_holds,
-    parse_requests,
 )
 from raymix.training.run.rundir import RunDirectory
 
@@ -134,7 +132,7 @@ class RunControl:
         if taken:
             answer = self._wait(sent, _TAKEN_S)
         if answer is None:
-            if self._in_work() is False:
+            if self._in_work() is False or self._finished():
                 raise self._not_in_work()
             raise TrainingError.at(
                 "timeout",
@@ -158,7 +156,8 @@ class RunControl:
         return answer
 
     def _in_work(self) -> bool | None:
-        """Return whether a process trains the run; None for a loader's, which has no lock."""
+        """Return whether a process trains the run; None where that cannot be told."""
+        # A loader has no lock.
         return self._run.in_use() if self._run.resolved.is_file() else None
 
     def _saved(self) -> dict[str, Any] | None:
@@ -191,13 +190,18 @@ class RunControl:
             fix="Name a directory of a run",
         )
 
-    def _not_in_work(self) -> RecipeError:
-        live = LiveRun(Path(self._run.path))
+    def _finished(self) -> bool:
+        if not self._run.resolved.is_file():
+            return False
+        live = LiveRun(self._run.path)
         live.poll()
+        return live.finished
+
+    def _not_in_work(self) -> RecipeError:
         return RecipeError.at(
             "run",
             self._run.where,
-            "the run is finished" if live.finished else "the run is not in work",
+            "the run is finished" if self._finished() else "the run is not in work",
             fix="Shares can be requested while a run trains",
         )
 

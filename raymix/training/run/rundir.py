@@ -156,17 +156,19 @@ class RunDirectory:
         # Last, because its presence makes the directory a run.
         atomic_write_text(str(self.resolved), recipe_to_yaml(recipe))
 
-    def in_use(self) -> bool:
-        """Return whether a live process holds the lock of `locked`."""
+    def in_use(self) -> bool | None:
+        """Return whether a live process holds the lock of `locked`; None where nobody can tell."""
         try:
             with (self.path / ".lock").open() as lock:
+                holder = lock.read()
                 # Shared, and given back at once. A start in this very instant would be refused.
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except BlockingIOError:
             return True
-        return False
+        # Some network file systems keep such locks to one machine.
+        return False if holder.endswith(f" on {socket.gethostname()}") else None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
