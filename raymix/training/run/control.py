@@ -15,7 +15,6 @@ from typing import Any
 
 from raymix._utils.json import parse_json
 from raymix.errors import CorpusError, RecipeError, TrainingError
-from raymix.report.data.live import LiveRun
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.streaming.controller.journal import STATE
 from raymix.streaming.controller.request_files import ControlRequest, SentRequest
@@ -193,6 +192,9 @@ class RunControl:
     def _finished(self) -> bool:
         if not self._run.resolved.is_file():
             return False
+        # Imported here: the statistics that reports load take longer than the rest of a command.
+        from raymix.report.data.live import LiveRun
+
         live = LiveRun(self._run.path)
         live.poll()
         return live.finished
