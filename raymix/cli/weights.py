@@ -24,6 +24,7 @@ def command(
             metavar="DOMAIN=SHARE", help="New shares, summing to 1; a domain left out gets 0."
         ),
     ] = None,
+    *,
     from_step: Annotated[
         int | None,
         typer.Option(min=0, metavar="STEP", help="Their first step; else the first not read yet."),

@@ -25,6 +25,7 @@ from raymix.store import atomic_write_text
 REQUESTS = "requests"
 """Name of the folder in a run directory."""
 
+_MAX_NUMBER = 1e9
 _NEW, _TAKEN, _ANSWER = ".json", ".taken", ".answer"
 
 
@@ -48,9 +49,12 @@ class ControlRequest:
         """
         if isinstance(raw, dict) and raw.keys() == {"weights", "first_step", "hold"}:
             weights, first_step, hold = raw["weights"], raw["first_step"], raw["hold"]
-            # Not `isinstance` for numbers: True is an int to it.
+            # Not `isinstance` for numbers: True is an int to it. And an int that no float can hold
+            # would end the sum of the shares, and the run with it.
             numbers = weights is None or (
-                isinstance(weights, dict) and {type(v) for v in weights.values()} <= {int, float}
+                isinstance(weights, dict)
+                and {type(v) for v in weights.values()} <= {int, float}
+                and not any(abs(v) > _MAX_NUMBER for v in weights.values())
             )
             if numbers and (first_step is None or type(first_step) is int) and type(hold) is bool:
                 return cls(weights, first_step, hold)

@@ -24,11 +24,12 @@ import hashlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml, parse_yaml
@@ -161,7 +162,7 @@ class RunDirectory:
         try:
             with (self.path / ".lock").open() as lock:
                 holder = lock.read()
-                # Shared, and given back at once. A start in this very instant would be refused.
+                # Shared, and given back at once: see `_lock`.
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -181,7 +182,7 @@ class RunDirectory:
         # "a+": mode "w" would erase the holder's name before it is known whether there is one.
         with (self.path / ".lock").open("a+") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except OSError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
@@ -195,6 +196,16 @@ class RunDirectory:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             yield
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file; raise OSError if another process keeps it locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        # It may be one that only looks whether the run is in use, for microseconds.
+        time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:

@@ -15,7 +15,7 @@ from raymix.recipe import Recipe
 from raymix.training.run.rundir import RunDirectory, read_metrics
 from tests.support.loops import train_corpus
 
-STEPS = 600
+STEPS = 250
 SHARES = {"a": 0.5, "b": 0.3, "c": 0.2}
 OTHER = {"a": 0.1, "b": 0.1, "c": 0.8}
 

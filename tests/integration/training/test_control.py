@@ -209,6 +209,20 @@ def test_a_run_that_does_not_answer(corpus: Corpus, tmp_path: Path) -> None:
             raymix.connect(place)
 
 
+def test_a_url_stands_for_its_directory_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    url = "s3://bucket/runs/my"
+    working = RunDirectory.at(url).path
+    working.mkdir(parents=True)
+    (working / "resolved.yaml").touch()
+    document = raymix.connect(url).weights()
+    assert (document["run"], document["in_work"]) == (url, False)
+    with RunDirectory.at(url).locked():
+        assert raymix.connect(url).weights()["in_work"]
+
+
 def test_a_loader_takes_requests_too(corpus: Corpus, tmp_path: Path) -> None:
     place = tmp_path / "own"
     loader = MixtureLoader(recipe(corpus, tmp_path), rank=0, world_size=1, run_dir=place)

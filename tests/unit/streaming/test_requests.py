@@ -264,12 +264,17 @@ def test_torn_and_foreign_files_do_no_harm(tmp_path: Path) -> None:
     (folder / "1.json").write_text('{"weights": {"a"')
     (folder / "2.json").write_text("[1]")
     (folder / "3.json").write_text('{"weights": {"a": true}, "first_step": null, "hold": false}')
+    (folder / "5.json").write_text(
+        json.dumps({"weights": {"a": 10**400}, "first_step": None, "hold": False})
+    )
+    (folder / "6.json").write_text('{"weights": {"a": NaN}, "first_step": null, "hold": false}')
     (folder / "notes.txt").write_text("mine")
     (folder / "4.json").mkdir()
     assert run.read(8) == [SHARES] * 4
     assert not (folder / "1.json").exists()
-    for name in ("2", "3"):
+    for name in ("2", "3", "5"):
         assert "not a request" in (folder / f"{name}.answer").read_text()
+    assert "weights.a = nan" in (folder / "6.answer").read_text()
 
 
 def test_a_withdrawn_request_is_never_applied(tmp_path: Path) -> None:
