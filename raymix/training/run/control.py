@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 from raymix._utils.json import parse_json
@@ -54,12 +55,13 @@ class RunControl:
     def weights(self) -> dict[str, Any]:
         """Return the mixture of the run, in JSON types.
 
-        `shares` are those newest in the mixture log, in force since `first_step` by the decision
+        `shares` are those newest in the mixture log, the same since `first_step` by the decision
         of `by` (the mixer's kind, or `request`); `hold` says whether they stay when the mixer
         changes its own. `to_come` are the requests for later steps, each with `first_step`,
         `shares` (None for a release) and `hold`. `in_work` is None where that cannot be told.
         """
-        saved, newest = self._saved(), self._newest_entry()
+        saved, entries = self._saved(), self._entries()
+        newest = entries[-1] if entries else None
         names = saved["domains"] if saved else []
         requests, holds = ShareRequests(), parse_holds(saved or {})
         if saved:
@@ -67,11 +69,14 @@ class RunControl:
         since = newest.first_step if newest else 0
         later = sorted(requests.steps(since + (newest is not None), 1 << 63))
         by = None if newest is None else newest.mixer
+        # A hold has an entry for every window in which the mixer would have changed the shares.
+        unchanged = takewhile(lambda entry: _origin(entry) == _origin(entries[-1]), entries[::-1])
+        first_step = min((entry.first_step for entry in unchanged), default=None)
         return {
             "run": self._run.where,
             "in_work": self._in_work(),
             "shares": dict(zip(names, newest.weights, strict=True)) if newest else None,
-            "first_step": newest.first_step if newest else None,
+            "first_step": first_step,
             "by": "request" if by == REQUESTED else by,
             "hold": held_at(holds, since) is not None,
             "to_come": [
@@ -165,13 +170,12 @@ class RunControl:
             return saved
         return None
 
-    def _newest_entry(self) -> MixtureEntry | None:
+    def _entries(self) -> list[MixtureEntry]:
         with suppress(FileNotFoundError, CorpusError):
             # The text after the last line end is being written.
             lines = self._run.mixture_log.read_text("utf-8").split("\n")[:-1]
-            entries = MixtureLog.from_lines(lines).entries if lines else []
-            return entries[-1] if entries else None
-        return None
+            return list(MixtureLog.from_lines(lines).entries) if lines else []
+        return []
 
     def _no_run(self) -> RecipeError:
         if self._run.url is not None:
@@ -206,6 +210,10 @@ class RunControl:
             "the run is finished" if self._finished() else "the run is not in work",
             fix="Shares can be requested while a run trains",
         )
+
+
+def _origin(entry: MixtureEntry) -> tuple[tuple[float, ...], str]:
+    return entry.weights, entry.mixer
 
 
 def connect(run_dir: str | os.PathLike[str], *, timeout_s: float = TIMEOUT_S) -> RunControl:

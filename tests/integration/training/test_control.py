@@ -168,6 +168,7 @@ def test_a_hold_survives_a_kill(
         document = raymix.connect(path).weights()
         assert document["in_work"]
         assert (document["by"], document["hold"]) == ("request", True)
+        assert document["first_step"] == 7
         assert document["to_come"] == [{"first_step": 21, "shares": None, "hold": False}]
 
     hold = Command(path, lambda: raymix.connect(path).set_weights(OTHER, hold=True))
