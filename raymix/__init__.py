@@ -7,6 +7,7 @@ neither torch nor ray:
     raymix.plan(recipe).document()     # dry run: tokens, shares, epochs, memory
     raymix.prepare(recipe.corpus)      # text to token blocks
     raymix.train(recipe)               # stream, train, checkpoint, report
+    raymix.connect("runs/my").set_weights({"books": 1.0})  # change the shares while it trains
     raymix.MixtureLoader(recipe)       # the same batches in a training loop of one's own
     raymix.tune(recipe)                # proxy runs, a mixing law, its optimum, verified
     raymix.fit_law("mixtures.csv")     # a law that predicts losses from shares, and its report
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from raymix.store import Corpus
     from raymix.training.api import train
     from raymix.training.plan.preflight import plan_run as plan
+    from raymix.training.run.control import connect
     from raymix.tuning.mixtures.tune import tune
 
 __version__ = "0.1.0"
@@ -66,6 +68,7 @@ __all__ = [
     "ScheduleError",
     "TrainingError",
     "build_mixer",
+    "connect",
     "fit_law",
     "load_recipe",
     "merge",
@@ -100,6 +103,7 @@ _MODULE_OF = {
     "ScheduleError": "errors",
     "TrainingError": "errors",
     "build_mixer": "mixers",
+    "connect": "training.run.control",
     "fit_law": "laws",
     "load_recipe": "recipe",
     "merge": "merging",

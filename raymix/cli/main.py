@@ -75,6 +75,7 @@ COMMANDS = {
     },
     "Use the result": {
         "watch": "Show a run live, from its files.",
+        "weights": "Show the mixture of a run, or change it while the run trains.",
         "export": "Write a checkpoint as a Hugging Face model directory.",
         "optimize": "Find the shares of least predicted loss under a fitted law.",
         "merge": "Merge models of one architecture by DRM and its peers.",

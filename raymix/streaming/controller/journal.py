@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from raymix._utils.json import parse_json
+from raymix.streaming.controller.request_files import RequestFiles
 
 LOG = "mixture_log.jsonl"
 STATE = "controller.json"
@@ -34,11 +35,16 @@ def plain(value: Any) -> Any:
 
 
 class Journal:
-    """The controller's files in a run directory (a local one: that of the head node)."""
+    """The controller's files in a run directory (a local one: that of the head node).
+
+    Attributes:
+        requests: The requests that commands left there.
+    """
 
     def __init__(self, run_dir: str) -> None:
         self._log = Path(run_dir) / LOG
         self._state = Path(run_dir) / STATE
+        self.requests = RequestFiles(run_dir)
         self._log.parent.mkdir(parents=True, exist_ok=True)
 
     def read_log(self) -> list[str]:

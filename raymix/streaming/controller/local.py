@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from raymix.errors import TrainingError
+from raymix.errors import RecipeError, TrainingError
 from raymix.mixers import DomainStats
 from raymix.streaming.controller.base import LeaseRequest
 from raymix.streaming.controller.leases import Lease
@@ -47,6 +47,16 @@ class LocalController:
         self._gather = gather or _alone
         self._attempt = uuid.uuid4().hex
         self._state.register(self._attempt, world_size)
+        if world_size > 1:
+            # Only one replica sees the files: the others would read other batches than it.
+            self._state.refuse_files(
+                RecipeError.at(
+                    "run",
+                    f"{world_size} ranks",
+                    "each has a controller of its own, and only that of rank 0 sees files",
+                    fix="Call loader.set_weights(...) on all ranks",
+                )
+            )
         self._request: LeaseRequest | None = None
 
     def request_lease(self, *, step: int, leased_until: int, n_steps: int, version: int) -> None:

@@ -11,7 +11,9 @@ wait. Two rules make the order of the data a pure function of the log:
 
 A request (`set_weights`) waits until the leases reach its first step and enters the log then. It
 holds until the mixer's next change: forever under a static mixer, up to the next boundary of a
-schedule or the next window of an adaptive mixer.
+schedule or the next window of an adaptive mixer. One with `hold` stays in force until the next
+request or release; the mixer goes on learning, and its own shares stand in the log beside them.
+Requests come by calls, or as files in the run directory (`request_files`).
 """
 
 from __future__ import annotations
@@ -21,17 +23,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymix.errors import RecipeError, TrainingError
-from raymix.mixers import DomainStats, Mixer, MixerContext, PlannedMixer, Shares, shares_by_name
+from raymix.mixers import DomainStats, Mixer, MixerContext
 from raymix.sampling import MixtureEntry, MixtureLog
+from raymix.streaming.controller.decisions import Decision, Decisions
 from raymix.streaming.controller.journal import Journal, plain
 from raymix.streaming.controller.leases import Lease, Leases
+from raymix.streaming.controller.request_files import ControlRequest
 from raymix.streaming.controller.requests import (
-    REQUESTED,
-    SharesTuple,
+    ShareRequests,
     logged_requests,
-    parse_requests,
+    requested_shares,
 )
-from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, loss_weight_stats
+from raymix.streaming.controller.windows import Windows
 
 NO_STEP_LIMIT = (1 << 63) - 1
 
@@ -64,15 +67,19 @@ class MixtureState:
         """
         self.incarnation = uuid.uuid4().hex[:12]
         self.context = context
-        self.kind = kind
         self.interval = interval
         self.log = MixtureLog(context.domains)
         self.windows = Windows(mixer, interval, context.domains) if mixer.needs else None
         self._mixer = mixer
+        self._decisions = Decisions(
+            mixer, self.windows, kind=kind, interval=interval, domains=context.domains
+        )
         self._journal = journal
         self._session = session
-        # Requested shares by first step; those in the log already are not among them.
-        self._requests: dict[int, SharesTuple] = {}
+        self._requests = ShareRequests()
+        # The request file applied last: the only one that a kill can leave without its answer.
+        self._applied: dict[str, Any] = {}
+        self._refusal: RecipeError | None = None
         # The log is final below this step.
         self._decided_until = 0
         self._leases = Leases()
@@ -139,6 +146,7 @@ class MixtureState:
         # The larger of both: the rank knows more than a restarted controller, and less than one
         # whose answer was lost on the way.
         until = leases[rank] = max(leased_until, leases.get(rank, 0))
+        self._answer_files()
         if incarnation in (None, self.incarnation):
             until = max(until, min(step + n_steps, self.known_until))
             if leased_until == until < step + n_steps:
@@ -161,6 +169,10 @@ class MixtureState:
         return max(self._leases.first_unleased_step, self._decided_until)
 
     @property
+    def _newest(self) -> MixtureEntry | None:
+        return self.log.entries[-1] if self.log.entries else None
+
+    @property
     def all_ranks_reported(self) -> bool:
         """Return whether each rank's lease is known."""
         return self._leases.all_ranks_reported
@@ -177,54 +189,100 @@ class MixtureState:
         complete = self.windows.push(window, rank, stats, world_size=self._leases.world_size)
         if complete:
             self._save()
+        self._answer_files()
         return complete
 
     def set_weights(
-        self, weights: Mapping[str, float] | Sequence[float], first_step: int | None = None
+        self,
+        weights: Mapping[str, float] | Sequence[float],
+        first_step: int | None = None,
+        *,
+        hold: bool = False,
     ) -> int:
         """Request shares from `first_step` on and return that step.
 
         Without `first_step` it is the first step that no rank may read yet. Repeating a request
-        changes nothing. Needs `all_ranks_reported`.
+        changes nothing. With `hold` the mixer's next change does not end it. Needs
+        `all_ranks_reported`.
 
         Raises:
             RecipeError: If they are not shares of the domains, or the step is taken.
         """
-        names = self.context.domains
-        if not isinstance(weights, Mapping):
-            if len(weights) != len(names):
-                raise RecipeError.at(
-                    "weights", list(weights), f"not one weight per domain; there are {len(names)}"
-                )
-            weights = dict(zip(names, map(float, weights), strict=True))
-        shares = tuple(shares_by_name(weights, self.context, path="weights").tolist())
-        earliest = self.first_free_step
-        # Ray repeats a call that was lost with the actor, after which the step would be another.
-        if (repeated := self._equal_request(shares, first_step, earliest)) is not None:
+        step = self._request(weights, first_step, hold)
+        # Before the answer: the caller may rely on a request that was acknowledged.
+        self._save()
+        return step
+
+    def release(self, first_step: int | None = None) -> int:
+        """Request the mixer's own shares from `first_step` on and return that step.
+
+        A request for that very step is dropped, later ones stay. Needs `all_ranks_reported`.
+
+        Raises:
+            RecipeError: If no requested shares are in force there, or the step is taken.
+        """
+        step = self._release(first_step)
+        self._save()
+        return step
+
+    def refuse_files(self, refusal: RecipeError) -> None:
+        """Answer all requests in the run directory with this error from now on."""
+        self._refusal = refusal
+
+    def _request(
+        self, weights: Mapping[str, float] | Sequence[float], first_step: int | None, hold: bool
+    ) -> int:
+        shares = requested_shares(weights, self.context)
+        # Ray repeats a call lost with the actor, after which the step would be another.
+        repeated = self._requests.equal(
+            shares, first_step, hold=hold, earliest=self.first_free_step, newest=self._newest
+        )
+        if repeated is not None:
             return repeated
+        step = self._free_step(first_step)
+        self._requests.add(step, shares, hold=hold)
+        return step
+
+    def _release(self, first_step: int | None) -> int:
+        step = self._free_step(first_step)
+        self._requests.release(step, self._newest)
+        return step
+
+    def _free_step(self, first_step: int | None) -> int:
+        """Return `first_step`, or the first step that no rank may read yet."""
+        earliest = self.first_free_step
         if first_step is not None and first_step < earliest:
             raise RecipeError.at(
                 "first_step",
                 first_step,
                 f"workers may already have read it; the first free step is {earliest}",
             )
-        step = earliest if first_step is None else first_step
-        self._requests[step] = shares
-        # Before the answer: the caller may rely on a request that was acknowledged.
-        self._save()
-        return step
+        return earliest if first_step is None else first_step
 
-    def _equal_request(
-        self, shares: SharesTuple, first_step: int | None, earliest: int
-    ) -> int | None:
-        """Return the step of an equal request that would still hold, None without one."""
-        requests = dict(self._requests)
-        newest = self.log.entries[-1] if self.log.entries else None
-        if newest is not None and newest.mixer == REQUESTED:
-            requests.setdefault(newest.first_step, newest.weights)
-        if first_step is None:
-            first_step = max((step for step in requests if step <= earliest), default=-1)
-        return first_step if requests.get(first_step) == shares else None
+    def _answer_files(self) -> None:
+        """Apply the requests in the run directory, once it is known what the ranks may read."""
+        if self._journal and (self._refusal or self.all_ranks_reported):
+            self._journal.requests.answer_all(self._apply)
+
+    def _apply(self, name: str, request: ControlRequest) -> dict[str, Any]:
+        """Apply the request in file `name` and return its answer."""
+        if self._applied.get("name") == name:
+            return dict(self._applied["answer"])
+        if self._refusal:
+            raise self._refusal
+        request.check(self.first_free_step, self.context.total_steps)
+        if request.weights is None:
+            step = self._release(request.first_step)
+        else:
+            step = self._request(request.weights, request.first_step, request.hold)
+        ends = request.weights is not None and not request.hold
+        until = self._decisions.next_change(step) if ends else None
+        within = until is not None and until < self.context.total_steps
+        answer = {"first_step": step, "until": until if within else None}
+        self._applied = {"name": name, "answer": answer}
+        # In one write with the request: it must not be applied again after a kill.
+        self._save()
+        return answer
 
     def _extend_log(self, until: int) -> None:
         """Append all entries that start before step `until`."""
@@ -233,10 +291,14 @@ class MixtureState:
         if until <= first:
             return
         n_entries = len(self.log.entries)
-        mixer_steps = self._mixer_steps(first, until)
-        request_steps = {step for step in self._requests if first <= step < until}
-        for step in sorted(mixer_steps | request_steps):
-            self._decide_step(step, by_mixer=step in mixer_steps)
+        mixer_steps = self._decisions.mixer_steps(first, until)
+        for step in sorted(mixer_steps | self._requests.steps(first, until)):
+            decision = self._decisions.decide(
+                step, self.log, self._requests, by_mixer=step in mixer_steps
+            )
+            if decision is not None:
+                self._append(step, decision)
+            self._requests.pending.pop(step, None)
         self._decided_until = until
         if self.windows:
             self.windows.drop_shares(-(-until // self.interval))
@@ -244,58 +306,11 @@ class MixtureState:
         if len(self.log.entries) > n_entries:
             self._save()
 
-    def _mixer_steps(self, first: int, end: int) -> set[int]:
-        """Return the steps in [first, end) at which the mixer may change the shares."""
-        steps = set(range(-(-first // self.interval) * self.interval, end, self.interval))
-        if isinstance(self._mixer, PlannedMixer):
-            steps.update(step for step in self._mixer.boundaries if first <= step < end)
-        return steps
-
-    def _decide_step(self, step: int, *, by_mixer: bool) -> None:
-        """Append the entry that starts at `step`, if the shares change there."""
-        shares: SharesTuple | None = None
-        stats: dict[str, Any] | None = None
-        if by_mixer:
-            shares_D, stats = self._mixer_shares(step)
-            shares = tuple(shares_D.tolist())
-        # A note makes an entry even with equal shares: it says why nothing changed.
-        noted = bool(stats and NOTE in stats)
-        decision = (shares, _loss_factors(stats))
-        changed = shares is not None and (noted or decision != self._last_mixer_decision())
-        if step in self._requests:
-            # The mixer's own shares are logged with the request, so that the same shares in the
-            # next window are no change and do not end the request.
-            stats = {"mixer": shares, **_request_stats(stats)} if changed else None
-            self._append(step, self._requests.pop(step), REQUESTED, stats)
-        elif shares is not None and changed:
-            self._append(step, shares, self.kind, stats)
-
-    def _append(
-        self, step: int, shares: SharesTuple, mixer: str, stats: dict[str, Any] | None
-    ) -> None:
-        version = self.log.entries[-1].version + 1 if self.log.entries else 0
-        self.log.append(MixtureEntry(version, step, shares, mixer, stats))
+    def _append(self, step: int, decision: Decision) -> None:
+        version = self._newest.version + 1 if self._newest else 0
+        self.log.append(MixtureEntry(version, step, *decision))
         if self._journal:
             self._journal.append(self.log.to_line(self.log.entries[-1]))
-
-    def _last_mixer_decision(self) -> tuple[SharesTuple, dict[str, float] | None] | None:
-        """Return the shares and loss factors the mixer last decided on."""
-        for entry in reversed(self.log.entries):
-            if entry.mixer != REQUESTED:
-                return entry.weights, _loss_factors(entry.stats)
-            if entry.stats:
-                return tuple(entry.stats["mixer"]), _loss_factors(entry.stats)
-        return None
-
-    def _mixer_shares(self, step: int) -> tuple[Shares, dict[str, Any] | None]:
-        """Return the mixer's shares at `step` and the `stats` of their log entry."""
-        if self.windows:
-            return self.windows.shares(step // self.interval)
-        assert isinstance(self._mixer, PlannedMixer)
-        planned = getattr(self._mixer, "planned_loss_weights", None)
-        factors_D = planned(step) if planned else None
-        stats = None if factors_D is None else loss_weight_stats(self.context.domains, factors_D)
-        return self._mixer.planned(step), stats
 
     # -- persistence ---------------------------------------------------------------------------
 
@@ -314,21 +329,21 @@ class MixtureState:
         # The keys are a file format: checkpoints and run directories have them.
         return {
             "decided": self._decided_until,
-            "asks": self._requests,
+            **self._requests.state_dict(),
             "windows": self.windows.state_dict() if self.windows else None,
             "mixer": None if self.windows else self._mixer.state_dict(),
         }
 
     def status(self) -> dict[str, Any]:
         """Return attempt, leases, shares and windows in JSON types, for people."""
-        newest = self.log.entries[-1] if self.log.entries else None
+        newest = self._newest
         return {
             "attempt": self._leases.attempt,
             "world_size": self._leases.world_size,
             "leased_until": plain(self._leases.leased_until),
             "version": newest.version if newest else None,
             "weights": newest and dict(zip(self.context.domains, newest.weights, strict=True)),
-            "asks": sorted(self._requests),
+            "asks": sorted(self._requests.pending),
             "windows_done": self.windows.done if self.windows else None,
         }
 
@@ -340,12 +355,12 @@ class MixtureState:
         # Requests are the one thing that cannot be computed again: those that the run before had
         # accepted and that are still to come are taken over from its files.
         saved = self._journal.read_state()
-        requests = logged_requests(self._journal.read_log(), self.context.domains)
-        if saved is not None and tuple(saved["domains"]) == self.context.domains:
-            requests |= parse_requests(saved["asks"])
-        self._requests |= {
-            step: shares for step, shares in requests.items() if step >= self._decided_until
-        }
+        logged = logged_requests(self._journal.read_log(), self.context.domains)
+        if saved is not None:
+            self._applied = saved.get("applied", {})
+            if tuple(saved["domains"]) != self.context.domains:
+                saved = None
+        self._requests.take_over(saved, logged, self._decided_until)
         self._journal.rewrite(self.log.to_lines())
         self._save()
 
@@ -355,15 +370,16 @@ class MixtureState:
         # A kill between the two writes leaves an entry in the log that the state does not have yet.
         # Ranks may have read it, so the log wins.
         for entry in self.log.entries:
-            self._requests.pop(entry.first_step, None)
+            self._requests.pending.pop(entry.first_step, None)
             self._decided_until = max(self._decided_until, entry.first_step + 1)
         self._leases.load_state_dict(saved["leases"])
+        self._applied = saved.get("applied", {})
         # Removes a torn last line, which the next append would continue.
         journal.rewrite(self.log.to_lines())
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.log = MixtureLog.from_lines(state["log"], self.context.domains)
-        self._requests = parse_requests(state["asks"])
+        self._requests.load_state_dict(state)
         self._decided_until = int(state["decided"])
         if self.windows:
             self.windows.load_state_dict(state["windows"])
@@ -378,15 +394,7 @@ class MixtureState:
                 "session": self._session,
                 "domains": self.context.domains,
                 "leases": self._leases.state_dict(),
+                "applied": self._applied,
                 **self._state(),
             }
         )
-
-
-def _loss_factors(stats: Mapping[str, Any] | None) -> dict[str, float] | None:
-    return stats.get(LOSS_WEIGHTS) if stats else None
-
-
-def _request_stats(stats: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the part of a mixer's `stats` that holds although a request replaces its shares."""
-    return {key: stats[key] for key in (LOSS_WEIGHTS, NOTE) if stats and key in stats}

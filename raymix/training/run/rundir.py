@@ -5,6 +5,8 @@ RUN/recipe.yaml           the user's recipe: fields left at their defaults are a
 RUN/resolved.yaml         every field; its presence makes the directory a run
 RUN/environment.json      versions, machine, code revision of the last start
 RUN/mixture_log.jsonl     the shares and the steps they start at (written by the controller)
+RUN/controller.json       the controller's state: requests to come, the mixer's state
+RUN/requests/             requests of `raymix weights`, until the controller has answered them
 RUN/metrics.jsonl         one object per step; `step` counts the optimizer steps done
 RUN/schedule.jsonl        in document mode: lengths of some steps, their planner and cost model
 RUN/checkpoints/step-XXXXXXXX/
@@ -22,11 +24,12 @@ import hashlib
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml, parse_yaml
@@ -154,6 +157,20 @@ class RunDirectory:
         # Last, because its presence makes the directory a run.
         atomic_write_text(str(self.resolved), recipe_to_yaml(recipe))
 
+    def in_use(self) -> bool | None:
+        """Return whether a live process holds the lock of `locked`; None where nobody can tell."""
+        try:
+            with (self.path / ".lock").open() as lock:
+                holder = lock.read()
+                # Shared, and given back at once: see `_lock`.
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        # Some network file systems keep such locks to one machine.
+        return False if holder.endswith(f" on {socket.gethostname()}") else None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the directory for this process; the kernel releases it when the process dies.
@@ -165,7 +182,7 @@ class RunDirectory:
         # "a+": mode "w" would erase the holder's name before it is known whether there is one.
         with (self.path / ".lock").open("a+") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock)
             except OSError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "another process"
@@ -179,6 +196,16 @@ class RunDirectory:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             yield
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock a file; raise OSError if another process keeps it locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        # It may be one that only looks whether the run is in use, for microseconds.
+        time.sleep(0.05)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:

@@ -183,7 +183,7 @@ def test_an_adaptive_mixer_goes_on_bit_for_bit(
     stop_after: int, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the first window, at its end and in the second; a window is four steps."""
-    for module in ("raymix.training.setup", "raymix.streaming.controller.actor"):
+    for module in ("raymix.training.setup", "raymix.streaming.controller.build"):
         monkeypatch.setattr(f"{module}.build_mixer", lambda config, context: TokensMixer(3))
     runs = []
     for name in ("whole", "stopped"):

@@ -33,6 +33,7 @@ NAMES = {
     "ScheduleError",
     "TrainingError",
     "build_mixer",
+    "connect",
     "load_recipe",
     "merge",
     "merge_method",
@@ -106,6 +107,7 @@ OPTIONS = {
     "specialists": {"--set", "--json", "--seeds", "--out", "--parallel", "--smoke"},
     "report": {"--out", "--json"},
     "watch": {"--every", "--once", "--json"},
+    "weights": {"--from-step", "--hold", "--release", "--timeout", "--json"},
     "submit": {"--address", "--follow", "--project", "--storage", "--token-in-clear", "--json"},
     "status": {"--address", "--token-in-clear", "--json"},
     "logs": {"--address", "--follow", "--token-in-clear", "--json"},
@@ -180,7 +182,7 @@ def test_commands() -> None:
         ["init", "validate", "plan", "schema", "doctor"],
         ["prepare", "train", "eval", "compare", "fit", "tune", "schedule"],
         ["submit", "status", "logs", "stop"],
-        ["watch", "export", "optimize", "merge", "specialists", "report"],
+        ["watch", "weights", "export", "optimize", "merge", "specialists", "report"],
     ]
 
 
