@@ -47,7 +47,7 @@ class LossSums:
                 "token_loss",
                 None,
                 f"losses, labels and domains have the shapes {shapes}",
-                fix="Give all three per token: without labels.shift, losses begin one token later",
+                fix="Give them one shape; raymix.token_losses(logits, labels) makes such losses",
             )
         loss, known = token_loss.detach().double(), (labels != IGNORED) & (domain_ids >= 0)
         both_2N = torch.stack([torch.where(known, loss, 0.0), known.double()]).flatten(1)

@@ -77,8 +77,8 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         run_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.recipe = load_recipe(source)
-        found = find_rank(rank, world_size)
-        self.rank, self.world_size = found.rank, found.world_size
+        place = find_rank(rank, world_size)
+        self.rank, self.world_size = place.rank, place.world_size
         self.steps = count_steps(self.recipe)
         self.micro_batches = micro_batches
         self._layout: Layout = layout if self.recipe.data.mode == "packed" else "flat"

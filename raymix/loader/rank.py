@@ -52,12 +52,12 @@ def _from_ray_train() -> RankAndWorld | None:
 
     try:
         context = get_context()
-        found = context.get_world_rank(), context.get_world_size()
+        numbers = context.get_world_rank(), context.get_world_size()
     except Exception:  # noqa: BLE001 - outside a worker Ray raises what its version likes
         return None
-    if found[0] is None or found[1] is None:
+    if numbers[0] is None or numbers[1] is None:
         return None
-    return RankAndWorld(*found, "Ray Train's context")
+    return RankAndWorld(*numbers, "Ray Train's context")
 
 
 def _from_variables() -> RankAndWorld | None:
@@ -73,16 +73,16 @@ def _from_variables() -> RankAndWorld | None:
     return _checked(RankAndWorld(rank, world_size, "RANK and WORLD_SIZE"))
 
 
-def _checked(found: RankAndWorld) -> RankAndWorld:
-    if found.world_size < 1:
+def _checked(place: RankAndWorld) -> RankAndWorld:
+    if place.world_size < 1:
         raise TrainingError.at(
-            "world_size", found.world_size, "not a number of ranks", allowed="Allowed: 1 and more"
+            "world_size", place.world_size, "not a number of ranks", allowed="Allowed: 1 and more"
         )
-    if not 0 <= found.rank < found.world_size:
+    if not 0 <= place.rank < place.world_size:
         raise TrainingError.at(
             "rank",
-            found.rank,
-            f"outside a world of {found.world_size}, which {found.source} says",
-            allowed=f"Allowed: 0 to {found.world_size - 1}",
+            place.rank,
+            f"outside a world of {place.world_size}, which {place.source} says",
+            allowed=f"Allowed: 0 to {place.world_size - 1}",
         )
-    return found
+    return place

@@ -14,10 +14,10 @@ from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 from raymix.streaming.batches.stream import MixtureStream
 from raymix.streaming.controller.local import LocalController
 
-Parts = TypeVar("Parts")
+StepParts = TypeVar("StepParts")
 
 
-class StepReader(Generic[Parts]):
+class StepReader(Generic[StepParts]):
     """A rank's controller and stream, with the next step's parts made while the loop trains.
 
     Args of the constructor:
@@ -30,18 +30,18 @@ class StepReader(Generic[Parts]):
         self,
         controller: LocalController,
         stream: MixtureStream,
-        convert: Callable[[StepBatch | DocumentBatch, list[float] | None], Parts],
+        convert: Callable[[StepBatch | DocumentBatch, list[float] | None], StepParts],
     ) -> None:
         self._controller = controller
         self._stream = stream
         self._convert = convert
         # Controller and stream are used by the thread and by the loop's calls.
         self._lock = threading.Lock()
-        self._thread: BackgroundCall[Parts] = BackgroundCall("raymix-loader")
-        self._next: Future[Parts] | None = None
+        self._thread: BackgroundCall[StepParts] = BackgroundCall("raymix-loader")
+        self._next: Future[StepParts] | None = None
         self._taken = stream.step
 
-    def next_parts(self) -> Parts | None:
+    def next_parts(self) -> StepParts | None:
         """Return the parts of the next step, or None after the last.
 
         Raises:
@@ -62,7 +62,7 @@ class StepReader(Generic[Parts]):
             TrainingError: If the step was not read, or was released.
         """
         # The step ahead is decided on all ranks, or on none: their states are to be equal.
-        self._settle()
+        self._wait_for_next()
         with self._lock:
             return {
                 "sampler": self._stream.state_dict(step),
@@ -76,7 +76,7 @@ class StepReader(Generic[Parts]):
 
     def push(self, stats: DomainStats) -> None:
         """Send the statistics of a window to the mixer; a collective of all ranks."""
-        self._settle()
+        self._wait_for_next()
         with self._lock:
             self._controller.push(stats.step // stats.window, stats)
 
@@ -84,26 +84,26 @@ class StepReader(Generic[Parts]):
         self, weights: Mapping[str, float] | Sequence[float], first_step: int | None
     ) -> int:
         """Request shares and return the step from which on they hold; a collective of all ranks."""
-        self._settle()
+        self._wait_for_next()
         with self._lock:
             return self._controller.set_weights(weights, first_step)
 
     @property
     def log(self) -> MixtureLog:
         """Return the mixture log as far as it was read."""
-        self._settle()
+        self._wait_for_next()
         return self._stream.log
 
     def close(self) -> None:
         """Wait for the step that is being made; its parts are dropped."""
-        self._settle()
+        self._wait_for_next()
 
-    def _make(self, step: int) -> Parts:
+    def _make(self, step: int) -> StepParts:
         with self._lock:
             batch = self._stream.next()
             return self._convert(batch, self._stream.loss_weights(batch.step))
 
-    def _settle(self) -> None:
+    def _wait_for_next(self) -> None:
         # Its error, if there is one, is raised by `next_parts`.
         if self._next is not None:
             self._next.exception()

@@ -1,6 +1,6 @@
 """Recipe models of the mixers that learn from the run, one per `kind`.
 
-All share the guard rails of `AdaptiveModel`. "Update" means once per window, that is every
+All share the guardrails of `AdaptiveModel`. "Update" means once per window, that is every
 `train.probe_interval` steps; papers that update every step say so at the field.
 """
 
@@ -19,7 +19,7 @@ LossKind = Literal["train", "valid"]
 
 
 class AdaptiveModel(MixerModel):
-    """The guard rails of every mixer that learns from the run."""
+    """The guardrails of every mixer that learns from the run."""
 
     initial: Literal["uniform", "proportional"] | Weights = "uniform"
     """Shares to begin with; a mapping sums to 1, a domain left out begins at 0."""

@@ -97,10 +97,12 @@ class ModuleCall:
                     total += own.detach() if not out.ndim else 0
                     if out.ndim:
                         error = torch.maximum(error, _error(own, gram.layout.take(out, slot)))
-                kept = [index for index, own in enumerate(again) if own.requires_grad]
-                weights = [gram.layout.take(grads[index], slot) for index in kept]
-                found = substitution.grads([again[index] for index in kept], weights)
-                for name, grad in found.items():
+                differentiable = [index for index, own in enumerate(again) if own.requires_grad]
+                weights = [gram.layout.take(grads[index], slot) for index in differentiable]
+                grad_by_name = substitution.grads(
+                    [again[index] for index in differentiable], weights
+                )
+                for name, grad in grad_by_name.items():
                     gram.replay(self.uses[name], slot, grad)
         for out, total in zip(outs, sums, strict=True):
             if not out.ndim:

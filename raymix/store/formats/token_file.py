@@ -158,8 +158,8 @@ class EosEdges:
         """See `DocumentEdges`."""
         shift = 0 if self.at_start else 1
         first = max(low - shift, 0)
-        found = np.flatnonzero(self.tokens[first : high - shift] == self.eos_id)
-        edges = found + (first + shift)
+        at = np.flatnonzero(self.tokens[first : high - shift] == self.eos_id)
+        edges = at + (first + shift)
         return _starts(edges, from_zero=low == 0 < high)
 
     def next(self, position: int) -> int:

@@ -1,4 +1,4 @@
-"""What holds for every adaptive mixer: laws of shares, rails, broken statistics, state."""
+"""What holds for every adaptive mixer: laws of shares, guardrails, broken statistics, state."""
 
 from __future__ import annotations
 
