@@ -1,0 +1,91 @@
+"""Adaptive mixers in a Hugging Face Trainer: the mixture log of `raymix train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import TrainingArguments
+
+from raymix.errors import TrainingError
+from raymix.integrations.huggingface import MixtureTrainer
+from raymix.loader import MixtureLoader
+from raymix.recipe import Recipe
+from raymix.store import Corpus
+from raymix.training.api import train
+from raymix.training.model.hf_model import CorpusFacts, build_model
+from tests.integration.loader.test_loader import LENGTH, log_of
+from tests.integration.training.test_run import recipe
+from tests.support.loops import train_corpus
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return train_corpus(tmp_path_factory.mktemp("corpus"), {"a": 9000, "b": 6000, "c": 3000})
+
+
+def trainer(made: Recipe, loader: MixtureLoader, out: Path, **changes: object) -> MixtureTrainer:
+    info = Corpus.open(made.corpus.path).manifest.tokenizer
+    model = build_model(
+        made.model, CorpusFacts(info.vocab_size, info.eos_id, LENGTH), seed=made.seed
+    )
+    if made.mixer.kind == "pike":
+        loader.gradient_probe(model)
+    options = {
+        "learning_rate": made.train.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": made.train.betas[0],
+        "adam_beta2": made.train.betas[1],
+        "weight_decay": 0.0,
+        "max_grad_norm": made.train.clip_norm,
+        "gradient_accumulation_steps": loader.micro_batches,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = TrainingArguments(str(out), **{**options, **changes})
+    return MixtureTrainer(mixture=loader, model=model, args=args)
+
+
+@pytest.mark.parametrize("kind", ["ado", "pike"])
+def test_an_adaptive_mixer_decides_as_in_raymix_train(
+    corpus: Corpus, tmp_path: Path, kind: str
+) -> None:
+    made = recipe(
+        corpus,
+        tmp_path,
+        mixer={"kind": kind},
+        train={
+            "steps": STEPS,
+            "lr": 0.01,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "weight_decay": 0.0,
+            "probe_interval": 2,
+            "probe": {"rows": 4},
+        },
+    )
+    # Without dropout, whose random numbers differ.
+    config = {**made.model.config, "attention_dropout": 0.0}
+    made = made.model_copy(update={"model": made.model.model_copy(update={"config": config})})
+    train(made, report=False)
+    loader = MixtureLoader(made, micro_batches=2, run_dir=tmp_path / "own")
+    trainer(made, loader, tmp_path / "out").train()
+    ours, theirs = log_of(tmp_path / "own"), log_of(Path(made.run_dir))
+    assert len(ours) > 3
+    assert [entry.first_step for entry in ours] == [entry.first_step for entry in theirs]
+    for own, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(own.weights, other.weights, rtol=1e-3)
+
+
+def test_other_numbers_of_parts_and_steps_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    made = recipe(corpus, tmp_path)
+    loader = MixtureLoader(made)
+    with pytest.raises(TrainingError, match=r"gradient_accumulation_steps = 2.*1 parts"):
+        trainer(made, loader, tmp_path, gradient_accumulation_steps=2)
+    with pytest.raises(TrainingError, match=r"max_steps = 99: the mixture ends after 8"):
+        trainer(made, loader, tmp_path, max_steps=99)
