@@ -1,8 +1,8 @@
 """What README and documentation tell a user to type is typed, page by page, line after line.
 
-The recipes are tiny and stay on this machine. Lines that need a cluster, or train dozens of models
-through Ray, are parsed by `tests/unit/repository/test_docs.py` and `test_readme.py`; what they do
-is tested where Ray is.
+The recipes are tiny and stay on this machine. Lines that need a cluster, a run in work, or train
+dozens of models through Ray, are parsed by `tests/unit/repository/test_docs.py` and
+`test_readme.py`; what they do is tested elsewhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PAGES = {
     "docs/systems/token_files.md": [],
 }
 """Pages, and what has been typed before."""
-ELSEWHERE = ("submit", "status", "logs", "stop", "compare", "tune", "specialists")
+ELSEWHERE = ("weights", "submit", "status", "logs", "stop", "compare", "tune", "specialists")
 LITTLE = {
     "seed": 1,
     "data": {"sequence_length": 32, "rows_per_step": 2},

@@ -115,9 +115,11 @@ def test_an_interrupted_merge_stays_for_the_next_run(tmp_path: Path) -> None:
         lambda: journal.exists() or process.poll() is not None, seconds=200, what="the journal"
     )
     os.kill(process.pid, signal.SIGINT)
-    # It may have been done before the signal came.
-    assert process.wait(60) in (0, 130)
-    if not (tmp_path / "out").exists():
+    # It may have been done before the signal came, or be about to exit: Python then has given up
+    # its handler, and the signal ends the process.
+    code, done = process.wait(60), (tmp_path / "out").exists()
+    assert code == 130 or (done and code in (0, -signal.SIGINT))
+    if not done:
         shell.ok("merge", str(file), "--out", "out")
     assert read_model(tmp_path / "out")[NORM].shape == (16,)
 

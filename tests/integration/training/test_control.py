@@ -233,9 +233,9 @@ def test_a_loader_takes_requests_too(corpus: Corpus, tmp_path: Path) -> None:
         loader.step()
         if loader.step_trained == 3:
             command()
-    # Steps 3 and 4 were read or decided by then.
+    # Steps 3 and 4 may have been read or decided by then, as the loader reads ahead.
     first = command.end()["first_step"]
-    assert 4 <= first <= 5
+    assert 3 <= first <= 5
     entry = loader.mixture_log.at(first)
     assert (entry.first_step, entry.mixer) == (first, "asked")
     document = raymix.connect(place).weights()
