@@ -34,9 +34,7 @@ demo-cluster: install  ## Submit a run to a real two-node cluster on this machin
 
 test: install  ## All tests but gpu and slow
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
-	@# Side by side: tests with Ray wait for it more than they compute.
-	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-integration test-ray
-	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test-integration test-ray lint
 
 test-integration: install  ## Tests of several processes and of whole commands, without Ray
 	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not ray" tests/integration tests/e2e
