@@ -142,5 +142,5 @@ def _show(document: Mapping[str, Any]) -> None:
         what = "the mixer's own shares"
         if shares is not None:
             what = " ".join(f"{name}={share:.4g}" for name, share in shares.items() if share)
-        held = ", held" if request["hold"] else ""
-        console.print(f"from step {request['first_step']:,}: {what}{held}", soft_wrap=True)
+        suffix = ", held" if request["hold"] else ""
+        console.print(f"from step {request['first_step']:,}: {what}{suffix}", soft_wrap=True)

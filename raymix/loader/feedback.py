@@ -1,4 +1,4 @@
-"""What a loop tells about the steps it trained on: losses by domain, and a mixer's statistics.
+"""Feedback of a loop on the steps it trained: losses by domain, and a mixer's statistics.
 
 Axes: D domains.
 """

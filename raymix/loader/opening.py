@@ -1,4 +1,4 @@
-"""What a loader reads: its recipe, the corpus, prepared by rank 0 if need be, and the stream."""
+"""Recipe, corpus and stream of a loader; rank 0 prepares the corpus if need be."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from raymix.errors import TrainingError
 
 @dataclass(frozen=True, slots=True)
 class RankAndWorld:
-    """Which part of each batch this process reads."""
+    """A data-parallel rank and their number: the part of each batch that a process reads."""
 
     rank: int
     world_size: int

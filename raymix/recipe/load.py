@@ -33,7 +33,7 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 RecipeSource = str | os.PathLike[str] | Recipe | Mapping[str, Any]
-"""What a recipe is loaded from; see `load_recipe`."""
+"""Sources that a recipe is loaded from; see `load_recipe`."""
 
 
 def load_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> Recipe:

@@ -32,7 +32,7 @@ class Unsupported(Exception):
 
 
 class CaptureContext(Protocol):
-    """What handlers need of the running capture."""
+    """The running capture, as handlers use it."""
 
     anchor: Tensor
     """Input of every function, so that autograd runs its backward."""

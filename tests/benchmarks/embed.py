@@ -1,4 +1,4 @@
-"""What a `MixtureLoader` costs a training loop (`make bench-embed`).
+"""Overhead of a `MixtureLoader` in a training loop (`make bench-embed`).
 
 Time that a loop waits for a batch, against the same batches from memory: median over the steps of a
 loop whose step takes `--step-ms` (a sleep in torch's place: the loader's thread then has the core

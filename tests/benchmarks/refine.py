@@ -1,4 +1,4 @@
-"""What each part of the planner `refine` is worth (`make bench-refine`).
+"""Ablation of the parts of the planner `refine` (`make bench-refine`).
 
 Every part is left out in turn; the step times are those of the cost model, in percent above the
 whole search, and CPU time is that of planning. Settings: as in `tests.benchmarks.schedule`, with

@@ -19,12 +19,12 @@ from tests.support.paths import ROOT
 
 def scripts(page: Path) -> dict[str, str]:
     """Return the Python blocks of a page by the heading that they stand below."""
-    found = {}
+    script_of = {}
     for section in page.read_text().split("\n## ")[1:]:
         blocks = re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
         if blocks:
-            found[section.splitlines()[0]] = blocks[0]
-    return found
+            script_of[section.splitlines()[0]] = blocks[0]
+    return script_of
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Which format a token file has, from its name, its neighbors and its first bytes."""
+"""Detection of a token file's format by its name, its neighbors and its first bytes."""
 
 from __future__ import annotations
 

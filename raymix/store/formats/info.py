@@ -123,7 +123,7 @@ class TokenFileInfo(_FileModel):
 
 @dataclass(frozen=True, slots=True)
 class TokenFileOptions:
-    """What the recipe says of the token files of a domain."""
+    """Fields of the recipe about the token files of a domain."""
 
     vocab_size: int
     """Ids are below this."""

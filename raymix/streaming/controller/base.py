@@ -31,7 +31,7 @@ class Controller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequest:
-    """What a rank sends when it requests a lease; see `Controller.request_lease`."""
+    """A rank's request for a lease; see `Controller.request_lease`."""
 
     step: int
     leased_until: int

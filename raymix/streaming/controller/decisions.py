@@ -15,7 +15,7 @@ from raymix.streaming.controller.windows import LOSS_WEIGHTS, NOTE, Windows, los
 
 
 class Decision(NamedTuple):
-    """What the log entry of a step is to hold."""
+    """Content of the log entry of a step."""
 
     shares: SharesTuple
     mixer: str

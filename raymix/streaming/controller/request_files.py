@@ -31,7 +31,7 @@ _NEW, _TAKEN, _ANSWER = ".json", ".taken", ".answer"
 
 @dataclass(frozen=True, slots=True)
 class ControlRequest:
-    """What a command asks of a run."""
+    """A command's request to a run."""
 
     weights: dict[str, float] | None
     """Shares by domain; None for the mixer's own, which is a release."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import LlamaConfig
 
 from raymix.loader import MixtureLoader
@@ -28,8 +29,10 @@ NOTE = f"""
 
 
 def test_a_train_function_of_ones_own_goes_on_in_the_next_batch(
-    shell: Shell, tmp_path: Path
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The recipe's corpus is relative to the working directory, also for the loader below.
+    monkeypatch.chdir(tmp_path)
     recipe = write_recipe(
         tmp_path / "my.yaml",
         data={"sequence_length": 64, "rows_per_step": 8},

@@ -53,11 +53,11 @@ def hashes_of_run(made: Recipe) -> list[str]:
 
 def hashes(loader: MixtureLoader) -> list[str]:
     """Return the hash of each step that is left, read in whole steps."""
-    found = []
+    by_step = []
     for number, _ in enumerate(loader, start=1):
         if not number % loader.micro_batches:
-            found.append(loader.info(loader.step_read - 1).batch_hash)
-    return found
+            by_step.append(loader.info(loader.step_read - 1).batch_hash)
+    return by_step
 
 
 def test_batches_are_those_of_raymix_train(trained: tuple[Recipe, list[str]]) -> None:
