@@ -73,8 +73,8 @@ def test_splits_are_ranges_of_whole_documents(
     train, valid = corpus.split("d", "train"), corpus.split("d", "valid")
     assert stream(corpus, "train") + stream(corpus, "valid") == tokens.tolist()
     lengths = [length for file in files for length in file if length]
-    found = [*corpus.document_lengths("d", "train"), *corpus.document_lengths("d", "valid")]
-    assert found == lengths
+    stored = [*corpus.document_lengths("d", "train"), *corpus.document_lengths("d", "valid")]
+    assert stored == lengths
     starts = np.cumsum([0, *lengths])[:-1]
     held_out = starts[starts >= int((1 - fraction) * len(tokens))]
     cut = next((s for s in held_out.tolist() if s), None) or (starts[-1] or len(tokens))
