@@ -48,13 +48,13 @@ def register() -> str:
         # The segments replace the mask; a dense one would take memory quadratic in the row.
         return None if _ACTIVE_SHARDS else sdpa_mask(*args, **options)
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+    # Dynamo would try to trace collectives and global state, and recompile for each micro-batch.
+    # Not as a decorator: that would load Dynamo, which takes a second, with this module.
+    ALL_ATTENTION_FUNCTIONS.register(NAME, torch.compiler.disable(_forward))
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
     return NAME
 
 
-# Dynamo would try to trace collectives and global state, and recompile for each micro-batch.
-@torch.compiler.disable
 def _forward(
     module: torch.nn.Module,
     query: torch.Tensor,

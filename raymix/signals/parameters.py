@@ -7,9 +7,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from raymix._utils.sharded import is_sharded
 from raymix.errors import TrainingError
 
 SEQUENCE_TYPES = (list, tuple)
@@ -41,7 +41,7 @@ class ParameterNames:
         Raises:
             TrainingError: If FSDP2 has taken one out of the module tree before any use was seen.
         """
-        sharded = any(isinstance(each, DTensor) for each in self._model.parameters())
+        sharded = any(is_sharded(each) for each in self._model.parameters())
         for parameter in parameters if sharded else ():
             if id(parameter) not in self._resolved and not self._resolve(parameter):
                 raise TrainingError.at(
@@ -129,7 +129,7 @@ class LeafSubstitution(TorchFunctionMode):
 
 def is_parameter(value: Any) -> TypeGuard[nn.Parameter]:
     """Return whether `value` is a parameter that a model computes with, not a shard of FSDP2."""
-    return isinstance(value, nn.Parameter) and not isinstance(value, DTensor)
+    return isinstance(value, nn.Parameter) and not is_sharded(value)
 
 
 def parameters_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[nn.Parameter]:

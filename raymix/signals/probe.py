@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from raymix._utils.sharded import full_tensor
 from raymix.signals.capture import Capture
 from raymix.signals.causal_loss import CausalLoss, loss_module
 from raymix.signals.gram import GramBuffer, PassGram
@@ -251,8 +251,7 @@ class GradientProbe:
         if diagonal is None:
             return None
         # Collective under FSDP2: all ranks use the same parameters in the same order.
-        full = diagonal.full_tensor() if isinstance(diagonal, DTensor) else diagonal
-        return full.detach().sqrt()
+        return full_tensor(diagonal).detach().sqrt()
 
     def _measure_per_piece(
         self, batch: tuple[Tensor, Tensor, Tensor], piece_B: Tensor

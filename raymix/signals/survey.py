@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from raymix._utils.sharded import is_fsdp_module
 from raymix.signals.capture import Capture, unsupported_error
 from raymix.signals.layout import Split
 from raymix.signals.locality import LocalityTest, with_first_row_changed
@@ -163,7 +163,7 @@ class Survey:
         if not call.unsupported:
             return
         # FSDP2's hooks of an inner module would gather and free parameters out of turn.
-        sharded = any(isinstance(module, FSDPModule) for module in call.module.modules())
+        sharded = any(is_fsdp_module(module) for module in call.module.modules())
         if not sharded and can_replay(self._capture.gram.layout, call.arguments, result):
             names = self._plan.get(call.name, frozenset())
             self._plan[call.name] = names | frozenset(call.unsupported)

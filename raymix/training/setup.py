@@ -26,7 +26,6 @@ from raymix.streaming.batches.assign import Assignments, assign_locally
 from raymix.streaming.batches.stream import MixtureStream, row_tokens
 from raymix.streaming.blocks.sources import BlockSource, LocalSource
 from raymix.streaming.controller.build import build_mixture_state
-from raymix.streaming.controller.client import RemoteController
 from raymix.streaming.controller.local import LocalController
 from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.components import TrainerComponents
@@ -65,6 +64,8 @@ from raymix.training.step.probing import Prober, ProbeReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from raymix.streaming.controller.client import RemoteController
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +273,9 @@ def _control(
     job: Job, world: World, start: ResumePoint, corpus: Corpus
 ) -> LocalController | RemoteController:
     if job.controller is not None:
+        # Here, because Ray is not loaded in a run without workers.
+        from raymix.streaming.controller.client import RemoteController
+
         return RemoteController(
             job.controller, attempt=start.attempt, rank=world.rank, world_size=world.size
         )

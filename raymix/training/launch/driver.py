@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray.train import TrainingFailedError
-from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-from raymix._utils.compat.ray_train import WorkerGroupStartupTimeoutError
+from raymix._utils.compat.ray_train import LeanTorchTrainer, WorkerGroupStartupTimeoutError
+from raymix._utils.private_cluster import on_loopback
 from raymix.errors import RaymixError, TrainingError
 from raymix.recipe import ClusterConfig, DocumentData
 from raymix.store import Corpus
@@ -25,9 +26,9 @@ from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.controller.client import start_controller
 from raymix.streaming.sequences.actor import start_sequence_scheduler
 from raymix.training.launch.cluster import capacity_error, worker_environment
+from raymix.training.launch.entry import FailFastPolicy, train_worker
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
-from raymix.training.launch.worker import FailFastPolicy, train_worker
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.remote_run import newest_checkpoint_of
 from raymix.training.setup import Job
@@ -93,9 +94,10 @@ def _trainer(job: Job) -> Any:
     data = job.recipe.data
     group_size = data.assign.context if isinstance(data, DocumentData) else 1
     resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if job.on_gpu else {})}
-    return TorchTrainer(
+    return LeanTorchTrainer(
         train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": ray.put(job)},
+        alone=on_loopback(),
         torch_config=torch_config("cpu:gloo,cuda:nccl" if job.on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=_workers(cluster),

@@ -1,19 +1,17 @@
-"""The training loop as a worker of Ray Train, and the policy that ends a run on repeated errors."""
+"""The training loop as a worker of Ray Train."""
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, UserCallback
+from ray.train import Checkpoint
 from ray.train.v2.api.report_config import CheckpointUploadMode
 
-from raymix.errors import RaymixError, TrainingError
+from raymix.errors import TrainingError
 from raymix.store import Corpus
 from raymix.store.remote import files
 from raymix.streaming.batches.stream import row_tokens
@@ -29,17 +27,15 @@ from raymix.training.run.remote_run import (
     remove_working_copy,
     upload_checkpoint,
 )
-from raymix.training.run.rundir import RunDirectory, read_metrics
 from raymix.training.setup import Job, build_components, resume
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Run one rank's loop under Ray Train; `config["job"]` is the `Job`.
+def run_worker(job: Job) -> None:
+    """Run one rank's loop under Ray Train.
 
     Raises:
         RaymixError: If the job cannot be done.
     """
-    job: Job = config["job"]
     job = replace(job, run=job.run.on_worker())
     try:
         _train(job)
@@ -117,40 +113,3 @@ def _checkpoint_reporter(job: Job, world: World) -> Callable[[Path, int], None]:
         )
 
     return report
-
-
-class FailFastPolicy(UserCallback):
-    """Ends a run at once if restarting the workers cannot help.
-
-    Ray Train restarts the worker group after any exception. That is right for a lost machine, but
-    not for an error that the user must fix, nor for one that recurs at the same step. An exception
-    in a callback ends the run, and reaches the driver.
-    """
-
-    def __init__(self, run: RunDirectory) -> None:
-        """Measure progress by the run's metrics."""
-        self._run = run
-        self._previous: tuple[int, str] | None = None
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise if another attempt would fail in the same way.
-
-        Raises:
-            RaymixError: The one of a worker, or one that says that the same error recurred.
-        """
-        for error in worker_exceptions.values():
-            if isinstance(error, RaymixError):
-                raise error
-        first = next(iter(worker_exceptions.values()))
-        # The callback runs in Ray Train's controller, maybe on another machine than rank 0.
-        if self._run.url is not None:
-            self._run.mirror().fetch(self._run.metrics.name)
-        step = max((line["step"] for line in read_metrics(self._run.metrics)), default=0)
-        # Only the beginning is compared: tracebacks differ in process ids and addresses.
-        failure = (step, f"{type(first).__name__}: {first}"[:500])
-        if failure == self._previous:
-            message = "".join(traceback.format_exception_only(first)).strip().splitlines()[-1]
-            raise TrainingError.at(
-                "step", step, f"the workers failed twice in the same way: {message}"
-            )
-        self._previous = failure

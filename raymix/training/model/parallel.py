@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from raymix._utils.sharded import full_tensor, is_sharded
 from raymix.recipe.training import TrainConfig
 from raymix.training.model.loss import PackedLoss
 
@@ -225,7 +225,7 @@ def full_tensors(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str,
     copies: dict[str, torch.Tensor] = {}
     # One tensor after the other, so that a GPU never has more than one unsharded copy.
     for name, tensor in tensors.items():
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = full_tensor(tensor)
         if world.is_writer:
             copies[name] = full.detach().cpu().contiguous()
     return copies
@@ -234,7 +234,9 @@ def full_tensors(tensors: Mapping[str, torch.Tensor], world: World) -> dict[str,
 def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return `tensor` on the device of `parameter`, sharded in the same way."""
     moved = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         # `src_data_rank=None`: every rank has read the full tensor, so nothing is communicated.
         return distribute_tensor(
             moved, parameter.device_mesh, parameter.placements, src_data_rank=None

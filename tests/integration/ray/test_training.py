@@ -12,7 +12,7 @@ from raymix.errors import CorpusError, TrainingError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.api import train
-from raymix.training.launch.worker import FailFastPolicy
+from raymix.training.launch.entry import FailFastPolicy
 from raymix.training.run.rundir import RunDirectory, read_metrics
 from tests.support.loops import train_corpus
 

@@ -66,6 +66,17 @@ def test_ray_trains_torch_backend_sets_up_the_process_group() -> None:
     assert not inspect.signature(ray_train.set_torch_environment).parameters
 
 
+def test_ray_train_has_what_a_lean_trainer_leaves_out() -> None:
+    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+
+    from raymix._utils.compat import ray_train
+
+    for name in ("_create_default_callbacks", "_initialize_and_run_controller"):
+        assert callable(getattr(ray_train.TorchTrainer, name))
+    for name in ("after_controller_start", "_maybe_send_resource_request"):
+        assert callable(getattr(ScalingPolicy, name))
+
+
 def test_ray_train_raises_a_startup_timeout() -> None:
     from raymix._utils.compat.ray_train import WorkerGroupStartupTimeoutError
 
