@@ -1,7 +1,7 @@
 """The training loops of docs/systems/own_loop.md, each with its real framework.
 
-Every script is killed by SIGKILL at step 23 and started again, on two ranks where the framework
-can: every step that it trains has the batch of `raymix train` of the same recipe.
+Every script changes the shares after step 20, is killed by SIGKILL at step 23 and started again on
+two ranks: every step that it trains has the batch of `raymix train` with the same shares.
 """
 
 from __future__ import annotations
@@ -19,15 +19,10 @@ from tests.support.shell import Shell, steps_of, write_recipe
 
 PAGE = ROOT / "docs/systems/own_loop.md"
 SCRIPTS = scripts(PAGE)
-STEPS, KILLED_AT = 40, 23
-RANKS_AFTERWARDS = {
-    "PyTorch": 2,
-    "Hugging Face Trainer": 2,
-    "TRL": 1,
-    "Accelerate": 2,
-    "Lightning": 1,
-}
-"""Frameworks, and on how many ranks each goes on."""
+FRAMEWORKS = ("PyTorch", "Hugging Face Trainer", "TRL", "Accelerate", "Lightning")
+STEPS, CHANGED_AT, KILLED_AT = 40, 20, 23
+BEFORE = {"books": 0.4, "python": 0.3, "legal": 0.2, "math": 0.1}
+AFTER = {"books": 0.1, "python": 0.1, "legal": 0.1, "math": 0.7}
 SEVERAL_RANKS = """
 torch.distributed.init_process_group("gloo")
 model = torch.nn.parallel.DistributedDataParallel(model)
@@ -43,12 +38,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name="my",
         seed=3,
         data={"sequence_length": 64, "rows_per_step": 8},
+        mixer={"kind": "static", "weights": BEFORE},
         train={"steps": STEPS, "lr": 1e-3},
         cluster={"workers": 0},
         eval={"rows_per_domain": 2, "every": STEPS},
     )
-    shell = Shell(work)
-    shell.ok("train", "my.yaml", "--no-report")
+    # A change after step 20 is in force at step 22: a batch is read ahead.
+    pieces = [{"step": 0, "weights": BEFORE}, {"step": CHANGED_AT + 1, "weights": AFTER}]
+    changed = f"mixer={json.dumps({'kind': 'schedule', 'pieces': pieces})}"
+    Shell(work).ok("train", "my.yaml", changed, "--no-report")
     corpus = next(work.glob("corp*"))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(next(corpus.rglob("tokenizer.json"))), eos_token="<|endoftext|>"
@@ -79,19 +77,19 @@ def directory_of(work: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("framework", RANKS_AFTERWARDS)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_killed_loop_goes_on_in_the_next_batch(
     framework: str, work: Path, expected: list[tuple[int, str]], tmp_path: Path
 ) -> None:
     directory = directory_of(work, tmp_path)
     script = directory / "train.py"
     script.write_text(SCRIPTS[framework])
-    first = run(script, tmp_path / "notes", kill_at=KILLED_AT)
+    first = run(script, tmp_path / "notes", kill_at=KILLED_AT, weights_at=(CHANGED_AT, AFTER))
     assert first == expected[:KILLED_AT]
     if framework == "PyTorch":
         # As the page says of several ranks; the others do it by themselves.
         script.write_text(SCRIPTS[framework].replace("for batch in loader:", SEVERAL_RANKS))
-    rest = run(script, tmp_path / "notes", ranks=RANKS_AFTERWARDS[framework])
+    rest = run(script, tmp_path / "notes", ranks=2)
     assert rest == expected[20:]
 
 
@@ -107,7 +105,7 @@ def test_losses_by_domain_are_in_the_trainers_logs(work: Path, tmp_path: Path) -
 
 
 def test_no_loop_takes_more_than_fifteen_lines_of_raymix() -> None:
-    for framework in [*RANKS_AFTERWARDS, "Ray Train"]:
+    for framework in [*FRAMEWORKS, "Ray Train"]:
         ours = re.compile(r"raymix|loader|mixture|domain_ids|Mixture")
         lines = [line for line in SCRIPTS[framework].splitlines() if ours.search(line)]
         assert len(lines) <= 15, (framework, lines)

@@ -1,18 +1,23 @@
 """Runs a training script of the docs as its user would, and notes every step that it trains.
 
-`python -m tests.support.own_loops SCRIPT NOTES [KILL_AT]`: each trained step is a line of NOTES,
-its number and its batch's hash. With KILL_AT the process is killed at once after so many steps.
+`python -m tests.support.own_loops SCRIPT NOTES`: each trained step is a line of NOTES, its number
+and its batch's hash. With `--weights` the shares are changed after a step, and with `--kill-at` the
+process is killed at once after so many steps.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support.paths import ROOT
 
@@ -28,11 +33,25 @@ def scripts(page: Path) -> dict[str, str]:
 
 
 def run(
-    script: Path, notes: Path, *, kill_at: int | None = None, ranks: int = 1
+    script: Path,
+    notes: Path,
+    *,
+    ranks: int = 1,
+    kill_at: int | None = None,
+    weights_at: tuple[int, Mapping[str, float]] | None = None,
 ) -> list[tuple[int, str]]:
-    """Return the steps that rank 0 of a script trained, with their hashes."""
+    """Return the steps that rank 0 of a script trained, with their hashes.
+
+    Args:
+        script: The script.
+        notes: File for the steps.
+        ranks: Processes, as torchrun starts them.
+        kill_at: Step after which all are killed.
+        weights_at: Step after which the shares of the domains are changed, and the new ones.
+    """
     command = [sys.executable, "-m", "tests.support.own_loops", str(script), str(notes)]
-    command += [] if kill_at is None else [str(kill_at)]
+    command += [] if kill_at is None else ["--kill-at", str(kill_at)]
+    command += [] if weights_at is None else ["--weights", json.dumps(weights_at)]
     processes = [
         subprocess.Popen(
             command,
@@ -66,13 +85,14 @@ def _variables(rank: int, ranks: int) -> dict[str, str]:
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "none",
         # One port per test process: tests run side by side.
         "MASTER_PORT": str(29_500 + os.getpid() % 5_000),
     }
 
 
-def note_steps(notes: Path, kill_at: int | None) -> None:
-    """Make every `MixtureLoader.step` of this process write a line."""
+def note_steps(notes: Path, kill_at: int | None, weights_at: Sequence[Any] | None) -> None:
+    """Make every `MixtureLoader.step` of this process write a line, and do what `run` says."""
     from raymix.loader import MixtureLoader
 
     report = MixtureLoader.step
@@ -83,6 +103,8 @@ def note_steps(notes: Path, kill_at: int | None) -> None:
         if loader.rank == 0:
             with notes.open("a") as file:
                 file.write(f"{trained} {loader.info(trained - 1).batch_hash}\n")
+        if weights_at is not None and trained == weights_at[0]:
+            loader.set_weights(weights_at[1])
         if trained == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -92,10 +114,15 @@ def note_steps(notes: Path, kill_at: int | None) -> None:
 def main() -> None:
     import torch
 
+    parser = argparse.ArgumentParser()
+    parser.add_argument("script")
+    parser.add_argument("notes", type=Path)
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--weights", type=json.loads)
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    script, notes, *kill_at = sys.argv[1:]
-    note_steps(Path(notes), int(kill_at[0]) if kill_at else None)
-    runpy.run_path(script, run_name="__main__")
+    note_steps(args.notes, args.kill_at, args.weights)
+    runpy.run_path(args.script, run_name="__main__")
 
 
 if __name__ == "__main__":
