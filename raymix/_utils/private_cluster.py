@@ -23,12 +23,12 @@ def start_private(**options: Any) -> None:
     """
     import ray
 
-    from raymix._utils.compat.ray_core import single_machine_mode
+    from raymix._utils.compat.ray_core import single_machine_mode, without_monitors
 
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     # `local`: RAY_ADDRESS may name a cluster that is not wanted.
     settings |= {"address": "local", "include_dashboard": False, **options}
-    with single_machine_mode():
+    with single_machine_mode(), without_monitors():
         ray.init(**settings)
 
 

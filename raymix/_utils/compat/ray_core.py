@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ray._private import ray_constants, worker
+from ray._private.node import Node
 
 
 @contextmanager
@@ -22,6 +23,23 @@ def single_machine_mode() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def without_monitors() -> Iterator[None]:
+    """Have Ray start no autoscaler and no log monitor with a cluster.
+
+    Each is a process that takes two seconds of a core to start. No option of `ray.init` leaves them
+    out, although nothing can be scaled on one machine, and nobody reads the logs that are sent.
+    """
+    before = {name: getattr(Node, name) for name in ("start_monitor", "start_log_monitor")}
+    for name in before:
+        setattr(Node, name, lambda node: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def dead_processes() -> list[str]:

@@ -113,10 +113,10 @@ def test_killed_and_run_again_it_is_the_run_that_was_not(
     assert "(raylet)" not in said
 
 
-def test_resumed_on_one_worker_the_shares_are_the_same(
+def test_resumed_in_one_process_the_shares_are_the_same(
     shell: Shell, pike: Path, killed: Path
 ) -> None:
-    run = gone_on(shell, killed, "pike-elastic", "cluster.workers=1")
+    run = gone_on(shell, killed, "pike-elastic", "cluster.workers=0")
     log, expected = log_of(run), log_of(pike)
     assert len(steps_of(run)) == STEPS
     for key in ("version", "first_step", "mixer"):

@@ -77,7 +77,13 @@ MERGES = [
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize(
-    ("shape", "tasks"), [((1500, 400), 3), ((600, 1200), 3), ((500, 700), 7)], ids=str
+    ("shape", "tasks"),
+    [
+        ((1500, 400), 3),
+        pytest.param((600, 1200), 3, marks=pytest.mark.slow),
+        ((500, 700), 7),
+    ],
+    ids=str,
 )
 def test_a_parameter_takes_what_the_plan_says(
     shape: tuple[int, int], tasks: int, tmp_path: Path

@@ -45,7 +45,8 @@ def test_rays_node_of_this_process_tells_dead_processes() -> None:
     from raymix._utils.compat.ray_core import dead_processes
 
     assert hasattr(worker, "_global_node")
-    assert callable(Node.dead_processes)
+    for name in ("dead_processes", "start_monitor", "start_log_monitor"):
+        assert callable(getattr(Node, name))
     assert dead_processes() == []
 
 
