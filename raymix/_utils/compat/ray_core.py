@@ -34,12 +34,16 @@ def without_monitors() -> Iterator[None]:
     """
     before = {name: getattr(Node, name) for name in ("start_monitor", "start_log_monitor")}
     for name in before:
-        setattr(Node, name, lambda node: None)
+        setattr(Node, name, _start_nothing)
     try:
         yield
     finally:
         for name, method in before.items():
             setattr(Node, name, method)
+
+
+def _start_nothing(node: Node) -> None:
+    pass
 
 
 def dead_processes() -> list[str]:
