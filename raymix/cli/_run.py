@@ -86,10 +86,17 @@ def own_process() -> None:
 def load(
     source: str, overrides: Sequence[str] | None = None, set_overrides: Sequence[str] | None = None
 ) -> Recipe:
-    """Return the recipe at `source` with both kinds of overrides applied in order."""
-    from raymix.recipe import load_recipe
+    """Return the recipe at `source` with both kinds of overrides applied in order.
 
-    return load_recipe(source, [*(overrides or ()), *(set_overrides or ())])
+    Prints a line per local file or directory that is used although the Hub may have its name.
+    """
+    from raymix.recipe import read_recipe, resolve_paths
+    from raymix.recipe.load import shadowed_names
+
+    recipe, base = read_recipe(source, [*(overrides or ()), *(set_overrides or ())])
+    for line in shadowed_names(recipe, base):
+        print(line, flush=True)
+    return resolve_paths(recipe, base)
 
 
 def run_command(

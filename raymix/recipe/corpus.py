@@ -102,7 +102,7 @@ class DomainConfig(RecipeModel):
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """What the domain is called everywhere: weights, metrics, directories."""
     train: Globs = Field(min_length=1)
-    """Globs of training files, local or any fsspec URL; relative ones start at the recipe."""
+    """Globs of training files, local or any fsspec URL."""
     valid: Globs = ()
     """Globs of held-out files; left out, `valid_fraction` of the documents is held out."""
     format: Literal[
@@ -202,8 +202,8 @@ class CorpusConfig(RecipeModel):
     tokenizer: TokenizerConfig = ByteTokenizer()
     """`byte`, a path, or `{train: bpe, vocab_size: N}`."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """How conversations are written out: a Jinja file, local or any fsspec URL (a relative one
-    starts at the recipe), or `chatml`; left out, the tokenizer's own."""
+    """How conversations are written out: a Jinja file, local or any fsspec URL, or `chatml`;
+    left out, the tokenizer's own."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains; left out, the corpus at `path` must have been prepared before."""
     valid_fraction: Number = Field(default=0.02, gt=0, lt=1)

@@ -280,7 +280,7 @@ class RunConfig(RecipeModel):
     """Where results go."""
 
     dir: str = Field(default="runs/{name}", min_length=1)
-    """Run directory or URL, `{name}` and `{seed}` filled in; it starts at the working directory."""
+    """Run directory or URL, `{name}` and `{seed}` filled in."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
 

@@ -146,7 +146,7 @@ def specialists(
     Args:
         recipe: The recipe, or its path; its section `specialists` configures the command.
         seeds: Number of repetitions; their seeds count up from the recipe's.
-        out: Output directory; None for `runs/NAME-specialists`.
+        out: Output directory; None for `NAME-specialists` beside the recipe's run directory.
         parallel: Concurrent runs or merges; None for one per core or GPU, as memory allows.
         smoke: Tiny runs and few merges, to try all stages in a minute or two.
 
@@ -207,7 +207,7 @@ def _setting(
     _check_methods(methods)
     names = [domain.name for domain in recipe.corpus.domains]
     domains = config.domains or tuple(n for n in names if n not in recipe.mixer.targets)
-    directory = output_directory(out, f"{recipe.name}-specialists{'-smoke' if smoke else ''}")
+    directory = output_directory(out, recipe, f"specialists{'-smoke' if smoke else ''}")
     machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     seed_range = tuple(range(recipe.seed, recipe.seed + seeds))
     return _Setting(recipe, tuned, domains, methods, seed_range, directory, machine, parallel)
