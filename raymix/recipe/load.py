@@ -17,16 +17,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from raymix._utils.hub import HUB, is_hub_name
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import RecipeError, did_you_mean
 from raymix.recipe.document import Recipe
 from raymix.recipe.extends import merge_layers, name_origin, read_layers
 from raymix.recipe.overrides import apply_overrides
 from raymix.recipe.paths import (
-    HUB,
     PathField,
     absolute,
-    is_hub_name,
     is_url,
     map_override,
     map_paths,

@@ -20,15 +20,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
-HUB = "hf://"
-"""Prefix of a name of the Hub once it is known to be one."""
+from raymix._utils.hub import HUB, is_hub_name
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-# The Hub's rule for names: at most one slash; letters, digits and -_. that do not repeat or end it.
-_HUB_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-_HUB_NAME = re.compile(rf"{_HUB_PART}(?:/{_HUB_PART})?", re.ASCII)
-# Endings that only files have; the Hub forbids .git itself.
-_FILE_ENDINGS = (".json", ".git", ".yaml", ".yml", ".jinja")
 
 _Node = TypeVar("_Node")
 
@@ -71,12 +65,6 @@ _CHANGES = (("tune", "proxy"), ("specialists", "finetune"))
 
 PathChange = Callable[[str, PathField, str], str]
 """Function of a path, its field, and its own dotted path, which returns the path to put there."""
-
-
-def is_hub_name(text: str) -> bool:
-    """Return whether `text` could name a repository of the Hub: `gpt2`, `Qwen/Qwen3-0.6B`."""
-    doubled = "--" in text or ".." in text
-    return bool(_HUB_NAME.fullmatch(text)) and not doubled and not text.endswith(_FILE_ENDINGS)
 
 
 def is_url(path: str) -> bool:

@@ -24,8 +24,10 @@ from raymix.merging.run.settings import check_options
 from raymix.merging.search_space import SCALE, search_space
 from raymix.recipe import PretrainedModel, Recipe, StaticMixer, load_recipe
 from raymix.store import Corpus, atomic_write_text
+from raymix.store.remote.hub import fetch_model
 from raymix.training.host.machine import Resources, resources
 from raymix.training.run.checkpoint import newest_checkpoint
+from raymix.training.run.pinned_model import pretrained_repo
 from raymix.training.run.rundir import RunDirectory
 from raymix.tuning.merges.scoring import HeldOut, Search
 from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
@@ -259,7 +261,9 @@ def _bases(setting: _Setting, corpus: Corpus) -> dict[int, str]:
     """Train the bases that are missing; return the checkpoint directory of each seed's base."""
     model = setting.recipe.model
     if isinstance(model, PretrainedModel):
-        return dict.fromkeys(setting.seeds, model.path)
+        repo = pretrained_repo(model)
+        path = model.path if repo is None else str(fetch_model(repo))
+        return dict.fromkeys(setting.seeds, path)
     group = setting.bases()
     plan = group.plan(corpus)
     results = read_results(group, plan, corpus, make_runs(group, plan, corpus))

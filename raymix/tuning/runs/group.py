@@ -19,6 +19,7 @@ from raymix.store import Corpus
 from raymix.store.remote.errors import is_remote
 from raymix.training.host.machine import Resources
 from raymix.training.plan.runplan import RunPlan
+from raymix.training.run.pinned_model import pin_model
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.setup import Job
 from raymix.tuning.runs.planning import (
@@ -177,9 +178,11 @@ def make_trial(
     variant: Variant, plan: RunPlan, trial_resources: TrialResources, session: str
 ) -> RunTrial:
     """Return the trial that trains a variant; it is pickled to the trial's process."""
+    run = RunDirectory(Path(variant.recipe.run_dir))
+    # Here and not in the trial's process: all trials of one call have one commit.
     job = Job(
-        recipe=variant.recipe,
-        run=RunDirectory(Path(variant.recipe.run_dir)),
+        recipe=pin_model(variant.recipe, run),
+        run=run,
         steps=plan.steps,
         micro_batch_rows=plan.micro_batch_rows,
         on_gpu=plan.on_gpu,
