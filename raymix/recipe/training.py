@@ -108,7 +108,7 @@ DataConfig = Annotated[
 ]
 
 
-# 10.7 million parameters and 384 for each entry of the vocabulary: 30 million with GPT-2's 50,257.
+# 10.6 million parameters and 384 for each entry of the vocabulary: 30 million with GPT-2's 50,257.
 # A CPU trains it; the default of transformers has 7 billion.
 SMALL_LLAMA: dict[str, Any] = {
     "hidden_size": 384,
