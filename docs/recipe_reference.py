@@ -20,8 +20,10 @@ with all fields and their comments, `raymix validate my.yaml` reports every faul
 `raymix schema` prints the JSON schema for editors. Any field can be changed on the command line,
 `train.steps=200`; a change of a kind (`mixer.kind=uniform`) drops the fields of the old kind.
 
-Sources and tokenizers start at the recipe's own directory, results at the working directory; URLs
-and absolute paths are what they are.
+**Paths.** A relative path in a file, of a source or of a result, starts at the directory of that
+file: the same recipe means the same wherever it is run. One that is typed after the recipe
+(`corpus.path=here`) starts at the working directory, as does one in a recipe without a file (a
+mapping, or `module:function`). URLs and absolute paths are what they are.
 
 This page is made from the models by `docs/recipe_reference.py`.
 """

@@ -86,10 +86,17 @@ def own_process() -> None:
 def load(
     source: str, overrides: Sequence[str] | None = None, set_overrides: Sequence[str] | None = None
 ) -> Recipe:
-    """Return the recipe at `source` with both kinds of overrides applied in order."""
-    from raymix.recipe import load_recipe
+    """Return the recipe at `source` with both kinds of overrides applied in order.
 
-    return load_recipe(source, [*(overrides or ()), *(set_overrides or ())])
+    Prints a line per local file or directory that is used although the Hub may have its name.
+    """
+    from raymix.recipe import read_recipe, resolve_paths
+    from raymix.recipe.load import shadowed_names
+
+    recipe, base = read_recipe(source, [*(overrides or ()), *(set_overrides or ())])
+    for line in shadowed_names(recipe, base):
+        print(line, flush=True)
+    return resolve_paths(recipe, base)
 
 
 def run_command(
@@ -133,6 +140,8 @@ def run_command(
 
 def explain(error: BaseException) -> tuple[str, list[str], int]:
     """Return the class name, the messages and the exit code of `error`."""
+    from raymix.store.remote.errors import of_network
+
     known = _raymix_error(error)
     if known is not None:
         return type(known).__name__, list(known.problems), known.exit_code
@@ -141,6 +150,11 @@ def explain(error: BaseException) -> tuple[str, list[str], int]:
         where = f"{error.filename}: " if error.filename else ""
         advice = _INPUT_ERRNOS[error.errno]
         return type(error).__name__, [f"{where}{error.strerror}. {advice}".strip()], 2
+    # Whatever a library for URLs raises where nobody knows the URL any more.
+    if of_network(error):
+        text = " ".join(str(error).split())[:300]
+        problem = f"{type(error).__name__}: {text}. Check the network and the address, or try again"
+        return type(error).__name__, [problem], 2
     # The last line only: Python formats a SyntaxError with its source over several lines.
     short = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     path = _write_traceback(error)

@@ -43,7 +43,7 @@ def command(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per mixer, each of its own seed.")] = 3,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where the runs go; else runs/NAME-compare."),
+        typer.Option(metavar="DIR", help="Where the runs go; else NAME-compare beside run.dir."),
     ] = None,
     parallel: Parallel = None,
     baseline: Annotated[

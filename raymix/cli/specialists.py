@@ -35,7 +35,9 @@ def command(
     seeds: Annotated[int, typer.Option(min=1, help="How often all of it is done.")] = 1,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where everything goes; else runs/NAME-specialists."),
+        typer.Option(
+            metavar="DIR", help="Where everything goes; else NAME-specialists beside run.dir."
+        ),
     ] = None,
     parallel: Parallel = None,
     smoke: Annotated[

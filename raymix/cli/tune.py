@@ -33,7 +33,7 @@ def command(
     set_overrides: SetOverrides = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where the runs go; else runs/NAME-tune."),
+        typer.Option(metavar="DIR", help="Where the runs go; else NAME-tune beside run.dir."),
     ] = None,
     parallel: Parallel = None,
     smoke: Annotated[

@@ -104,6 +104,7 @@ def prepare(
         state.refuse_differences(config)
         if existing:
             return _nothing_to_do(config, existing, report)
+    config = state.pin_tokenizer(config, afresh=if_exists == "new")
     report.begin("plan")
     sources = find_sources(config)
     parts: Parts = {} if config.in_place else plan_parts(config.domains, sources)

@@ -16,14 +16,16 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from raymix._utils.hub import HUB
 from raymix._utils.json import parse_json
 from raymix.corpus.read.sources import DomainSources, SourceFile, find_sources
-from raymix.corpus.tokenizers.tokenizer import load_pretrained
-from raymix.errors import CorpusError, format_problem
+from raymix.corpus.tokenizers.tokenizer import download_tokenizer, load_pretrained
+from raymix.errors import CorpusError, StorageError, format_problem
 from raymix.recipe import CorpusConfig, PretrainedTokenizer
 from raymix.store import Manifest, atomic_write_text
 from raymix.store.manifest import MANIFEST, read_manifest
 from raymix.store.remote import files
+from raymix.store.remote.hub import HubRepo, model_repo
 
 STATE = "prepare.json"
 WORK = ".prepare"
@@ -120,6 +122,10 @@ def differences(config: CorpusConfig) -> list[str]:
         )
         for path in changed
     ]
+    # A prepared corpus has the tokenizer of its commit; what a branch means now is another matter.
+    same = then.get("tokenizer.path") == now.get("tokenizer.path")
+    if _hub_tokenizer(config) is not None and same:
+        return problems
     return problems + _tokenizer_changed(config, manifest)
 
 
@@ -155,15 +161,18 @@ def _flat(node: object, path: str = "") -> dict[str, Any]:
 def _is_equivalent(
     path: str, config: CorpusConfig, before: Recorded, manifest: Manifest | None
 ) -> bool:
+    # Where no revision is asked for, the commit that the corpus was prepared with will do.
+    if path == "tokenizer.revision" and getattr(config.tokenizer, "revision", None) is None:
+        return True
     # Another path to the same tokenizer makes the same tokens.
-    if path == "tokenizer.path":
+    if path in ("tokenizer.path", "tokenizer.revision"):
         return manifest is not None and not _tokenizer_changed(config, manifest)
     first, *names = path.split(".")
     if first != "domains" or names[-1] not in ("train", "valid"):
         return False
     *names, last = names
     domain = ".".join(names)
-    with contextlib.suppress(CorpusError):
+    with contextlib.suppress(CorpusError, StorageError):
         sources = find_sources(config)
         if domain in sources and domain in before.sources:
             now = _stamps(sources[domain].train if last == "train" else sources[domain].valid)
@@ -180,7 +189,7 @@ def _tokenizer_changed(config: CorpusConfig, manifest: Manifest | None) -> list[
     chosen = config.tokenizer
     if manifest is None or not isinstance(chosen, PretrainedTokenizer):
         return []
-    if not files.exists(chosen.path):
+    if _hub_tokenizer(config) is None and not files.exists(chosen.path):
         return []
     if load_pretrained(chosen).info.fingerprint == manifest.tokenizer.fingerprint:
         return []
@@ -192,6 +201,37 @@ def _tokenizer_changed(config: CorpusConfig, manifest: Manifest | None) -> list[
             fix="its content has changed",
         )
     ]
+
+
+def _hub_tokenizer(config: CorpusConfig) -> HubRepo | None:
+    """Return the repository of the Hub that the tokenizer comes from, if it does."""
+    chosen = config.tokenizer
+    if not isinstance(chosen, PretrainedTokenizer):
+        return None
+    return model_repo(chosen.path, chosen.revision, "corpus.tokenizer")
+
+
+def pin_tokenizer(config: CorpusConfig, *, afresh: bool) -> CorpusConfig:
+    """Return the configuration with the commit of a tokenizer of the Hub in place of its branch.
+
+    Args:
+        config: The corpus section of a recipe.
+        afresh: Whether to pass over the commit of a corpus that has been begun.
+
+    Raises:
+        RaymixError: If it cannot be downloaded.
+    """
+    repo = _hub_tokenizer(config)
+    if repo is None:
+        return config
+    before = None if afresh else recorded(config.path)
+    then = (before.identity if before else {}).get("tokenizer", {})
+    if repo.revision is None and then.get("path") == HUB + repo.name:
+        revision = then.get("revision")
+    else:
+        revision = download_tokenizer(repo).name
+    tokenizer = config.tokenizer.model_copy(update={"revision": revision})
+    return config.model_copy(update={"tokenizer": tokenizer})
 
 
 def refuse_differences(config: CorpusConfig) -> None:
@@ -238,7 +278,7 @@ def changed_sources(config: CorpusConfig) -> list[str]:
         return []
     try:
         sources = find_sources(config)
-    except CorpusError as error:
+    except (CorpusError, StorageError) as error:
         return [f"sources are gone: {line}" for line in error.problems]
     now = {file.url: (file.size, file.changed) for each in sources.values()
            for file in (*each.train, *each.valid)}  # fmt: skip

@@ -1,119 +1,119 @@
 """Paths in a recipe, and whether they will exist where the job runs.
 
-Relative sources are shipped with the project, so they must be files of it. Absolute paths and URLs
-are taken as the cluster sees them. Relative results need a directory that outlives the job.
+Relative sources are shipped with the project, so they must be files of it. Absolute paths, URLs and
+names of the Hub are taken as the cluster sees them. Relative results need a directory that outlives
+the job; an input that is not here may be the result of an earlier job, and is looked for there.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raymix.errors import RecipeError, format_problem
 from raymix.jobs.files import Listing
-from raymix.recipe import (
-    DgaMixer,
-    PretrainedModel,
-    PretrainedTokenizer,
-    Recipe,
-    ReplayMixer,
-)
-from raymix.recipe.load import absolute
+from raymix.recipe import Recipe
+from raymix.recipe.paths import PathField, absolute, is_url, map_override, map_paths
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A path in a recipe."""
+    """A relative path in a recipe."""
 
-    field: str
-    """The field that holds it, by dotted path."""
+    at: str
+    """The dotted path of its field."""
     path: str
     """As it is written."""
+    field: PathField
+    location: str
+    """The absolute path, here."""
 
     @property
-    def relative(self) -> bool:
-        """Return whether the path depends on the working directory."""
-        # Asked of `absolute`, so that the same rule decides what a URL is.
-        is_url = absolute(self.path, "/") == self.path
-        return not is_url and not os.path.isabs(os.path.expanduser(self.path))
+    def below_storage(self) -> str:
+        """Return the path below a job's storage: as written, without leading `../`."""
+        parts = Path(os.path.normpath(self.path)).parts
+        return "/".join(part for part in parts if part != "..")
 
 
-def sources(recipe: Recipe) -> Iterator[Reference]:
-    """Yield the paths that start at the recipe's own directory."""
-    for at, domain in enumerate(recipe.corpus.domains):
-        for name in ("train", "valid"):
-            for index, path in enumerate(getattr(domain, name)):
-                yield Reference(f"corpus.domains.{at}.{name}.{index}", path)
-    if isinstance(recipe.corpus.tokenizer, PretrainedTokenizer):
-        yield Reference("corpus.tokenizer.path", recipe.corpus.tokenizer.path)
-    if isinstance(recipe.mixer, DgaMixer) and isinstance(recipe.mixer.bases, str):
-        yield Reference("mixer.bases", recipe.mixer.bases)
+def references(recipe: Recipe, base: str) -> list[Reference]:
+    """Return the relative paths of a recipe, which start at the directory `base`.
+
+    Names of the Hub that are no files or directories there are left out.
+    """
+    found: list[Reference] = []
+
+    def add(path: str, field: PathField, at: str) -> str:
+        location = absolute(path, field, base)
+        if location not in field.words and not is_url(location) and not path.startswith(("/", "~")):
+            found.append(Reference(at, path, field, location))
+        return path
+
+    map_paths(recipe, add)
+    return found
 
 
-def inputs(recipe: Recipe) -> Iterator[Reference]:
-    """Yield the input paths that start at the working directory."""
-    if isinstance(recipe.model, PretrainedModel):
-        yield Reference("model.path", recipe.model.path)
-    if isinstance(recipe.mixer, ReplayMixer):
-        yield Reference("mixer.log", recipe.mixer.log)
-
-
-def results(recipe: Recipe) -> Iterator[Reference]:
-    """Yield the output paths; relative ones start at the working directory."""
-    yield Reference("corpus.path", recipe.corpus.path)
-    yield Reference("run.dir", recipe.run.dir)
-
-
-def check_sources(recipe: Recipe, base: str, listing: Listing) -> None:
-    """Check that every relative source is among the files to ship.
+def check_sources(listed: Sequence[Reference], base: str, listing: Listing) -> None:
+    """Check that every relative source, and every input that exists here, is among the files.
 
     Args:
-        recipe: The recipe, its paths as they were written.
-        base: The directory at which its relative sources start.
+        listed: The relative paths of the recipe.
+        base: The directory at which they start.
         listing: The files to ship.
 
     Raises:
-        RecipeError: With one message per source that would be missing.
+        RecipeError: With one message per path that would be missing.
     """
     shipped = set(listing.files)
     problems = [
         message
-        for reference in sources(recipe)
-        if reference.relative
+        for reference in listed
+        if reference.field.role == "source" or is_here(reference)
         for message in _missing(reference, base, listing, shipped)
     ]
     if problems:
         raise RecipeError(*problems)
 
 
-def shipped_inputs(recipe: Recipe, listing: Listing) -> dict[str, str]:
-    """Return, by field, the path in the project of each relative input that exists here.
+def is_here(reference: Reference) -> bool:
+    """Return whether an input exists on this machine."""
+    return reference.field.role == "input" and os.path.exists(reference.location)
 
-    An input that does not exist here is assumed to exist in the job's working directory.
 
-    Raises:
-        RecipeError: If one exists here and is not shipped.
+def in_project(location: str, listing: Listing) -> str | None:
+    """Return a location relative to the project; None for one outside of it."""
+    # As written first: a link inside the project travels under its own name.
+    for path in (location, os.path.realpath(location)):
+        if Path(path).is_relative_to(listing.root):
+            return Path(path).relative_to(listing.root).as_posix()
+    return None
+
+
+def shipped_value(path: str, value: Any, listing: Listing, project: str) -> Any:
+    """Return the value of an override that is typed here, for a job in another directory.
+
+    Args:
+        path: The field's dotted path.
+        value: The value; relative paths in it start at the working directory.
+        listing: The files to ship.
+        project: The directory of the project where the job runs.
     """
-    shipped = set(listing.files)
-    locations: dict[str, str] = {}
-    problems: list[str] = []
-    for reference in inputs(recipe):
-        location = absolute(reference.path, os.getcwd())
-        if not reference.relative or not os.path.exists(location):
-            continue
-        problems += _missing(reference, os.getcwd(), listing, shipped)
-        # The root of the listing has its links resolved, so the location needs that, too.
-        with_root = os.path.relpath(os.path.realpath(location), listing.root)
-        locations[reference.field] = Path(with_root).as_posix()
-    if problems:
-        raise RecipeError(*problems)
-    return locations
+
+    def moved(path: str, field: PathField, _: str) -> str:
+        location = absolute(path, field, os.getcwd())
+        if field.role == "result" or location in field.words or is_url(location):
+            return location if is_url(location) else path
+        if path.startswith(("/", "~")) or (inside := in_project(location, listing)) is None:
+            return path
+        return f"{project}/{inside}"
+
+    return map_override(path, value, moved)
 
 
-def check_results(recipe: Recipe) -> None:
+def check_results(listed: Sequence[Reference]) -> None:
     """Check that no output path is relative: it would be lost with the job's directory.
 
     Raises:
@@ -121,7 +121,7 @@ def check_results(recipe: Recipe) -> None:
     """
     problems = [
         format_problem(
-            reference.field,
+            reference.at,
             reference.path,
             "relative: a job's own directory goes with the job",
             fix=(
@@ -129,8 +129,8 @@ def check_results(recipe: Recipe) -> None:
                 "path or a URL"
             ),
         )
-        for reference in results(recipe)
-        if reference.relative
+        for reference in listed
+        if reference.field.role == "result"
     ]
     if problems:
         raise RecipeError(*problems)
@@ -138,38 +138,27 @@ def check_results(recipe: Recipe) -> None:
 
 def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str]) -> list[str]:
     """Return why the files of a relative path will be missing on the cluster; empty if none."""
+
+    def problem(text: str, fix: str = "") -> list[str]:
+        return [format_problem(reference.at, reference.path, text, fix=fix)]
+
     # Brackets and stars are a pattern in what the recipe says, but not in the base's own name.
-    pattern = os.path.join(glob.escape(base), os.path.expanduser(reference.path))
+    pattern = os.path.join(glob.escape(base), reference.path)
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
-        return [format_problem(reference.field, reference.path, "no file matches")]
+        return problem("no file matches")
     for match in matches:
-        # As written first: a link inside the project travels under its own name.
-        inside = Path(os.path.abspath(match))
-        if not inside.is_relative_to(listing.root):
-            inside = Path(os.path.realpath(match))
-        if not inside.is_relative_to(listing.root):
-            return [
-                format_problem(
-                    reference.field,
-                    reference.path,
-                    f"{match} lies outside of the project, which is {listing.root}",
-                    fix=(
-                        "Name a directory above both by --project, "
-                        "or give a path that the cluster has"
-                    ),
-                )
-            ]
-        name = inside.relative_to(listing.root).as_posix()
-        if not _is_shipped(name, inside, shipped):
-            return [
-                format_problem(
-                    reference.field,
-                    reference.path,
-                    f"{name} does not travel: an ignore file names it, or a link leads outwards",
-                    fix="Take it out of .gitignore, or give a URL or a path that the cluster has",
-                )
-            ]
+        inside = in_project(os.path.abspath(match), listing)
+        if inside is None:
+            return problem(
+                f"{match} lies outside of the project, which is {listing.root}",
+                "Name a directory above both by --project, or give a path that the cluster has",
+            )
+        if not _is_shipped(inside, listing.root / inside, shipped):
+            return problem(
+                f"{inside} does not travel: an ignore file names it, or a link leads outwards",
+                "Take it out of .gitignore, or give a URL or a path that the cluster has",
+            )
     return []
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import posixpath
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -14,8 +14,17 @@ from pathlib import Path
 
 from raymix.errors import RecipeError, did_you_mean
 from raymix.jobs.files import Listing, find_project, list_files
-from raymix.jobs.references import check_results, check_sources, results, shipped_inputs
-from raymix.recipe import Recipe, read_recipe, recipe_files
+from raymix.jobs.references import (
+    Reference,
+    check_results,
+    check_sources,
+    in_project,
+    is_here,
+    references,
+    shipped_value,
+)
+from raymix.recipe import read_recipe, recipe_files
+from raymix.recipe.overrides import split_override
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 
@@ -64,7 +73,7 @@ def prepare_submission(
         project: The directory to ship; left out, the nearest one from the recipe upwards with a
             .git or pyproject.toml, else the recipe's own.
         storage: A directory that all nodes of the cluster see, or a URL for commands of one run.
-            Relative output paths go below it.
+            Relative results go below it, as the recipe names them.
 
     Raises:
         RecipeError: If the command or the recipe cannot work there; names every fault.
@@ -79,45 +88,66 @@ def prepare_submission(
             fix=near,
         )
     # Overrides end at the first option: a later word may be the value of one.
-    overrides = takewhile(lambda word: not word.startswith("-"), arguments)
-    model, base = read_recipe(recipe, list(overrides))
+    overrides = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    model, base = read_recipe(recipe, overrides)
     listing = list_files(Path(project) if project is not None else find_project(Path(base)))
-    check_sources(model, base, listing)
-    moved = shipped_inputs(model, listing)
+    listed = references(model, base)
+    check_sources(listed, base, listing)
     if COMMANDS[command] and storage is None:
-        check_results(model)
-    overrides_below = _storage_overrides(command, model, storage) if storage is not None else []
-    words = [*arguments, *overrides_below]
+        check_results(listed)
+    words = [_word(override, listing) for override in overrides]
+    words += [shlex.quote(word) for word in arguments[len(overrides) :]]
+    # Inputs of a function's recipe start at the job's directory, so each is named.
+    words += [
+        f'{reference.at}="$project"/{shlex.quote(inside)}'
+        for reference in listed
+        if is_here(reference) and (inside := in_project(reference.location, listing))
+    ]
+    if storage is not None:
+        words += map(shlex.quote, _storage_overrides(command, listed, storage))
     directory = storage if storage is not None and storage.startswith("/") else None
-    line = _entrypoint(command, _recipe_word(recipe, listing), words, moved, directory)
+    line = _entrypoint(command, _recipe_word(recipe, listing), words, directory)
     # Ray refuses a second job of a name, and the same recipe may be sent again.
     name = f"raymix-{command}-{model.name}-{secrets.token_hex(4)}"
     return Submission(name=name, command=command, entrypoint=line, listing=listing, storage=storage)
 
 
-def _storage_overrides(command: str, recipe: Recipe, storage: str) -> list[str]:
-    """Return the overrides that put relative results below a URL; none for a path.
+def _word(override: str, listing: Listing) -> str:
+    """Return an override as a word of the job's shell line, its paths those of the project."""
+    path, value = split_override(override)
+    # A character that no path has stands for the directory, which only the job's shell knows.
+    moved = shipped_value(path, value, listing, "\0")
+    if moved == value:
+        return shlex.quote(override)
+    text = moved if isinstance(moved, str) else json.dumps(moved, ensure_ascii=False)
+    quoted = shlex.quote(f"{path}={text}".replace("\\u0000", "\0"))
+    return quoted.replace("\0", "'\"$project\"'")
+
+
+def _storage_overrides(command: str, listed: Sequence[Reference], storage: str) -> list[str]:
+    """Return the overrides that put relative results below a job's storage.
+
+    Inputs that are not here are taken to be results of other jobs there.
 
     Raises:
         RecipeError: If it is neither a path nor a URL, or the command needs a directory.
     """
-    if storage.startswith("/"):
-        return []
     advice = "Name a directory that all nodes of the cluster see"
-    if not is_remote(storage):
+    if not storage.startswith("/") and not is_remote(storage):
         raise RecipeError.at("storage", storage, "neither an absolute path nor a URL", fix=advice)
-    if command in _MULTI_RUN_COMMANDS:
+    if is_remote(storage) and command in _MULTI_RUN_COMMANDS:
         raise RecipeError.at(
             "storage",
             storage,
             f"`raymix {command}` writes to a directory, not to a URL",
             fix=advice,
         )
-    # A URL keeps `./` and `..` as they are: nothing below resolves them.
+    # Models and logs are read from directories, so those of a URL are left as they are.
+    roles = ("result",) if is_remote(storage) else ("result", "input")
     return [
-        f"{reference.field}={files.join(storage, posixpath.normpath(reference.path))}"
-        for reference in results(recipe)
-        if reference.relative
+        f"{reference.at}={files.join(storage, reference.below_storage)}"
+        for reference in listed
+        if reference.field.role in roles and not is_here(reference)
     ]
 
 
@@ -153,21 +183,12 @@ def _inside(path: str, listing: Listing) -> str:
     return inside
 
 
-def _entrypoint(
-    command: str,
-    recipe: str,
-    arguments: Sequence[str],
-    moved: dict[str, str],
-    storage: str | None,
-) -> str:
-    # A shell runs the line: quoted, no word can start a command of its own.
-    words = [shlex.quote(word) for word in arguments]
-    words += [f'{field}="$project"/{shlex.quote(path)}' for field, path in moved.items()]
-    # The cluster that runs the job, whatever the recipe names: Ray sets RAY_ADDRESS in jobs.
-    words.append("cluster.address=auto")
-    # `exec`, so that the process Ray starts, signals and waits for is
-    # Python itself, not a shell around it.
-    work = " ".join(["exec python -m raymix", command, recipe, *words])
+def _entrypoint(command: str, recipe: str, words: Sequence[str], storage: str | None) -> str:
+    """Return the job's shell line; `recipe` and `words` are quoted: none can start a command."""
+    # The last word: the cluster that runs the job, whatever the recipe names (Ray sets RAY_ADDRESS
+    # in jobs). `exec`, so that the process Ray starts, signals and waits for is Python itself, not
+    # a shell around it.
+    work = " ".join(["exec python -m raymix", command, recipe, *words, "cluster.address=auto"])
     if storage is None:
         return f'project="$PWD"; {work}'
     directory = shlex.quote(storage)

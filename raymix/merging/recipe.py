@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from raymix._utils.hub import HUB, is_hub_name
 from raymix._utils.yaml import parse_yaml
 from raymix.errors import MergeError, RecipeError
 from raymix.recipe.base import Fault, Faults, Integer, RecipeModel
@@ -145,11 +146,12 @@ class MergeFile(RecipeModel):
 def load_merge(
     source: str | os.PathLike[str] | Mapping[str, Any] | MergeFile, overrides: Sequence[str] = ()
 ) -> MergeFile:
-    """Return a merge file with its model paths made absolute.
+    """Return a merge file with its model paths made absolute; names of the Hub become hf://NAME.
 
     Args:
         source: A YAML file, its content as a mapping, or a MergeFile. Relative model paths are
-            resolved against the file's directory, else against the working directory.
+            resolved against the file's directory, else against the working directory; what is in
+            neither may be a name of the Hub, also as NAME@REVISION.
         overrides: Changes such as `parameters.drop=0.5`; values are YAML.
 
     Raises:
@@ -278,13 +280,20 @@ def _resolve_model(reference: str, folder: str) -> str:
 
 
 def _resolve_path(path: str, folder: str) -> str:
+    if path.startswith(HUB):
+        return path
     expanded = os.path.expanduser(path)
     in_folder = os.path.normpath(os.path.join(folder, expanded))
     in_working_directory = os.path.abspath(expanded)
-    if os.path.exists(in_folder) or not os.path.exists(in_working_directory):
-        # Where neither exists, the message names the file's directory, where users look first.
+    if os.path.exists(in_folder):
         return in_folder
-    return in_working_directory
+    if os.path.exists(in_working_directory):
+        return in_working_directory
+    # NAME or NAME@REVISION of the Hub, as mergekit has it.
+    if is_hub_name(path.partition("@")[0]):
+        return HUB + path
+    # Where neither exists, the message names the file's directory, where users look first.
+    return in_folder
 
 
 def _in_range(layer: int, entry: int | str) -> bool:

@@ -103,8 +103,8 @@ class DgaMixer(AdaptiveModel):
     task_step: Number = Field(default=10.0, ge=0)
     """GRAPE's step of the task weights, as eta: log weights fall by it x what the batch helps."""
     bases: str | dict[str, Weights] | None = None
-    """Histograms over domains to mix in place of the domains: a .json, .npz or .csv file
-    (relative to the recipe), or a mapping of names to shares by domain; each is scaled to 1."""
+    """Histograms over domains to mix in place of the domains: a .json, .npz or .csv file,
+    or a mapping of names to shares by domain; each is scaled to 1."""
     uniform_basis: bool = True
     """Add the uniform histogram to the bases, so that every domain stays in reach."""
 

@@ -46,10 +46,13 @@ class TrainedTokenizer(RecipeModel):
 
 
 class PretrainedTokenizer(RecipeModel):
-    """A Hugging Face `tokenizer.json`, or a directory that holds one."""
+    """A Hugging Face `tokenizer.json`, or a directory or a repository of the Hub that holds one."""
 
     path: PathOrUrl = Field(min_length=1)
-    """The file or directory, local or any fsspec URL; a relative one starts at the recipe."""
+    """The file or directory, local or any fsspec URL; else a name of the Hub, such as gpt2."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a name of the Hub; left out, main: as it is in the local cache, else
+    as it is now. A prepared corpus keeps its tokenizer."""
     eos_token: str | None = None
     """The token that ends a document; needed only where the directory does not name one."""
 
@@ -60,6 +63,7 @@ def _tokenizer_kind(value: Any) -> str:
         # Told by the fields, so that a tokenizer needs no `kind`; vocab_size alone means a trained
         # one.
         hints = {"train": "train", "path": "path", "vocab_size": "train", "eos_token": "path"}
+        hints["revision"] = "path"
         return next((tag for key, tag in hints.items() if key in value), "kind")
     return {"TrainedTokenizer": "train", "PretrainedTokenizer": "path"}.get(
         type(value).__name__, "kind"
@@ -80,7 +84,9 @@ TokenizerConfig = Annotated[
     | Annotated[PretrainedTokenizer, Tag("path")],
     Discriminator(_tokenizer_kind),
     BeforeValidator(_tokenizer_shorthand, json_schema_input_type=_TokenizerModels | str),
-    FieldDescription("`byte`, a path, or a mapping such as {train: bpe, vocab_size: 8192}"),
+    FieldDescription(
+        "`byte`, a path, a name of the Hub, or a mapping such as {train: bpe, vocab_size: 8192}"
+    ),
 ]
 
 
@@ -102,7 +108,7 @@ class DomainConfig(RecipeModel):
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """What the domain is called everywhere: weights, metrics, directories."""
     train: Globs = Field(min_length=1)
-    """Globs of training files, local or any fsspec URL; relative ones start at the recipe."""
+    """Globs of training files, local or any fsspec URL."""
     valid: Globs = ()
     """Globs of held-out files; left out, `valid_fraction` of the documents is held out."""
     format: Literal[
@@ -200,10 +206,10 @@ class CorpusConfig(RecipeModel):
     path: PathOrUrl = Field(min_length=1)
     """Directory of the prepared corpus, local or any fsspec URL."""
     tokenizer: TokenizerConfig = ByteTokenizer()
-    """`byte`, a path, or `{train: bpe, vocab_size: N}`."""
+    """`byte`, a path, a name of the Hub, or `{train: bpe, vocab_size: N}`."""
     chat_template: str | None = Field(default=None, min_length=1)
-    """How conversations are written out: a Jinja file, local or any fsspec URL (a relative one
-    starts at the recipe), or `chatml`; left out, the tokenizer's own."""
+    """How conversations are written out: a Jinja file, local or any fsspec URL, or `chatml`;
+    left out, the tokenizer's own."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains; left out, the corpus at `path` must have been prepared before."""
     valid_fraction: Number = Field(default=0.02, gt=0, lt=1)

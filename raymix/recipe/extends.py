@@ -8,15 +8,13 @@ The file is read first, then the one that extends it is laid over it, section by
   a list of bare names selects those entries of the base, in that order;
 - any other list, and any mapping of shares or numbers by domain, is replaced as a whole.
 
-Relative sources start at the file that names them, so those of a base in another directory are
+Relative paths start at the file that names them, so those of a base in another directory are
 rewritten to start at the extending file.
 """
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_origin
 
@@ -27,9 +25,9 @@ from raymix.recipe.describe import FieldSpec
 from raymix.recipe.document import Recipe
 from raymix.recipe.files import read_mapping
 from raymix.recipe.overrides import drop_fields, union_member
+from raymix.recipe.paths import map_paths, move
 
 KEY = "extends"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def read_layers(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -190,44 +188,9 @@ def _merge_named(base: list[Any], own: list[Any], spec: FieldSpec, path: str) ->
 
 
 def _rebase(data: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """Return a recipe's data with relative sources that started at `old` starting at `new`."""
+    """Return a recipe's data with relative paths that started at `old` starting at `new`."""
     # Relative, as written: jobs ship recipes to machines with other directories.
     prefix = os.path.relpath(old or ".", new or ".")
     if prefix == ".":
         return data
-
-    def moved(path: Any, *, pattern: bool = False) -> Any:
-        if not isinstance(path, str) or _URL.match(path) or path.startswith(("/", "~")):
-            return path
-        # The directories in between are literal names even where the path is a glob.
-        return os.path.normpath(os.path.join(glob.escape(prefix) if pattern else prefix, path))
-
-    def moved_globs(value: Any) -> Any:
-        if isinstance(value, list):
-            return [moved(item, pattern=True) for item in value]
-        return moved(value, pattern=True)
-
-    data = dict(data)
-    if isinstance(data.get("corpus"), dict):
-        corpus = data["corpus"] = dict(data["corpus"])
-        if isinstance(corpus.get("domains"), list):
-            corpus["domains"] = [
-                {
-                    key: moved_globs(value) if key in ("train", "valid") else value
-                    for key, value in domain.items()
-                }
-                if isinstance(domain, dict)
-                else domain
-                for domain in corpus["domains"]
-            ]
-        tokenizer = corpus.get("tokenizer")
-        if isinstance(tokenizer, str) and tokenizer != "byte":
-            corpus["tokenizer"] = moved(tokenizer)
-        elif isinstance(tokenizer, dict) and "path" in tokenizer:
-            corpus["tokenizer"] = {**tokenizer, "path": moved(tokenizer["path"])}
-        if corpus.get("chat_template") not in (None, "chatml"):
-            corpus["chat_template"] = moved(corpus["chat_template"])
-    mixer = data.get("mixer")
-    if isinstance(mixer, dict) and isinstance(mixer.get("bases"), str):
-        data["mixer"] = {**mixer, "bases": moved(mixer["bases"])}
-    return data
+    return map_paths(data, lambda path, field, _: move(path, field, old, prefix))

@@ -1,13 +1,12 @@
 """Loading recipes from files and functions: extends, overrides, validation, paths.
 
-`load_recipe` reports every fault at once. Sources and tokenizers start at the directory of the file
-that names them (they travel with it), results at the working directory. A loaded recipe holds
-absolute paths only, so it means the same on every worker and in `resolved.yaml`.
+`load_recipe` reports every fault at once. Where relative paths start is in `raymix.recipe.paths`. A
+loaded recipe holds absolute paths and URLs only, so it means the same on every worker and in
+`resolved.yaml`.
 """
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 import re
@@ -18,15 +17,21 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from raymix._utils.hub import HUB, is_hub_name
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import RecipeError, did_you_mean
-from raymix.recipe.corpus import CorpusConfig, PretrainedTokenizer
 from raymix.recipe.document import Recipe
 from raymix.recipe.extends import merge_layers, name_origin, read_layers
-from raymix.recipe.mixer import DgaMixer, MixerConfig, ReplayMixer
 from raymix.recipe.overrides import apply_overrides
+from raymix.recipe.paths import (
+    PathField,
+    absolute,
+    is_url,
+    map_override,
+    map_paths,
+    move,
+)
 from raymix.recipe.rules import broken_rules
-from raymix.recipe.training import ModelConfig, PretrainedModel
 from raymix.recipe.translate import fault_message, translate
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -43,8 +48,9 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> Recipe:
         source: A YAML file, `module:function` where the function returns a Recipe, a Recipe, or the
             data of one: relative paths in it start at the working directory.
         overrides: Changes such as `train.steps=200`, `corpus.domains.0.name=books` or
-            `mixer.weights={a: 0.5, b: 0.5}`; values are YAML. A change of a kind
-            (`mixer.kind=uniform`) drops the fields that only the old kind has.
+            `mixer.weights={a: 0.5, b: 0.5}`; values are YAML. Relative paths in them start at the
+            working directory. A change of a kind (`mixer.kind=uniform`) drops the fields that only
+            the old kind has.
 
     Raises:
         RecipeError: With one message per fault: of the file, the overrides, or the recipe.
@@ -54,7 +60,9 @@ def load_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
-    """Return the recipe with its paths as they were written, and where relative sources start.
+    """Return the recipe with its paths as they were written, and the directory they start at.
+
+    Relative paths in overrides are rewritten to start there, too.
 
     Args:
         source: As for `load_recipe`.
@@ -70,10 +78,16 @@ def read_recipe(source: RecipeSource, overrides: Sequence[str] = ()) -> tuple[Re
     if isinstance(name, str) and not (_FUNCTION.fullmatch(name) and not os.path.exists(name)):
         layers = read_layers(name)
         data = merge_layers(layers)
+        directory, here = _directory(name), os.getcwd()
+        prefix = os.path.relpath(here, directory)
+
+        def typed_here(path: str, value: Any) -> Any:
+            return map_override(path, value, lambda p, field, _: move(p, field, here, prefix))
+
         try:
             # Overrides go on the data, not on the model: they may change a kind, or supply a
             # missing field.
-            return _validate(apply_overrides(data, overrides)), _directory(name)
+            return _validate(apply_overrides(data, overrides, change=typed_here)), directory
         except RecipeError as error:
             raise RecipeError(*(name_origin(text, layers) for text in error.problems)) from None
     recipe = name if isinstance(name, Recipe) else _call(name)
@@ -107,57 +121,32 @@ def resolve_paths(recipe: Recipe, base: str | os.PathLike[str]) -> Recipe:
 
     Args:
         recipe: The recipe.
-        base: Directory at which relative sources and a relative tokenizer start; results (the
-            prepared corpus, the run, models and logs of other runs) start at the working
-            directory.
+        base: Directory at which relative paths start.
     """
-    # Sources belong to the recipe's author, results to whoever runs it.
-    start, here = os.path.abspath(base), os.getcwd()
-    # `run.dir` is a template: braces in the working directory's own name must stay literal.
-    braces = here.replace("{", "{{").replace("}", "}}")
-    changes: dict[str, Any] = {
-        "corpus": _corpus_paths(recipe.corpus, start, here),
-        "run": recipe.run.model_copy(update={"dir": absolute(recipe.run.dir, braces)}),
-    }
-    model: ModelConfig = recipe.model
-    if isinstance(model, PretrainedModel):
-        changes["model"] = model.model_copy(update={"path": absolute(model.path, here)})
-    mixer: MixerConfig = recipe.mixer
-    # A replayed log is a result of another run, so it starts at the working directory.
-    if isinstance(mixer, ReplayMixer):
-        changes["mixer"] = mixer.model_copy(update={"log": absolute(mixer.log, here)})
-    elif isinstance(mixer, DgaMixer) and isinstance(mixer.bases, str):
-        changes["mixer"] = mixer.model_copy(update={"bases": absolute(mixer.bases, start)})
-    return recipe.model_copy(update=changes)
+    start = os.path.abspath(base)
+    return map_paths(recipe, lambda path, field, _: absolute(path, field, start))
 
 
-def absolute(path: str, base: str) -> str:
-    """Return a local path made absolute from `base`, its `~` filled in; a URL unchanged."""
-    # Two letters or more before the colon: `C:/` is a drive.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+def shadowed_names(recipe: Recipe, base: str | os.PathLike[str]) -> list[str]:
+    """Return a line per path that could be a name of the Hub and is a directory or file here.
+
+    Args:
+        recipe: The recipe, its paths as they were written.
+        base: Directory at which relative paths start.
+    """
+    lines: list[str] = []
+
+    def look(path: str, field: PathField, at: str) -> str:
+        if field.on_hub and path not in field.words and is_hub_name(path):
+            location = absolute(path, field, os.path.abspath(base))
+            if not is_url(location):
+                lines.append(
+                    f"{at}: {location} is used, not {path} of the Hub (that is {HUB}{path})"
+                )
         return path
-    return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
 
-
-def _corpus_paths(corpus: CorpusConfig, start: str, here: str) -> CorpusConfig:
-    # A directory called `v[1]` is a name, not a pattern.
-    literal = glob.escape(start)
-    domains = tuple(
-        domain.model_copy(
-            update={
-                "train": tuple(absolute(item, literal) for item in domain.train),
-                "valid": tuple(absolute(item, literal) for item in domain.valid),
-            }
-        )
-        for domain in corpus.domains
-    )
-    changes: dict[str, Any] = {"path": absolute(corpus.path, here), "domains": domains}
-    if isinstance(corpus.tokenizer, PretrainedTokenizer):
-        path = absolute(corpus.tokenizer.path, start)
-        changes["tokenizer"] = corpus.tokenizer.model_copy(update={"path": path})
-    if corpus.chat_template not in (None, "chatml"):
-        changes["chat_template"] = absolute(corpus.chat_template, start)
-    return corpus.model_copy(update=changes)
+    map_paths(recipe, look)
+    return lines
 
 
 def _call(source: str) -> Recipe:

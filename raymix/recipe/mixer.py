@@ -144,7 +144,7 @@ class ReplayMixer(MixerModel):
     kind: Literal["replay"]
     """Selects this mixer."""
     log: str = Field(min_length=1)
-    """Path of a `mixture_log.jsonl`, relative to the working directory."""
+    """A `mixture_log.jsonl`, as runs write it."""
 
 
 _Own = (

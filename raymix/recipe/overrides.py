@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,9 +17,19 @@ from raymix.recipe.translate import brief
 
 
 def apply_overrides(
-    data: Mapping[str, Any], overrides: Sequence[str], root: type[BaseModel] = Recipe
+    data: Mapping[str, Any],
+    overrides: Sequence[str],
+    root: type[BaseModel] = Recipe,
+    *,
+    change: Callable[[str, Any], Any] = lambda _, value: value,
 ) -> dict[str, Any]:
-    """Return the data of a recipe (of a `root`) with every override applied, in order.
+    """Return the data of a recipe with every override applied, in order.
+
+    Args:
+        data: The data.
+        overrides: `FIELD=VALUE`, the values in YAML.
+        root: The model that the data are of.
+        change: Function of a field's dotted path and its new value, which returns the value to set.
 
     Raises:
         RecipeError: With one message per override that cannot be read or placed.
@@ -29,8 +39,8 @@ def apply_overrides(
     problems: list[str] = []
     for override in overrides:
         try:
-            path, value = _split(override)
-            _place(changed, FieldSpec(root), path.split("."), value, at="")
+            path, value = split_override(override)
+            _place(changed, FieldSpec(root), path.split("."), change(path, value), at="")
         except RecipeError as error:
             problems.extend(error.problems)
     if problems:
@@ -38,7 +48,12 @@ def apply_overrides(
     return changed
 
 
-def _split(override: str) -> tuple[str, Any]:
+def split_override(override: str) -> tuple[str, Any]:
+    """Return the dotted path and the value of an override.
+
+    Raises:
+        RecipeError: If it is not `FIELD=VALUE`, or the value is no YAML.
+    """
     path, equals, text = (part.strip() for part in override.partition("="))
     # `a..b=1` and `=1` would otherwise create fields with empty names.
     if not equals or not all(path.split(".")):

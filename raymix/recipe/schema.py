@@ -62,7 +62,7 @@ def commented_recipe(name: str) -> str:
         EDITOR_LINE,
         "# A raymix recipe: one file for prepare, plan, train, eval and report.",
         "# Every field is shown with its default; delete what you do not change.",
-        "# Relative sources start at this file, results at the working directory.",
+        "# Relative paths start at this file, those on a command line where it is typed.",
     ]
     return "\n".join([*intro, *_model_lines(Recipe, example, "")]) + "\n"
 

@@ -108,6 +108,19 @@ DataConfig = Annotated[
 ]
 
 
+# 10.6 million parameters and 384 for each entry of the vocabulary: 30 million with GPT-2's 50,257.
+# A CPU trains it; the default of transformers has 7 billion.
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "tie_word_embeddings": True,
+}
+"""Configuration of a model of which the recipe says nothing."""
+
+
 class ConfigModel(RecipeModel):
     """A new model from a Hugging Face configuration."""
 
@@ -116,7 +129,21 @@ class ConfigModel(RecipeModel):
     type: str = Field(default="llama", min_length=1)
     """Hugging Face `model_type` of a causal LM: llama, qwen3, gpt2, ..."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of that type's configuration; vocabulary and end token come from the corpus."""
+    """Fields of that type's configuration; vocabulary and end token come from the corpus. Left out,
+    a llama is a small one; of other types and in what is left out, transformers' defaults hold."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small(cls, data: Any) -> Any:
+        # Written out here, so that a resolved recipe says what is trained.
+        if isinstance(data, dict) and data.get("type", "llama") == "llama":
+            return {**data, "config": data.get("config") or dict(SMALL_LLAMA)}
+        return data
+
+    @property
+    def is_default(self) -> bool:
+        """Return whether this is the small model of a recipe that gives none."""
+        return self.type == "llama" and self.config == SMALL_LLAMA
 
     @field_validator("config")
     @classmethod
@@ -140,12 +167,17 @@ def _infinities(value: Any, path: str = "") -> list[Fault]:
 
 
 class PretrainedModel(RecipeModel):
-    """A checkpoint directory in Hugging Face format."""
+    """A checkpoint in Hugging Face format: a directory, or a model of the Hub."""
 
     kind: Literal["pretrained"]
     """Selects a checkpoint."""
     path: str = Field(min_length=1)
-    """The directory, relative to the working directory."""
+    """The directory; else a name of the Hub, such as Qwen/Qwen3-0.6B."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a name of the Hub; left out, main: as it is in the local cache, else
+    as it is now."""
+    commit: str | None = Field(default=None, pattern="^[0-9a-f]{40}$")
+    """The commit that the revision means; a run fills it in when it starts, and keeps to it."""
 
 
 ModelConfig = Annotated[
@@ -280,7 +312,7 @@ class RunConfig(RecipeModel):
     """Where results go."""
 
     dir: str = Field(default="runs/{name}", min_length=1)
-    """Run directory or URL, `{name}` and `{seed}` filled in; it starts at the working directory."""
+    """Run directory or URL, `{name}` and `{seed}` filled in."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
 

@@ -10,15 +10,17 @@ import importlib.util
 import json
 import os
 import uuid
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from raymix.errors import CorpusError
-from raymix.recipe import Recipe, load_recipe
+from raymix.errors import CorpusError, StorageError
+from raymix.recipe import PretrainedModel, Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.store.remote import files
+from raymix.store.remote.hub import fetch_model
 from raymix.training.host.device import requested_threads
 from raymix.training.host.environment import environment
 from raymix.training.host.machine import resources
@@ -32,6 +34,7 @@ from raymix.training.launch.watch import watch
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
 from raymix.training.run.heartbeat_lock import run_lock
+from raymix.training.run.pinned_model import pin_model, pretrained_repo
 from raymix.training.run.progress import RunProgress
 from raymix.training.run.remote_run import (
     LOG_FILES,
@@ -72,6 +75,9 @@ def train(
 
     loaded = load_recipe(recipe)
     run = open_run(loaded, if_exists)
+    # What the Hub lacks is a problem of the plan, which names all of them.
+    with suppress(StorageError):
+        loaded = pin_model(loaded, run)
     cluster = loaded.cluster
     # Without workers no cluster is used, wherever RAY_ADDRESS points.
     available = resources(
@@ -83,6 +89,10 @@ def train(
         if run.url is not None:
             run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
         if not _finished(run, plan.steps, corpus, loaded):
+            for line in plan.notes:
+                if line.startswith("model: "):
+                    _say(line)
+            _fetch_model(loaded, run)
             _write_run(run, loaded, plan)
             _train(loaded, run, plan)
     document = summary(run)
@@ -113,6 +123,13 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
         return False
     _say(f"the run in {run.where} is finished; --if-exists new would train afresh")
     return True
+
+
+def _fetch_model(recipe: Recipe, run: RunDirectory) -> None:
+    """Download the model's weights if they are on the Hub; a run that goes on has its own."""
+    repo = pretrained_repo(recipe.model) if isinstance(recipe.model, PretrainedModel) else None
+    if repo is not None and newest_checkpoint_of(run) is None:
+        fetch_model(repo)
 
 
 def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:

@@ -59,7 +59,11 @@ def test_export_loads_in_transformers(shell: Shell, trained: dict[str, object]) 
     ids = tokenizer("Permission is hereby granted, free of charge", return_tensors="pt").input_ids
     with torch.no_grad():
         assert torch.isfinite(model(ids).logits).all()
-    assert (out / "README.md").read_text().startswith("---")
+    # The rows it was trained on, not the 1e30 of a tokenizer without a limit.
+    assert tokenizer.model_max_length == 128
+    card = (out / "README.md").read_text()
+    assert card.startswith("---")
+    assert str(shell.cwd) not in card
     again = shell.run("export", str(trained["run"]), "exported")
     assert again.returncode == 2
 

@@ -22,7 +22,7 @@ from raymix.errors import CorpusError, RaymixError
 from raymix.recipe import DomainConfig
 from raymix.store.formats.litdata import read_index
 from raymix.store.remote import files
-from raymix.store.remote.errors import storage_errors
+from raymix.store.remote.errors import storage_errors, translate_storage_errors
 
 MIN_PART_BYTES = 4 << 20
 """Bytes of text in a part of a small corpus: a few seconds of tokenizing on one core."""
@@ -187,7 +187,8 @@ def _shard_slices(file: SourceFile) -> list[FileSlice]:
 
 def _guarded(file: SourceFile, read: Callable[[], list[FileSlice]]) -> list[FileSlice]:
     try:
-        return read()
+        with translate_storage_errors(file.url, "file"):
+            return read()
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(file, error) from error
 

@@ -33,6 +33,7 @@ from raymix.recipe import DomainConfig
 from raymix.recipe.corpus import TOKEN_FORMATS
 from raymix.store import TokenizerInfo
 from raymix.store.remote import files
+from raymix.store.remote.errors import translate_storage_errors
 
 BATCH_BYTES = 1 << 20
 """Bytes of text decoded at a time from columnar files."""
@@ -81,18 +82,28 @@ def read_slice(
         CorpusError: If the file is damaged, or has changed since it was planned.
     """
     try:
-        if file_slice.file.format == "parquet":
-            yield from _parquet(file_slice, domain)
-        elif file_slice.file.format == "arrow":
-            yield from _arrow(file_slice, domain)
-        elif tokenizer is not None and file_slice.file.format in TOKEN_FORMATS:
-            yield from token_records(file_slice, domain, tokenizer)
-        elif file_slice.file.format == "jsonl":
-            yield from _jsonl(file_slice, domain, max_characters * _MAX_ESCAPE_BYTES + _LINE_SLACK)
-        else:
-            yield from _text(file_slice, domain, max_characters * 4 + 4)
+        with translate_storage_errors(file_slice.file.url, "file"):
+            yield from _records(file_slice, domain, max_characters, tokenizer)
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(file_slice.file, error) from error
+
+
+def _records(
+    file_slice: FileSlice,
+    domain: DomainConfig,
+    max_characters: int,
+    tokenizer: TokenizerInfo | None,
+) -> Records:
+    if file_slice.file.format == "parquet":
+        yield from _parquet(file_slice, domain)
+    elif file_slice.file.format == "arrow":
+        yield from _arrow(file_slice, domain)
+    elif tokenizer is not None and file_slice.file.format in TOKEN_FORMATS:
+        yield from token_records(file_slice, domain, tokenizer)
+    elif file_slice.file.format == "jsonl":
+        yield from _jsonl(file_slice, domain, max_characters * _MAX_ESCAPE_BYTES + _LINE_SLACK)
+    else:
+        yield from _text(file_slice, domain, max_characters * 4 + 4)
 
 
 @contextlib.contextmanager

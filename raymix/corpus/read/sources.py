@@ -11,6 +11,7 @@ from typing import Literal, cast
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from raymix._utils.hub import HUB
 from raymix.errors import CorpusError, did_you_mean, format_problem
 from raymix.recipe import CorpusConfig, DomainConfig
 from raymix.recipe.corpus import TOKEN_FORMATS
@@ -18,6 +19,7 @@ from raymix.store.formats.detect import INDEX_JSON, detect, is_companion, named_
 from raymix.store.formats.info import TokenFormat
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote, storage_errors
+from raymix.store.remote.hub import pinned
 
 Format = Literal["parquet", "jsonl", "text", "arrow"] | TokenFormat
 
@@ -221,10 +223,12 @@ def expand(
     Raises:
         CorpusError: If nothing matches; it says what lies there instead.
     """
-    root, segments = _split(pattern)
+    # A branch of the Hub may move while workers read.
+    root, segments = _split(pinned(pattern, path))
     try:
         filesystem, base = files.locate(root, path)
-        if isinstance(filesystem, pafs.LocalFileSystem):
+        # What the Hub's cache holds keeps its URL: other nodes have other caches.
+        if isinstance(filesystem, pafs.LocalFileSystem) and not root.startswith(HUB):
             root = base  # workers have another working directory
         if not segments:
             info = filesystem.get_file_info(base)
@@ -234,9 +238,12 @@ def expand(
         # A flat listing where one level is enough: a bucket may hold millions of keys below.
         deep = len(segments) > 1 or "**" in segments
         tails = (listings or Listings()).files(filesystem, base, deep=deep)
-    except (OSError, pa.ArrowException) as error:
-        known = storage_errors(root, error, path)
-        raise known or CorpusError.at(path, pattern, f"cannot be listed: {error}") from error
+    except Exception as error:
+        if known := storage_errors(root, error, path):
+            raise known from error
+        if not isinstance(error, OSError | pa.ArrowException):
+            raise
+        raise CorpusError.at(path, pattern, f"cannot be listed: {error}") from error
     match = _matcher(tuple(segments)).fullmatch
     root = root.rstrip("/")
     # Listings come in any order, and the order of sources decides the bytes of the corpus.

@@ -8,12 +8,14 @@ merges whose 256 symbols have the ids of their bytes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -26,6 +28,7 @@ from raymix.errors import CorpusError, did_you_mean
 from raymix.recipe import PretrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text
 from raymix.store.remote import files
+from raymix.store.remote.hub import HubRepo, fetch_file, model_repo
 
 END_OF_TEXT = "<|endoftext|>"
 """The token that ends a document in the tokenizers made here."""
@@ -246,13 +249,17 @@ def saved_encoder(corpus: str, info: TokenizerInfo) -> Encoder:
 
 
 def load_pretrained(config: PretrainedTokenizer) -> LoadedTokenizer:
-    """Return the tokenizer a recipe names: a `tokenizer.json` or a directory with one.
+    """Return the tokenizer a recipe names: a file, or one of a directory or of the Hub.
 
     Raises:
         CorpusError: If it is missing, damaged, or its end-of-text token is not known.
+        StorageError: If it is on the Hub and cannot be downloaded.
     """
     path = config.path
-    if path.endswith(".json"):
+    repo = model_repo(path, config.revision, "corpus.tokenizer")
+    if repo is not None:
+        directory, name = str(download_tokenizer(repo)), "tokenizer.json"
+    elif path.endswith(".json"):
         directory, _, name = path.rpartition("/")
         directory = directory or "."
     else:
@@ -272,6 +279,28 @@ def load_pretrained(config: PretrainedTokenizer) -> LoadedTokenizer:
     }
     eos = _end_of_text(config, tokenizer, beside)
     return LoadedTokenizer(tokenizer, "pretrained", eos, beside)
+
+
+def download_tokenizer(repo: HubRepo) -> Path:
+    """Return a local directory with the tokenizer of the Hub's repository; its name is the commit.
+
+    Raises:
+        CorpusError: If the repository has no tokenizer.json.
+        StorageError: If it cannot be downloaded.
+    """
+    path = fetch_file(repo, "tokenizer.json")
+    if path is None:
+        raise CorpusError.at(
+            "corpus.tokenizer",
+            repo.name,
+            "this repository of the Hub has no tokenizer.json",
+            fix="Save transformers' AutoTokenizer by save_pretrained, and name that directory",
+        )
+    # All of the commit that the first file is of, though a branch may move meanwhile.
+    at = dataclasses.replace(repo, revision=path.parent.name)
+    for name in ("tokenizer_config.json", *_COPIED):
+        fetch_file(at, name, optional=True)
+    return path.parent
 
 
 def _text(directory: str, name: str) -> str | None:

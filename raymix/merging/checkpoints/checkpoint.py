@@ -127,9 +127,7 @@ def check_directory(path: str, field_path: str) -> None:
         )
     folder, name = os.path.split(path)
     suggestion = did_you_mean(name, os.listdir(folder)) if os.path.isdir(folder) else ""
-    # A Hub name ("owner/model") looks like a relative path, so it ends here too.
-    advice = "Download models of the Hub first: `hf download NAME --local-dir DIR`"
-    raise MergeError.at(field_path, path, "no such directory", fix=suggestion or advice)
+    raise MergeError.at(field_path, path, "no such directory", fix=suggestion)
 
 
 def read_json(path: str, field_path: str) -> dict[str, Any]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from raymix.errors import MergeError
+from raymix._utils.hub import HUB
+from raymix.errors import MergeError, StorageError
 from raymix.merging.checkpoints.adapter import Adapter, is_adapter, open_adapter
 from raymix.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from raymix.merging.recipe import MergeFile
+from raymix.store.remote.hub import fetch_model, model_repo
 
 
 @dataclass(slots=True)
@@ -82,6 +85,45 @@ class SourceModels:
         """Return all models without duplicates, `first` at the front."""
         # A dict keeps the order of first insertion, so duplicates do not move a model.
         return list({model.label: model for model in (self.first, *self.listed)}.values())
+
+
+def with_local_models(file: MergeFile) -> MergeFile:
+    """Return a merge file whose models of the Hub are directories of the local cache.
+
+    Raises:
+        MergeError: With one message per model that cannot be downloaded.
+    """
+    problems: list[str] = []
+
+    def local(reference: str | None, field: str) -> str | None:
+        if reference is None or HUB not in reference:
+            return reference
+        parts = []
+        for part in reference.split("+"):
+            name, _, revision = part.partition("@")
+            repo = model_repo(name, revision or None, field)
+            try:
+                # An adapter's directory has other weights than a model's.
+                stems = ("model", "adapter_model")
+                parts.append(part if repo is None else str(fetch_model(repo, stems)))
+            except StorageError as error:
+                problems.extend(error.problems)
+        return "+".join(parts)
+
+    source = file.tokenizer_source
+    listed = [file.base_model, *(entry.model for entry in file.models)]
+    changes: dict[str, Any] = {
+        "models": tuple(
+            entry.model_copy(update={"model": local(entry.model, f"models.{i}.model")})
+            for i, entry in enumerate(file.models)
+        ),
+        "base_model": local(file.base_model, "base_model"),
+        # Another one is refused where all are known.
+        "tokenizer_source": local(source, "tokenizer_source") if source in listed else source,
+    }
+    if problems:
+        raise MergeError(*dict.fromkeys(problems))
+    return file.model_copy(update=changes)
 
 
 def writes_adapter(file: MergeFile) -> bool:

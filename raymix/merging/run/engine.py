@@ -21,6 +21,7 @@ import torch
 
 from raymix._utils.compat import native
 from raymix.errors import MergeError
+from raymix.merging.checkpoints.models import with_local_models
 from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.run.finish import check_tokenizers, finish_files
@@ -85,7 +86,7 @@ def merge(
         )
     # All checks come before the first write: the workspace is created by `opened` below.
     workspace = OutputWorkspace(out)
-    plan = plan_merge(load_merge(source, overrides), device=device)
+    plan = plan_merge(with_local_models(load_merge(source, overrides)), device=device)
     notes = check_tokenizers(plan)
     # Largest first: a large job started last would leave the other workers idle.
     jobs = sorted(plan.choices, key=plan.job_bytes, reverse=True)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from raymix._utils.json import parse_json
+from raymix._utils.tokenizer_files import limit_tokenizer
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import MergeError, format_problem
 from raymix.merging.checkpoints.adapter import ADAPTER_CONFIG, merged_config
 from raymix.merging.checkpoints.models import SourceModel
 from raymix.merging.run.plan import MergePlan
+from raymix.store.remote.hub import hub_name
 
 REPORT_FILE = "merge_report.json"
 """File name of the report."""
@@ -178,6 +180,9 @@ def _write_config_and_tokenizer(plan: MergePlan, first: SourceModel, folder: Pat
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        limit_tokenizer(folder / "tokenizer_config.json", longest, keep=True)
 
 
 def _config_problems(model: SourceModel, first: SourceModel) -> list[str]:
@@ -273,5 +278,5 @@ def _version() -> str:
 
 
 def _name(path: str) -> str:
-    """Return a model's name without the directories of this machine."""
-    return "+".join(os.path.basename(part) for part in path.split("+"))
+    """Return a model's name without directories of this machine; on the Hub, with its commit."""
+    return "+".join(hub_name(part) or os.path.basename(part) for part in path.split("+"))

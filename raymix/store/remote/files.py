@@ -22,8 +22,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from typing_extensions import Buffer
 
+from raymix._utils.hub import HUB
 from raymix.errors import CorpusError, StorageError
 from raymix.store.remote.errors import is_remote, storage_errors, translate_storage_errors
+from raymix.store.remote.hub import cached_path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Errors that another path would solve: no permission, a file too large for the file system.
@@ -52,6 +54,8 @@ def locate(url: str, field: str = "path") -> tuple[pafs.FileSystem, str]:
     # Absolute at once: Ray workers have another working directory.
     if "://" not in url:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
+    if url.startswith(HUB) and (cached := cached_path(url, field)) is not None:
+        return pafs.LocalFileSystem(), cached
     if _PASSWORD.match(url):
         raise StorageError.at(
             field,
@@ -71,7 +75,8 @@ def _fsspec(url: str, field: str) -> tuple[pafs.FileSystem, str]:
     import fsspec.core
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        with translate_storage_errors(url, field):
+            filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise CorpusError.at(field, url, f"cannot be opened: {error}") from error
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path

@@ -7,8 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from raymix._utils.json import parse_json
+from raymix._utils.tokenizer_files import limit_tokenizer
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import RecipeError
+from raymix.recipe import PretrainedModel, Recipe, load_recipe
+from raymix.recipe.paths import PathField, is_url, map_paths
 from raymix.training.evaluate.checkpoint_ref import CheckpointRef, find_checkpoint
 from raymix.training.host.environment import raymix_version
 from raymix.training.run.checkpoint import disk_full
@@ -41,6 +45,7 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
         for file in sorted(reference.checkpoint.iterdir()):
             if file.is_file() and file.name not in _TRAINING_FILES:
                 shutil.copyfile(file, temporary / file.name)
+        limit_tokenizer(temporary / "tokenizer_config.json", _longest(reference, temporary))
         (temporary / "README.md").write_text(_card(reference), encoding="utf-8")
         # `rmdir` and not `rmtree`: it refuses a directory that has been filled meanwhile.
         if directory.exists():
@@ -55,6 +60,31 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
         "step": reference.state.step if reference.state else None,
         "files": sorted(file.name for file in directory.iterdir()),
     }
+
+
+def _longest(reference: CheckpointRef, directory: Path) -> int | None:
+    """Return the tokens that the model takes: the rows it was trained on, or as many as before."""
+    recipe = reference.run.recipe() if reference.run else None
+    if recipe is not None and not isinstance(recipe.model, PretrainedModel):
+        return recipe.data.sequence_length
+    # Trained on from a checkpoint: short rows do not make it forget the longer ones.
+    longest = parse_json((directory / "config.json").read_text("utf-8")).get(
+        "max_position_embeddings"
+    )
+    return longest if isinstance(longest, int) else None
+
+
+def _shown_recipe(recipe: Recipe) -> str:
+    """Return the recipe for a model card: file names in place of the paths of this machine."""
+    shown = map_paths(recipe, lambda path, field, _: _file_name(path, field))
+    # Where it ran, and where its results went, are nobody else's.
+    left_out = {"run": True, "cluster": {"address"}}
+    return dump_yaml(shown.model_dump(mode="json", exclude_unset=True, exclude=left_out))
+
+
+def _file_name(path: str, field: PathField) -> str:
+    local = path not in field.words and (path.startswith("file:") or not is_url(path))
+    return path.rstrip("/").rpartition("/")[2] if local else path
 
 
 def _card(reference: CheckpointRef) -> str:
@@ -72,6 +102,8 @@ def _card(reference: CheckpointRef) -> str:
         return "\n".join(parts)
     document = summary(reference.run)
     recipe = reference.run.recipe()
+    # As it was given: fields that keep their defaults are left out.
+    given = load_recipe(reference.run.path / "recipe.yaml")
     parts += [
         f"A causal language model trained with raymix {raymix_version()}: "
         f"{document['steps']:,} steps, {document['tokens']:,} tokens.\n",
@@ -83,7 +115,7 @@ def _card(reference: CheckpointRef) -> str:
         "The licence of these weights is for whoever publishes them to state: replace `other` "
         "above, and see to it that it fits the licences of the texts.\n",
         "## Recipe\n",
-        "```yaml\n" + (reference.run.path / "recipe.yaml").read_text("utf-8").rstrip() + "\n```\n",
+        f"```yaml\n{_shown_recipe(given)}```\n",
         "## Use\n",
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

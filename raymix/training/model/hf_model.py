@@ -28,6 +28,8 @@ from raymix.context_parallel import (
 )
 from raymix.errors import RecipeError, TrainingError, did_you_mean, format_problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
+from raymix.store.remote.hub import fetch_config, fetch_model
+from raymix.training.run.pinned_model import pretrained_repo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -128,13 +130,21 @@ def _instantiate(config_class: Any, model: ConfigModel, facts: CorpusFacts) -> P
 def _checkpoint_config(model: PretrainedModel) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    directory = Path(model.path)
+    repo = pretrained_repo(model)
+    directory = Path(model.path) if repo is None else fetch_config(repo).parent
+    if repo is None and model.revision is not None:
+        raise RecipeError.at(
+            "model.revision",
+            model.revision,
+            f"model.path is a directory, {model.path}, which has no revisions",
+            fix="Leave it out",
+        )
     if not (directory / "config.json").is_file():
         raise RecipeError.at(
             "model.path",
             model.path,
             "not a directory with a config.json",
-            fix="Give a checkpoint directory in Hugging Face format",
+            fix="Give a checkpoint directory in Hugging Face format, or a name of the Hub",
         )
     with _recipe_errors("model.path", model.path):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -181,10 +191,12 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
 
     Raises:
         RecipeError: If the configuration or the checkpoint cannot be used.
+        StorageError: If the checkpoint is on the Hub and cannot be downloaded.
     """
     config = resolve_config(model, facts)
     if isinstance(model, PretrainedModel):
-        return load_model(model.path)
+        repo = pretrained_repo(model)
+        return load_model(model.path if repo is None else fetch_model(repo))
     try:
         # Forked, so that the caller's generator is unchanged; on the CPU, so that weights are the
         # same on any device.

@@ -17,8 +17,10 @@ from raymix.errors import RaymixError, RecipeError
 from raymix.mixers import MixerContext, build_mixer, describe
 from raymix.recipe import (
     ByteTokenizer,
+    ConfigModel,
     DocumentData,
     PackedData,
+    PretrainedModel,
     PretrainedTokenizer,
     Recipe,
     ScheduleMixer,
@@ -28,6 +30,7 @@ from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus
 from raymix.store.manifest import MANIFEST
 from raymix.store.remote import files
+from raymix.store.remote.hub import fetch_config
 from raymix.training.host.machine import Resources, disk_free, resources
 from raymix.training.model.hf_model import CorpusFacts, model_size
 from raymix.training.model.memory import (
@@ -52,6 +55,7 @@ from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_s
 from raymix.training.plan.mixer_context import count_steps
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
+from raymix.training.run.pinned_model import pretrained_repo
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.step.document_layout import context_parallel_size, tokens_per_rank
 
@@ -149,7 +153,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         keep_checkpoints=recipe.train.keep_checkpoints,
         disk_free=free,
         resources=available,
-        notes=tuple(_notes(recipe, sizes, mixture.forecast, shape)),
+        notes=tuple(_notes(recipe, sizes, mixture.forecast, shape, cost)),
     )
 
 
@@ -340,10 +344,29 @@ def _cache_bytes(recipe: Recipe, available: Resources) -> int:
     return int(AUTO_CACHE_SHARE * available.object_store_bytes) if size == "auto" else size
 
 
+def _model_notes(recipe: Recipe, parameters: int) -> list[str]:
+    """Return a line on a model that the recipe does not give, or on one of the Hub."""
+    model = recipe.model
+    if isinstance(model, ConfigModel) and model.is_default:
+        return [
+            f"model: none given; a small llama of {parameters:,} parameters is trained. Set "
+            "model.config or model.path for another."
+        ]
+    repo = pretrained_repo(model) if isinstance(model, PretrainedModel) else None
+    if repo is None:
+        return []
+    return [f"model: {repo.name} of the Hub, commit {fetch_config(repo).parent.name}"]
+
+
 def _notes(
-    recipe: Recipe, sizes: Sequence[DomainSizes], forecast: Forecast, shape: _BatchShape
+    recipe: Recipe,
+    sizes: Sequence[DomainSizes],
+    forecast: Forecast,
+    shape: _BatchShape,
+    cost: _ModelCost,
 ) -> Iterator[str]:
     """Yield warnings about settings that work but may not be intended."""
+    yield from _model_notes(recipe, cost.parameters)
     length = recipe.data.sequence_length
     for index, domain in enumerate(sizes):
         epochs = forecast.read_D[index] / domain.usable

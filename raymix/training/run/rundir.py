@@ -234,7 +234,8 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
             "a run is here already",
             fix="Use --if-exists resume to continue it, or --if-exists new for a new directory",
         )
-    differing = differences(identity(_stored(run)), identity(recipe.model_dump(mode="json")))
+    stored = stored_recipe(run).model_dump(mode="json")
+    differing = differences(identity(stored), identity(recipe.model_dump(mode="json")))
     if differing:
         raise RecipeError.at(
             "run.dir",
@@ -262,6 +263,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         f"{path}: {old.get(path, absent)!r} -> {new.get(path, absent)!r}"
         for path in sorted(old.keys() | new.keys())
         if old.get(path, absent) != new.get(path, absent)
+        # Filled in when a run starts, so a recipe as it was written lacks it.
+        and not (path == "model.commit" and new.get(path) is None)
     ]
 
 
@@ -350,11 +353,16 @@ def _next_free(location: str) -> str:
     return candidate
 
 
-def _stored(run: RunDirectory) -> dict[str, Any]:
+def stored_recipe(run: RunDirectory) -> Recipe:
+    """Return the recipe that a run directory holds, read where the run is stored.
+
+    Raises:
+        RecipeError: If it cannot be read.
+    """
     try:
         text = files.read_bytes(files.join(run.where, run.resolved.name)).decode()
         document = parse_yaml(text, name="run.dir", value=run.where)
-        return Recipe.model_validate(document).model_dump(mode="json")
+        return Recipe.model_validate(document)
     except (ValueError, RecipeError) as error:
         raise RecipeError.at(
             "run.dir",

@@ -39,7 +39,7 @@ def compare(
         recipe: The recipe that all runs share, or its path.
         mixers: Mixer specs, separated by commas; see `raymix.tuning.runs.variants`.
         seeds: Runs per mixer; their seeds count up from the recipe's.
-        out: Directory of the comparison; None for `runs/NAME-compare`.
+        out: Directory of the comparison; None for `NAME-compare` beside the recipe's run directory.
         parallel: Concurrent runs; None for one per core or GPU, as far as memory allows.
         baseline: The mixer that differences are taken to; None for the first.
 
@@ -71,7 +71,7 @@ def _group(
     for option, value in (("--seeds", seeds), ("--parallel", parallel)):
         if value is not None and value < 1:
             raise RecipeError.at(option, value, "too small", allowed="Allowed: 1 or more")
-    directory = output_directory(out, f"{recipe.name}-compare")
+    directory = output_directory(out, recipe, "compare")
     variants = make_variants(recipe, mixers, seeds=seeds, out=str(directory))
     machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     return Group(recipe, variants, directory, machine, parallel)

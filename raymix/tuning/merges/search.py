@@ -19,7 +19,7 @@ from typing import Any
 
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import MergeError, RecipeError, TrainingError, format_problem
-from raymix.merging.checkpoints.models import writes_adapter
+from raymix.merging.checkpoints.models import with_local_models, writes_adapter
 from raymix.merging.checkpoints.output import OutputWorkspace
 from raymix.merging.recipe import MergeFile, load_merge
 from raymix.merging.run.engine import merge
@@ -78,7 +78,7 @@ def search_merge(
         RaymixError: If something cannot work; nothing has been started then.
         KeyboardInterrupt: After Ctrl-C; the same command resumes.
     """
-    file = load_merge(source, overrides)
+    file = with_local_models(load_merge(source, overrides))
     # Refuses an `out` that exists, before an hour of search.
     target = OutputWorkspace(out).out
     job = _make_search(file, target, search, recipe, trials, device)

@@ -24,8 +24,10 @@ from raymix.merging.run.settings import check_options
 from raymix.merging.search_space import SCALE, search_space
 from raymix.recipe import PretrainedModel, Recipe, StaticMixer, load_recipe
 from raymix.store import Corpus, atomic_write_text
+from raymix.store.remote.hub import fetch_model
 from raymix.training.host.machine import Resources, resources
 from raymix.training.run.checkpoint import newest_checkpoint
+from raymix.training.run.pinned_model import pretrained_repo
 from raymix.training.run.rundir import RunDirectory
 from raymix.tuning.merges.scoring import HeldOut, Search
 from raymix.tuning.merges.specialist_stats import SpecialistLosses, specialist_stats
@@ -146,7 +148,7 @@ def specialists(
     Args:
         recipe: The recipe, or its path; its section `specialists` configures the command.
         seeds: Number of repetitions; their seeds count up from the recipe's.
-        out: Output directory; None for `runs/NAME-specialists`.
+        out: Output directory; None for `NAME-specialists` beside the recipe's run directory.
         parallel: Concurrent runs or merges; None for one per core or GPU, as memory allows.
         smoke: Tiny runs and few merges, to try all stages in a minute or two.
 
@@ -207,7 +209,7 @@ def _setting(
     _check_methods(methods)
     names = [domain.name for domain in recipe.corpus.domains]
     domains = config.domains or tuple(n for n in names if n not in recipe.mixer.targets)
-    directory = output_directory(out, f"{recipe.name}-specialists{'-smoke' if smoke else ''}")
+    directory = output_directory(out, recipe, f"specialists{'-smoke' if smoke else ''}")
     machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     seed_range = tuple(range(recipe.seed, recipe.seed + seeds))
     return _Setting(recipe, tuned, domains, methods, seed_range, directory, machine, parallel)
@@ -259,7 +261,9 @@ def _bases(setting: _Setting, corpus: Corpus) -> dict[int, str]:
     """Train the bases that are missing; return the checkpoint directory of each seed's base."""
     model = setting.recipe.model
     if isinstance(model, PretrainedModel):
-        return dict.fromkeys(setting.seeds, model.path)
+        repo = pretrained_repo(model)
+        path = model.path if repo is None else str(fetch_model(repo))
+        return dict.fromkeys(setting.seeds, path)
     group = setting.bases()
     plan = group.plan(corpus)
     results = read_results(group, plan, corpus, make_runs(group, plan, corpus))

@@ -86,7 +86,7 @@ def tune(
 
     Args:
         recipe: The recipe, or its path; its section `tune` configures the search.
-        out: Directory of the search; None for `runs/NAME-tune`.
+        out: Directory of the search; None for `NAME-tune` beside the recipe's run directory.
         parallel: Concurrent runs; None for one per core or GPU, as far as memory allows.
         smoke: A few tiny runs, to try all stages in minutes; into `runs/NAME-tune-smoke`.
         if_exists: If `out` holds a search: `resume`, `fail`, or `new` for another directory beside
@@ -143,7 +143,7 @@ def _search(
             f"shorter than the small runs, which have {steps:,} steps",
             fix="Raise it, leave it out, or set tune.proxy: {train.steps: N}",
         )
-    directory = output_directory(out, f"{recipe.name}-tune{'-smoke' if smoke else ''}")
+    directory = output_directory(out, recipe, f"tune{'-smoke' if smoke else ''}")
     machine = resources(recipe.cluster.address, recipe.cluster.object_store_bytes)
     return _TuneJob(recipe, proxy, free_directory(directory, if_exists), machine, parallel)
 

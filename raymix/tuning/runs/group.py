@@ -16,8 +16,10 @@ from pathlib import Path
 from raymix.errors import RecipeError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
+from raymix.store.remote.errors import is_remote
 from raymix.training.host.machine import Resources
 from raymix.training.plan.runplan import RunPlan
+from raymix.training.run.pinned_model import pin_model
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.setup import Job
 from raymix.tuning.runs.planning import (
@@ -56,14 +58,23 @@ class Group:
         )
 
 
-def output_directory(out: str | os.PathLike[str] | None, default: str) -> Path:
-    """Return the absolute directory of a group of runs.
+def output_directory(out: str | os.PathLike[str] | None, recipe: Recipe, kind: str) -> Path:
+    """Return the absolute directory of a group of runs; `NAME-KIND` beside the recipe's own run.
+
+    Args:
+        out: A directory in its place.
+        recipe: The recipe, its paths resolved.
+        kind: The kind of group.
 
     Raises:
         RecipeError: If it is a file, or the directory of a single run.
     """
     # Absolute: trials run in worker processes whose working directory is another.
-    directory = Path(os.path.abspath(out or Path("runs") / default))
+    if out is None:
+        # A single run may be stored at a URL; a group is in a directory of this machine.
+        runs = "runs" if is_remote(recipe.run_dir) else os.path.dirname(recipe.run_dir)
+        out = Path(runs) / f"{recipe.name}-{kind}"
+    directory = Path(os.path.abspath(out))
     if directory.exists() and not directory.is_dir():
         raise RecipeError.at("--out", str(directory), "a file, not a directory")
     # A group inside a run would mix its files with the metrics and checkpoints of that run.
@@ -167,9 +178,11 @@ def make_trial(
     variant: Variant, plan: RunPlan, trial_resources: TrialResources, session: str
 ) -> RunTrial:
     """Return the trial that trains a variant; it is pickled to the trial's process."""
+    run = RunDirectory(Path(variant.recipe.run_dir))
+    # Here and not in the trial's process: all trials of one call have one commit.
     job = Job(
-        recipe=variant.recipe,
-        run=RunDirectory(Path(variant.recipe.run_dir)),
+        recipe=pin_model(variant.recipe, run),
+        run=run,
         steps=plan.steps,
         micro_batch_rows=plan.micro_batch_rows,
         on_gpu=plan.on_gpu,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from raymix._utils.yaml import parse_yaml
 from raymix.errors import RaymixError, RecipeError, did_you_mean, format_problem
 from raymix.mixers import known_mixers
 from raymix.recipe import Recipe, load_recipe
+from raymix.recipe.paths import absolute, map_override
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pike-balanced": {"kind": "pike", "tau": 3.0},
@@ -188,7 +190,10 @@ def _read_section(path: str) -> dict[str, Any]:
             "holds no mixer section",
             fix="Write it as below `mixer:` in a recipe, e.g. kind: pike",
         )
-    return dict(section)
+    # As in a recipe, relative paths start at the file.
+    base = os.path.dirname(os.path.abspath(path))
+    moved = map_override("mixer", section, lambda p, field, _: absolute(p, field, base))
+    return dict(moved)
 
 
 def _with_mixer(recipe: Recipe, label: str, section: Mapping[str, Any]) -> Recipe:

@@ -309,6 +309,21 @@ def test_an_unprepared_corpus_is_estimated_from_its_sources(tmp_path: Path) -> N
     assert fewer.domains[0].sizes.tokens < run_plan.domains[0].sizes.tokens / 2
 
 
+def test_a_recipe_without_a_model_trains_a_small_one_and_says_so(tmp_path: Path) -> None:
+    document = unprepared(tmp_path).model_dump(mode="json", exclude={"model"})
+    recipe = load_recipe(document)
+    run_plan = plan(recipe, None)
+    assert run_plan.parameters == 10_621_824 + 257 * 384
+    assert run_plan.notes[0].startswith(
+        f"model: none given; a small llama of {run_plan.parameters:,} parameters is trained."
+    )
+    # A resolved recipe says what is trained, and means it still.
+    assert load_recipe(recipe.model_dump(mode="json")).model == recipe.model
+    assert load_recipe({**document, "model": {"type": "llama"}}).model == recipe.model
+    given = load_recipe({**document, "model": {"config": TINY}})
+    assert not [note for note in plan(given, None).notes if "none given" in note]
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     recipe = unprepared(tmp_path)
     (message,) = preflight_problems(recipe, None, "corpus.domains.0.train=/nowhere/*.parquet")

@@ -301,6 +301,9 @@ def test_an_export_has_the_same_logits_and_a_card(
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\n")
     assert all(words in card for words in ("| a |", "Licence", "lr: 0.01", "fingerprint"))
+    # Paths of this machine are nobody else's.
+    assert str(whole[0].path.parent) not in card
+    assert str(Path(whole[1].corpus.path).parent) not in card
     with pytest.raises(RecipeError, match="nothing is overwritten"):
         export(whole[0].path, tmp_path / "out")
 

@@ -153,10 +153,36 @@ def test_relative_results_go_below_a_url(project: Path) -> None:
 
 def test_a_shipped_model_is_read_from_the_project(project: Path) -> None:
     write(project, {"models/tiny/config.json": "{}"})
-    recipe = document(model={"kind": "pretrained", "path": "models/tiny"})
+    recipe = document(model={"kind": "pretrained", "path": "../models/tiny"})
     assert 'model.path="$project"/models/tiny' in submit(project, recipe).entrypoint
-    there = document(model={"kind": "pretrained", "path": "big/model"})
-    assert "model.path" not in submit(project, there, storage="/shared").entrypoint
+    # What is not here may be the result of another job; a name of the Hub is none.
+    there = document(model={"kind": "pretrained", "path": "../big/old/model"})
+    assert (
+        "model.path=/shared/big/old/model" in submit(project, there, storage="/shared").entrypoint
+    )
+    named = document(model={"kind": "pretrained", "path": "Qwen/Qwen3-0.6B"})
+    assert "model.path" not in submit(project, named, storage="/shared").entrypoint
+
+
+def test_paths_typed_at_submission_are_those_of_the_project(project: Path) -> None:
+    write(project, {"more/b c.txt": "text", "tok/tokenizer.json": "{}"})
+    words = ["corpus.domains.0.train=[more/*.txt, s3://b/x]", "corpus.tokenizer=./tok", "seed=1"]
+    line = submit(project, arguments=[*words, "corpus.path=c"], storage="/shared").entrypoint
+    shown = line.replace("exec python -m raymix", "printf '%s\\n'").replace("cd /shared", "true")
+    done = subprocess.run(
+        ["sh", "-c", shown.replace("mkdir -p /shared", "true")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    typed = done.stdout.splitlines()
+    here = project.resolve()
+    assert f'corpus.domains.0.train=["{here}/more/*.txt", "s3://b/x"]' in typed
+    assert f"corpus.tokenizer={here}/tok" in typed
+    assert "seed=1" in typed
+    assert typed[-2:] == ["corpus.path=/shared/c", "cluster.address=auto"]
+    sources = ["corpus.domains.0.train=hidden/b.txt"]
+    assert "does not travel" in refused(project, arguments=sources, storage="/shared")
 
 
 @pytest.mark.parametrize(

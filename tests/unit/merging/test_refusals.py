@@ -223,7 +223,9 @@ def test_a_model_that_is_not_there(family: dict[str, Any], tmp_path: Path) -> No
     family["models"][1]["model"] = str(tmp_path / "m22")
     assert "Did you mean 'm2'?" in refused(family, tmp_path / "out")
     family["models"][1]["model"] = "owner/name"
-    assert "hf download NAME" in refused(family, tmp_path / "out")
+    message = refused(family, tmp_path / "out")
+    assert "models.1.model = 'owner/name': no such directory" in message
+    assert "hf download owner/name" in message
     family["models"][1]["model"] = str(tmp_path / "m1")
     assert "listed twice" in refused(family, tmp_path / "out")
 

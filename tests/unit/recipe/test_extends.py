@@ -58,7 +58,7 @@ def test_another_kind_drops_the_fields_of_the_old(folder: Path) -> None:
 def test_another_tokenizer_replaces_the_old(folder: Path) -> None:
     recipe = load_recipe(extend(folder, corpus={"tokenizer": "byte"}))
     assert recipe.corpus.tokenizer.model_dump() == {"kind": "byte"}
-    path = extend(folder, corpus={"tokenizer": {"path": "t"}})
+    path = extend(folder, corpus={"tokenizer": {"path": "./t"}})
     assert load_recipe(path).corpus.tokenizer.path == str(folder / "t")  # type: ignore[union-attr]  # chosen above
 
 

@@ -59,24 +59,98 @@ def test_defaults_fill_what_is_left_out(file: str) -> None:
     assert recipe.train.steps == 10
 
 
-def test_sources_start_at_the_recipe_and_results_at_the_working_directory(
+ELSEWHERE: dict[str, Any] = {
+    "corpus": {
+        "path": "../corpora/demo",
+        "tokenizer": "./tok",
+        "chat_template": "chat.jinja",
+        "domains": [{"name": "a", "train": "d/*.txt", "valid": ["v.txt"]}],
+    },
+    "data": {"mode": "documents", "assign": {"cost": "cost.json"}},
+    "mixer": {"kind": "replay", "log": "a.jsonl"},
+    "model": {"kind": "pretrained", "path": "models/m/"},
+    "run": {"dir": "../runs/{name}"},
+    "tune": {"proxy": {"data.assign.cost": "other.json", "model": {"path": "./small"}}},
+    "specialists": {"finetune": {"data": {"assign": {"cost": "third.json"}}}},
+}
+
+
+def paths_in(value: Any) -> set[str]:
+    """Return every text of a recipe that looks like a path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.values() if isinstance(value, dict) else value
+        return {path for item in items for path in paths_in(item)}
+    return {value} if isinstance(value, str) and "/" in value else set()
+
+
+def test_every_path_starts_at_the_recipe_wherever_it_is_loaded(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / file, {**DOCUMENT, **ELSEWHERE})
+    recipe = load_recipe(file)
+    below = ["tok", "chat.jinja", "d/*.txt", "v.txt", "cost.json", "a.jsonl", "models/m", "small"]
+    below += ["other.json", "third.json"]
+    expected = {f"{tmp_path}/pipelines/{name}" for name in below}
+    expected |= {f"{tmp_path}/corpora/demo", f"{tmp_path}/runs/{{name}}"}
+    assert paths_in(recipe.model_dump()) == expected
+    monkeypatch.chdir("/")
+    assert load_recipe(tmp_path / file) == recipe
+    assert resolve_paths(recipe, "/elsewhere") == recipe
+    (tmp_path / "other").mkdir()
+    extending = write(tmp_path / "other" / "r.yaml", {"extends": f"../{file}"})
+    assert load_recipe(extending) == recipe
+
+
+def test_paths_on_the_command_line_start_at_the_working_directory(
     file: str, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(file, ["corpus.tokenizer={path: tok}"])
-    here, beside = str(tmp_path), str(tmp_path / "pipelines")
+    recipe = load_recipe(
+        file,
+        [
+            "corpus.tokenizer={path: ./tok}",
+            "corpus.path=c",
+            "corpus.domains.0.train=[x.txt, s3://b/y.txt]",
+            "corpus.domains.1.train.0=z.txt",
+            "mixer={kind: replay, log: a.jsonl}",
+            "model={kind: pretrained, path: ./m}",
+            "run.dir=out/{seed}",
+            "tune.proxy={data.assign.cost: p.json}",
+        ],
+    )
     books, code = recipe.corpus.domains
-    assert books.train == (f"{beside}/data/books.parquet",)
-    assert code.train == (f"{beside}/data/*.jsonl", "s3://bucket/*.jsonl")
-    assert recipe.corpus.tokenizer == PretrainedTokenizer(path=f"{beside}/tok")
-    assert recipe.corpus.path == f"{here}/corpora/demo"
-    assert recipe.run_dir == f"{here}/runs/demo"
+    assert books.train == (f"{tmp_path}/x.txt", "s3://b/y.txt")
+    assert code.train == (f"{tmp_path}/z.txt", "s3://bucket/*.jsonl")
+    assert recipe.corpus.tokenizer == PretrainedTokenizer(path=f"{tmp_path}/tok")
+    assert recipe.corpus.path == f"{tmp_path}/c"
+    assert recipe.mixer == ReplayMixer(kind="replay", log=f"{tmp_path}/a.jsonl")
+    assert recipe.model == PretrainedModel(kind="pretrained", path=f"{tmp_path}/m")
+    assert recipe.run_dir == f"{tmp_path}/out/0"
+    assert recipe.tune.proxy == {"data.assign.cost": f"{tmp_path}/p.json"}
 
 
-def test_other_paths_start_at_the_working_directory(file: str, tmp_path: Path) -> None:
-    mixer, model = "mixer={kind: replay, log: a.jsonl}", "model={kind: pretrained, path: m}"
-    recipe = load_recipe(file, [mixer, model])
-    assert recipe.mixer == ReplayMixer(kind="replay", log=str(tmp_path / "a.jsonl"))
-    assert recipe.model == PretrainedModel(kind="pretrained", path=str(tmp_path / "m"))
+def test_names_of_the_hub_are_no_paths_unless_there_is_a_directory(
+    file: str, tmp_path: Path
+) -> None:
+    names = ["corpus.tokenizer=gpt2", "model={kind: pretrained, path: Qwen/Qwen3-0.6B}"]
+    recipe = load_recipe(file, names)
+    assert recipe.corpus.tokenizer == PretrainedTokenizer(path="hf://gpt2")
+    assert recipe.model == PretrainedModel(kind="pretrained", path="hf://Qwen/Qwen3-0.6B")
+    # Once resolved they stay names, whatever lies in another working directory.
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-0.6B").mkdir(parents=True)
+    assert load_recipe(recipe) == recipe
+    there = load_recipe(file, names)
+    assert there.corpus.tokenizer == PretrainedTokenizer(path=f"{tmp_path}/gpt2")
+    model = there.model
+    assert isinstance(model, PretrainedModel)
+    assert model.path == f"{tmp_path}/Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize("path", ["a/b/c", "./gpt2", "tok.json", "a--b", "a..b", "-a/b", "é", "a "])
+def test_other_words_are_paths(file: str, path: str, tmp_path: Path) -> None:
+    recipe = load_recipe(file, [f"corpus.tokenizer={{path: '{path}'}}"])
+    expected = os.path.normpath(tmp_path / path)
+    assert recipe.corpus.tokenizer == PretrainedTokenizer(path=expected)
 
 
 @pytest.mark.parametrize("path", ["s3://b/x", "gs://b/x/*.parquet", "file:///x", "/x"])
@@ -90,8 +164,7 @@ def test_a_directory_with_magic_characters_is_taken_literally(tmp_path: Path) ->
     (tmp_path / "a[1]{x}").mkdir()
     recipe = load_recipe(write(tmp_path / "a[1]{x}" / "r.yaml"))
     assert recipe.corpus.domains[0].train[0].endswith("a[[]1]{x}/data/books.parquet")
-    os.chdir(tmp_path / "a[1]{x}")
-    assert load_recipe("r.yaml").run_dir == str(tmp_path / "a[1]{x}" / "runs" / "demo")
+    assert recipe.run_dir == str(tmp_path / "a[1]{x}" / "runs" / "demo")
 
 
 def test_home_is_filled_in(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
