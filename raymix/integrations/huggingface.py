@@ -10,6 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from raymix.integrations._versions import require
+
+require("transformers", ">=5,<6", "raymix[huggingface]")
+
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 

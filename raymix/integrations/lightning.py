@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from raymix.integrations._versions import require
+
+require("lightning", ">=2.6,<3", "raymix[lightning]")
+
 import lightning.pytorch as pl
 
 from raymix.errors import TrainingError

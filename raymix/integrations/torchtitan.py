@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from raymix.integrations._versions import require
+
+require("torchtitan", ">=0.3,<0.4", "torchtitan==0.3.0")
+
 from torchtitan.components.dataloader import BaseDataLoader
 
 from raymix.errors import TrainingError
