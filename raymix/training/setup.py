@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from raymix.errors import RecipeError
 from raymix.mixers import GRADIENT_STATISTICS, Mixer, build_mixer
-from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
+from raymix.recipe import DocumentData, PackedData, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
 from raymix.streaming.batches.assign import Assignments, assign_locally
@@ -35,16 +35,17 @@ from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
 from raymix.training.model.hf_model import (
     CorpusFacts,
     ModelTraits,
-    build_model,
     measure_model,
     probe_model,
 )
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
+from raymix.training.model.run_model import run_model
 from raymix.training.plan.mixer_context import mixer_context
-from raymix.training.run.checkpoint import TrainingState, load_optimizer
+from raymix.training.run.checkpoint import TrainingState
 from raymix.training.run.gauges import cluster_gauges
+from raymix.training.run.optimizer_state import load_optimizer
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.remote_run import (
     STOP_FILE,
@@ -247,10 +248,7 @@ def _model(
     """Return the model, its floating-point operations per token, and its traits."""
     info = corpus.manifest.tokenizer
     facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
-    config = recipe.model
-    if start.checkpoint is not None:
-        config = PretrainedModel(kind="pretrained", path=str(start.checkpoint))
-    model = build_model(config, facts, seed=recipe.seed)
+    model = run_model(recipe, facts, start.checkpoint)
     flops = measure_model(model, facts.sequence_length).flops_per_token
     traits = probe_model(model)
     # Packed rows of documents that attend to each other train on a wrong objective without any

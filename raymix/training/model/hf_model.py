@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from raymix.context_parallel import (
 )
 from raymix.errors import RecipeError, TrainingError, did_you_mean, format_problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
+from raymix.training.model.lora import add_lora
+from raymix.training.model.optimizer_class import parameter_elements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -55,9 +57,16 @@ class ModelSize:
     """Parameters and arithmetic of a model."""
 
     parameters: int
-    """Trainable parameters; tied ones count once."""
+    """All parameters; tied ones count once."""
+    trained_elements: Mapping[str, int]
+    """Parameters that are trained, by role in `raymix.training.model.optimizer_class`."""
     flops_per_token: float
     """Floating-point operations of forward and backward per token, with causal attention."""
+
+    @property
+    def trainable(self) -> int:
+        """Return the parameters that are trained: of the adapters where there are any, else all."""
+        return sum(self.trained_elements.values())
 
 
 def resolve_config(model: ModelConfig, facts: CorpusFacts) -> PreTrainedConfig:
@@ -239,7 +248,7 @@ def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
     config = resolve_config(model, facts)
     # Tensors on the meta device have shapes and no memory.
     with torch.device("meta"):
-        built = model_from_config(config)
+        built = add_lora(model_from_config(config), model.lora, seed=0)
     return measure_model(built, facts.sequence_length)
 
 
@@ -247,24 +256,35 @@ def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
     """Return parameters and arithmetic of a model on rows of `sequence_length` tokens.
 
     Six operations per parameter that multiplies a token (Kaplan et al. 2020, table 1: forward 2,
-    backward 4), and 6 * layers * width * length for causal attention scores and values.
+    backward 4), and 6 * layers * width * length for causal attention scores and values. Two less
+    per parameter that is not trained: its gradient is not computed.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    every = list(model.parameters())
+    trained = [parameter for parameter in every if parameter.requires_grad]
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     attention = 6.0 * layers * width * sequence_length
-    return ModelSize(parameters, 6.0 * matmul_parameters(model) + attention)
+    products = 4.0 * _in_products(model, every) + 2.0 * _in_products(model, trained)
+    return ModelSize(
+        sum(parameter.numel() for parameter in every),
+        parameter_elements(model),
+        products + attention,
+    )
 
 
 def matmul_parameters(model: PreTrainedModel) -> int:
     """Return the parameters in matrix products with a token: all but lookup tables."""
+    return _in_products(model, list(model.parameters()))
+
+
+def _in_products(model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter]) -> int:
     head = getattr(model.get_output_embeddings(), "weight", None)
     # An embedding that is tied to the head is multiplied there.
-    looked_up = sum(
-        module.weight.numel()
+    looked_up = {
+        id(module.weight)
         for module in model.modules()
         if isinstance(module, torch.nn.Embedding) and module.weight is not head
-    )
-    return sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    }
+    return sum(each.numel() for each in parameters if id(each) not in looked_up)
 
 
 @dataclass(frozen=True, slots=True)

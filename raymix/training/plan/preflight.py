@@ -37,6 +37,11 @@ from raymix.training.model.memory import (
     checkpoint_bytes,
     worker_memory,
 )
+from raymix.training.model.optimizer_class import (
+    check_optimizer,
+    decays_weights,
+    try_optimizer,
+)
 from raymix.training.plan.checks import (
     cap_problems,
     cluster_problems,
@@ -117,7 +122,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         )
     free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     if cost is not None:
-        checks.problems += disk_problems(recipe, checkpoint_bytes(cost.parameters), free)
+        checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
     if checks.problems or mixture is None or cost is None:
         # A dict drops repeated messages and keeps their order: two checks may meet one fault.
         raise RecipeError(*dict.fromkeys(checks.problems))
@@ -142,10 +147,11 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         mixer=mixture.summary,
         segments=tuple(mixture.segments),
         parameters=cost.parameters,
+        trainable=cost.trainable,
         flops_per_token=cost.flops_per_token,
         worker_memory=cost.parts,
         cache_bytes=_cache_bytes(recipe, available),
-        checkpoint_bytes=checkpoint_bytes(cost.parameters),
+        checkpoint_bytes=cost.checkpoint_bytes,
         keep_checkpoints=recipe.train.keep_checkpoints,
         disk_free=free,
         resources=available,
@@ -253,9 +259,12 @@ class _ModelCost:
     """Size, arithmetic and memory of the model."""
 
     parameters: int
+    trainable: int
+    """Parameters that are trained."""
     flops_per_token: float
     parts: tuple[MemoryPart, ...]
     micro_batch_rows: int
+    checkpoint_bytes: int
 
     @classmethod
     def of(
@@ -263,13 +272,21 @@ class _ModelCost:
     ) -> _ModelCost:
         facts = corpus_facts(recipe, corpus)
         size = model_size(recipe.model, facts)
+        optimizer = try_optimizer(recipe.train, on_gpu=shape.on_gpu)
+        check_optimizer(recipe.train, optimizer)
 
         def parts(rows: int) -> tuple[MemoryPart, ...]:
             batch = Batch(rows, shape.row_tokens, shape.bf16, shape.on_gpu)
             if isinstance(recipe.data, DocumentData):
                 batch = replace(batch, documents=True, context_parallel=shape.context_parallel)
-            workers = recipe.cluster.workers
-            return worker_memory(recipe.model, facts, recipe.train, batch, workers=workers)
+            return worker_memory(
+                recipe.model,
+                facts,
+                recipe.train,
+                batch,
+                workers=recipe.cluster.workers,
+                optimizer=optimizer,
+            )
 
         rows, max_rows = recipe.train.micro_batch_rows, max(1, shape.rows_per_worker[1])
         if rows == "auto":
@@ -284,7 +301,14 @@ class _ModelCost:
                 on_gpu=shape.on_gpu,
             )
         rows = min(rows, max_rows)
-        return cls(size.parameters, size.flops_per_token, parts(rows), rows)
+        return cls(
+            size.parameters,
+            size.trainable,
+            size.flops_per_token,
+            parts(rows),
+            rows,
+            checkpoint_bytes(size, optimizer),
+        )
 
 
 def _worker_capacity(recipe: Recipe, available: Resources, *, on_gpu: bool) -> int:
@@ -344,7 +368,9 @@ def _notes(
     recipe: Recipe, sizes: Sequence[DomainSizes], forecast: Forecast, shape: _BatchShape
 ) -> Iterator[str]:
     """Yield warnings about settings that work but may not be intended."""
-    length = recipe.data.sequence_length
+    length, train = recipe.data.sequence_length, recipe.train
+    if train.weight_decay and not decays_weights(train):
+        yield f"{train.optimizer} has no weight decay: train.weight_decay has no effect."
     for index, domain in enumerate(sizes):
         epochs = forecast.read_D[index] / domain.usable
         cap_step = forecast.cap_step_D[index]

@@ -55,6 +55,7 @@ _FREE_FIELDS = (
     "data.accept_changed_corpus",
     "data.assign",
     "data.cache_bytes",
+    "model.lora.export",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
