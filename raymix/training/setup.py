@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from raymix.errors import RecipeError
 from raymix.mixers import GRADIENT_STATISTICS, Mixer, build_mixer
 from raymix.recipe import DocumentData, PackedData, Recipe
 from raymix.signals import adam_preconditioner
@@ -35,6 +34,7 @@ from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
 from raymix.training.model.hf_model import (
     CorpusFacts,
     ModelTraits,
+    isolation_error,
     measure_model,
     probe_model,
 )
@@ -158,6 +158,9 @@ def build_components(
         RaymixError: If model, corpus or checkpoint cannot be used.
     """
     recipe, state = job.recipe, start.state
+    stage = job.run.add_stage if world.is_writer else _ignore
+    at_step = f", from the checkpoint at step {state.step:,}" if state else ""
+    stage(f"building the model{at_step}")
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
     model, flops, traits = _model(recipe, corpus, start)
@@ -203,10 +206,15 @@ def build_components(
         snapshot=control.snapshot,
         on_checkpoint=on_checkpoint,
         stop_requested=stop_requested,
+        stage=stage,
         push=control.push if mixer.needs else None,
         prober=_prober(recipe, corpus, mixer, replica, optimizer, start),
         context_parallel=context_parallel,
     )
+
+
+def _ignore(text: str) -> None:
+    """Say nothing: only one rank speaks."""
 
 
 def _sequence_scheduling(
@@ -254,15 +262,7 @@ def _model(
     # Packed rows of documents that attend to each other train on a wrong objective without any
     # sign of it in the loss.
     if not traits.isolates_documents:
-        raise RecipeError.at(
-            "model.type",
-            model.config.model_type,
-            f"documents packed into one row would see each other in {model.config.model_type}",
-            fix=(
-                "Take a type with rotary or learned positions and plain attention, such as llama, "
-                "qwen3 or gpt2"
-            ),
-        )
+        raise isolation_error(model.config.model_type)
     return model, flops, traits
 
 

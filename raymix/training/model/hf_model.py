@@ -319,6 +319,19 @@ def probe_model(model: PreTrainedModel) -> ModelTraits:
         model.train(was_training)
 
 
+def isolation_error(model_type: str) -> RecipeError:
+    """Return the error of a model in which packed documents attend to each other."""
+    return RecipeError.at(
+        "model.type",
+        model_type,
+        f"documents packed into one row would see each other in {model_type}",
+        fix=(
+            "Take a type with rotary or learned positions and plain attention, such as llama, "
+            "qwen3 or gpt2"
+        ),
+    )
+
+
 @torch.no_grad()
 def switch_attention(model: PreTrainedModel, *, longest: int) -> bool:
     """Switch the model to the attention of `raymix.context_parallel`; return whether it can.

@@ -55,6 +55,7 @@ from raymix.training.plan.checks import (
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
 from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
 from raymix.training.plan.mixer_context import count_steps
+from raymix.training.plan.model_checks import model_notes
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
@@ -120,6 +121,10 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         checks.problems += cap_problems(
             recipe, sizes, mixture.forecast, steps=shape.steps, tokens_per_step=shape.tokens
         )
+    model_says: tuple[str, ...] = ()
+    if mixture is not None and cost is not None:
+        with checks.collect_errors():
+            model_says = model_notes(recipe, corpus_facts(recipe, corpus), mixture.needs)
     free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     if cost is not None:
         checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
@@ -155,7 +160,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         keep_checkpoints=recipe.train.keep_checkpoints,
         disk_free=free,
         resources=available,
-        notes=tuple(_notes(recipe, sizes, mixture.forecast, shape)),
+        notes=(*model_says, *_notes(recipe, sizes, mixture.forecast, shape)),
     )
 
 
@@ -221,6 +226,8 @@ class _Mixture:
 
     summary: str
     """The mixer in words."""
+    needs: frozenset[str]
+    """Statistics that the mixer reads."""
     segments: list[Segment]
     forecast: Forecast
 
@@ -249,9 +256,8 @@ class _Mixture:
         caps = [np.inf if cap is None else cap for cap in max_epochs_by_domain(recipe, sizes)]
         # A cap is a whole number of tokens, never more than the epochs allow.
         cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, sizes, strict=True)])
-        return cls(
-            describe(mixer), segments, forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
-        )
+        tokens = forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
+        return cls(describe(mixer), mixer.needs, segments, tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,16 @@ class RunDirectory:
         """Return the file whose presence asks the workers to stop at the next step."""
         return self.path / ".stop"
 
+    @property
+    def stages(self) -> Path:
+        """Return the file to which rank 0 adds a line per stage before the first step."""
+        return self.path / ".stages"
+
+    def add_stage(self, text: str) -> None:
+        """Add a line to the file of stages."""
+        with self.stages.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
     def recipe(self) -> Recipe:
         """Return the recipe of the run.
 
