@@ -157,10 +157,7 @@ def build_components(
     Raises:
         RaymixError: If model, corpus or checkpoint cannot be used.
     """
-    recipe, state = job.recipe, start.state
-    stage = job.run.add_stage if world.is_writer else _ignore
-    at_step = f", from the checkpoint at step {state.step:,}" if state else ""
-    stage(f"building the model{at_step}")
+    recipe, state, stage = job.recipe, start.state, _stages(job, world, start.state)
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
     model, flops, traits = _model(recipe, corpus, start)
@@ -213,8 +210,13 @@ def build_components(
     )
 
 
-def _ignore(text: str) -> None:
-    """Say nothing: only one rank speaks."""
+def _stages(job: Job, world: World, state: TrainingState | None) -> Callable[[str], None]:
+    """Return the function that says that a stage begins, after it has said so of the first."""
+    # One rank speaks for all.
+    say: Callable[[str], None] = job.run.add_stage if world.is_writer else lambda text: None
+    at_step = f", from the checkpoint at step {state.step:,}" if state else ""
+    say(f"building the model{at_step}")
+    return say
 
 
 def _sequence_scheduling(

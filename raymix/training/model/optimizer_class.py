@@ -160,7 +160,7 @@ def try_optimizer(config: TrainConfig, *, on_gpu: bool = False) -> OptimizerTrai
     from raymix.training.model.optim import build_optimizer
 
     if config.optimizer == "adamw" and not config.optimizer_options:
-        # The default is known. A step would import torch._dynamo, which takes over a second.
+        # The default is known. A step would import torch's compiler, which takes over a second.
         moments = dict.fromkeys(("matrix", "table", "vector"), _TWO_MOMENTS)
         return OptimizerTraits(moments, True, True, True)
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"

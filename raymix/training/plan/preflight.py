@@ -107,13 +107,14 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         else:
             checks.problems += corpus_problems(recipe, corpus)
             sizes = prepared_sizes(corpus, recipe.data)
-    empty = empty_domain_problems(sizes, recipe)
-    checks.problems += empty
+    checks.problems += (empty := empty_domain_problems(sizes, recipe))
     shape = _BatchShape.of(recipe, available)
+    free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     mixture = cost = None
     with checks.collect_errors():
         cost = _ModelCost.of(recipe, corpus, shape, available)
         checks.problems += memory_problems(recipe, cost.parts, available, on_gpu=shape.on_gpu)
+        checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
     with checks.collect_errors():
         # An empty domain has no epochs to forecast; its own message is enough.
         mixture = _Mixture.of(recipe, corpus, sizes, shape) if sizes and not empty else None
@@ -121,13 +122,8 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         checks.problems += cap_problems(
             recipe, sizes, mixture.forecast, steps=shape.steps, tokens_per_step=shape.tokens
         )
-    model_says: tuple[str, ...] = ()
-    if mixture is not None and cost is not None:
         with checks.collect_errors():
-            model_says = model_notes(recipe, corpus_facts(recipe, corpus), mixture.needs)
-    free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
-    if cost is not None:
-        checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
+            checks.model_notes = model_notes(recipe, corpus_facts(recipe, corpus), mixture.needs)
     if checks.problems or mixture is None or cost is None:
         # A dict drops repeated messages and keeps their order: two checks may meet one fault.
         raise RecipeError(*dict.fromkeys(checks.problems))
@@ -160,13 +156,14 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         keep_checkpoints=recipe.train.keep_checkpoints,
         disk_free=free,
         resources=available,
-        notes=(*model_says, *_notes(recipe, sizes, mixture.forecast, shape)),
+        notes=(*checks.model_notes, *_notes(recipe, sizes, mixture.forecast, shape)),
     )
 
 
 @dataclass(slots=True)
 class _Checks:
     problems: list[str] = field(default_factory=list)
+    model_notes: tuple[str, ...] = ()
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
