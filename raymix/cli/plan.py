@@ -136,6 +136,13 @@ def _load(plan: RunPlan) -> str:
     return f"{rows} rows each per step in {passes} of up to {plan.micro_batch_rows}"
 
 
+def _parameters(plan: RunPlan) -> str:
+    """Return the parameters in words, and how many of them are trained where not all are."""
+    if plan.trainable == plan.parameters:
+        return f"{amount(plan.parameters)} parameters"
+    return f"{amount(plan.parameters)} parameters, {amount(plan.trainable)} of them trained"
+
+
 def _facts(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the lines below the tables: a name and what there is to say."""
     batch = f"{plan.rows_per_step:,} rows of {plan.sequence_length:,}"
@@ -161,7 +168,7 @@ def _facts(plan: RunPlan) -> list[tuple[str, str]]:
         ),
         (
             "model",
-            f"{amount(plan.parameters)} parameters, {plan.flops_per_token * plan.tokens:.2g} "
+            f"{_parameters(plan)}, {plan.flops_per_token * plan.tokens:.2g} "
             "floating-point operations in all",
         ),
         # No workers means this process, which needs the memory of one.

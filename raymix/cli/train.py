@@ -39,7 +39,13 @@ def command(
 
     def work() -> dict[str, Any]:
         import os
+        import sys
 
+        from raymix._utils.stages import show_stages, stage
+
+        # On a terminal one live line says the same.
+        show_stages(show=not json and not sys.stdout.isatty())
+        stage("reading the recipe")
         from raymix.training.launch.cluster import thread_environment
 
         # Before the next import, which loads torch: OpenMP reads its variables only then.

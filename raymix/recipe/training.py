@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from raymix.errors import did_you_mean
 from raymix.recipe.base import Fault, Faults, Integer, Number, RecipeModel, default_tag, raise_if
+from raymix.recipe.lora import LoraConfig
 
 Epochs = Annotated[Number, Field(gt=0)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
+
+OPTIMIZERS = ("adamw", "muon")
+"""Names that `train.optimizer` may have; anything else is the path of a class."""
+_CLASS = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+# Arguments of an optimizer that fields of `train` give, by optimizer; "" is any class.
+_OWN_FIELDS = {
+    "adamw": ("lr", "weight_decay", "betas", "eps"),
+    "muon": ("lr", "weight_decay", "betas"),
+    "": ("lr", "weight_decay"),
+}
 
 
 class PackedData(RecipeModel):
@@ -131,6 +144,8 @@ class ConfigModel(RecipeModel):
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of that type's configuration; vocabulary and end token come from the corpus. Left out,
     a llama is a small one; of other types and in what is left out, transformers' defaults hold."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the weights, which stay as they were drawn."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,6 +166,13 @@ class ConfigModel(RecipeModel):
         # allow_inf_nan reaches declared fields only, and this mapping is free-form.
         raise_if(*_infinities(config))
         return config
+
+    @model_validator(mode="after")
+    def _base_is_kept(self) -> ConfigModel:
+        if self.lora is not None and self.lora.export == "adapter":
+            wrong = "the weights below the adapter are random ones that no file holds"
+            raise_if(Fault("lora.export", self.lora.export, wrong, ("Set it to merged",)))
+        return self
 
 
 def _infinities(value: Any, path: str = "") -> list[Fault]:
@@ -178,6 +200,8 @@ class PretrainedModel(RecipeModel):
     as it is now."""
     commit: str | None = Field(default=None, pattern="^[0-9a-f]{40}$")
     """The commit that the revision means; a run fills it in when it starts, and keeps to it."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the checkpoint's own weights; needs peft."""
 
 
 ModelConfig = Annotated[
@@ -203,8 +227,14 @@ class TrainConfig(RecipeModel):
     """Optimizer steps; give this or `tokens`."""
     tokens: Integer | None = Field(default=None, ge=1, le=10**18)
     """Training tokens; rounded up to whole steps."""
+    optimizer: str = "adamw"
+    """`adamw`; `muon`: Muon for the matrices of hidden layers, AdamW for the rest; or
+    `module:Class`, a subclass of torch.optim.Optimizer whose step needs no closure."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the optimizer beyond the fields of this section, by name; for `muon` those of
+    torch.optim.Muon."""
     lr: Number = Field(default=3e-4, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     min_lr_ratio: Number = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -214,7 +244,7 @@ class TrainConfig(RecipeModel):
     decay_ratio: Number = Field(default=0.2, gt=0, le=1)
     """Share of the steps that `wsd` decays over."""
     weight_decay: Number = Field(default=0.1, ge=0)
-    """AdamW's decoupled weight decay; biases and norms are left out."""
+    """Weight decay, decoupled in AdamW and Muon; biases and norms are left out."""
     # 0.95 rather than torch's 0.999, as in the published recipes of large language models.
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moment decay rates."""
@@ -245,9 +275,15 @@ class TrainConfig(RecipeModel):
     probe: ProbeConfig = ProbeConfig()
     """Gradient statistics; measured only for mixers that need them."""
 
+    @field_validator("optimizer_options")
+    @classmethod
+    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+        raise_if(*_infinities(options))
+        return options
+
     @model_validator(mode="after")
     def _rules(self) -> TrainConfig:
-        raise_if(_length_fault(self), _ratio_fault(self))
+        raise_if(_length_fault(self), _ratio_fault(self), *_optimizer_faults(self))
         return self
 
     def uses_bf16(self, *, on_gpu: bool) -> bool:
@@ -274,6 +310,25 @@ def _ratio_fault(train: TrainConfig) -> Fault | None:
         return None
     wrong = f"with warmup_ratio = {train.warmup_ratio:g} more than the whole run"
     return Fault("decay_ratio", train.decay_ratio, wrong, ("Their sum may be at most 1",))
+
+
+def _optimizer_faults(train: TrainConfig) -> list[Fault]:
+    name, faults = train.optimizer, list[Fault]()
+    if name not in OPTIMIZERS and not _CLASS.fullmatch(name):
+        allowed = "Allowed: adamw, muon, or module:Class, such as torch.optim:NAdam"
+        wrong = "not the name of an optimizer"
+        faults.append(Fault("optimizer", name, wrong, (did_you_mean(name, OPTIMIZERS), allowed)))
+    for option in _OWN_FIELDS.get(name, _OWN_FIELDS[""]):
+        if option in train.optimizer_options:
+            value = train.optimizer_options[option]
+            advice = f"Set train.{option}"
+            wrong = "train has a field for it"
+            faults.append(Fault(f"optimizer_options.{option}", value, wrong, (advice,)))
+    # Muon has no second moment, so most parameters would be in another metric than the rest.
+    if name == "muon" and train.probe.precondition == "adam":
+        wrong = "muon has no second moment to take the metric from"
+        faults.append(Fault("probe.precondition", "adam", wrong, ("Set it to none",)))
+    return faults
 
 
 class EvalConfig(RecipeModel):

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from raymix._utils.stages import stage
 from raymix.errors import CorpusError, StorageError
 from raymix.recipe import PretrainedModel, Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
@@ -74,6 +75,7 @@ def train(
     from raymix.corpus.open_or_prepare import open_or_prepare
 
     loaded = load_recipe(recipe)
+    stage("checking recipe, corpus and machine")
     run = open_run(loaded, if_exists)
     # What the Hub lacks is a problem of the plan, which names all of them.
     with suppress(StorageError):
@@ -134,7 +136,8 @@ def _fetch_model(recipe: Recipe, run: RunDirectory) -> None:
 
 def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
     run.write_recipe(recipe)
-    run.stop_request.unlink(missing_ok=True)
+    for leftover in (run.stop_request, run.stages):
+        leftover.unlink(missing_ok=True)
     about = environment(steps=plan.steps, parameters=plan.parameters, workers=plan.workers)
     atomic_write_text(str(run.path / "environment.json"), json.dumps(about, indent=1))
     if run.url is not None:
@@ -159,10 +162,12 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
     ):
         if recipe.cluster.workers:
             progress.waiting("starting or joining Ray")
+            stage("starting or joining Ray")
             with ray_cluster(recipe.cluster):
                 from raymix.training.launch.driver import run_on_ray
 
                 starting = f"{recipe.cluster.workers} workers"
+                stage(f"starting {starting}")
                 watched = partial(watch, run=run, progress=progress, starting=starting)
                 run_on_ray(job, partial(watched, check=check_private_cluster))
         else:

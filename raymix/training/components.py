@@ -52,6 +52,8 @@ class TrainerComponents:
     """Called on every rank after a checkpoint."""
     stop_requested: Callable[[], bool]
     """Whether a clean stop has been requested; read on rank 0 only."""
+    stage: Callable[[str], None]
+    """Says on rank 0 that a stage before the first step begins."""
     push: Callable[[int, DomainStats], None] | None = None
     """Sends the statistics of a window to an adaptive mixer."""
     prober: Prober | None = None

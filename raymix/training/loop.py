@@ -101,7 +101,9 @@ class TrainingLoop:
         """
         components = self._components
         if self._step == 0:
+            components.stage("scoring held-out text")
             self._evaluate()
+        components.stage("reading the first batch")
         self._clock_s = time.perf_counter()
         stopped = False
         while self._step < components.steps and not stopped:

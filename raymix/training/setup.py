@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from raymix.errors import RecipeError
 from raymix.mixers import GRADIENT_STATISTICS, Mixer, build_mixer
-from raymix.recipe import DocumentData, PackedData, PretrainedModel, Recipe
+from raymix.recipe import DocumentData, PackedData, Recipe
 from raymix.signals import adam_preconditioner
 from raymix.store import Corpus
 from raymix.streaming.batches.assign import Assignments, assign_locally
@@ -34,16 +33,18 @@ from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
 from raymix.training.model.hf_model import (
     CorpusFacts,
     ModelTraits,
-    build_model,
+    isolation_error,
     measure_model,
     probe_model,
 )
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
+from raymix.training.model.run_model import run_model
 from raymix.training.plan.mixer_context import mixer_context
-from raymix.training.run.checkpoint import TrainingState, load_optimizer
+from raymix.training.run.checkpoint import TrainingState
 from raymix.training.run.gauges import cluster_gauges
+from raymix.training.run.optimizer_state import load_optimizer
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.remote_run import (
     STOP_FILE,
@@ -157,7 +158,7 @@ def build_components(
     Raises:
         RaymixError: If model, corpus or checkpoint cannot be used.
     """
-    recipe, state = job.recipe, start.state
+    recipe, state, stage = job.recipe, start.state, _stages(job, world, start.state)
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
     model, flops, traits = _model(recipe, corpus, start)
@@ -203,10 +204,20 @@ def build_components(
         snapshot=control.snapshot,
         on_checkpoint=on_checkpoint,
         stop_requested=stop_requested,
+        stage=stage,
         push=control.push if mixer.needs else None,
         prober=_prober(recipe, corpus, mixer, replica, optimizer, start),
         context_parallel=context_parallel,
     )
+
+
+def _stages(job: Job, world: World, state: TrainingState | None) -> Callable[[str], None]:
+    """Return the function that says that a stage begins, after it has said so of the first."""
+    # One rank speaks for all.
+    say: Callable[[str], None] = job.run.add_stage if world.is_writer else lambda text: None
+    at_step = f", from the checkpoint at step {state.step:,}" if state else ""
+    say(f"building the model{at_step}")
+    return say
 
 
 def _sequence_scheduling(
@@ -248,24 +259,13 @@ def _model(
     """Return the model, its floating-point operations per token, and its traits."""
     info = corpus.manifest.tokenizer
     facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
-    config = recipe.model
-    if start.checkpoint is not None:
-        config = PretrainedModel(kind="pretrained", path=str(start.checkpoint))
-    model = build_model(config, facts, seed=recipe.seed)
+    model = run_model(recipe, facts, start.checkpoint)
     flops = measure_model(model, facts.sequence_length).flops_per_token
     traits = probe_model(model)
     # Packed rows of documents that attend to each other train on a wrong objective without any
     # sign of it in the loss.
     if not traits.isolates_documents:
-        raise RecipeError.at(
-            "model.type",
-            model.config.model_type,
-            f"documents packed into one row would see each other in {model.config.model_type}",
-            fix=(
-                "Take a type with rotary or learned positions and plain attention, such as llama, "
-                "qwen3 or gpt2"
-            ),
-        )
+        raise isolation_error(model.config.model_type)
     return model, flops, traits
 
 

@@ -15,11 +15,26 @@ from raymix.recipe import PretrainedModel, Recipe, load_recipe
 from raymix.recipe.paths import PathField, is_url, map_paths
 from raymix.training.evaluate.checkpoint_ref import CheckpointRef, find_checkpoint
 from raymix.training.host.environment import raymix_version
+from raymix.training.model.lora import is_adapter, merge_lora
+from raymix.training.model.run_model import checkpoint_facts, run_model
 from raymix.training.run.checkpoint import disk_full
 from raymix.training.summary import summary
 
 # Twice the size of the weights, and of use only to resume a run.
 _TRAINING_FILES = ("optimizer.safetensors", "state.json")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_USE_MODEL = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH)
+"""
+_USE_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained(BASE)  # the model that the recipe names
+model = PeftModel.from_pretrained(base, PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH)
+"""
 
 
 def export(path: str | Path, out: str | Path) -> dict[str, Any]:
@@ -42,10 +57,16 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
+        adapter = _adapter_export(reference)
+        left_out = {*_TRAINING_FILES, *(_ADAPTER_FILES if adapter == "merged" else ())}
+        # peft's directories have none: the model's configuration is that of the base.
+        left_out |= {"config.json"} if adapter == "adapter" else set()
         for file in sorted(reference.checkpoint.iterdir()):
-            if file.is_file() and file.name not in _TRAINING_FILES:
+            if file.is_file() and file.name not in left_out:
                 shutil.copyfile(file, temporary / file.name)
-        limit_tokenizer(temporary / "tokenizer_config.json", _longest(reference, temporary))
+        if adapter == "merged":
+            _save_merged(reference, temporary)
+        limit_tokenizer(temporary / "tokenizer_config.json", _longest(reference))
         (temporary / "README.md").write_text(_card(reference), encoding="utf-8")
         # `rmdir` and not `rmtree`: it refuses a directory that has been filled meanwhile.
         if directory.exists():
@@ -62,13 +83,13 @@ def export(path: str | Path, out: str | Path) -> dict[str, Any]:
     }
 
 
-def _longest(reference: CheckpointRef, directory: Path) -> int | None:
+def _longest(reference: CheckpointRef) -> int | None:
     """Return the tokens that the model takes: the rows it was trained on, or as many as before."""
     recipe = reference.run.recipe() if reference.run else None
     if recipe is not None and not isinstance(recipe.model, PretrainedModel):
         return recipe.data.sequence_length
     # Trained on from a checkpoint: short rows do not make it forget the longer ones.
-    longest = parse_json((directory / "config.json").read_text("utf-8")).get(
+    longest = parse_json((reference.checkpoint / "config.json").read_text("utf-8")).get(
         "max_position_embeddings"
     )
     return longest if isinstance(longest, int) else None
@@ -87,10 +108,29 @@ def _file_name(path: str, field: PathField) -> str:
     return path.rstrip("/").rpartition("/")[2] if local else path
 
 
+def _adapter_export(reference: CheckpointRef) -> str | None:
+    """Return `model.lora.export` of a checkpoint that is an adapter; None for a whole model."""
+    if not is_adapter(reference.checkpoint):
+        return None
+    lora = reference.run.recipe().model.lora if reference.run is not None else None
+    return lora.export if lora is not None else "adapter"
+
+
+def _save_merged(reference: CheckpointRef, directory: Path) -> None:
+    """Write the model of a run, with the updates of its adapters added, to `directory`."""
+    assert reference.run is not None
+    recipe = reference.run.recipe()
+    facts = checkpoint_facts(recipe, reference.checkpoint)
+    model = run_model(recipe, facts, reference.checkpoint)
+    merge_lora(model)
+    model.save_pretrained(directory)
+
+
 def _card(reference: CheckpointRef) -> str:
     """Return the model card: training data, held-out losses, recipe and use."""
+    adapter = _adapter_export(reference) == "adapter"
     head = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["raymix"],
         "license": "other",
@@ -117,11 +157,7 @@ def _card(reference: CheckpointRef) -> str:
         "## Recipe\n",
         f"```yaml\n{_shown_recipe(given)}```\n",
         "## Use\n",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(PATH)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(PATH)\n"
-        "```\n",
+        f"```python\n{_USE_ADAPTER if adapter else _USE_MODEL}```\n",
         # Users who pack rows without that mask, or add a start token, get other losses than these.
         f"Rows of {recipe.data.sequence_length:,} tokens; documents did not see each other, and "
         "each began at position 0 without a token before its first.\n",

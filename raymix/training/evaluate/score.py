@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,8 +14,13 @@ from raymix.training.evaluate.checkpoint_ref import find_checkpoint
 from raymix.training.evaluate.held_out import Evaluator, HeldOutRows, LossTable, held_out_rows
 from raymix.training.host.device import quiet_libraries, use_threads
 from raymix.training.model.hf_model import CorpusFacts, build_model, probe_model
+from raymix.training.model.lora import is_adapter
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.parallel import SingleReplica, World
+from raymix.training.model.run_model import checkpoint_facts, run_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MICRO_BATCH_ROWS = 8
 
@@ -43,7 +48,12 @@ def score(
         sequence_length=recipe.data.sequence_length,
         rows_per_domain=rows_per_domain or recipe.eval.rows_per_domain,
     )
-    table = score_checkpoint(rows, reference.checkpoint, corpus)
+    if reference.run is not None and is_adapter(reference.checkpoint):
+        own = reference.run.recipe()
+        facts = checkpoint_facts(own, reference.checkpoint)
+        table = _score(rows, run_model(own, facts, reference.checkpoint), corpus, threads=None)
+    else:
+        table = score_checkpoint(rows, reference.checkpoint, corpus)
     return {
         "checkpoint": reference.where,
         "step": reference.state.step if reference.state else None,
@@ -68,12 +78,18 @@ def score_checkpoint(
     Raises:
         RaymixError: If the model cannot be loaded, or does not fit the corpus.
     """
-    quiet_libraries()
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    use_threads(threads, world)
     info, length = corpus.manifest.tokenizer, rows.tokens.shape[1]
     facts = CorpusFacts(info.vocab_size, info.eos_id, length)
     model = build_model(PretrainedModel(kind="pretrained", path=str(checkpoint)), facts, seed=0)
+    return _score(rows, model, corpus, threads=threads)
+
+
+def _score(
+    rows: HeldOutRows, model: PreTrainedModel, corpus: Corpus, *, threads: int | None
+) -> LossTable:
+    quiet_libraries()
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    use_threads(threads, world)
     loss = PackedLoss(model, linear_head=probe_model(model).linear_head).to(world.device)
     evaluator = Evaluator(corpus, rows, world=world, micro_batch_rows=_MICRO_BATCH_ROWS)
     # float32 also for runs in bf16, so that losses of different machines can be compared.

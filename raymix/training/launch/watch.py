@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from raymix._utils.stages import stage
 from raymix.training.run.progress import RunProgress
 from raymix.training.run.rundir import RunDirectory
 
@@ -43,10 +44,11 @@ def watch(
     with count_interrupts() as pressed:
         thread = BackgroundWork(work)
         start_s = time.monotonic()
-        stop_requested = False
+        stop_requested, shown = False, 0
         while not thread.wait(_POLL_S):
             progress.poll()
             check()
+            shown = _show_stages(run, shown)
             progress.waiting(f"starting {starting} ({time.monotonic() - start_s:.0f} s)")
             # Before the first step there is nothing to save.
             if pressed() > 1 or (pressed() and progress.last_step is None):
@@ -56,7 +58,21 @@ def watch(
                 # A file, because the workers may be on other machines; rank 0 polls for it.
                 run.stop_request.touch()
                 progress.say("Stopping with a checkpoint; Ctrl-C again stops at once.")
+        _show_stages(run, shown)
     thread.end()
+
+
+def _show_stages(run: RunDirectory, shown: int) -> int:
+    """Print the stages of rank 0 beyond the first `shown`; return how many there are."""
+    # A file, because rank 0 may be on another machine. A run at a URL has a directory on each, so
+    # its worker's stages are not seen here.
+    try:
+        lines = run.stages.read_text("utf-8").splitlines()
+    except OSError:
+        return shown
+    for line in lines[shown:]:
+        stage(line)
+    return len(lines)
 
 
 class BackgroundWork:

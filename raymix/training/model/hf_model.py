@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raymix._utils.formatting import one_line
 from raymix.context_parallel import (
     ContextParallelGroups,
     DocumentPart,
@@ -29,6 +30,8 @@ from raymix.context_parallel import (
 from raymix.errors import RecipeError, TrainingError, did_you_mean, format_problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 from raymix.store.remote.hub import fetch_config, fetch_model
+from raymix.training.model.lora import add_lora
+from raymix.training.model.optimizer_class import parameter_elements
 from raymix.training.run.pinned_model import pretrained_repo
 
 if TYPE_CHECKING:
@@ -57,9 +60,16 @@ class ModelSize:
     """Parameters and arithmetic of a model."""
 
     parameters: int
-    """Trainable parameters; tied ones count once."""
+    """All parameters; tied ones count once."""
+    trained_elements: Mapping[str, int]
+    """Parameters that are trained, by role in `raymix.training.model.optimizer_class`."""
     flops_per_token: float
     """Floating-point operations of forward and backward per token, with causal attention."""
+
+    @property
+    def trainable(self) -> int:
+        """Return the parameters that are trained: of the adapters where there are any, else all."""
+        return sum(self.trained_elements.values())
 
 
 def resolve_config(model: ModelConfig, facts: CorpusFacts) -> PreTrainedConfig:
@@ -157,7 +167,7 @@ def _recipe_errors(path: str, value: object) -> Iterator[None]:
         yield
     # It divides by, looks up and calls the given values, so an error may be of any type.
     except Exception as error:
-        raise RecipeError.at(path, value, _one_line(error)) from error
+        raise RecipeError.at(path, value, one_line(error)) from error
 
 
 def _check_fit(config: PreTrainedConfig, facts: CorpusFacts, path: str) -> None:
@@ -204,7 +214,7 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
             torch.manual_seed(seed)
             built = model_from_config(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise RecipeError.at("model.config", model.config, _one_line(error)) from error
+        raise RecipeError.at("model.config", model.config, one_line(error)) from error
     return built.train()
 
 
@@ -241,7 +251,7 @@ def load_model(path: str | Path) -> PreTrainedModel:
     # Any of a dozen libraries may object to the files.
     except Exception as error:
         raise RecipeError.at(
-            "model.path", str(path), f"cannot be loaded: {_one_line(error)}"
+            "model.path", str(path), f"cannot be loaded: {one_line(error)}"
         ) from error
     return loaded.train()
 
@@ -251,7 +261,7 @@ def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
     config = resolve_config(model, facts)
     # Tensors on the meta device have shapes and no memory.
     with torch.device("meta"):
-        built = model_from_config(config)
+        built = add_lora(model_from_config(config), model.lora, seed=0)
     return measure_model(built, facts.sequence_length)
 
 
@@ -259,24 +269,35 @@ def measure_model(model: PreTrainedModel, sequence_length: int) -> ModelSize:
     """Return parameters and arithmetic of a model on rows of `sequence_length` tokens.
 
     Six operations per parameter that multiplies a token (Kaplan et al. 2020, table 1: forward 2,
-    backward 4), and 6 * layers * width * length for causal attention scores and values.
+    backward 4), and 6 * layers * width * length for causal attention scores and values. Two less
+    per parameter that is not trained: its gradient is not computed.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    every = list(model.parameters())
+    trained = [parameter for parameter in every if parameter.requires_grad]
     width, layers = model.config.hidden_size, model.config.num_hidden_layers
     attention = 6.0 * layers * width * sequence_length
-    return ModelSize(parameters, 6.0 * matmul_parameters(model) + attention)
+    products = 4.0 * _in_products(model, every) + 2.0 * _in_products(model, trained)
+    return ModelSize(
+        sum(parameter.numel() for parameter in every),
+        parameter_elements(model),
+        products + attention,
+    )
 
 
 def matmul_parameters(model: PreTrainedModel) -> int:
     """Return the parameters in matrix products with a token: all but lookup tables."""
+    return _in_products(model, list(model.parameters()))
+
+
+def _in_products(model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter]) -> int:
     head = getattr(model.get_output_embeddings(), "weight", None)
     # An embedding that is tied to the head is multiplied there.
-    looked_up = sum(
-        module.weight.numel()
+    looked_up = {
+        id(module.weight)
         for module in model.modules()
         if isinstance(module, torch.nn.Embedding) and module.weight is not head
-    )
-    return sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    }
+    return sum(each.numel() for each in parameters if id(each) not in looked_up)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +330,19 @@ def probe_model(model: PreTrainedModel) -> ModelTraits:
         return ModelTraits(_close(packed_LV, separate_LV), linear)
     finally:
         model.train(was_training)
+
+
+def isolation_error(model_type: str) -> RecipeError:
+    """Return the error of a model in which packed documents attend to each other."""
+    return RecipeError.at(
+        "model.type",
+        model_type,
+        f"documents packed into one row would see each other in {model_type}",
+        fix=(
+            "Take a type with rotary or learned positions and plain attention, such as llama, "
+            "qwen3 or gpt2"
+        ),
+    )
 
 
 @torch.no_grad()
@@ -362,12 +396,3 @@ def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.shape == right.shape and bool(
         torch.allclose(left.float(), right.float(), rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE)
     )
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    message = " ".join(lines)[:400]
-    if isinstance(error, ArithmeticError | LookupError | AttributeError):
-        # Their messages mean little without the type: a KeyError's is the bare key.
-        return f"{type(error).__name__}: {message}"
-    return message or type(error).__name__

@@ -8,8 +8,9 @@ pass are added up, so the count holds for any architecture.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +23,16 @@ from raymix.context_parallel import (
     register,
 )
 from raymix.recipe import ModelConfig, TrainConfig
-from raymix.training.model.hf_model import CorpusFacts, model_from_config, resolve_config
+from raymix.recipe.lora import LoraConfig
+from raymix.training.model.hf_model import (
+    CorpusFacts,
+    ModelSize,
+    model_from_config,
+    resolve_config,
+)
+from raymix.training.model.lora import add_lora
 from raymix.training.model.loss import MAX_LOGIT_BYTES
+from raymix.training.model.optimizer_class import OptimizerTraits, parameter_elements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,6 +55,15 @@ class MemoryPart:
 
     name: str
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Elements of a model's parameters."""
+
+    parameters: int
+    trained_elements: Mapping[str, int]
+    """Of those that are trained, by role in `raymix.training.model.optimizer_class`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +107,13 @@ def auto_micro_batch_rows(
 
 
 def worker_memory(
-    model: ModelConfig, facts: CorpusFacts, train: TrainConfig, batch: Batch, *, workers: int
+    model: ModelConfig,
+    facts: CorpusFacts,
+    train: TrainConfig,
+    batch: Batch,
+    *,
+    workers: int,
+    optimizer: OptimizerTraits,
 ) -> tuple[MemoryPart, ...]:
     """Return the parts of the memory of one worker.
 
@@ -99,18 +123,19 @@ def worker_memory(
         train: The training recipe.
         batch: One forward pass.
         workers: Workers over which FSDP2 shards weights, gradients and optimizer states.
+        optimizer: The optimizer's traits, for its states.
     """
-    parameters, activations = _measure(model, facts, train, batch)
-    weights = parameters * _FP32
-    shard = weights if train.parallel == "ddp" else -(-weights // max(1, workers))
+    sizes, activations = _measure(model, facts, train, batch)
+    ranks = 1 if train.parallel == "ddp" else max(1, workers)
+    trained = sum(sizes.trained_elements.values())
+    states = optimizer.bytes_of(sizes.trained_elements)
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * facts.vocab_size * _FP32,
                  _LOGIT_COPIES * MAX_LOGIT_BYTES)  # fmt: skip
     return (
         MemoryPart("process", _PROCESS_BYTES),
-        MemoryPart("weights", shard),
-        MemoryPart("gradients", shard),
-        # AdamW's two moments.
-        MemoryPart("optimizer", 2 * shard),
+        MemoryPart("weights", -(-sizes.parameters * _FP32 // ranks)),
+        MemoryPart("gradients", -(-trained * _FP32 // ranks)),
+        MemoryPart("optimizer", -(-states // ranks)),
         MemoryPart("activations", activations),
         MemoryPart("gathered keys", _gathered_bytes(model, facts, batch)),
         MemoryPart("logits", logits),
@@ -118,16 +143,16 @@ def worker_memory(
     )
 
 
-def checkpoint_bytes(parameters: int) -> int:
-    """Return the size of one checkpoint: fp32 weights and AdamW's two moments."""
-    return 3 * parameters * _FP32
+def checkpoint_bytes(size: ModelSize, optimizer: OptimizerTraits) -> int:
+    """Return the size of one checkpoint: fp32 weights, of adapters alone if any, and states."""
+    return size.trainable * _FP32 + optimizer.bytes_of(size.trained_elements)
 
 
 def count_memory(config: PreTrainedConfig, batch: Batch) -> int:
     """Return the bytes that a forward pass saves for its backward pass, with a chunk of logits."""
     logits = min(_LOGIT_COPIES * batch.rows * batch.length * config.vocab_size * _FP32,
                  _LOGIT_COPIES * MAX_LOGIT_BYTES)  # fmt: skip
-    saved = _count(config, batch)[1] + logits
+    saved = _count(config, batch, None)[1] + logits
     return saved if batch.on_gpu else int((1 + _HEAP_SLACK) * saved)
 
 
@@ -145,38 +170,61 @@ def _gathered_bytes(model: ModelConfig, facts: CorpusFacts, batch: Batch) -> int
 
 def _measure(
     model: ModelConfig, facts: CorpusFacts, train: TrainConfig, batch: Batch
-) -> tuple[int, int]:
-    """Return the parameters and the bytes that autograd saves for one backward pass."""
+) -> tuple[_Sizes, int]:
+    """Return the model's sizes and the bytes that autograd saves for one backward pass."""
     config = resolve_config(model, facts)
     layers, width = config.num_hidden_layers, config.hidden_size
     # Cached: a comparison plans one run per mixer, all with the same model. A configuration is not
     # hashable, so its JSON with all fields is the key.
-    key = config.to_json_string(use_diff=False), batch
+    adapters = model.lora.model_dump_json() if model.lora is not None else ""
+    key = config.to_json_string(use_diff=False) + adapters, batch
     if key not in _count_cache:
-        _count_cache[key] = _count(config, batch)
-    parameters, saved = _count_cache[key]
+        _count_cache[key] = _count(config, batch, model.lora)
+    sizes, saved = _count_cache[key]
     if train.activation_checkpointing:
         # The inputs of all layers are saved, and one layer at a time is recomputed.
         saved = saved // layers + layers * batch.rows * batch.length * width * _FP32
-    return parameters, saved
+    return sizes, saved
 
 
-_count_cache: dict[tuple[str, Batch], tuple[int, int]] = {}
+_count_cache: dict[tuple[str, Batch], tuple[_Sizes, int]] = {}
 
 
-def _count(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
-    """Return the parameters and the bytes saved for the backward pass without checkpointing."""
+def _count(config: PreTrainedConfig, batch: Batch, lora: LoraConfig | None) -> tuple[_Sizes, int]:
+    """Return the sizes and the bytes saved for the backward pass without checkpointing."""
+    built = None
+    if lora is not None:
+        # Not among fake tensors: peft moves new adapters by `Module.to`, which fails on them.
+        with torch.device("meta"):
+            built = add_lora(model_from_config(config), lora, seed=0)
     with fake_tensors():
-        fake = model_from_config(config).train()
+        fake = (model_from_config(config) if built is None else _on_cpu(built)).train()
         parameters = sum(parameter.numel() for parameter in fake.parameters())
+        sizes = _Sizes(parameters, parameter_elements(fake))
         try:
-            return parameters, _saved_bytes(fake, batch)
+            return sizes, _saved_bytes(fake, batch)
         except Exception:  # noqa: BLE001 - models may read values, which fake tensors do not have
             layers, width = config.num_hidden_layers, config.hidden_size
             inner = getattr(config, "intermediate_size", None) or 4 * width
             # About what a Llama layer saves: norms, attention, gated MLP.
             saved = layers * batch.rows * batch.length * (16 * width + 4 * inner) * _FP32
-            return parameters, saved
+            return sizes, saved
+
+
+def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the meta device with all its tensors on the CPU, without values."""
+    # By identity, as tied parameters must stay one.
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        tables: tuple[Any, Any] = (module._parameters, module._buffers)
+        for tensors in tables:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        empty = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                    tensors[name] = moved.setdefault(id(tensor), empty)
+    return model
 
 
 def _saved_bytes(model: PreTrainedModel, batch: Batch) -> int:

@@ -17,20 +17,16 @@ from raymix.errors import RaymixError, RecipeError
 from raymix.mixers import MixerContext, build_mixer, describe
 from raymix.recipe import (
     ByteTokenizer,
-    ConfigModel,
     DocumentData,
     PackedData,
-    PretrainedModel,
     PretrainedTokenizer,
     Recipe,
-    ScheduleMixer,
     TrainedTokenizer,
 )
 from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus
 from raymix.store.manifest import MANIFEST
 from raymix.store.remote import files
-from raymix.store.remote.hub import fetch_config
 from raymix.training.host.machine import Resources, disk_free, resources
 from raymix.training.model.hf_model import CorpusFacts, model_size
 from raymix.training.model.memory import (
@@ -39,6 +35,10 @@ from raymix.training.model.memory import (
     auto_micro_batch_rows,
     checkpoint_bytes,
     worker_memory,
+)
+from raymix.training.model.optimizer_class import (
+    check_optimizer,
+    try_optimizer,
 )
 from raymix.training.plan.checks import (
     cap_problems,
@@ -53,15 +53,13 @@ from raymix.training.plan.checks import (
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
 from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
 from raymix.training.plan.mixer_context import count_steps
+from raymix.training.plan.model_checks import model_notes
+from raymix.training.plan.notes import plan_notes
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
-from raymix.training.run.pinned_model import pretrained_repo
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.step.document_layout import context_parallel_size, tokens_per_rank
 
-# Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
-_WARN_EPOCHS = 4.0
-_WARN_DROPPED_FRACTION = 0.05
 # Assumed where the workers' GPUs are on other machines: the smallest in common use (T4), so a plan
 # fits on larger ones, too.
 _ASSUMED_GPU_BYTES = 16 * 10**9
@@ -105,13 +103,14 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         else:
             checks.problems += corpus_problems(recipe, corpus)
             sizes = prepared_sizes(corpus, recipe.data)
-    empty = empty_domain_problems(sizes, recipe)
-    checks.problems += empty
+    checks.problems += (empty := empty_domain_problems(sizes, recipe))
     shape = _BatchShape.of(recipe, available)
+    free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     mixture = cost = None
     with checks.collect_errors():
         cost = _ModelCost.of(recipe, corpus, shape, available)
         checks.problems += memory_problems(recipe, cost.parts, available, on_gpu=shape.on_gpu)
+        checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
     with checks.collect_errors():
         # An empty domain has no epochs to forecast; its own message is enough.
         mixture = _Mixture.of(recipe, corpus, sizes, shape) if sizes and not empty else None
@@ -119,9 +118,8 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         checks.problems += cap_problems(
             recipe, sizes, mixture.forecast, steps=shape.steps, tokens_per_step=shape.tokens
         )
-    free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
-    if cost is not None:
-        checks.problems += disk_problems(recipe, checkpoint_bytes(cost.parameters), free)
+        with checks.collect_errors():
+            checks.model_notes = model_notes(recipe, corpus_facts(recipe, corpus), mixture.needs)
     if checks.problems or mixture is None or cost is None:
         # A dict drops repeated messages and keeps their order: two checks may meet one fault.
         raise RecipeError(*dict.fromkeys(checks.problems))
@@ -146,20 +144,27 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         mixer=mixture.summary,
         segments=tuple(mixture.segments),
         parameters=cost.parameters,
+        trainable=cost.trainable,
         flops_per_token=cost.flops_per_token,
         worker_memory=cost.parts,
         cache_bytes=_cache_bytes(recipe, available),
-        checkpoint_bytes=checkpoint_bytes(cost.parameters),
+        checkpoint_bytes=cost.checkpoint_bytes,
         keep_checkpoints=recipe.train.keep_checkpoints,
         disk_free=free,
         resources=available,
-        notes=tuple(_notes(recipe, sizes, mixture.forecast, shape, cost)),
+        notes=(
+            *checks.model_notes,
+            *plan_notes(
+                recipe, sizes, mixture.forecast, steps=shape.steps, parameters=cost.parameters
+            ),
+        ),
     )
 
 
 @dataclass(slots=True)
 class _Checks:
     problems: list[str] = field(default_factory=list)
+    model_notes: tuple[str, ...] = ()
 
     @contextmanager
     def collect_errors(self) -> Iterator[None]:
@@ -219,6 +224,8 @@ class _Mixture:
 
     summary: str
     """The mixer in words."""
+    needs: frozenset[str]
+    """Statistics that the mixer reads."""
     segments: list[Segment]
     forecast: Forecast
 
@@ -247,9 +254,8 @@ class _Mixture:
         caps = [np.inf if cap is None else cap for cap in max_epochs_by_domain(recipe, sizes)]
         # A cap is a whole number of tokens, never more than the epochs allow.
         cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, sizes, strict=True)])
-        return cls(
-            describe(mixer), segments, forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
-        )
+        tokens = forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
+        return cls(describe(mixer), mixer.needs, segments, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +263,12 @@ class _ModelCost:
     """Size, arithmetic and memory of the model."""
 
     parameters: int
+    trainable: int
+    """Parameters that are trained."""
     flops_per_token: float
     parts: tuple[MemoryPart, ...]
     micro_batch_rows: int
+    checkpoint_bytes: int
 
     @classmethod
     def of(
@@ -267,13 +276,21 @@ class _ModelCost:
     ) -> _ModelCost:
         facts = corpus_facts(recipe, corpus)
         size = model_size(recipe.model, facts)
+        optimizer = try_optimizer(recipe.train, on_gpu=shape.on_gpu)
+        check_optimizer(recipe.train, optimizer)
 
         def parts(rows: int) -> tuple[MemoryPart, ...]:
             batch = Batch(rows, shape.row_tokens, shape.bf16, shape.on_gpu)
             if isinstance(recipe.data, DocumentData):
                 batch = replace(batch, documents=True, context_parallel=shape.context_parallel)
-            workers = recipe.cluster.workers
-            return worker_memory(recipe.model, facts, recipe.train, batch, workers=workers)
+            return worker_memory(
+                recipe.model,
+                facts,
+                recipe.train,
+                batch,
+                workers=recipe.cluster.workers,
+                optimizer=optimizer,
+            )
 
         rows, max_rows = recipe.train.micro_batch_rows, max(1, shape.rows_per_worker[1])
         if rows == "auto":
@@ -288,7 +305,14 @@ class _ModelCost:
                 on_gpu=shape.on_gpu,
             )
         rows = min(rows, max_rows)
-        return cls(size.parameters, size.flops_per_token, parts(rows), rows)
+        return cls(
+            size.parameters,
+            size.trainable,
+            size.flops_per_token,
+            parts(rows),
+            rows,
+            checkpoint_bytes(size, optimizer),
+        )
 
 
 def _worker_capacity(recipe: Recipe, available: Resources, *, on_gpu: bool) -> int:
@@ -342,50 +366,3 @@ def _cache_bytes(recipe: Recipe, available: Resources) -> int:
         return 0
     size = recipe.data.cache_bytes
     return int(AUTO_CACHE_SHARE * available.object_store_bytes) if size == "auto" else size
-
-
-def _model_notes(recipe: Recipe, parameters: int) -> list[str]:
-    """Return a line on a model that the recipe does not give, or on one of the Hub."""
-    model = recipe.model
-    if isinstance(model, ConfigModel) and model.is_default:
-        return [
-            f"model: none given; a small llama of {parameters:,} parameters is trained. Set "
-            "model.config or model.path for another."
-        ]
-    repo = pretrained_repo(model) if isinstance(model, PretrainedModel) else None
-    if repo is None:
-        return []
-    return [f"model: {repo.name} of the Hub, commit {fetch_config(repo).parent.name}"]
-
-
-def _notes(
-    recipe: Recipe,
-    sizes: Sequence[DomainSizes],
-    forecast: Forecast,
-    shape: _BatchShape,
-    cost: _ModelCost,
-) -> Iterator[str]:
-    """Yield warnings about settings that work but may not be intended."""
-    yield from _model_notes(recipe, cost.parameters)
-    length = recipe.data.sequence_length
-    for index, domain in enumerate(sizes):
-        epochs = forecast.read_D[index] / domain.usable
-        cap_step = forecast.cap_step_D[index]
-        if np.isfinite(cap_step) and cap_step < shape.steps:
-            step = int(cap_step)
-            yield f"{domain.name} reaches its max_epochs at step {step:,}; the others take over."
-        elif epochs > _WARN_EPOCHS:
-            yield f"{domain.name} is read {epochs:.1f} times; data.max_epochs would cap that."
-        if domain.dropped > _WARN_DROPPED_FRACTION * domain.tokens:
-            packed = isinstance(recipe.data, PackedData)
-            reason = "do not fill rows" if packed else "are beyond the longest document"
-            yield (
-                f"{domain.dropped:,} of {domain.tokens:,} tokens of {domain.name} are never read: "
-                f"they {reason} of {length:,} tokens."
-            )
-        if domain.valid_tokens < length:
-            yield f"{domain.name} has less than a row of held-out text: its held-out loss is noisy."
-    if isinstance(recipe.mixer, ScheduleMixer):
-        for number, piece in enumerate(recipe.mixer.pieces):
-            if piece.step >= shape.steps:
-                yield f"mixer.pieces.{number} starts at step {piece.step:,}, after the last step."

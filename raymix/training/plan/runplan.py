@@ -60,6 +60,8 @@ class RunPlan:
     segments: tuple[Segment, ...]
     """The requested shares, in order of steps."""
     parameters: int
+    trainable: int
+    """Parameters that are trained: those of the adapters with `model.lora`, else all."""
     flops_per_token: float
     worker_memory: tuple[MemoryPart, ...]
     cache_bytes: int
@@ -113,6 +115,7 @@ class RunPlan:
             "sharing": self.context_parallel,
             "accumulation": self.accumulation,
             "parameters": self.parameters,
+            "trainable_parameters": self.trainable,
             "flops": self.flops_per_token * self.tokens,
             "memory_bytes": self.memory_bytes,
             "worker_memory_bytes": {part.name: part.bytes for part in self.worker_memory},

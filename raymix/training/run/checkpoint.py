@@ -2,7 +2,9 @@
 
 ```
 checkpoints/step-00000100/config.json, model.safetensors, tokenizer files
-checkpoints/step-00000100/optimizer.safetensors     `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`
+checkpoints/step-00000100/optimizer.safetensors     see `raymix.training.run.optimizer_state`
+checkpoints/step-00000100/adapter_config.json, adapter_model.safetensors     with `model.lora`,
+                                                     instead of model.safetensors
 checkpoints/step-00000100/state.json                 the rest, and the size of every other file
 ```
 
@@ -20,20 +22,28 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from raymix._utils.json import parse_json
 from raymix.errors import RecipeError, TrainingError
 from raymix.store.remote import files
-from raymix.training.model.parallel import Replica, full_tensors, shard_like
+from raymix.training.model.lora import has_adapters, save_adapter
+from raymix.training.model.parallel import Replica, full_tensors
+from raymix.training.run.optimizer_state import (
+    OPTIMIZER_FILE,
+    optimizer_metadata,
+    optimizer_tensors,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FORMAT = 1
 STATE_FILE = "state.json"
 """The file that makes a directory a checkpoint."""
-_OPTIMIZER = "optimizer.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +98,20 @@ def save_checkpoint(
     final = directory / checkpoint_name(state.step)
     model = replica.model.model
     # Collectives under FSDP2: every rank takes part before all but the writer return.
-    weights = full_tensors(model.state_dict(), replica.world)
-    moments = full_tensors(_optimizer_tensors(replica, optimizer), replica.world)
+    weights = full_tensors(_saved_weights(model), replica.world)
+    moments = full_tensors(optimizer_tensors(replica, optimizer), replica.world)
     if not replica.world.is_writer:
         return final
     # In the same directory, because a rename is atomic only within one file system.
     temporary = directory / f".{final.name}.{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, state_dict=weights)
-        save_file(moments, temporary / _OPTIMIZER)
+        if has_adapters(model):
+            save_adapter(model, weights, temporary)
+        else:
+            model.save_pretrained(temporary, state_dict=weights)
+        metadata = optimizer_metadata(replica, optimizer)
+        save_file(moments, temporary / OPTIMIZER_FILE, metadata=metadata)
         _copy_tokenizer(tokenizer_path, temporary)
         sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
         # Nothing is fsynced: after a power failure the rename may be on disk and the data not. The
@@ -112,6 +126,15 @@ def save_checkpoint(
         raise disk_full(error, directory) from error
     _remove_old(directory, keep)
     return final
+
+
+def _saved_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint holds: of a model with adapters only these."""
+    state = model.state_dict()
+    if not has_adapters(model):
+        return state
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def disk_full(error: Exception, directory: Path) -> Exception:
@@ -192,38 +215,6 @@ def newest_checkpoint(
             if note is not None:
                 note(f"skipped {error}")
     return None
-
-
-def load_optimizer(checkpoint: Path, replica: Replica, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer state in `checkpoint`, placed and sharded as the parameters are.
-
-    Raises:
-        TrainingError: If the file does not fit the model.
-    """
-    tensors = load_file(checkpoint / _OPTIMIZER)
-    # By parameter name. `Optimizer.load_state_dict` goes by position in the parameter groups, which
-    # would tie a checkpoint to their order.
-    for name, parameter in replica.model.model.named_parameters():
-        if f"{name}.step" not in tensors:
-            raise TrainingError.at("checkpoint", str(checkpoint), f"no moments of {name}")
-        step = tensors[f"{name}.step"]
-        # The fused kernel reads the step count on the GPU; the others would synchronize for it.
-        fused_on_gpu = parameter.is_cuda and optimizer.defaults.get("fused")
-        optimizer.state[parameter] = {
-            "step": step.to(parameter.device) if fused_on_gpu else step,
-            "exp_avg": shard_like(tensors[f"{name}.exp_avg"], parameter),
-            "exp_avg_sq": shard_like(tensors[f"{name}.exp_avg_sq"], parameter),
-        }
-
-
-def _optimizer_tensors(
-    replica: Replica, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in replica.model.model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
 
 
 def _fields(state: TrainingState) -> dict[str, Any]:

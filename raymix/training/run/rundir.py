@@ -55,6 +55,7 @@ _FREE_FIELDS = (
     "data.accept_changed_corpus",
     "data.assign",
     "data.cache_bytes",
+    "model.lora.export",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
@@ -131,6 +132,16 @@ class RunDirectory:
     def stop_request(self) -> Path:
         """Return the file whose presence asks the workers to stop at the next step."""
         return self.path / ".stop"
+
+    @property
+    def stages(self) -> Path:
+        """Return the file to which rank 0 adds a line per stage before the first step."""
+        return self.path / ".stages"
+
+    def add_stage(self, text: str) -> None:
+        """Add a line to the file of stages."""
+        with self.stages.open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
 
     def recipe(self) -> Recipe:
         """Return the recipe of the run.

@@ -205,6 +205,14 @@ def _setting(
             "a specialist is one process here, whose model cannot be sharded",
             fix="Set train.parallel: ddp, and a model that fits one process",
         )
+    lora = recipe.model.lora or tuned.model.lora
+    if lora is not None:
+        raise RecipeError.at(
+            "model.lora",
+            lora.model_dump(exclude_defaults=True),
+            "bases and specialists are merged here as whole models",
+            fix="Leave it out, or merge adapters that `raymix train` made with `raymix merge`",
+        )
     methods = config.methods or METHODS
     _check_methods(methods)
     names = [domain.name for domain in recipe.corpus.domains]

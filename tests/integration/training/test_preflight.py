@@ -22,6 +22,7 @@ from raymix.training.host import machine
 from raymix.training.host.machine import Resources
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.memory import Batch, auto_micro_batch_rows, worker_memory
+from raymix.training.model.optimizer_class import try_optimizer
 from raymix.training.plan import preflight
 from raymix.training.plan.runplan import RunPlan
 from tests.support.corpora import labeled_domain, write_corpus
@@ -341,7 +342,14 @@ def test_memory_grows_with_what_it_should() -> None:
 
     def parts(rows: int, *, bf16: bool = False, **train: Any) -> dict[str, int]:
         config = TrainConfig(steps=1, **train)
-        memory_parts = worker_memory(model, facts, config, Batch(rows, 64, bf16), workers=2)
+        memory_parts = worker_memory(
+            model,
+            facts,
+            config,
+            Batch(rows, 64, bf16),
+            workers=2,
+            optimizer=try_optimizer(config),
+        )
         return {part.name: part.bytes for part in memory_parts}
 
     one, four = parts(1), parts(4)
@@ -360,7 +368,10 @@ def test_activations_are_those_that_autograd_keeps(kind: str) -> None:
 
     sizes = TINY if kind == "llama" else {"n_embd": 32, "n_layer": 2, "n_head": 2}
     model, facts = ConfigModel(type=kind, config=sizes), CorpusFacts(512, 0, 64)
-    memory_parts = worker_memory(model, facts, TrainConfig(steps=1), Batch(3, 64, False), workers=1)
+    train = TrainConfig(steps=1)
+    memory_parts = worker_memory(
+        model, facts, train, Batch(3, 64, False), workers=1, optimizer=try_optimizer(train)
+    )
     real = build_model(model, facts, seed=0)
     own = {p.untyped_storage().data_ptr() for p in real.parameters()}
     saved_tensors: dict[int, torch.Tensor] = {}

@@ -373,7 +373,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     """A file-size limit would hit the whole process; the write that fails is safetensors'."""
     import raymix.training.run.checkpoint as module
 
-    def full(*args: object) -> None:
+    def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     used = recipe(corpus, tmp_path)

@@ -12,7 +12,8 @@ from raymix.recipe import load_recipe
 from tests.support.recipes import document, write
 
 TRAIN_KEYS = (
-    "steps, tokens, lr, min_lr_ratio, schedule, warmup_ratio, decay_ratio, weight_decay, betas, "
+    "steps, tokens, optimizer, optimizer_options, lr, min_lr_ratio, schedule, warmup_ratio, "
+    "decay_ratio, weight_decay, betas, "
     "eps, clip_norm, micro_batch_rows, precision, parallel, compile, activation_checkpointing, "
     "checkpoint_every, checkpoint_minutes, keep_checkpoints, probe_interval, probe"
 )

@@ -1,0 +1,79 @@
+"""Lines below a plan: choices made for the user, and settings that may not be intended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from raymix.recipe import ConfigModel, PackedData, PretrainedModel, Recipe, ScheduleMixer
+from raymix.store.remote.hub import fetch_config
+from raymix.training.model.optimizer_class import decays_weights
+from raymix.training.plan.domain_sizes import DomainSizes
+from raymix.training.plan.forecast import Forecast
+from raymix.training.run.pinned_model import pretrained_repo
+
+# Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
+_WARN_EPOCHS = 4.0
+_WARN_DROPPED_FRACTION = 0.05
+
+
+def plan_notes(
+    recipe: Recipe,
+    sizes: Sequence[DomainSizes],
+    forecast: Forecast,
+    *,
+    steps: int,
+    parameters: int,
+) -> Iterator[str]:
+    """Yield lines on choices made for the user, and on settings that may not be intended.
+
+    Args:
+        recipe: The recipe.
+        sizes: Sizes of the domains.
+        forecast: The tokens that will be read of each.
+        steps: Steps of the run.
+        parameters: Parameters of the model.
+
+    Raises:
+        StorageError: If the model is on the Hub, which cannot be reached.
+    """
+    yield from _model_source(recipe, parameters)
+    length, train = recipe.data.sequence_length, recipe.train
+    if train.weight_decay and not decays_weights(train):
+        yield f"{train.optimizer} has no weight decay: train.weight_decay has no effect."
+    for index, domain in enumerate(sizes):
+        epochs = forecast.read_D[index] / domain.usable
+        cap_step = forecast.cap_step_D[index]
+        if np.isfinite(cap_step) and cap_step < steps:
+            step = int(cap_step)
+            yield f"{domain.name} reaches its max_epochs at step {step:,}; the others take over."
+        elif epochs > _WARN_EPOCHS:
+            yield f"{domain.name} is read {epochs:.1f} times; data.max_epochs would cap that."
+        if domain.dropped > _WARN_DROPPED_FRACTION * domain.tokens:
+            packed = isinstance(recipe.data, PackedData)
+            reason = "do not fill rows" if packed else "are beyond the longest document"
+            yield (
+                f"{domain.dropped:,} of {domain.tokens:,} tokens of {domain.name} are never read: "
+                f"they {reason} of {length:,} tokens."
+            )
+        if domain.valid_tokens < length:
+            yield f"{domain.name} has less than a row of held-out text: its held-out loss is noisy."
+    if isinstance(recipe.mixer, ScheduleMixer):
+        for number, piece in enumerate(recipe.mixer.pieces):
+            if piece.step >= steps:
+                yield f"mixer.pieces.{number} starts at step {piece.step:,}, after the last step."
+
+
+def _model_source(recipe: Recipe, parameters: int) -> list[str]:
+    """Return a line on a model that the recipe does not give, or on one of the Hub."""
+    model = recipe.model
+    if isinstance(model, ConfigModel) and model.is_default:
+        return [
+            f"model: none given; a small llama of {parameters:,} parameters is trained. Set "
+            "model.config or model.path for another."
+        ]
+    repo = pretrained_repo(model) if isinstance(model, PretrainedModel) else None
+    if repo is None:
+        return []
+    return [f"model: {repo.name} of the Hub, commit {fetch_config(repo).parent.name}"]
