@@ -22,7 +22,6 @@ def plan_notes(
     recipe: Recipe,
     sizes: Sequence[DomainSizes],
     forecast: Forecast,
-    *,
     steps: int,
     parameters: int,
 ) -> Iterator[str]:

@@ -96,13 +96,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         RecipeError: If the run cannot work, with one message per reason.
     """
     checks = _Checks(cluster_problems(recipe, available))
-    sizes: list[DomainSizes] = []
-    with checks.collect_errors():
-        if corpus is None:
-            sizes = estimated_sizes(recipe.corpus, recipe.data)
-        else:
-            checks.problems += corpus_problems(recipe, corpus)
-            sizes = prepared_sizes(corpus, recipe.data)
+    sizes = _domain_sizes(recipe, corpus, checks)
     checks.problems += (empty := empty_domain_problems(sizes, recipe))
     shape = _BatchShape.of(recipe, available)
     free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
@@ -154,9 +148,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         resources=available,
         notes=(
             *checks.model_notes,
-            *plan_notes(
-                recipe, sizes, mixture.forecast, steps=shape.steps, parameters=cost.parameters
-            ),
+            *plan_notes(recipe, sizes, mixture.forecast, shape.steps, cost.parameters),
         ),
     )
 
@@ -173,6 +165,16 @@ class _Checks:
             yield
         except RaymixError as error:
             self.problems.extend(error.problems)
+
+
+def _domain_sizes(recipe: Recipe, corpus: Corpus | None, checks: _Checks) -> list[DomainSizes]:
+    """Return the sizes of the domains, or none where their problems have been collected."""
+    with checks.collect_errors():
+        if corpus is None:
+            return estimated_sizes(recipe.corpus, recipe.data)
+        checks.problems += corpus_problems(recipe, corpus)
+        return prepared_sizes(corpus, recipe.data)
+    return []
 
 
 @dataclass(frozen=True, slots=True)

