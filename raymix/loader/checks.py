@@ -8,6 +8,7 @@ from typing import Any
 from raymix.errors import CorpusError, RecipeError, TrainingError
 from raymix.loader.collectives import Collectives
 from raymix.loader.tensors import Layout
+from raymix.mixers import Mixer
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 
@@ -57,6 +58,19 @@ def check_state(state: Mapping[str, Any], recipe: Recipe, corpus: Corpus) -> Non
             fingerprint,
             f"the state is of another corpus than {recipe.corpus.path}",
             fix="Restore that corpus, or set data.accept_changed_corpus",
+        )
+
+
+def check_seek(step: int, steps: int, mixer: Mixer) -> None:
+    """Raise TrainingError for a step that cannot be found without a state."""
+    if not 0 <= step <= steps:
+        raise TrainingError.at("step", step, f"not a step of this run: 0 to {steps}")
+    if step and mixer.needs:
+        raise TrainingError.at(
+            "step",
+            step,
+            "under an adaptive mixer the batches follow from losses, not from the step alone",
+            fix="Save state_dict() with the checkpoint, and load it",
         )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from raymix.errors import TrainingError
-from raymix.loader.checks import STATE_VERSION, check_options, check_ranks, check_state
+from raymix.loader.checks import STATE_VERSION, check_ranks, check_seek, check_state
 from raymix.loader.collectives import Collectives
 from raymix.loader.feedback import Feedback
 from raymix.loader.opening import open_corpus, open_stream, packed_recipe
@@ -24,11 +24,11 @@ from raymix.loader.probe import LoaderProbe, ProbedModel
 from raymix.loader.rank import find_rank
 from raymix.loader.reader import StepReader
 from raymix.loader.step_info import RecentSteps, StepInfo
-from raymix.loader.tensors import Layout, batch_tensors, pinned, variable_length
+from raymix.loader.step_parts import StepParts
+from raymix.loader.tensors import Layout
 from raymix.mixers import Mixer, build_mixer
 from raymix.recipe import RecipeSource, load_recipe
 from raymix.sampling import MixtureLog
-from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 from raymix.training.plan.mixer_context import count_steps, mixer_context
 
 
@@ -81,10 +81,14 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         self.rank, self.world_size = place.rank, place.world_size
         self.steps = count_steps(self.recipe)
         self.micro_batches = micro_batches
-        self._layout: Layout = layout if self.recipe.data.mode == "packed" else "flat"
-        self._varlen, self._pin_memory = varlen, pin_memory and torch.cuda.is_available()
+        self._parts_of_step = StepParts(
+            micro_batches=micro_batches,
+            layout=layout if self.recipe.data.mode == "packed" else "flat",
+            varlen=varlen,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            world_size=self.world_size,
+        )
         self._given_mixer, self._run_dir = mixer, run_dir
-        check_options(micro_batches, self._layout, varlen=varlen)
         self._collectives = Collectives(self.rank, self.world_size, group)
         self._corpus = open_corpus(self.recipe.corpus, self._collectives)
         self._context = mixer_context(self.recipe, self._corpus, steps=self.steps)
@@ -177,23 +181,6 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         """Return the parts of the whole run, however far it has been read."""
         return self.steps * self.micro_batches
 
-    def _step_parts(
-        self, batch: StepBatch | DocumentBatch, factors: list[float] | None
-    ) -> deque[dict[str, Any]]:
-        """Return the parts of a step; runs on the reader's thread."""
-        info = self._recent_steps.add(batch)
-        items = torch.tensor(max(1, info.label_tokens) / self.world_size)
-        parts: deque[dict[str, Any]] = deque()
-        for part in batch_tensors(batch, self.micro_batches, self._layout):
-            part["num_items_in_batch"] = items
-            if factors is not None:
-                weights = torch.tensor(factors, dtype=torch.float32)
-                part["loss_weights"] = weights[part["domain_ids"].clamp(min=0)]
-            if self._varlen:
-                part |= variable_length(part["position_ids"])
-            parts.append(pinned(part) if self._pin_memory else part)
-        return parts
-
     # -- what was trained ----------------------------------------------------------------------
 
     @property
@@ -227,7 +214,7 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         Raises:
             TrainingError: If it has not been read, or too long ago.
         """
-        return self._recent_steps.get(step)
+        return self._parts_of_step.recent.get(step)
 
     def feedback(
         self, token_loss: torch.Tensor, labels: torch.Tensor, domain_ids: torch.Tensor
@@ -338,15 +325,7 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         Raises:
             TrainingError: If `step` is none that was read.
         """
-        trained = self.step_trained if step is None else step
-        return {
-            "version": STATE_VERSION,
-            "step": trained,
-            "seed": self.recipe.seed,
-            "step_tokens": self.recipe.data.step_tokens,
-            **self._open().state_dict(trained),
-            "window": self._feedback.state_dict(),
-        }
+        return self._state_at(self.step_trained if step is None else step)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state, whatever has been read before.
@@ -357,6 +336,19 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         """
         check_state(state_dict, self.recipe, self._corpus)
         self._reset(state_dict)
+
+    def seek(self, step: int) -> None:
+        """Go on at `step` without a state, as if the steps before it had been read.
+
+        For frameworks that store a count and no state. It knows nothing of `set_weights`.
+
+        Raises:
+            TrainingError: If there is no such step, or the mixer is adaptive.
+        """
+        check_seek(step, self.steps, self._mixer)
+        self._reset(None)
+        self._open().skip_to(step)
+        self.load_state_dict(self._state_at(step))
 
     def close(self) -> None:
         """Release blocks and files; the loader can be used again and goes on where it was."""
@@ -370,7 +362,15 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         start = self.state_dict() if self._reader else self._start
         return self.__dict__ | {"_start": start, "_reader": None, "_parts": deque()}
 
-    # -- inside --------------------------------------------------------------------------------
+    def _state_at(self, step: int) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "step": step,
+            "seed": self.recipe.seed,
+            "step_tokens": self.recipe.data.step_tokens,
+            **self._open().state_dict(step),
+            "window": self._feedback.state_dict(),
+        }
 
     def _reset(self, state: Mapping[str, Any] | None) -> None:
         """Begin at a state, or at step 0; the stream opens when it is needed."""
@@ -380,7 +380,7 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
         self._read_to_end = False
         self._reader: StepReader[deque[dict[str, Any]]] | None = None
         self._parts: deque[dict[str, Any]] = deque()
-        self._recent_steps = RecentSteps(self.domains)
+        self._parts_of_step.recent = RecentSteps(self.domains)
         self._feedback.restart(state["window"] if state else None)
 
     def _open(self) -> StepReader[deque[dict[str, Any]]]:
@@ -396,5 +396,5 @@ class MixtureLoader(IterableDataset[dict[str, Any]]):
                 run_dir=self._run_dir,
                 state=self._start,
             )
-            self._reader = StepReader(controller, stream, self._step_parts)
+            self._reader = StepReader(controller, stream, self._parts_of_step)
         return self._reader

@@ -14,10 +14,10 @@ from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 from raymix.streaming.batches.stream import MixtureStream
 from raymix.streaming.controller.local import LocalController
 
-StepParts = TypeVar("StepParts")
+Parts = TypeVar("Parts")
 
 
-class StepReader(Generic[StepParts]):
+class StepReader(Generic[Parts]):
     """A rank's controller and stream, with the next step's parts made while the loop trains.
 
     Args of the constructor:
@@ -30,18 +30,18 @@ class StepReader(Generic[StepParts]):
         self,
         controller: LocalController,
         stream: MixtureStream,
-        convert: Callable[[StepBatch | DocumentBatch, list[float] | None], StepParts],
+        convert: Callable[[StepBatch | DocumentBatch, list[float] | None], Parts],
     ) -> None:
         self._controller = controller
         self._stream = stream
         self._convert = convert
         # Controller and stream are used by the thread and by the loop's calls.
         self._lock = threading.Lock()
-        self._thread: BackgroundCall[StepParts] = BackgroundCall("raymix-loader")
-        self._next: Future[StepParts] | None = None
+        self._thread: BackgroundCall[Parts] = BackgroundCall("raymix-loader")
+        self._next: Future[Parts] | None = None
         self._taken = stream.step
 
-    def next_parts(self) -> StepParts | None:
+    def next_parts(self) -> Parts | None:
         """Return the parts of the next step, or None after the last.
 
         Raises:
@@ -68,6 +68,11 @@ class StepReader(Generic[StepParts]):
                 "sampler": self._stream.state_dict(step),
                 "controller": self._controller.snapshot(step),
             }
+
+    def skip_to(self, step: int) -> None:
+        """Go on at `step`, before anything was read; see `MixtureStream.skip_to`."""
+        self._stream.skip_to(step)
+        self._taken = step
 
     def release(self, step: int) -> None:
         """Give up the states before `step`."""
@@ -98,7 +103,7 @@ class StepReader(Generic[StepParts]):
         """Wait for the step that is being made; its parts are dropped."""
         self._wait_for_next()
 
-    def _make(self, step: int) -> StepParts:
+    def _make(self, step: int) -> Parts:
         with self._lock:
             batch = self._stream.next()
             return self._convert(batch, self._stream.loss_weights(batch.step))

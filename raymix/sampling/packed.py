@@ -100,6 +100,14 @@ class PackedPlanner:
         domain_SB, index_SB = self._rows_of(first_step, start.count_D, counts_SD)
         return PlanChunk(first_step, domain_SB, index_SB, version_S, counts_SD, start)
 
+    def skip(self, n_steps: int) -> int:
+        """Advance beyond the next `n_steps` steps and return how many there were.
+
+        Raises:
+            CorpusError: If the limits leave too few rows for even one step.
+        """
+        return len(self._advance(n_steps)[1])
+
     def rewind(self, chunk: PlanChunk, step: int) -> None:
         """Go back to `step` inside a chunk planned before, to plan on from there.
 

@@ -59,3 +59,7 @@ class BatchBuilder(Protocol):
     def plan(self, n_steps: int) -> Chunk:
         """Return the next steps, at least one and at most `n_steps`."""
         ...
+
+    def skip(self, n_steps: int) -> int:
+        """Advance by at most `n_steps` steps without reading; return by how many."""
+        ...

@@ -131,6 +131,14 @@ class DocumentBatchBuilder:
         chunk.end_state = planner.state_dict()
         return chunk
 
+    def skip(self, n_steps: int) -> int:
+        """Advance by at most `n_steps` steps without reading; return by how many.
+
+        Raises:
+            CorpusError: If limits leave no documents.
+        """
+        return len(self._planner.plan(min(n_steps, _MAX_CHUNK_STEPS)))
+
     def _batch(self, plan: DocumentStep, shares_D: Floats) -> DocumentBatch:
         counts_D = np.bincount(plan.domain_N, minlength=shares_D.size)
         info = DocumentBatchInfo(plan, shares_D.size, self._labels)

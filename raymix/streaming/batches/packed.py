@@ -21,6 +21,8 @@ from raymix.streaming.blocks.sources import BlockSource
 
 # Rows planned at once, over all ranks: by then the fixed cost of the numpy calls is negligible.
 _MAX_CHUNK_ROWS = 1 << 14
+# Steps skipped at once: their counts by domain are held, 80 MB with ten thousand domains.
+_MAX_SKIPPED_STEPS = 1 << 10
 
 
 class PackedBatchBuilder:
@@ -103,6 +105,14 @@ class PackedBatchBuilder:
         steps = (plan.first_step + version_first_S).tolist()
         shares = {self._log.at(step).version: self._shares(step) for step in steps}
         return PackedChunk(plan, slot_SB, self._columns, locations, shares, self._replay_planner)
+
+    def skip(self, n_steps: int) -> int:
+        """Advance by at most `n_steps` steps without reading; return by how many.
+
+        Raises:
+            CorpusError: If limits leave no rows.
+        """
+        return self._planner.skip(min(n_steps, _MAX_SKIPPED_STEPS))
 
     def _shares(self, step: int) -> Floats:
         entry = self._log.at(step)

@@ -145,6 +145,24 @@ class MixtureStream:
         self.waited_s = time.perf_counter() - started
         return batch
 
+    def skip_to(self, step: int) -> None:
+        """Go on at `step` as if the steps before it had been returned, without reading them.
+
+        Only before the first batch, and with a controller in this process.
+
+        Raises:
+            CorpusError: If limits leave too little for these steps.
+            TrainingError: If their shares depend on statistics, as under an adaptive mixer.
+        """
+        while self._planned_until < step:
+            self._lease_steps = min(step - self._planned_until, _MAX_LEASE_STEPS)
+            self._wait_for_lease(self._planned_until)
+            n_steps = min(step, self._leased_until) - self._planned_until
+            self._planned_until += self._builder.skip(n_steps)
+        self._lease_steps = 1
+        self._step = self._first_step = self._ready_until = step
+        self._start_state = self._builder.state_dict()
+
     def loss_weights(self, step: int) -> list[float] | None:
         """Return the factor of each domain's loss at a step already returned; None: all 1."""
         stats = self.log.at(step).stats
@@ -201,6 +219,16 @@ class MixtureStream:
         """Return the next steps, as far as leases reach, while `step` is the one read next."""
         self._adapt_lease_steps(step)
         self._request_early(step)
+        self._wait_for_lease(step)
+        self._request_early(step)
+        # Half a lease at a time: the next one is under way while the other half is read.
+        max_steps = max(1, self._lease_steps // 2)
+        chunk = self._builder.plan(min(max_steps, self._leased_until - self._planned_until))
+        self._planned_until = chunk.end
+        return chunk
+
+    def _wait_for_lease(self, step: int) -> None:
+        """Wait for a lease of the next step to be planned, while `step` is the one read next."""
         while self._leased_until <= self._planned_until:
             if not self._lease_requested:
                 self._request_lease(max(step, self._planned_until))
@@ -210,12 +238,6 @@ class MixtureStream:
                 self.log.append(entry)
             # A restarted controller may answer with the old lease first.
             self._leased_until = max(self._leased_until, lease.until)
-        self._request_early(step)
-        # Half a lease at a time: the next one is under way while the other half is read.
-        max_steps = max(1, self._lease_steps // 2)
-        chunk = self._builder.plan(min(max_steps, self._leased_until - self._planned_until))
-        self._planned_until = chunk.end
-        return chunk
 
     def _adapt_lease_steps(self, step: int) -> None:
         """Set the steps per lease so that they cover `lease_s`, by the time of the last chunk."""

@@ -35,7 +35,7 @@ NOTE = f"""
 # The loop of the page with the model and the optimizer of the run, and a log.
 CHANGES = {
     "        loader.step()\n": "        loader.step()" + NOTE,
-    'MixtureLoader("my.yaml")': 'MixtureLoader("my.yaml", run_dir="own")',
+    'shard("my.yaml")': 'shard("my.yaml", run_dir="own")',
     'from_config(AutoConfig.from_pretrained("model"))': 'from_pretrained("model")',
     "lr=1e-3": "lr=1e-3, weight_decay=0.0",
 }
