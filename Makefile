@@ -82,6 +82,11 @@ bench-%: install  ## Print one table and write bench-results/NAME.json (see READ
 	  torch_checkpointing spmd_types==0.2.3 tyro docstring-parser typeguard shtab einops
 	@mv $@.new $@
 
+.venv-trackers: install  ## Experiment trackers in a folder of its own, for their test
+	@$(BIN)/python -m pip install --quiet --target $@.new wandb==0.31.0 mlflow-skinny==3.17.2 sqlalchemy alembic \
+	  trackio==0.43.0
+	@mv $@.new $@
+
 docs: install  ## Build the documentation into docs/_build, warnings being errors
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going -q docs docs/_build
 	@echo "docs/_build/index.html"

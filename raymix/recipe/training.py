@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from raymix.errors import did_you_mean
 from raymix.recipe.base import Fault, Faults, Integer, Number, RecipeModel, default_tag, raise_if
 from raymix.recipe.lora import LoraConfig
+from raymix.recipe.trackers import tracker_faults
 
 Epochs = Annotated[Number, Field(gt=0)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
@@ -370,6 +371,16 @@ class RunConfig(RecipeModel):
     """Run directory or URL, `{name}` and `{seed}` filled in."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    trackers: tuple[str, ...] = ()
+    """Trackers that get the metrics too: wandb, mlflow, trackio, or `module:Class`."""
+    tracker_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options by tracker, such as `{wandb: {project: mixing}}`: arguments of `wandb.init` and
+    `trackio.init`; for mlflow `tracking_uri` and `experiment`."""
+
+    @model_validator(mode="after")
+    def _known_trackers(self) -> RunConfig:
+        raise_if(*tracker_faults(self.trackers, self.tracker_options))
+        return self
 
     @field_validator("dir")
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from raymix._utils.json import parse_json
 from raymix._utils.stages import stage
 from raymix.errors import CorpusError, StorageError
 from raymix.recipe import PretrainedModel, Recipe, load_recipe
@@ -138,11 +139,24 @@ def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
     run.write_recipe(recipe)
     for leftover in (run.stop_request, run.stages):
         leftover.unlink(missing_ok=True)
-    about = environment(steps=plan.steps, parameters=plan.parameters, workers=plan.workers)
+    about = environment(
+        steps=plan.steps,
+        parameters=plan.parameters,
+        workers=plan.workers,
+        tracking_id=_tracking_id(run) or uuid.uuid4().hex,
+    )
     atomic_write_text(str(run.path / "environment.json"), json.dumps(about, indent=1))
     if run.url is not None:
         files.remove(files.join(run.url, STOP_FILE))
         run.mirror().send(*RECIPE_FILES)
+
+
+def _tracking_id(run: RunDirectory) -> str:
+    """Return the run's id in trackers, empty if it has not been started before."""
+    with suppress(OSError, ValueError, AttributeError):
+        about = parse_json((run.path / "environment.json").read_text("utf-8"))
+        return str(about.get("tracking_id", ""))
+    return ""
 
 
 def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
@@ -154,6 +168,7 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
         on_gpu=plan.on_gpu,
         threads=requested_threads(),
         session=uuid.uuid4().hex[:12],
+        tracking_id=_tracking_id(run),
     )
     with (
         redirect_ray_output(run.path / "ray.log"),

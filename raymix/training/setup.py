@@ -42,7 +42,7 @@ from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
 from raymix.training.model.run_model import run_model
 from raymix.training.plan.mixer_context import mixer_context
-from raymix.training.run.checkpoint import TrainingState
+from raymix.training.run.checkpoint import TrainingState, disk_full
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.optimizer_state import load_optimizer
 from raymix.training.run.recorder import Recorder
@@ -54,6 +54,7 @@ from raymix.training.run.remote_run import (
     newest_checkpoint_of,
 )
 from raymix.training.run.rundir import RunDirectory, cut_metrics, identity
+from raymix.training.run.trackers import TrackedRun, open_trackers
 from raymix.training.step.batches import max_rows_per_rank
 from raymix.training.step.document_layout import (
     full_length_rows,
@@ -82,6 +83,8 @@ class Job:
     """Threads per worker where the user set them; None to share the cores."""
     session: str
     """Unique to this start of the run; part of the names of its actors."""
+    tracking_id: str = ""
+    """The run's id in trackers, the same at every start."""
     controller: Any = None
     """The controller's actor; None without Ray."""
     plane: Any = None
@@ -336,10 +339,20 @@ def _recorder(
         return None
     tokens = {name: corpus.split(name, "train").tokens for name in corpus.domain_names}
     read = start.state.tokens if start.state else {}
+    tracked = TrackedRun(
+        id=job.tracking_id,
+        name=job.run.path.name,
+        directory=job.run.path,
+        start_step=start.state.step if start.state else 0,
+        recipe=job.recipe.model_dump(mode="json"),
+    )
+    try:
+        trackers = open_trackers(job.recipe.run, tracked)
+    except OSError as error:
+        raise disk_full(error, job.run.path) from error
     return Recorder(
         job.run,
-        start_step=start.state.step if start.state else 0,
-        tensorboard=job.recipe.run.tensorboard,
+        trackers=trackers,
         gauges=cluster_gauges(job.run.path.name, tokens, read=read),
         scheduled=scheduling.document() if scheduling is not None else None,
     )

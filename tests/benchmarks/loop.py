@@ -271,6 +271,7 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
     from raymix.recipe import load_recipe
     from raymix.store import Corpus
     from raymix.training.model.parallel import World
+    from raymix.training.run.event_file import EventFileWriter
     from raymix.training.run.recorder import Recorder
     from raymix.training.run.rundir import RunDirectory
     from raymix.training.step.batches import micro_batches
@@ -292,7 +293,8 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
 
     yield _part("metrics: sums by domain", add_up)
     with tempfile.TemporaryDirectory() as directory:
-        recorder = Recorder(RunDirectory(Path(directory)), start_step=0, tensorboard=True)
+        board = EventFileWriter(Path(directory) / "tensorboard", start_step=0)
+        recorder = Recorder(RunDirectory(Path(directory)), trackers=[board])
         line = _line(batch, corpus.domain_names)
         yield _part("metrics: line and TensorBoard", lambda: recorder.step(line))
         recorder.close()

@@ -58,6 +58,7 @@ from raymix.training.plan.notes import plan_notes
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
+from raymix.training.run.trackers import tracker_problems
 from raymix.training.step.document_layout import context_parallel_size, tokens_per_rank
 
 # Assumed where the workers' GPUs are on other machines: the smallest in common use (T4), so a plan
@@ -95,7 +96,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
     Raises:
         RecipeError: If the run cannot work, with one message per reason.
     """
-    checks = _Checks(cluster_problems(recipe, available))
+    checks = _Checks([*cluster_problems(recipe, available), *tracker_problems(recipe.run)])
     sizes = _domain_sizes(recipe, corpus, checks)
     checks.problems += (empty := empty_domain_problems(sizes, recipe))
     shape = _BatchShape.of(recipe, available)

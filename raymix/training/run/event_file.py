@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class EventFileWriter:
         # A flush per point would cost a system call each; the file is for eyes, half a minute late.
         if time.monotonic() >= self._flush_due_s:
             self._flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point of each of several charts.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        for name, value in values.items():
+            self.scalar(name, value, step)
 
     def close(self) -> None:
         """Flush and close the file.

@@ -1,12 +1,12 @@
-"""Records a run's metrics: one JSON object per step, TensorBoard files, gauges of the cluster."""
+"""Records a run's metrics: one JSON object per step, trackers, gauges of the cluster."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +15,15 @@ from raymix._utils.json import rounded
 from raymix.training.run.checkpoint import disk_full
 from raymix.training.run.gauges import Gauges
 from raymix.training.run.rundir import RunDirectory
-
-if TYPE_CHECKING:
-    from raymix.training.run.event_file import EventFileWriter
+from raymix.training.run.trackers import Tracker
 
 # Each point is encoded in Python; a small model has hundreds of steps per second.
-_TENSORBOARD_INTERVAL_S = 0.2
+_TRACKERS_INTERVAL_S = 0.2
 _MAX_SHARES_PER_LINE = 100
 
 
 class Recorder:
-    """Appends to `metrics.jsonl` at once, and to TensorBoard's files.
+    """Appends to `metrics.jsonl` at once, and sends scalars to trackers.
 
     With more than 100 domains, a line leaves out the shares if its mixture version is that of the
     line before.
@@ -35,8 +33,7 @@ class Recorder:
         self,
         run: RunDirectory,
         *,
-        start_step: int,
-        tensorboard: bool,
+        trackers: Sequence[Tracker] = (),
         gauges: Gauges | None = None,
         scheduled: Mapping[str, Any] | None = None,
     ) -> None:
@@ -44,10 +41,9 @@ class Recorder:
 
         Args:
             run: The run directory.
-            start_step: Optimizer steps done before; 0 for a new run.
-            tensorboard: Whether to write TensorBoard files.
-            scheduled: Planner, layout and cost model of the document schedule, for reports.
+            trackers: Experiment trackers, which are closed with the recorder.
             gauges: Gauges of the Ray cluster; None if nothing collects them.
+            scheduled: Planner, layout and cost model of the document schedule, for reports.
 
         Raises:
             RecipeError: If the disk is full; so do all methods.
@@ -55,18 +51,13 @@ class Recorder:
         self._run = run
         self._gauges = gauges
         self._scheduled = dict(scheduled or {})
-        self._events: EventFileWriter | None = None
-        self._events_due_s = 0.0
+        self._trackers = trackers
+        self._trackers_due_s = 0.0
         self._version: int | None = None
         with self._disk_errors():
             # Unbuffered and in append mode: each line is one write(2), so the driver that reads
             # along sees whole lines, and a killed worker loses none.
             self._file = run.metrics.open("ab", buffering=0)
-            # Imported only if wanted: protobuf is slow to import.
-            if tensorboard:
-                from raymix.training.run.event_file import EventFileWriter
-
-                self._events = EventFileWriter(run.path / "tensorboard", start_step=start_step)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Write the metrics of one step."""
@@ -79,14 +70,14 @@ class Recorder:
         self._write(record)
         if self._gauges is not None:
             self._gauges.step(line)
-        if self._events is not None and time.monotonic() >= self._events_due_s:
-            self._events_due_s = time.monotonic() + _TENSORBOARD_INTERVAL_S
+        if self._trackers and time.monotonic() >= self._trackers_due_s:
+            self._trackers_due_s = time.monotonic() + _TRACKERS_INTERVAL_S
             scalars = {
                 f"train/{key}": line[key]
                 for key in ("loss", "lr", "tokens_per_s", "data_wait", "grad_norm", "mfu")
                 if line.get(key) is not None
             }
-            # TensorBoard draws one chart per name.
+            # They draw one chart per name.
             if len(shares) <= _MAX_SHARES_PER_LINE:
                 scalars |= {f"shares/{name}": share for name, share in shares.items()}
             self._add_scalars(line["step"], scalars)
@@ -118,14 +109,13 @@ class Recorder:
         """Flush and close the files."""
         with self._disk_errors():
             self._file.close()
-            if self._events is not None:
-                self._events.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def _add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        if self._events is not None:
-            with self._disk_errors():
-                for name, value in scalars.items():
-                    self._events.scalar(name, value, step)
+        with self._disk_errors():
+            for tracker in self._trackers:
+                tracker.scalars(step, scalars)
 
     def _write(self, line: Mapping[str, Any]) -> None:
         # `allow_nan=False`: Python would write NaN, which is not JSON and which other tools reject

@@ -24,7 +24,7 @@ from typing import Any
 from raymix._utils.yaml import parse_yaml
 from raymix.errors import RaymixError, RecipeError, did_you_mean, format_problem
 from raymix.mixers import known_mixers
-from raymix.recipe import Recipe, load_recipe
+from raymix.recipe import Recipe, RunConfig, load_recipe
 from raymix.recipe.paths import absolute, map_override
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -239,7 +239,7 @@ def as_trial(recipe: Recipe, path: str, seed: int, *, points: int = _CURVE_POINT
     return recipe.model_copy(
         update={
             "seed": seed,
-            "run": recipe.run.model_copy(update={"dir": directory, "tensorboard": False}),
+            "run": RunConfig(dir=directory, tensorboard=False),
             "eval": recipe.eval.model_copy(update={"every": eval_every}),
             "cluster": cluster.model_copy(update={"workers": cluster.workers_per_trial}),
             # A group of hundreds of runs would fill the disk with older checkpoints.

@@ -51,9 +51,8 @@ def test_a_run_that_goes_on_voids_what_it_will_repeat(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_and_not_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder(RunDirectory(tmp_path), start_step=0, tensorboard=True)
-    board = recorder._events
-    assert board is not None
+    board = EventFileWriter(tmp_path / "tensorboard", start_step=0)
+    recorder = Recorder(RunDirectory(tmp_path), trackers=[board])
     records = board._writer._py_recordio_writer
     monkeypatch.setattr(records, "_writer", FULL.open("wb", buffering=0))
     with pytest.raises(RecipeError, match="the disk is full"):
