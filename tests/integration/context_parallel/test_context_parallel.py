@@ -31,7 +31,7 @@ from tests.support.attention import Case, dense_attention, random_case
 from tests.support.ranks import on_ranks, results_of_ranks
 
 RANKS = 4
-CASES = 12
+CASES = 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13}
 LENGTHS = (57, 3, 17, 1, 29, 8, 2, 12)
 FACTS = CorpusFacts(61, 60, 64)

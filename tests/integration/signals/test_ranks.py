@@ -25,7 +25,7 @@ from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, full_tensors, place_model
 from tests.support.ranks import on_two_ranks, results_of_ranks
 
-K, LENGTH, VOCAB = 8, 24, 128
+K, LENGTH, VOCAB = 4, 24, 128
 MODEL = ConfigModel(
     config={
         "hidden_size": 32,
