@@ -71,12 +71,12 @@ def muon_class() -> type[Optimizer]:
     Raises:
         RecipeError: If the installed torch has none.
     """
-    found = getattr(torch.optim, "Muon", None)
-    if found is None:
+    muon = getattr(torch.optim, "Muon", None)
+    if muon is None:
         raise RecipeError.at(
             "train.optimizer",
             "muon",
             f"torch {torch.__version__} has no Muon",
             fix="Install torch 2.9 or newer, or take adamw",
         )
-    return found
+    return muon

@@ -52,13 +52,13 @@ def optimizer_class(name: str) -> type[Optimizer]:
         raise _wrong(name, f"it cannot be imported: {error}") from error
     finally:
         sys.path.pop(0)
-    found = getattr(module, class_name, None)
-    if found is None:
+    optimizer = getattr(module, class_name, None)
+    if optimizer is None:
         problem = f"module {module_name!r} has no {class_name!r}"
         raise _wrong(name, problem, did_you_mean(class_name, vars(module)))
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
         raise _wrong(name, "not a subclass of torch.optim.Optimizer")
-    return found
+    return optimizer
 
 
 def optimizer_arguments(config: TrainConfig) -> tuple[type[Optimizer], dict[str, Any]]:

@@ -81,21 +81,21 @@ def model_notes(recipe: Recipe, facts: CorpusFacts, needs: frozenset[str]) -> tu
     """
     config = resolve_config(recipe.model, facts)
     mode = recipe.train.probe.mode if GRADIENT_STATISTICS & needs else None
-    found = _findings(_Key(config, recipe.model.lora, mode))
-    if found is None:
+    findings = _findings(_Key(config, recipe.model.lora, mode))
+    if findings is None:
         return ()
-    if not found.isolates:
+    if not findings.isolates:
         raise isolation_error(config.model_type)
-    if found.probe_error is not None:
+    if findings.probe_error is not None:
         raise RecipeError.at(
             "train.probe.mode",
             mode,
             f"{recipe.mixer.kind} needs gradients that the probe cannot measure: "
-            f"{found.probe_error}",
+            f"{findings.probe_error}",
             allowed="Allowed: exact, backward, last_layer",
             fix="Take another mode, model or mixer",
         )
-    return found.notes
+    return findings.notes
 
 
 class _Key:

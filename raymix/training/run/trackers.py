@@ -89,9 +89,9 @@ class MlflowTracker:
         self._client = MlflowClient(tracking_uri)
         known = self._client.get_experiment_by_name(experiment)
         number = known.experiment_id if known else self._client.create_experiment(experiment)
-        found = self._client.search_runs([number], filter_string=f"tags.`{_TAG}` = '{run.id}'")
-        if found:
-            self._run = found[0].info.run_id
+        earlier = self._client.search_runs([number], filter_string=f"tags.`{_TAG}` = '{run.id}'")
+        if earlier:
+            self._run = earlier[0].info.run_id
             self._client.update_run(self._run, status="RUNNING")
             return
         self._run = self._client.create_run(
