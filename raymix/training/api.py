@@ -173,7 +173,7 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
     with (
         redirect_ray_output(run.path / "ray.log"),
         RunProgress(run.metrics, steps=plan.steps) as progress,
-        _run_sync(run, on_ray=recipe.cluster.workers > 0),
+        _run_sync(run, on_ray=recipe.cluster.workers > 0) as sync,
     ):
         if recipe.cluster.workers:
             progress.waiting("starting or joining Ray")
@@ -184,7 +184,8 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
                 starting = f"{recipe.cluster.workers} workers"
                 stage(f"starting {starting}")
                 watched = partial(watch, run=run, progress=progress, starting=starting)
-                run_on_ray(job, partial(watched, check=check_private_cluster))
+                watched = partial(watched, check=check_private_cluster, refresh=sync.refresh)
+                run_on_ray(job, watched)
         else:
             from raymix.training.launch.local import run_in_process
 

@@ -27,6 +27,7 @@ def watch(
     *,
     starting: str,
     check: Callable[[], None] = lambda: None,
+    refresh: Callable[[], None] = lambda: None,
 ) -> None:
     """Run `work` in a background thread and show `progress` until it has ended.
 
@@ -36,6 +37,7 @@ def watch(
         progress: Shows the run's metrics.
         starting: Shown to the user until the first step.
         check: Called a few times a second; raises if the work cannot go on.
+        refresh: Brings the metrics here where they are written elsewhere.
 
     Raises:
         BaseException: Whatever `work` raised, or `check`.
@@ -50,6 +52,9 @@ def watch(
             check()
             shown = _show_stages(run, shown)
             progress.waiting(f"starting {starting} ({time.monotonic() - start_s:.0f} s)")
+            if pressed() and progress.last_step is None:
+                refresh()
+                progress.poll()
             # Before the first step there is nothing to save.
             if pressed() > 1 or (pressed() and progress.last_step is None):
                 raise KeyboardInterrupt

@@ -45,6 +45,7 @@ WORKER_FILES = ("metrics.jsonl", "schedule.jsonl")
 LOG_FILES = (*WORKER_FILES, "mixture_log.jsonl", "controller.json")
 STOP_FILE = ".stop"
 _BEFORE_CHECKPOINT = (*LOG_FILES, "tensorboard")
+_ABANDON_S = 3.0
 # A single stream does not fill the line to a store; more than a few only compete for it.
 _PARALLEL_TRANSFERS = 4
 
@@ -211,6 +212,7 @@ class RunSync:
         self._send, self._fetch = tuple(send), tuple(fetch)
         self._mirror = run.mirror() if run.url is not None else None
         self._ended = threading.Event()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._repeat, name="raymix-sync", daemon=True)
 
     def __enter__(self) -> Self:
@@ -222,20 +224,28 @@ class RunSync:
         if self._mirror is None:
             return
         self._ended.set()
-        # The second Ctrl-C does not wait for a transfer.
+        # The second Ctrl-C does not wait for a transfer, only for its end where that is near: a
+        # process that ends inside a call of the store's client may crash.
         if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._thread.join(_ABANDON_S)
             return
         self._thread.join()
         # An error of the store must not hide the error that ended the work.
         with suppress(*(() if kind is None else (StorageError, OSError))):
             self._sync(self._mirror)
 
-    def _repeat(self) -> None:
-        assert self._mirror is not None
-        while not self._ended.wait(self._mirror.pause):
+    def refresh(self) -> None:
+        """Copy now what is newer; a store that fails does no harm."""
+        if self._mirror is not None:
             with suppress(StorageError, OSError):
                 self._sync(self._mirror)
 
+    def _repeat(self) -> None:
+        assert self._mirror is not None
+        while not self._ended.wait(self._mirror.pause):
+            self.refresh()
+
     def _sync(self, mirror: Mirror) -> None:
-        mirror.send(*self._send)
-        mirror.fetch(*self._fetch)
+        with self._lock:
+            mirror.send(*self._send)
+            mirror.fetch(*self._fetch)

@@ -21,7 +21,7 @@ from tests.support.loops import train_corpus
 from tests.support.scenes import descendants
 from tests.support.shell import Shell, wait_for
 
-STEPS = 100
+STEPS = 240
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
