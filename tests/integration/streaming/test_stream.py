@@ -157,7 +157,9 @@ def test_adaptive_weights_are_a_function_of_what_was_read(corpus: Corpus) -> Non
                 saved = json.loads(json.dumps([stream.state_dict(), controller.snapshot(stop)]))
                 controller = local(TokensMixer(3), corpus, probe_interval=5, snapshot=saved[1])
                 stream = local_stream(corpus, controller, state=saved[0])
-        return hashes, stream.log.to_lines()
+        # How far the last lease reached beyond what was read depends on the time.
+        read = [line for line in stream.log.to_lines() if json.loads(line)["first_step"] < 60]
+        return hashes, read
 
     hashes, log = run(None)
     assert len(log) > 8
