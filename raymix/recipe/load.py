@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from raymix._utils.hub import HUB, is_hub_name
+from raymix._utils.imports import importing_from_here
 from raymix._utils.yaml import dump_yaml
 from raymix.errors import RecipeError, did_you_mean
 from raymix.recipe.document import Recipe
@@ -152,7 +152,7 @@ def shadowed_names(recipe: Recipe, base: str | os.PathLike[str]) -> list[str]:
 def _call(source: str) -> Recipe:
     """Return what the function named `module:function` returns."""
     module_name, function_name = source.split(":")
-    with _importing_from_here():
+    with importing_from_here():
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -177,17 +177,6 @@ def _call(source: str) -> Recipe:
             f"the function returned a {type(recipe).__name__}, not a raymix.Recipe",
         )
     return recipe
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """Let modules of the working directory be imported, as `python -m` does."""
-    # Console scripts, unlike `python -m`, do not have the working directory on the path.
-    sys.path.insert(0, os.getcwd())
-    try:
-        yield
-    finally:
-        sys.path.pop(0)
 
 
 def _validate(data: Mapping[str, Any]) -> Recipe:

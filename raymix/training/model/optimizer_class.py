@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from raymix._utils.imports import importing_from_here
 from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.recipe.training import TrainConfig
 from raymix.training.model.muon import hidden_matrices, muon_class
@@ -44,14 +43,11 @@ def optimizer_class(name: str) -> type[Optimizer]:
     if name == "muon":
         return muon_class()
     module_name, class_name = name.split(":")
-    # Console scripts, unlike `python -m`, do not have the working directory on the path.
-    sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        with importing_from_here():
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise _wrong(name, f"it cannot be imported: {error}") from error
-    finally:
-        sys.path.pop(0)
     optimizer = getattr(module, class_name, None)
     if optimizer is None:
         problem = f"module {module_name!r} has no {class_name!r}"

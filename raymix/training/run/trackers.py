@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from raymix._utils.imports import importing_from_here
 from raymix.errors import RecipeError, format_problem
 from raymix.recipe import RunConfig
 from raymix.recipe.trackers import TRACKERS
@@ -209,16 +208,13 @@ def tracker_problems(config: RunConfig) -> list[str]:
 
 def _own_class(name: str, number: int) -> Any:
     module, class_name = name.split(":")
-    # Console scripts, unlike `python -m`, do not have the working directory on the path.
-    sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), class_name)
+        with importing_from_here():
+            return getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
         raise RecipeError.at(
             f"run.trackers.{number}", name, f"it cannot be imported: {error}"
         ) from error
-    finally:
-        sys.path.pop(0)
 
 
 def _flat(node: Any, path: str = "") -> list[tuple[str, str]]:
