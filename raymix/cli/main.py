@@ -206,4 +206,9 @@ def main() -> None:
     """Run the command line of this process."""
     # Here and not in `frame`: tests call `app` and read stdout after it.
     _run.own_process()
-    app(prog_name="raymix")
+    try:
+        app(prog_name="raymix")
+    finally:
+        # CPython ends a process by SIGINT, whatever exit code it asks for, once a KeyboardInterrupt
+        # has passed through an exec of text, as in the imports of scipy; the next exec resets that.
+        exec("")

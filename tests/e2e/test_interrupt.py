@@ -41,3 +41,11 @@ def test_json_failures_are_documents_too(command: str, shell: Shell) -> None:
     done = shell.run(command, "nowhere.yaml", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["problems"]
+
+
+def test_ctrl_c_inside_executed_text_ends_with_130_too(shell: Shell) -> None:
+    # CPython notes a KeyboardInterrupt that leaves an exec of text, and would end by the signal.
+    (shell.cwd / "interrupted.py").write_text('exec("raise KeyboardInterrupt")\n')
+    done = shell.run("train", "tiny.yaml", "train.optimizer=interrupted:Adam", *FEW)
+    assert done.returncode == 130
+    assert "error: interrupted" in done.stderr
