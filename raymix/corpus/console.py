@@ -144,4 +144,5 @@ def _dropped(info: DomainInfo) -> str:
         "too long": info.too_long,
         "bad": info.rejected,
     }
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    repaired = [f"{info.repaired:,} not dropped but repaired"] if info.repaired else []
+    return ", ".join([f"{count:,} {name}" for name, count in counts.items() if count] + repaired)

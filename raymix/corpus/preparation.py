@@ -37,7 +37,7 @@ from raymix.corpus.passes.select import (
 from raymix.corpus.passes.tokenize import PartCounts, PartJob, finished_counts, tokenize_part
 from raymix.corpus.progress import Listener, Reporter, Stage
 from raymix.corpus.read.parts import Part, digest, plan_parts
-from raymix.corpus.read.readers import check_first_lines
+from raymix.corpus.read.readers import check_first_records
 from raymix.corpus.read.sources import DomainSources, find_sources
 from raymix.corpus.read.token_records import check_indices, has_loss_mask
 from raymix.corpus.runner import Runner, choose_runner, in_order
@@ -106,9 +106,9 @@ def prepare(
             return _nothing_to_do(config, existing, report)
     config = state.pin_tokenizer(config, afresh=if_exists == "new")
     report.begin("plan")
-    sources = find_sources(config)
+    sources = find_sources(config, report.note)
     parts: Parts = {} if config.in_place else plan_parts(config.domains, sources)
-    check_first_lines(config.domains, parts)
+    check_first_records(config.domains, parts)
     with state.locked(config.path):
         if if_exists == "new":
             state.clear(config)

@@ -108,13 +108,14 @@ class DomainConfig(RecipeModel):
     name: Annotated[str, NAME] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)
     """What the domain is called everywhere: weights, metrics, directories."""
     train: Globs = Field(min_length=1)
-    """Globs of training files, local or any fsspec URL."""
+    """Globs of training files, or directories; local or any fsspec URL."""
     valid: Globs = ()
     """Globs of held-out files; left out, `valid_fraction` of the documents is held out."""
     format: Literal[
         "auto",
         "parquet",
         "jsonl",
+        "csv",
         "text",
         "arrow",
         "megatron",
@@ -125,10 +126,11 @@ class DomainConfig(RecipeModel):
         "litdata",
         "mds",
     ] = "auto"
-    """File format; `auto` goes by the name's ending (.parquet, .jsonl[.gz|.zst], .txt, .arrow), and
-    for token files by their neighbors and first bytes too (.bin, .npy, .ds, index.json)."""
+    """File format; `auto` goes by the name's ending (.parquet, .jsonl[.gz|.zst], .csv, .txt, .py,
+    .arrow), and for token files by their neighbors and first bytes too (.bin, .npy, .ds,
+    index.json)."""
     text_column: str = Field(default="text", min_length=1)
-    """Column that holds the text (Parquet, JSONL, Arrow)."""
+    """Column that holds the text (Parquet, JSONL, Arrow, CSV), or a field in it: `doc.text`."""
     tokens_column: str | None = Field(default=None, min_length=1)
     """Column of ready token ids, such as `input_ids`; then nothing is tokenized."""
     labels_column: str | None = Field(default=None, min_length=1)
@@ -160,6 +162,7 @@ class DomainConfig(RecipeModel):
         # Domains are directories of the prepared corpus, beside these entries.
         reserved = self.name.lower() in RESERVED_NAMES
         columnless = self.format == "text" and self.column_field != "text_column"
+        plain = self.format == "csv" and self.column_field != "text_column"
         raise_if(
             Fault("name", self.name, "reserved for a file of the prepared corpus", ("Rename it",))
             if reserved
@@ -171,6 +174,14 @@ class DomainConfig(RecipeModel):
                 ("Leave it out, or choose another format",),
             )
             if columnless
+            else None,
+            Fault(
+                self.column_field,
+                self.column,
+                "a field of CSV is text, not a list",
+                ("Use text_column, or write Parquet or JSONL",),
+            )
+            if plain
             else None,
             Fault(
                 "messages_column",

@@ -123,6 +123,8 @@ class DomainInfo(_ManifestModel):
     """Documents dropped as empty or too short."""
     too_long: int
     """Documents dropped as too long."""
+    repaired: int = 0
+    """Documents with half characters (lone surrogates in JSON), which became U+FFFD."""
     token_files: tuple[TokenFileInfo, ...] = ()
     """The files of a corpus that is read in place, in the order of the stream; else none."""
 

@@ -18,6 +18,7 @@ def record_counts(part_counts: Sequence[PartCounts], selection: Selection) -> di
         "duplicates": selection.duplicates,
         "too_short": sum(counts.too_short for counts in part_counts),
         "too_long": sum(counts.too_long for counts in part_counts),
+        "repaired": sum(counts.repaired for counts in part_counts),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from raymix.corpus.passes.tokenize import REJECTS_KEPT, PartCounts, read_counts
 from raymix.corpus.read.parts import Part
+from raymix.corpus.read.records import INVALID_UTF8
 from raymix.errors import format_problem
 from raymix.store import atomic_write_text
 from raymix.store.remote import files
@@ -38,7 +39,7 @@ def examples(
         ):
             if file_slice.file.url != file:
                 file, before = file_slice.file.url, 0
-            unit = "row" if file_slice.file.format in ("parquet", "arrow") else "line"
+            unit = "row" if file_slice.file.format in ("parquet", "arrow", "csv") else "line"
             while example is not None and example["slice"] == number:
                 shown = {"reason": example["reason"], "excerpt": example["excerpt"]}
                 yield {"file": file, unit: before + example["line"], **shown}
@@ -88,15 +89,22 @@ def too_many(
     if bad <= limit * records:
         return []
     counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+    # Of the commonest reason, which comes first.
     first = shown[0]
     unit = "row" if "row" in first else "line"
-    where = f"{first['file']}, {unit} {first[unit]}"
+    advice = _ADVICE.get(first["reason"], "Correct the source")
     return [
         format_problem(
-            "corpus.max_rejected",
-            limit,
-            f"{bad:,} of {records:,} records of domain {domain!r} are bad ({counts})",
-            allowed=f"The first is {where}: {first['reason']}: {first['excerpt']!r}",
-            fix=f"more are in {domain}/{FILE}; mend the source or raise the limit",
+            "file",
+            first["file"],
+            f"{unit} {first[unit]}: {first['reason']}: {first['excerpt']!r}",
+            allowed=f"corpus.max_rejected = {limit}, and {bad:,} of {records:,} records of domain "
+            f"{domain!r} are bad ({counts})",
+            fix=f"{advice}, or raise the limit; more are in {domain}/{FILE}",
         )
     ]
+
+
+_ADVICE = {
+    INVALID_UTF8: "Convert the file, from Latin-1 by: iconv -f WINDOWS-1252 -t UTF-8 FILE",
+}

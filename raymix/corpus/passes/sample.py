@@ -12,6 +12,7 @@ from raymix.corpus.passes.select import is_held_out
 from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
 from raymix.corpus.read.parts import MIN_PART_BYTES, Part
 from raymix.corpus.read.readers import read_slice
+from raymix.corpus.read.records import without_surrogates
 from raymix.corpus.tokenizers.tokenizer import LoadedTokenizer, train_bpe
 from raymix.recipe import DomainConfig, TrainedTokenizer
 from raymix.store import TokenizerInfo
@@ -85,10 +86,8 @@ def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str
                 continue
             if len(text.strip()) < max(job.min_characters, 1):
                 continue
-            try:
-                raw = text.encode()
-            except UnicodeEncodeError:
-                continue
+            text = without_surrogates(text)
+            raw = text.encode()
             # Held-out text must not shape the tokenizer, or its loss would look too low.
             if part.held_out == "by hash" and _held_out(raw, job.valid_fraction):
                 continue

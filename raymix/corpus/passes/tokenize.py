@@ -23,7 +23,16 @@ import numpy.typing as npt
 from raymix._utils.json import parse_json
 from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
 from raymix.corpus.read.parts import Part
-from raymix.corpus.read.readers import TOO_LONG, Reject, Value, excerpt, read_slice
+from raymix.corpus.read.readers import read_slice
+from raymix.corpus.read.records import (
+    INVALID_UTF8,
+    NULL,
+    TOO_LONG,
+    Reject,
+    Value,
+    excerpt,
+    without_surrogates,
+)
 from raymix.corpus.read.token_records import LabeledTokens, TokenIds, loss_edges
 from raymix.corpus.tokenizers.tokenizer import Ints, TokenArray, saved_encoder
 from raymix.recipe import DomainConfig
@@ -105,6 +114,7 @@ class PartCounts:
     bytes: int = 0
     too_short: int = 0
     too_long: int = 0
+    repaired: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     lines: list[int] = field(default_factory=list)
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -185,10 +195,12 @@ class _Writer:
         """Take one record; return why it is bad, if it is."""
         if value is TOO_LONG:
             self._counts.too_long += 1
+        elif value is NULL:
+            self._counts.too_short += 1
         elif isinstance(value, Reject):
             return value
         elif isinstance(value, str):
-            return self._add_text(value)
+            self._add_text(value)
         elif isinstance(value, Conversation):
             return self._add_chat(value)
         elif isinstance(value, LabeledTokens):
@@ -197,15 +209,16 @@ class _Writer:
             return self._add_ids(value)
         return None
 
-    def _add_text(self, text: str) -> Reject | None:
+    def _add_text(self, text: str) -> None:
         if self._fits(text):
             try:
                 raw = text.encode()
             except UnicodeEncodeError:
-                return Reject("invalid UTF-8", excerpt(text))
+                text = without_surrogates(text)
+                raw = text.encode()
+                self._counts.repaired += 1
             self._texts.append(text)
             self._take(raw, len(raw), len(raw))
-        return None
 
     def _fits(self, text: str) -> bool:
         """Return whether a text is of a length that is wanted, having counted it if it is not."""
@@ -224,7 +237,7 @@ class _Writer:
         except TemplateRefused as error:
             return Reject(f"chat template: {error}", excerpt(chat.messages[0]))
         except UnicodeEncodeError:
-            return Reject("invalid UTF-8", excerpt(chat.messages[0]))
+            return Reject(INVALID_UTF8, excerpt(chat.messages[0]))
         if not spans:
             # It would cost compute and teach nothing: no token of it is in the loss.
             return Reject("no answer to learn", excerpt(text))

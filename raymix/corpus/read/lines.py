@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 # Large enough that the Python loop runs rarely, small beside the memory of a batch.
 CHUNK = 1 << 20
 """Bytes read at a time."""
 
+
+class Source(Protocol):
+    """A file that is read forward."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return some bytes, at most about `size`; none at the end."""
+        ...
+
+
 Read = Callable[[int], bytes]
+Line = tuple[bytes, bool]
+"""A line without its end, and whether it is whole."""
 
 
 def lines_between(

@@ -12,11 +12,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raymix.corpus.read.file_formats import is_json_values
 from raymix.corpus.read.sources import DomainSources, SourceFile
 from raymix.errors import CorpusError, RaymixError
 from raymix.recipe import DomainConfig
@@ -41,7 +43,12 @@ _COMPRESSED_RATIO = 4
 _TOKENS_END_TO_END = ("megatron", "olmo", "datatrove", "nanogpt", "llmc")
 _BYTE_RANGES = ("jsonl", "text", *_TOKENS_END_TO_END)
 
+# Enough to see whether JSON is written line by line.
+_HEAD = 256
+
 HeldOut = Literal["by hash", "yes", "no"]
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +178,10 @@ def _file_slices(domain: DomainConfig, file: SourceFile) -> list[FileSlice]:
     if file.compression:
         return [FileSlice(file, 0, None, file.size * _COMPRESSED_RATIO)]
     # A paragraph or a whole file can span any cut, so only single lines may be cut by bytes.
-    lines = file.format == "jsonl" or domain.text_unit == "line"
+    if file.format == "jsonl":
+        lines = _guarded(file, lambda: not is_json_values(_head(file)))
+    else:
+        lines = file.format == "text" and domain.text_unit == "line"
     return [FileSlice(file, 0, file.size if lines else None, file.size)]
 
 
@@ -185,7 +195,13 @@ def _shard_slices(file: SourceFile) -> list[FileSlice]:
     return [FileSlice(file, number, number + 1, size) for number, size in enumerate(sizes)]
 
 
-def _guarded(file: SourceFile, read: Callable[[], list[FileSlice]]) -> list[FileSlice]:
+def _head(file: SourceFile) -> bytes:
+    filesystem, path = files.locate(file.url)
+    with filesystem.open_input_stream(path, compression=None) as source:
+        return source.read(_HEAD)
+
+
+def _guarded(file: SourceFile, read: Callable[[], _Result]) -> _Result:
     try:
         with translate_storage_errors(file.url, "file"):
             return read()
@@ -246,28 +262,70 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
         CorpusError: If not; it lists the columns found.
     """
     field = f"{domain.name}.{domain.column_field}"
-    if column not in schema.names:
+    column_type = _column_type(schema, column)
+    if column_type is None:
         raise no_column(field, column, file, schema.names)
     if domain.labels_column and domain.labels_column not in schema.names:
         raise no_column(f"{domain.name}.labels_column", domain.labels_column, file, schema.names)
-    column_type: Any = schema.field(column).type
+    expected = _misfit(domain, column_type)
+    if expected is None:
+        return
+    fix = f"the columns found are {', '.join(schema.names)}"
+    if pa.types.is_struct(column_type):
+        fields = [f"{column}.{inner.name}" for inner in column_type]
+        fix = f"name a field of it: {', '.join(fields)}"
+    problem = f"the column is of type {column_type} in {file.url}, not {expected}"
+    raise CorpusError.at(field, column, problem, fix=fix)
+
+
+def _misfit(domain: DomainConfig, column_type: Any) -> str | None:
+    """Return what a column should be, None where it is or where all of it is null."""
+    inner = column_type.value_type if _is_list(column_type) else column_type
+    # Of nulls alone, or of empty lists: other files of the domain tell the type.
+    if pa.types.is_null(inner):
+        return None
     if domain.messages_column:
-        fits = _is_list(column_type) and pa.types.is_struct(column_type.value_type)
+        fits = _is_list(column_type) and pa.types.is_struct(inner)
         expected = "a list of messages (role, content)"
     elif domain.tokens_column:
-        fits = _is_list(column_type) and pa.types.is_integer(column_type.value_type)
+        fits = _is_list(column_type) and pa.types.is_integer(inner)
         expected = "a list of integers"
     else:
         column_type = column_type.value_type if pa.types.is_dictionary(column_type) else column_type
         fits = _is_text(column_type)
         expected = "text"
-    if not fits:
-        raise CorpusError.at(
-            field,
-            column,
-            f"the column is of type {column_type} in {file.url}, not {expected}",
-            fix=f"the columns found are {', '.join(schema.names)}",
-        )
+    return None if fits else expected
+
+
+def _column_type(schema: pa.Schema, column: str) -> Any:
+    """Return the type of a column, or of a field inside structs such as `doc.text`; else None."""
+    if column in schema.names:
+        return schema.field(column).type
+    first, *path = column.split(".")
+    if not path or first not in schema.names:
+        return None
+    column_type: Any = schema.field(first).type
+    for name in path:
+        if pa.types.is_null(column_type):
+            return column_type
+        if not pa.types.is_struct(column_type) or column_type.get_field_index(name) < 0:
+            return None
+        column_type = column_type.field(name).type
+    return column_type
+
+
+def nested_column(records: pa.RecordBatch, column: str) -> pa.Array:
+    """Return a column, or the field inside structs that a path such as `doc.text` names."""
+    if column in records.schema.names:
+        return records.column(column)
+    first, *path = column.split(".")
+    values = records.column(first)
+    for name in path:
+        if pa.types.is_null(values.type):
+            return values
+        # A null struct has null fields.
+        values = pc.call_function("struct_field", [values], pc.StructFieldOptions([name]))
+    return values
 
 
 def no_column(field: str, column: str, file: SourceFile, columns: Iterable[str]) -> CorpusError:

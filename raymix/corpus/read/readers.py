@@ -7,10 +7,9 @@ be read any further is a `CorpusError` that names it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -18,15 +17,30 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raymix.corpus.read.chat import Conversation, conversation
+from raymix.corpus.read.csv_records import csv_records
+from raymix.corpus.read.file_formats import is_json_values
+from raymix.corpus.read.json_values import json_values
 from raymix.corpus.read.lines import lines_between
+from raymix.corpus.read.opening import PeekableSource, TrailingData, opened
 from raymix.corpus.read.parts import (
     FileSlice,
     Part,
     check_column,
     is_arrow_file,
+    nested_column,
     no_column,
     unreadable,
 )
+from raymix.corpus.read.records import (
+    INVALID_UTF8,
+    NULL,
+    Records,
+    Reject,
+    Value,
+    decoded,
+    excerpt,
+)
+from raymix.corpus.read.text_records import numbered_lines, text_records
 from raymix.corpus.read.token_records import LabeledTokens, TokenIds, labels_mask, token_records
 from raymix.errors import CorpusError
 from raymix.recipe import DomainConfig
@@ -38,27 +52,12 @@ from raymix.store.remote.errors import translate_storage_errors
 BATCH_BYTES = 1 << 20
 """Bytes of text decoded at a time from columnar files."""
 
-_EXCERPT_CHARACTERS = 200
 # Bounds the Python objects that are alive at a time where texts are very short.
 _MAX_BATCH_ROWS = 4096
 # A character is at most six bytes of JSON (an escape) and a token id at most eight.
 _MAX_ESCAPE_BYTES = 6
 _LINE_SLACK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """A record that cannot be used: why, and how it begins."""
-
-    reason: str
-    excerpt: str
-
-
-TOO_LONG = Reject("too long", "")
-"""Stands for a document that was not read to its end, being longer than any that is wanted."""
-
-Value = str | TokenIds | LabeledTokens | Conversation | Reject
-Records = Iterator[tuple[int, Value | None]]
+_MAX_FIRST_CHARACTERS = 1 << 24
 
 
 def read_slice(
@@ -81,9 +80,13 @@ def read_slice(
     Raises:
         CorpusError: If the file is damaged, or has changed since it was planned.
     """
+    number = 0
     try:
         with translate_storage_errors(file_slice.file.url, "file"):
-            yield from _records(file_slice, domain, max_characters, tokenizer)
+            for number, value in _records(file_slice, domain, max_characters, tokenizer):
+                yield number, value
+    except TrailingData as error:
+        yield number + 1, Reject("data after the end of the compressed data", excerpt(*error.args))
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
         raise unreadable(file_slice.file, error) from error
 
@@ -102,20 +105,10 @@ def _records(
         yield from token_records(file_slice, domain, tokenizer)
     elif file_slice.file.format == "jsonl":
         yield from _jsonl(file_slice, domain, max_characters * _MAX_ESCAPE_BYTES + _LINE_SLACK)
+    elif file_slice.file.format == "csv":
+        yield from csv_records(file_slice, domain, max_characters * 4 + _LINE_SLACK)
     else:
-        yield from _text(file_slice, domain, max_characters * 4 + 4)
-
-
-@contextlib.contextmanager
-def _opened(file_slice: FileSlice) -> Iterator[pa.NativeFile]:
-    filesystem, path = files.locate(file_slice.file.url)
-    if file_slice.file.compression:
-        raw = filesystem.open_input_stream(path, compression=None)
-        with raw, pa.CompressedInputStream(raw, file_slice.file.compression) as source:
-            yield source
-    else:
-        with filesystem.open_input_file(path) as source:
-            yield source
+        yield from text_records(file_slice, domain, max_characters * 4 + 4)
 
 
 def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
@@ -135,11 +128,12 @@ def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
         batch = min(max(rows * BATCH_BYTES // max(file_slice.size, 1), 1), _MAX_BATCH_ROWS)
         labels = [domain.labels_column] if domain.labels_column else []
         # Arrow's own threads would compete with one reader per core.
+        # A path such as `doc.text` reads that one field of the struct.
         batches = reader.iter_batches(
             batch, row_groups=groups, columns=[column, *labels], use_threads=False
         )
-        columns = (_values(records, domain) for records in batches)
-        yield from enumerate(chain.from_iterable(columns), 1)
+        columns = (_values(*_wanted(records, domain), domain) for records in batches)
+        yield from enumerate(itertools.chain.from_iterable(columns), 1)
 
 
 def _arrow(file_slice: FileSlice, domain: DomainConfig) -> Records:
@@ -153,13 +147,14 @@ def _arrow_values(
     column = domain.column
     for records in _arrow_batches(source, file_slice):
         check_column(domain, file_slice.file, records.schema, column)
-        wanted = records.select([column, *([domain.labels_column] if domain.labels_column else [])])
         for low in range(0, records.num_rows, _MAX_BATCH_ROWS):
-            rows = wanted.slice(low, _MAX_BATCH_ROWS)
+            rows = records.slice(low, _MAX_BATCH_ROWS)
+            values, labels = _wanted(rows, domain)
             # Only Arrow files: Parquet's decoder writes its own offsets.
-            for values in rows.columns:
-                _check_layout(values)
-            yield from _values(rows, domain)
+            _check_layout(values)
+            if labels is not None:
+                _check_layout(labels)
+            yield from _values(values, labels, domain)
 
 
 def _check_layout(values: pa.Array) -> None:
@@ -181,64 +176,50 @@ def _arrow_batches(source: pa.NativeFile, file_slice: FileSlice) -> Iterator[pa.
         yield reader.get_batch(number)
 
 
-def _values(records: pa.RecordBatch, domain: DomainConfig) -> Iterator[Value]:
-    values = _column(records.column(domain.column), domain)
-    if domain.labels_column is None:
-        yield from values
+def _wanted(records: pa.RecordBatch, domain: DomainConfig) -> tuple[pa.Array, pa.Array | None]:
+    """Return the column that a domain reads, and its labels."""
+    labels = records.column(domain.labels_column) if domain.labels_column else None
+    return nested_column(records, domain.column), labels
+
+
+def _values(values: pa.Array, labels: pa.Array | None, domain: DomainConfig) -> Iterator[Value]:
+    if labels is None:
+        yield from _column(values, domain)
         return
-    labels = records.column(domain.labels_column).to_pylist()
-    for ids, row_labels in zip(values, labels, strict=True):
+    for ids, row_labels in zip(_column(values, domain), labels.to_pylist(), strict=True):
         yield ids if not isinstance(ids, np.ndarray) else labeled(ids, row_labels)
 
 
 def _column(values: pa.Array, domain: DomainConfig) -> Iterator[Value]:
+    if pa.types.is_null(values.type):
+        # The type of a column in which a writer saw nothing but nulls.
+        yield from itertools.repeat(NULL, len(values))
+        return
     if domain.messages_column:
         yield from (_messages(value) for value in values.to_pylist())
         return
     if domain.tokens_column:
         for scalar in values:
-            yield scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else _null()
+            yield scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else NULL
         return
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     try:
-        yield from [_null() if text is None else _decoded(text) for text in values.to_pylist()]
+        yield from [NULL if text is None else decoded(text) for text in values.to_pylist()]
     except UnicodeDecodeError:
         # One bad row fails the whole batch; taken as bytes, each row is judged on its own.
         raw = values.cast(pa.large_binary()).to_pylist()
-        yield from (_null() if text is None else _decoded(text) for text in raw)
-
-
-def _decoded(text: str | bytes) -> str | Reject:
-    if isinstance(text, str):
-        return text
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return Reject("invalid UTF-8", excerpt(text))
-
-
-def _null() -> Reject:
-    return Reject("null", "")
-
-
-def excerpt(value: object) -> str:
-    """Return how a bad record begins, in printable form."""
-    if isinstance(value, bytes):
-        value = value[: 4 * _EXCERPT_CHARACTERS].decode(errors="backslashreplace")
-    text = value if isinstance(value, str) else repr(value)
-    return text[:_EXCERPT_CHARACTERS].encode(errors="backslashreplace").decode()
+        yield from (NULL if text is None else decoded(text) for text in raw)
 
 
 def _jsonl(file_slice: FileSlice, domain: DomainConfig, limit: int) -> Records:
-    with _opened(file_slice) as source:
-        if file_slice.low:
-            source.seek(file_slice.low - 1)
-        lines = lines_between(source.read, file_slice.low, file_slice.high, limit=limit)
-        for number, (line, complete) in enumerate(lines, 1):
-            if number == 1 and not file_slice.low:
-                # The byte order mark that some Windows tools write is not part of the JSON.
-                line = line.removeprefix(b"\xef\xbb\xbf")
+    with opened(file_slice) as source:
+        # Files that are cut into ranges of bytes were seen to be lines when they were cut.
+        if file_slice.high is None and is_json_values(source.peek()):
+            for number, (value, text) in enumerate(json_values(source, limit), 1):
+                yield number, _record(value, text, domain)
+            return
+        for number, (line, complete) in numbered_lines(source, file_slice, limit):
             if not complete:
                 yield number, Reject("line too long", excerpt(line))
             else:
@@ -251,18 +232,26 @@ def json_value(line: bytes, domain: DomainConfig) -> Value:
         # Decoded here, not by json: it would accept UTF-16 and UTF-32 by guessing.
         record = json.loads(line.decode())
     except UnicodeDecodeError:
-        return Reject("invalid UTF-8", excerpt(line))
+        return Reject(INVALID_UTF8, excerpt(line))
     # Deeply nested brackets exhaust the recursion limit, not the parser.
     except (ValueError, RecursionError):
         return Reject("invalid JSON", excerpt(line))
+    return _record(record, line, domain)
+
+
+def _record(record: object, line: bytes | str, domain: DomainConfig) -> Value:
+    """Return the document in a value of JSON, whose text is `line`."""
+    if isinstance(record, Reject):
+        return record
     if not isinstance(record, dict):
         return Reject("not a JSON object", excerpt(line))
     column = domain.column
-    if column not in record:
+    try:
+        value = nested_value(record, column)
+    except KeyError:
         return Reject(f"no {column!r} key", excerpt(line))
-    value = record[column]
     if value is None:
-        return Reject("null", excerpt(line))
+        return NULL
     if domain.messages_column:
         return _messages(value)
     if domain.tokens_column:
@@ -273,9 +262,29 @@ def json_value(line: bytes, domain: DomainConfig) -> Value:
     return value if isinstance(value, str) else Reject("not text", excerpt(line))
 
 
+def nested_value(record: Mapping[str, object], column: str) -> object:
+    """Return the value under a key, or under a path of keys such as `doc.text`.
+
+    A null on the way is the value. A key that has dots itself comes first.
+
+    Raises:
+        KeyError: If there is no such key.
+    """
+    if column in record:
+        return record[column]
+    value: object = record
+    for key in column.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise KeyError(column)
+        value = value[key]
+    return value
+
+
 def _messages(value: object) -> Conversation | Reject:
     if value is None:
-        return _null()
+        return NULL
     return conversation(value) or Reject("not a list of messages", excerpt(value))
 
 
@@ -287,7 +296,7 @@ def labeled(ids: TokenIds, labels: object) -> LabeledTokens | Reject:
         return Reject(str(error), excerpt(labels))
 
 
-def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
+def _token_ids(value: object, line: bytes | str) -> TokenIds | Reject:
     # `type(...) is int`: True is an int to isinstance.
     if isinstance(value, list) and all(type(item) is int for item in value):
         with contextlib.suppress(OverflowError):
@@ -295,58 +304,10 @@ def _token_ids(value: object, line: bytes) -> TokenIds | Reject:
     return Reject("not a list of token ids", excerpt(line))
 
 
-def _text(file_slice: FileSlice, domain: DomainConfig, limit: int) -> Records:
-    with _opened(file_slice) as source:
-        if domain.text_unit == "file":
-            yield 1, _whole_file(source, limit)
-            return
-        if file_slice.low:
-            source.seek(file_slice.low - 1)
-        lines = lines_between(source.read, file_slice.low, file_slice.high, limit=limit)
-        numbered = enumerate(lines, 1)
-        yield from _lines(numbered) if domain.text_unit == "line" else _paragraphs(numbered, limit)
-
-
-def _whole_file(source: pa.NativeFile, limit: int) -> Value:
-    # One byte more than the longest document allowed tells that it is too long.
-    content = source.read(limit)
-    return _decoded(content) if len(content) < limit else TOO_LONG
-
-
-Lines = Iterator[tuple[int, tuple[bytes, bool]]]
-
-
-def _lines(numbered: Lines) -> Records:
-    for number, (line, complete) in numbered:
-        if complete:
-            yield number, _decoded(line) if line.strip() else None
-        else:
-            yield number, TOO_LONG
-
-
-def _paragraphs(numbered: Lines, limit: int) -> Records:
-    """Yield runs of lines between blank ones, under the number of their first line."""
-    first = size = 0
-    lines: list[bytes] = []
-    for number, (line, _) in numbered:
-        if line.strip():
-            first = first if lines else number
-            size += len(line) + 1
-            # What is over the limit is dropped for its length; it need not be kept whole.
-            lines.append(line if size <= limit else b"")
-        elif lines:
-            yield first, _paragraph(lines, size, limit)
-            lines, size = list[bytes](), 0
-    if lines:
-        yield first, _paragraph(lines, size, limit)
-
-
-def _paragraph(lines: list[bytes], size: int, limit: int) -> Value:
-    return _decoded(b"\n".join(lines)) if size <= limit else TOO_LONG
-
-
-def check_first_lines(domains: Iterable[DomainConfig], parts: Mapping[str, Sequence[Part]]) -> None:
-    """Check that the first JSON object of each domain has the column that the domain reads.
+def check_first_records(
+    domains: Iterable[DomainConfig], parts: Mapping[str, Sequence[Part]]
+) -> None:
+    """Check that the first file of each domain is text, and that its first record has the column.
 
     Raises:
         CorpusError: If not; with a message per domain.
@@ -354,25 +315,41 @@ def check_first_lines(domains: Iterable[DomainConfig], parts: Mapping[str, Seque
     problems: list[str] = []
     for domain in domains:
         first = next((cut for part in parts.get(domain.name, ()) for cut in part.slices), None)
-        if first is not None and first.file.format == "jsonl":
+        if first is not None and first.file.format in ("jsonl", "csv", "text"):
             try:
-                check_first_line(first, domain)
+                check_first_record(first, domain)
             except CorpusError as error:
                 problems += error.problems
     if problems:
         raise CorpusError(*problems)
 
 
-def check_first_line(file_slice: FileSlice, domain: DomainConfig) -> None:
-    """Check that the first JSON object of a file has the column the domain reads.
+def check_first_record(file_slice: FileSlice, domain: DomainConfig) -> None:
+    """Check that a file is text, and that the first object of JSON has the column.
 
     Raises:
         CorpusError: If it has not; the message lists the keys found. Bad JSON is not judged here.
     """
+    if file_slice.file.format != "jsonl":
+        # An encoding shows in the first bytes, a column in the header.
+        next(read_slice(file_slice, domain, max_characters=_MAX_FIRST_CHARACTERS), None)
+        return
     record: object = None
-    with contextlib.suppress(OSError, ValueError, RecursionError), _opened(file_slice) as source:
-        line, _ = next(lines_between(source.read, 0, None, limit=1 << 24), (b"null", True))
-        record = json.loads(line.decode("utf-8-sig"))
-    column = domain.column
-    if isinstance(record, dict) and column not in record:
-        raise no_column(f"{domain.name}.{domain.column_field}", column, file_slice.file, record)
+    with contextlib.suppress(OSError), opened(file_slice) as source:
+        record = _first_record(source)
+    if isinstance(record, dict):
+        try:
+            nested_value(record, domain.column)
+        except KeyError:
+            field = f"{domain.name}.{domain.column_field}"
+            raise no_column(field, domain.column, file_slice.file, record) from None
+
+
+def _first_record(source: PeekableSource) -> object:
+    """Return the first record of a file of JSON; None where it is bad, or there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, StopIteration):
+        if is_json_values(source.peek()):
+            return next(json_values(source, _MAX_FIRST_CHARACTERS))[0]
+        line, _ = next(lines_between(source.read, 0, None, limit=_MAX_FIRST_CHARACTERS))
+        return json.loads(line.decode("utf-8-sig"))
+    return None

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
-from raymix._utils.hub import HUB
-from raymix.errors import CorpusError, did_you_mean, format_problem
+from raymix.corpus.read.file_formats import (
+    Format,
+    check_local,
+    file_format,
+    splits_of,
+    without_bookkeeping,
+)
+from raymix.corpus.read.globs import Listings, expand, is_glob
+from raymix.errors import CorpusError, format_problem
 from raymix.recipe import CorpusConfig, DomainConfig
 from raymix.recipe.corpus import TOKEN_FORMATS
-from raymix.store.formats.detect import INDEX_JSON, detect, is_companion, named_file
+from raymix.store.formats.detect import is_companion, named_file
 from raymix.store.formats.info import TokenFormat
 from raymix.store.remote import files
-from raymix.store.remote.errors import is_remote, storage_errors
-from raymix.store.remote.hub import pinned
+from raymix.store.remote.errors import is_remote
 
-Format = Literal["parquet", "jsonl", "text", "arrow"] | TokenFormat
+_MAX_NAMES_SHOWN = 4
 
-_FORMATS: dict[str, Format] = {
-    "parquet": "parquet",
-    "pq": "parquet",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    # Hugging Face datasets name JSON Lines files .json.
-    "json": "jsonl",
-    "txt": "text",
-    "text": "text",
-    "md": "text",
-    "arrow": "arrow",
-    "ipc": "arrow",
-    "feather": "arrow",
-}
-_COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "zstd": "zstd", "bz2": "bz2"}
-_WILDCARD = re.compile(r"[*?\[]")
-# What `glob.escape` makes of a character that is meant as it stands.
-_ESCAPE = re.compile(r"\[([*?\[])\]")
-_MAX_NAMES_SHOWN = 10
+Note = Callable[[str], None]
+"""Called with a line for the user."""
+
+Matched = list[tuple[str, pafs.FileInfo]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +52,29 @@ class DomainSources:
     valid: tuple[SourceFile, ...]
 
 
-def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
+def find_sources(config: CorpusConfig, note: Note = lambda line: None) -> dict[str, DomainSources]:
     """Return the files of every domain, in the order of the globs and sorted within each.
+
+    A directory means all files below it. A file under several names, such as a link, is read once.
+
+    Args:
+        config: The corpus section of a recipe.
+        note: Called with a line per pattern of which something is left out.
 
     Raises:
         CorpusError: With one message per glob that matches nothing, file that is missing, of no
-            known format, both trained on and held out, or inside the corpus to be written.
+            known format, both trained on and held out, or inside the corpus to be written, and
+            directory with files of several splits.
     """
     problems: list[str] = []
     sources: dict[str, DomainSources] = {}
     listings = Listings()  # thousands of domains may share a directory
     for number, domain in enumerate(config.domains):
         path = f"corpus.domains.{number}"
-        train = _expand_all(f"{path}.train", domain.train, domain, problems, listings)
-        valid = _expand_all(f"{path}.valid", domain.valid, domain, problems, listings)
+        train, valid = (
+            _DomainFiles(f"{path}.{split}", domain, listings, problems, note).of(globs)
+            for split, globs in (("train", domain.train), ("valid", domain.valid))
+        )
         problems += _overlaps(path, train, valid)
         problems += _inside(f"{path}.train", config.path, domain.name, (*train, *valid))
         sources[domain.name] = DomainSources(train, valid)
@@ -85,250 +83,110 @@ def find_sources(config: CorpusConfig) -> dict[str, DomainSources]:
     return sources
 
 
-def _expand_all(
-    path: str,
-    globs: Iterable[str],
-    domain: DomainConfig,
-    problems: list[str],
-    listings: Listings,
-) -> tuple[SourceFile, ...]:
-    matched: dict[str, SourceFile] = {}
-    for pattern in globs:
-        try:
-            for url, info in _named(path, pattern, domain, listings):
-                # A file that two globs match is one source, at the place of the first.
-                matched.setdefault(url, _source_file(path, url, info, domain))
-        except CorpusError as error:
-            problems += error.problems
-    return tuple(matched.values())
+@dataclass(frozen=True)
+class _DomainFiles:
+    """The files of one field of a domain; `problems` and `note` take what is wrong with it."""
 
+    path: str
+    domain: DomainConfig
+    listings: Listings
+    problems: list[str]
+    note: Note
 
-def _named(
-    path: str, pattern: str, domain: DomainConfig, listings: Listings
-) -> list[tuple[str, pafs.FileInfo]]:
-    """Return the files that a pattern means, less the indices of token files."""
-    token_file = domain.format in TOKEN_FORMATS
-    if token_file:
-        _check_local(path, pattern)
-        pattern = named_file(pattern, cast(TokenFormat, domain.format))
-    matched = expand(path, pattern, listings)
-    if domain.format != "auto" and not token_file:
-        return matched
-    tokens = [(url, info) for url, info in matched if not is_companion(url)]
-    if not tokens:
-        fix = "name the files of tokens that they belong to"
-        raise CorpusError.at(path, pattern, "only indices of token files match", fix=fix)
-    return tokens
+    def of(self, globs: Iterable[str]) -> tuple[SourceFile, ...]:
+        """Return the files that the globs mean, each once."""
+        matched: dict[object, SourceFile] = {}
+        patterns = list(globs)
+        for pattern in dict.fromkeys(patterns):
+            if (times := patterns.count(pattern)) > 1:
+                self.note(
+                    f"{self.path}: {pattern} is listed {times} times and read once; weights of the "
+                    "mixer say how often a domain is read"
+                )
+            try:
+                self._add(pattern, matched)
+            except CorpusError as error:
+                self.problems.extend(error.problems)
+        return tuple(matched.values())
 
+    def _add(self, pattern: str, matched: dict[object, SourceFile]) -> None:
+        linked: list[str] = []
+        for url, info in self._named(pattern):
+            kind, compression = file_format(self.path, url, self.domain)
+            file = SourceFile(url, info.size or 0, info.mtime_ns or 0, kind, compression)
+            # A file that two globs match is one source, at the place of the first.
+            first = matched.setdefault(_identity(url), file)
+            if first.url != url:
+                linked.append(f"{url} is {first.url}")
+        if linked:
+            self.note(f"{self.path}: one file under two names, read once: {_some(linked)}")
 
-def _source_file(path: str, url: str, info: pafs.FileInfo, domain: DomainConfig) -> SourceFile:
-    kind, compression = file_format(path, url, domain)
-    return SourceFile(url, info.size or 0, info.mtime_ns or 0, kind, compression)
+    def _named(self, pattern: str) -> Matched:
+        """Return the files that a pattern means, less those that hold no documents."""
+        token_file = self.domain.format in TOKEN_FORMATS
+        if token_file:
+            check_local(self.path, pattern)
+            pattern = named_file(pattern, cast(TokenFormat, self.domain.format))
+            return expand(self.path, pattern, self.listings)
+        matched = expand(self.path, pattern, self.listings)
+        if len(matched) > 1 and not is_glob(pattern):
+            self._refuse_splits(pattern, matched)
+        if self.domain.format == "auto":
+            matched = self._without_indices(pattern, matched)
+        return matched if len(matched) == 1 else self._documents(pattern, matched)
 
+    def _without_indices(self, pattern: str, matched: Matched) -> Matched:
+        tokens = [(url, info) for url, info in matched if not is_companion(url)]
+        if not tokens:
+            fix = "name the files of tokens that they belong to"
+            raise CorpusError.at(self.path, pattern, "only indices of token files match", fix=fix)
+        return tokens
 
-def file_format(path: str, url: str, domain: DomainConfig) -> tuple[Format, str | None]:
-    """Return the format and the compression of a file, by its name unless the recipe says.
+    def _documents(self, pattern: str, matched: Matched) -> Matched:
+        names, others = without_bookkeeping(url for url, _ in matched)
+        if not names:
+            fix = "name the files that hold documents"
+            raise CorpusError.at(self.path, pattern, f"only {_some(others)} match", fix=fix)
+        if others:
+            self.note(f"{self.path}: no documents are in {_some(others)}: left out")
+        return [(url, info) for url, info in matched if url in set(names)]
 
-    Raises:
-        CorpusError: If the name's ending is not known and the recipe says `auto`.
-    """
-    # Of the name alone: a directory may have dots as well.
-    endings = url.rsplit("/", 1)[-1].lower().split(".")[1:]
-    compression = _COMPRESSIONS.get(endings[-1]) if endings else None
-    if compression:
-        endings = endings[:-1]
-    if domain.format != "auto":
-        return domain.format, compression
-    kind = _token_format(path, url) or (_FORMATS.get(endings[-1]) if endings else None)
-    # Only where the format is guessed: the recipe's own choice is checked by its model.
-    if kind == "text" and domain.column_field != "text_column":
+    def _refuse_splits(self, directory: str, matched: Matched) -> None:
+        """Raise CorpusError where a directory has files to train on and others to evaluate on."""
+        root = files.locate(directory)[1]
+        splits = splits_of(url.rpartition(root)[2] for url, _ in matched)
+        if len(splits) < 2:
+            return
+        counts = ", ".join(f"{split}: {len(names)}" for split, names in splits.items())
+        example = files.join(directory, next(iter(splits.values()))[0].lstrip("/"))
         raise CorpusError.at(
-            path,
-            url,
-            f"a text file has no column {domain.column!r}",
-            fix="columns come in parquet, jsonl or arrow",
+            self.path,
+            directory,
+            f"a directory with files of several splits ({counts})",
+            fix=f"name those that are meant, such as {example}",
         )
-    if kind is None:
-        raise CorpusError.at(
-            path,
-            url,
-            "the ending of the file's name tells no format",
-            allowed=f"known endings: {', '.join(_FORMATS)}, also with {', '.join(_COMPRESSIONS)}",
-            fix=f"set `format` of domain {domain.name!r} to parquet, jsonl, text or arrow",
-        )
-    return kind, compression
 
 
-def _token_format(path: str, url: str) -> TokenFormat | None:
-    """Return the format of a token file, None for one of another kind."""
-    name = url.rsplit("/", 1)[-1]
-    if not name.endswith((".bin", ".npy", ".ds")) and name != INDEX_JSON:
-        return None
-    _check_local(path, url)
-    kind = detect(url)
-    if kind is None and name.endswith(".bin"):
-        raise CorpusError.at(
-            path,
-            url,
-            "it has neither an .idx beside it (Megatron) nor llm.c's header",
-            fix="restore the .idx, or set format: nanogpt for raw ids that end-of-text separates",
-        )
-    return kind
-
-
-def _check_local(path: str, url: str) -> None:
+def _identity(url: str) -> object:
+    """Return what tells a file from others: not its name where it is local, as links have many."""
     if is_remote(url):
-        fix = "mount the store, or copy the files"
-        raise CorpusError.at(
-            path, url, "token files are mapped, and this is no local file", fix=fix
-        )
-
-
-class Listings:
-    """The files under directories, each listed once."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._known: dict[tuple[str, bool], list[tuple[str, pafs.FileInfo]]] = {}
-
-    def files(
-        self, filesystem: pafs.FileSystem, base: str, *, deep: bool
-    ) -> list[tuple[str, pafs.FileInfo]]:
-        """Return the paths under `base` and what is known of each file there."""
-        key = (f"{filesystem.type_name}:{base}", deep)
-        if key not in self._known:
-            selector = pafs.FileSelector(base, recursive=deep, allow_not_found=True)
-            start = len(base.rstrip("/"))
-            self._known[key] = [
-                (info.path[start:].lstrip("/"), info)
-                for info in filesystem.get_file_info(selector)
-                if info.type == pafs.FileType.File
-            ]
-        return self._known[key]
-
-
-def expand(
-    path: str, pattern: str, listings: Listings | None = None
-) -> list[tuple[str, pafs.FileInfo]]:
-    """Return the sorted URLs that a glob matches, with what the file system says of each.
-
-    `*` and `?` stay within a name, `**` spans directories, `[abc]` is one of the characters;
-    hidden files (`.name`) need a pattern that starts with a dot.
-
-    Args:
-        path: Dotted path of the recipe's field, for messages.
-        pattern: A glob or a plain name, local or any URL.
-        listings: Directories listed before.
-
-    Raises:
-        CorpusError: If nothing matches; it says what lies there instead.
-    """
-    # A branch of the Hub may move while workers read.
-    root, segments = _split(pinned(pattern, path))
+        return url
     try:
-        filesystem, base = files.locate(root, path)
-        # What the Hub's cache holds keeps its URL: other nodes have other caches.
-        if isinstance(filesystem, pafs.LocalFileSystem) and not root.startswith(HUB):
-            root = base  # workers have another working directory
-        if not segments:
-            info = filesystem.get_file_info(base)
-            if info.type == pafs.FileType.NotFound:
-                files.check_store(root, path)
-            return [(root, _plain_file(path, root, info))]
-        # A flat listing where one level is enough: a bucket may hold millions of keys below.
-        deep = len(segments) > 1 or "**" in segments
-        tails = (listings or Listings()).files(filesystem, base, deep=deep)
-    except Exception as error:
-        if known := storage_errors(root, error, path):
-            raise known from error
-        if not isinstance(error, OSError | pa.ArrowException):
-            raise
-        raise CorpusError.at(path, pattern, f"cannot be listed: {error}") from error
-    match = _matcher(tuple(segments)).fullmatch
-    root = root.rstrip("/")
-    # Listings come in any order, and the order of sources decides the bytes of the corpus.
-    matched = sorted((f"{root}/{tail}", info) for tail, info in tails if match(tail))
-    if not matched:
-        files.check_store(root, path)  # nothing is listed of a bucket that does not exist
-        raise CorpusError.at(path, pattern, "no file matches", fix=_describe_directory(pattern))
-    return matched
+        status = os.stat(url)
+    except OSError:
+        # It went away since it was listed; reading it will say so.
+        return url
+    return status.st_dev, status.st_ino
 
 
-def _split(pattern: str) -> tuple[str, list[str]]:
-    """Return the part of a glob before its first magic segment, and the segments after it."""
-    segments = pattern.split("/")
-    is_wildcard = [bool(_WILDCARD.search(_ESCAPE.sub("", segment))) for segment in segments]
-    first = is_wildcard.index(True) if True in is_wildcard else len(segments)
-    root = _ESCAPE.sub(r"\1", "/".join(segments[:first]))
-    return (root or ("/" if pattern.startswith("/") else ".")), segments[first:]
-
-
-@functools.lru_cache(maxsize=64)
-def _matcher(segments: tuple[str, ...]) -> re.Pattern[str]:
-    parts = []
-    for number, segment in enumerate(segments):
-        last = number == len(segments) - 1
-        # Like a shell: neither `*` nor `**` matches hidden names such as `.cache`.
-        if segment == "**":
-            parts.append(r"(?:[^/.][^/]*/)*" + (r"[^/.][^/]*" if last else ""))
-        else:
-            parts.append(_segment_pattern(segment) + ("" if last else "/"))
-    return re.compile("".join(parts), re.DOTALL)
-
-
-def _segment_pattern(segment: str) -> str:
-    pattern = "" if segment.startswith((".", "[")) else r"(?!\.)"
-    position = 0
-    while position < len(segment):
-        character = segment[position]
-        # From the second character on: in `[]a]` the first bracket is a member.
-        end = segment.find("]", position + 2) if character == "[" else -1
-        if end > 0:
-            inside = segment[position + 1 : end].replace("\\", r"\\").replace("[", r"\[")
-            pattern += f"[^/{inside[1:]}]" if inside[0] in "!^" else f"[{inside}]"
-            position = end + 1
-            continue
-        # Not fnmatch.translate, whose `*` matches slashes too.
-        pattern += {"*": "[^/]*", "?": "[^/]"}.get(character, re.escape(character))
-        position += 1
-    return pattern
-
-
-def _plain_file(path: str, url: str, info: pafs.FileInfo) -> pafs.FileInfo:
-    if info.type == pafs.FileType.File:
-        return info
-    if info.type == pafs.FileType.Directory:
-        raise CorpusError.at(
-            path,
-            url,
-            "a directory",
-            allowed=_describe_directory(url + "/*"),
-            fix=f"name the files in it, such as {files.join(url, '*.parquet')}",
-        )
-    raise CorpusError.at(path, url, "no such file", fix=_describe_directory(url))
-
-
-def _describe_directory(pattern: str) -> str:
-    """Return a sentence on what lies in the deepest directory of a pattern that exists."""
-    root, _ = _split(pattern)
-    name = pattern.rsplit("/", 1)[-1]
-    while "/" in root.rstrip("/") and not _is_directory(root):
-        root = root.rstrip("/").rsplit("/", 1)[0] or "/"
-    names = files.list_directory(root) if _is_directory(root) else []
-    if not names:
-        return f"{root} is empty" if _is_directory(root) else f"{root} does not exist"
-    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
-    hint = did_you_mean(name, names)
-    return f"{root} holds {', '.join(names[:_MAX_NAMES_SHOWN])}{more}. {hint}".strip()
-
-
-def _is_directory(url: str) -> bool:
-    filesystem, path = files.locate(url)
-    return filesystem.get_file_info(path).type == pafs.FileType.Directory
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES_SHOWN:,} more" if len(names) > _MAX_NAMES_SHOWN else ""
+    return ", ".join(names[:_MAX_NAMES_SHOWN]) + more
 
 
 def _overlaps(path: str, train: Iterable[SourceFile], valid: Iterable[SourceFile]) -> list[str]:
-    both = {file.url for file in train} & {file.url for file in valid}
+    trained = {_identity(file.url) for file in train}
+    both = [file.url for file in valid if _identity(file.url) in trained]
     return [
         format_problem(
             f"{path}.valid",
@@ -336,7 +194,7 @@ def _overlaps(path: str, train: Iterable[SourceFile], valid: Iterable[SourceFile
             "the file is both trained on and held out",
             fix="name it in one of them",
         )
-        for url in sorted(both)
+        for url in both
     ]
 
 

@@ -141,10 +141,11 @@ def test_bad_records_are_counted_and_shown(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [*rows[:100], *bad, *rows[100:]])
     corpus_config = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.05)
     info = run(corpus_config).domains["d"]
-    assert info.rejected == 6
+    assert info.rejected == 4
     assert info.records_read == 306
+    assert (info.too_short, info.repaired) == (1, 1)
     assert set(info.rejected_by_reason) == {
-        "invalid JSON", "null", "not text", "not a JSON object", "invalid UTF-8", "no 'text' key",
+        "invalid JSON", "not text", "not a JSON object", "no 'text' key",
     }  # fmt: skip
     shown = [json.loads(line) for line in (tmp_path / "corpus/d/rejects.jsonl").open()]
     assert {(row["line"], row["reason"]) for row in shown} >= {
@@ -168,8 +169,8 @@ def test_line_numbers_hold_across_parts(tmp_path: Path, monkeypatch: pytest.Monk
 def test_too_many_bad_records_are_fatal(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"text": "fine"}] * 8 + ["{", "{"])
     said = refusal(config(tmp_path, [{"name": "d", "train": path}]))
-    assert "corpus.max_rejected = 0.01: 2 of 10 records of domain 'd' are bad" in said
-    assert f"(invalid JSON: 2). The first is {path}, line 9: invalid JSON: '{{'" in said
+    assert said.startswith(f"file = '{path}': line 9: invalid JSON: '{{'")
+    assert "corpus.max_rejected = 0.01, and 2 of 10 records of domain 'd' are bad" in said
     assert (tmp_path / "corpus/d/rejects.jsonl").exists()
     assert not (tmp_path / "corpus/manifest.json").exists()
     raised = config(tmp_path, [{"name": "d", "train": path}], max_rejected=0.5, deduplicate=False)

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from raymix.corpus.read.lines import lines_between
 from raymix.corpus.read.parts import FileSlice, check_column, plan_parts
-from raymix.corpus.read.readers import TOO_LONG, Reject, json_value, read_slice
+from raymix.corpus.read.readers import json_value, read_slice
+from raymix.corpus.read.records import TOO_LONG, Reject
 from raymix.corpus.read.sources import find_sources
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DomainConfig

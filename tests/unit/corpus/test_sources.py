@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raymix.corpus.read.file_formats import file_format
+from raymix.corpus.read.globs import expand
 from raymix.corpus.read.parts import MIN_PART_BYTES, plan_parts
-from raymix.corpus.read.sources import expand, file_format, find_sources
+from raymix.corpus.read.sources import find_sources
 from raymix.errors import CorpusError
 from raymix.recipe import CorpusConfig, DomainConfig
 from raymix.store import atomic_write_bytes
@@ -93,12 +95,87 @@ def test_missing_file_names_the_nearest(tree: Path) -> None:
     assert "Did you mean 'b.txt'?" in refusal(config(tree, train=f"{tree}/bb.txt"))
     said = refusal(config(tree, train=f"{tree}/nowhere/deep/c.jsonl"))
     assert f"no such file. {tree} holds" in said
-    assert "a directory" in refusal(config(tree, train=f"{tree}/x"))
 
 
 def test_every_fault_is_told_at_once(tree: Path) -> None:
     both = [f"{tree}/none*", f"{tree}/no.jsonl", f"{tree}/x/../b.md"]
     assert len(refusal(config(tree, train=both)).splitlines()) == 3
+
+
+def chosen(root: Path, *train: str, **fields: object) -> tuple[list[str], list[str]]:
+    """Return the names of the files that patterns below `root` mean, and the notes."""
+    notes: list[str] = []
+    patterns = [f"{root}/{pattern}".rstrip("/") for pattern in train]
+    sources = find_sources(config(root.parent, train=patterns, **fields), notes.append)
+    return [str(Path(file.url).relative_to(root)) for file in sources["d"].train], notes
+
+
+def written(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text("x\n")
+    return root
+
+
+def test_a_directory_means_the_files_below_it(tree: Path) -> None:
+    assert chosen(tree, "x") == (["x/c.jsonl", "x/y/d.jsonl"], [])
+
+
+def test_a_directory_of_several_splits_is_refused(tmp_path: Path) -> None:
+    hub = written(tmp_path / "hub", "data/train-00000.parquet", "data/test-00000.parquet")
+    said = refusal(config(tmp_path, train=str(hub)))
+    assert "a directory with files of several splits (test: 1, train: 1)" in said
+    assert f"{hub}/data/te" in said
+    # A pattern that names one of them is taken at its word.
+    assert chosen(hub, "data/train*")[0] == ["data/train-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ("_SUCCESS", "lang=en/.part-0.c000.parquet.crc", "part-0.crc"),
+        ("_delta_log/00000.json", "_committed_123", "_started_123"),
+        ("_metadata", "_common_metadata", "_temporary/0/part-0.parquet"),
+        ("README.md", "LICENSE", "dataset_infos.json"),
+        ("dataset_info.json", "state.json", "dataset_dict.json"),
+        ("data-00000.parquet.lock", "x.incomplete"),
+    ],
+)
+def test_files_that_hold_no_documents_are_left_out(tmp_path: Path, others: tuple[str, ...]) -> None:
+    root = written(tmp_path / "spark", "lang=en/part-0.c000.snappy.parquet", *others)
+    for patterns in (["**"], [""]):
+        names, (note,) = chosen(root, *patterns)
+        assert names == ["lang=en/part-0.c000.snappy.parquet"]
+        visible = [name for name in others if "/." not in name]
+        assert all(name in note for name in visible)
+
+
+def test_a_readme_among_texts_is_a_text(tmp_path: Path) -> None:
+    root = written(tmp_path / "docs", "README.md", "guide.md")
+    assert chosen(root, "*.md") == (["README.md", "guide.md"], [])
+
+
+def test_a_file_under_several_names_is_read_once(tmp_path: Path) -> None:
+    root = written(tmp_path / "linked", "ok.jsonl", "sub/other.jsonl")
+    (root / "link.jsonl").symlink_to(root / "ok.jsonl")
+    (root / "sub" / "hard.jsonl").hardlink_to(root / "ok.jsonl")
+    (root / "sub" / "loop").symlink_to(root)
+    names, (note,) = chosen(root, "link.jsonl", "ok.jsonl")
+    assert names == ["link.jsonl"]
+    assert f"{root}/ok.jsonl is {root}/link.jsonl" in note
+    names, _ = chosen(root, "**")
+    assert names == ["link.jsonl", "sub/other.jsonl"]
+    assert chosen(root, "sub/./other.jsonl", "sub/other.jsonl") == (["sub/other.jsonl"], [])
+    said = refusal(config(tmp_path, train=f"{root}/ok.jsonl", valid=f"{root}/link.jsonl"))
+    assert "both trained on and held out" in said
+
+
+def test_a_pattern_listed_again_is_read_once_and_said(tree: Path) -> None:
+    names, (note,) = chosen(tree, "a.jsonl", "a.jsonl", "a.jsonl")
+    assert names == ["a.jsonl"]
+    assert "listed 3 times and read once" in note
+    # Two patterns that overlap are ordinary.
+    assert chosen(tree, "*.jsonl", "a.jsonl") == (["a.jsonl", "b.jsonl"], [])
 
 
 def test_a_file_is_in_one_split_only(tree: Path) -> None:
@@ -127,6 +204,10 @@ def test_order_is_that_of_the_globs_then_sorted(tree: Path) -> None:
         ("a.b.jsonl.zst", "jsonl", "zstd"),
         ("a.txt.bz2", "text", "bz2"),
         ("a.arrow", "arrow", None),
+        ("a.parquet.gzip", "parquet", "gzip"),
+        ("a.csv.gz", "csv", "gzip"),
+        ("a.tsv", "csv", None),
+        ("setup.py", "text", None),
     ],
 )
 def test_format_goes_by_the_ending(name: str, kind: str, compression: str | None) -> None:
@@ -134,7 +215,7 @@ def test_format_goes_by_the_ending(name: str, kind: str, compression: str | None
     assert file_format("p", f"/x/{name}", domain) == (kind, compression)
 
 
-@pytest.mark.parametrize("name", ["a", "a.gz", "a.csv", "jsonl"])
+@pytest.mark.parametrize("name", ["a", "a.gz", "a.docx", "jsonl"])
 def test_unknown_ending_says_what_to_set(name: str) -> None:
     domain = DomainConfig(name="d", train=("x",))
     with pytest.raises(CorpusError, match=r"known endings: parquet.*set `format` of domain 'd'"):
