@@ -15,16 +15,26 @@ from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.mixers.base import MixerContext, Shares
 
 SUM_TOLERANCE = 1e-6
+# Published mixtures are rounded to two or three places; their shares are divided by the sum.
+ROUNDING_TOLERANCE = 0.01
 # A suggestion costs an edit distance to every domain, and there may be 10,000 of them.
 _MAX_SHOWN = 5
 
 
-def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path: str) -> Shares:
-    """Return weights by name as shares, shape (D,); a domain left out gets 0.
+def shares_by_name(
+    weights: Mapping[str, float], context: MixerContext, *, path: str, relative: bool = False
+) -> Shares:
+    """Return weights by name as shares that sum to 1, shape (D,); a domain left out gets 0.
+
+    Args:
+        weights: Share by domain, or ratios of any sum where `relative`.
+        context: Names the domains and the targets.
+        path: Dotted path of the field, for messages.
+        relative: Whether any sum is allowed.
 
     Raises:
         RecipeError: If a name is no domain's or a target's, a weight is not a number >= 0, or the
-            sum is further than 1e-6 from 1.
+            sum is further than 1 % from 1.
     """
     problems = [*_unknown(weights, context, path), *_negative(weights, path)]
     problems += [
@@ -41,7 +51,7 @@ def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path:
         raise RecipeError(*problems)
     # fsum: 10,000 shares added in order would miss the tolerance by rounding alone.
     total = math.fsum(weights.values())
-    if abs(total - 1) > SUM_TOLERANCE:
+    if total <= 0 or (not relative and abs(total - 1) > ROUNDING_TOLERANCE + SUM_TOLERANCE):
         left_out = [name for name in context.domains if name not in weights]
         raise RecipeError.at(
             path,
@@ -50,7 +60,7 @@ def shares_by_name(weights: Mapping[str, float], context: MixerContext, *, path:
             allowed=f"Left out, so 0: {some(left_out)}" if left_out else "",
             fix=f"Divide each by {total:.6g}" if total > 0 else "Give a domain a weight",
         )
-    # The rest of the way to 1: the sampler wants shares that sum to 1 as floats do.
+    # All the way to 1: the sampler wants shares that sum to 1 as floats do.
     return np.array([weights.get(name, 0.0) for name in context.domains]) / total
 
 

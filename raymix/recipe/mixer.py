@@ -32,10 +32,12 @@ class StaticMixer(MixerModel):
     """Selects this mixer."""
     weights: Weights
     """Share per domain, summing to 1; a domain left out gets 0."""
+    relative: bool = False
+    """Take the weights as ratios, counts or percents: each is divided by their sum."""
 
     @model_validator(mode="after")
     def _rules(self) -> StaticMixer:
-        raise_if(sum_fault("weights", self.weights))
+        raise_if(sum_fault("weights", self.weights, relative=self.relative, ratios=True))
         return self
 
     def shares(self) -> dict[str, Mapping[str, float]]:
@@ -99,11 +101,6 @@ class SchedulePiece(RecipeModel):
     weights: Weights
     """Share per domain, summing to 1; a domain left out gets 0."""
 
-    @model_validator(mode="after")
-    def _rules(self) -> SchedulePiece:
-        raise_if(sum_fault("weights", self.weights))
-        return self
-
 
 class ScheduleMixer(MixerModel):
     """Shares that change at given steps."""
@@ -114,6 +111,8 @@ class ScheduleMixer(MixerModel):
     """The pieces in order of step; the first starts at 0."""
     interpolate: Literal["hold", "linear"] = "hold"
     """`hold` jumps at each piece; `linear` moves in a straight line, updated every window."""
+    relative: bool = False
+    """Take the weights of each piece as ratios: each is divided by their sum."""
 
     @model_validator(mode="after")
     def _rules(self) -> ScheduleMixer:
@@ -125,6 +124,11 @@ class ScheduleMixer(MixerModel):
             for i, step in enumerate(steps)
             if i > 0 and step <= steps[i - 1]
         ]
+        sums = (
+            sum_fault(f"pieces.{i}.weights", piece.weights, relative=self.relative, ratios=True)
+            for i, piece in enumerate(self.pieces)
+        )
+        faults += [fault for fault in sums if fault is not None]
         # A run needs shares from its first step; a default here would hide a forgotten piece.
         if steps[0] != 0:
             # Put first, since the faults after it may follow from it.

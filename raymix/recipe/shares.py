@@ -11,8 +11,10 @@ from pydantic import BeforeValidator, Field
 from raymix.recipe.base import Fault, FieldDescription, Number, RecipeModel
 
 Weights = dict[str, Annotated[Number, Field(ge=0)]]
-# Wider than rounding to six digits by hand over a few domains, far below any share that matters.
+# A sum further from 1 is no matter of the last digits: the user learns that it divides the shares.
 SUM_TOLERANCE = 1e-6
+# Published mixtures are rounded to two or three places; a forgotten domain changes more.
+ROUNDING_TOLERANCE = 0.01
 
 
 def _listed(value: Any) -> Any:
@@ -44,12 +46,28 @@ class MixerModel(RecipeModel):
         return {}
 
 
-def sum_fault(field: str, weights: dict[str, float]) -> Fault | None:
-    """Return the fault of shares that do not sum to 1, if they do not."""
+def sum_fault(
+    field: str, weights: Mapping[str, float], *, relative: bool = False, ratios: bool = False
+) -> Fault | None:
+    """Return the fault of shares that do not sum to 1, nor nearly so by rounding.
+
+    Args:
+        field: Name of the field.
+        weights: Weight by domain.
+        relative: Whether they are ratios, of any sum.
+        ratios: Whether the mixer could be told so.
+    """
     # fsum: the error of a plain sum over 10,000 domains exceeds the tolerance.
     total = math.fsum(weights.values())
-    if abs(total - 1) <= SUM_TOLERANCE:
+    if total > 0 and (relative or abs(total - 1) <= ROUNDING_TOLERANCE + SUM_TOLERANCE):
         return None
     wrong = f"the shares sum to {total:.9g}, not 1"
-    advice = f"Divide each by {total:.9g}" if total > 0 else "Give at least one domain a share"
-    return Fault(field, weights, wrong, (f"A sum within {SUM_TOLERANCE:g} of 1 is allowed", advice))
+    advice = [f"A sum within {ROUNDING_TOLERANCE:g} of 1 is allowed"]
+    if total <= 0:
+        advice.append("Give at least one domain a share")
+    else:
+        advice.append(f"Divide each by {total:.9g}")
+        if ratios:
+            percent = abs(total - 100) <= 100 * ROUNDING_TOLERANCE
+            advice.append(f"Or set relative: true for {'percents' if percent else 'ratios'}")
+    return Fault(field, dict(weights), wrong, tuple(advice))

@@ -75,7 +75,9 @@ class Planned:
 
 @mixer("static")
 def _static(config: StaticMixer, context: MixerContext) -> Mixer:
-    shares_D = shares_by_name(config.weights, context, path="mixer.weights")
+    shares_D = shares_by_name(
+        config.weights, context, path="mixer.weights", relative=config.relative
+    )
     return Planned("static: fixed shares", [shares_D])
 
 
@@ -145,7 +147,9 @@ def _schedule(config: ScheduleMixer, context: MixerContext) -> Mixer:
     for at, piece in enumerate(config.pieces):
         try:
             path = f"mixer.pieces.{at}.weights"
-            shares_PD.append(shares_by_name(piece.weights, context, path=path))
+            shares_PD.append(
+                shares_by_name(piece.weights, context, path=path, relative=config.relative)
+            )
         except RecipeError as error:
             problems.extend(error.problems)  # every piece is checked before one is refused
     if problems:

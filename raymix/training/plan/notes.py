@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from raymix.recipe import ConfigModel, PackedData, PretrainedModel, Recipe, ScheduleMixer
+from raymix.recipe import (
+    ConfigModel,
+    PackedData,
+    PretrainedModel,
+    Recipe,
+    ScheduleMixer,
+    StaticMixer,
+)
+from raymix.recipe.shares import SUM_TOLERANCE, MixerModel
 from raymix.store.remote.hub import fetch_config
 from raymix.training.model.optimizer_class import decays_weights
 from raymix.training.plan.domain_sizes import DomainSizes
@@ -58,10 +67,21 @@ def plan_notes(
             )
         if domain.valid_tokens < length:
             yield f"{domain.name} has less than a row of held-out text: its held-out loss is noisy."
+    yield from _rounded_shares(recipe.mixer)
     if isinstance(recipe.mixer, ScheduleMixer):
         for number, piece in enumerate(recipe.mixer.pieces):
             if piece.step >= steps:
                 yield f"mixer.pieces.{number} starts at step {piece.step:,}, after the last step."
+
+
+def _rounded_shares(mixer: MixerModel) -> Iterator[str]:
+    """Yield a line per mapping of shares that do not quite sum to 1, as rounding leaves them."""
+    if isinstance(mixer, StaticMixer | ScheduleMixer) and mixer.relative:
+        return
+    for field, shares in mixer.shares().items():
+        total = math.fsum(shares.values())
+        if abs(total - 1) > SUM_TOLERANCE:
+            yield f"mixer.{field} sum to {total:.6g}: each share is divided by that."
 
 
 def _model_source(recipe: Recipe, parameters: int) -> list[str]:

@@ -177,6 +177,9 @@ def test_a_piece_after_the_end_is_noted(recipe: Recipe, corpus: Corpus) -> None:
     pieces = "[{step: 0, weights: {books: 1}}, {step: 99, weights: {code: 1}}]"
     run_plan = plan(recipe, corpus, f"mixer={{kind: schedule, pieces: {pieces}}}")
     assert "mixer.pieces.1 starts at step 99, after the last step." in run_plan.notes
+    mixer = {"kind": "static", "weights": {"math": 0.333, "code": 0.333, "books": 0.333}}
+    (note,) = [note for note in plan(recipe, corpus, f"mixer={mixer}").notes if "sum to" in note]
+    assert note == "mixer.weights sum to 0.999: each share is divided by that."
 
 
 def test_caps_that_cannot_be_met_are_refused_with_numbers(recipe: Recipe, corpus: Corpus) -> None:

@@ -286,9 +286,24 @@ def test_weights_that_are_no_shares_are_refused(weights: dict[str, float], wrong
         shares_by_name(weights, CONTEXT, path="ask")
 
 
-def test_weights_within_a_millionth_of_one_are_scaled_to_it() -> None:
-    shares_D = shares_by_name({"web": 0.3333333, "books": 0.6666666}, CONTEXT, path="ask")
-    assert shares_D.sum() == pytest.approx(1, abs=1e-15)
+@pytest.mark.parametrize("third", [0.3333333, 0.333, 0.33])
+def test_rounded_weights_are_divided_by_their_sum(third: float) -> None:
+    shares_D = shares_by_name(dict.fromkeys(("web", "books", "code"), third), CONTEXT, path="ask")
+    assert shares_D.tolist() == pytest.approx([1 / 3] * 3, abs=1e-15)
+
+
+@pytest.mark.parametrize("weights", [{"web": 3, "books": 1}, {"web": 75, "books": 25}])
+def test_relative_weights_are_ratios(weights: dict[str, float]) -> None:
+    static = StaticMixer(kind="static", weights=weights, relative=True)
+    assert planned(static).planned(0).tolist() == [0.75, 0.25, 0]
+    pieces = (SchedulePiece(step=0, weights=weights), SchedulePiece(step=5, weights={"code": 2}))
+    mixer = planned(ScheduleMixer(kind="schedule", pieces=pieces, relative=True))
+    assert [mixer.planned(step).tolist() for step in (0, 5)] == [[0.75, 0.25, 0], [0, 0, 1]]
+    # Only where the recipe says so: a forgotten domain must not pass for a ratio.
+    with pytest.raises(ValidationError, match="relative: true"):
+        StaticMixer(kind="static", weights=weights)
+    with pytest.raises(ValidationError, match="Give at least one domain a share"):
+        StaticMixer(kind="static", weights={"web": 0}, relative=True)
 
 
 def test_a_run_longer_than_unimax_allows_is_refused_with_the_epochs_it_takes() -> None:

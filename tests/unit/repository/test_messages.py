@@ -46,7 +46,7 @@ OVERRIDES = {
     ),
     "mixer={kind: pike, initial: {books: 0.5}}": (
         "mixer.initial = {'books': 0.5}: the shares sum to 0.5, not 1. "
-        "A sum within 1e-06 of 1 is allowed. Divide each by 0.5."
+        "A sum within 0.01 of 1 is allowed. Divide each by 0.5."
     ),
     "mixer={kind: dga}": (
         "mixer.targets = []: dga needs a target. Name a domain that is to be held out of the "
@@ -124,7 +124,7 @@ OVERRIDES = {
     ),
     "mixer.weights={books: 0.5, code: 0.6}": (
         "mixer.weights = {'books': 0.5, 'code': 0.6}: the shares sum to 1.1, not 1. "
-        "A sum within 1e-06 of 1 is allowed. Divide each by 1.1."
+        "A sum within 0.01 of 1 is allowed. Divide each by 1.1. Or set relative: true for ratios."
     ),
     "mixer.weights={books: 0.5, coed: 0.5}": (
         "mixer.weights.coed = 0.5: no domain of the corpus has this name. Did you mean 'code'? "
