@@ -28,6 +28,7 @@ from raymix.jobs.submission import Submission
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _PORT = 8265
 _CONNECT_S = 5.0
@@ -186,6 +187,9 @@ def checked_address(address: str, *, token_in_clear: bool = False) -> str:
             "no job server's",
             allowed="Allowed: http://HOST:PORT or https://HOST:PORT of the cluster's dashboard",
         )
+    if url.hostname == "auto":
+        fix = "Leave it out for this machine's, or that of RAY_API_SERVER_ADDRESS"
+        raise ClusterError.at("address", address, "no job server's, but one of `ray.init`", fix=fix)
     # Addresses are printed and put into documents, where a password must not appear.
     if url.username or url.password:
         raise ClusterError.at(
@@ -285,7 +289,8 @@ def _refusals(field: str, value: str) -> Iterator[None]:
     from ray.exceptions import AuthenticationError
 
     try:
-        yield
+        with _no_proxy_to_loopback():
+            yield
     except AuthenticationError as error:
         raise ClusterError.at(
             field,
@@ -306,7 +311,39 @@ def _refusals(field: str, value: str) -> Iterator[None]:
             raise ClusterError.at(
                 field, value, "no such job there", fix="`raymix status` lists them"
             ) from error
-        raise ClusterError.at(field, value, f"the cluster said: {_brief(error)}") from error
+        raise ClusterError.at(
+            field, value, f"the cluster said: {_brief(error)}", fix=_proxy_advice(value)
+        ) from error
+
+
+@contextmanager
+def _no_proxy_to_loopback() -> Iterator[None]:
+    """Have requests to this machine go there directly, whatever proxy the environment names."""
+    names = ("NO_PROXY", "no_proxy")
+    before = {name: os.environ.get(name) for name in names}
+    # Either spelling is read, and the first that is set wins.
+    given = [value for value in before.values() if value]
+    os.environ.update(dict.fromkeys(names, ",".join([*given, *_LOOPBACK_NAMES])))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _proxy_advice(address: str) -> str:
+    """Return what to do about the proxy that requests to an address go through, if any."""
+    # Values that are no address, such as a job's name, have no scheme.
+    url = urlsplit(address)
+    names = (f"{url.scheme}_proxy", f"{url.scheme}_proxy".upper(), "ALL_PROXY", "all_proxy")
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None or not url.hostname or _loopback(url.hostname):
+        return ""
+    return (
+        f"The request went through the proxy of {name}; NO_PROXY={url.hostname} would go around it"
+    )
 
 
 def _brief(error: BaseException) -> str:

@@ -42,6 +42,22 @@ def without_monitors() -> Iterator[None]:
             setattr(Node, name, method)
 
 
+@contextmanager
+def without_uv_environment() -> Iterator[None]:
+    """Have Ray start workers in this process' own environment where `uv run` started it.
+
+    Otherwise Ray uploads the working directory, of 512 MB at most, and has uv make an environment
+    for each worker. RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 says the same, but is read when Ray is
+    imported.
+    """
+    before = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    try:
+        yield
+    finally:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
+
+
 def _start_nothing(node: Node) -> None:
     pass
 

@@ -118,16 +118,33 @@ def write_recipe(folder: Path) -> None:
     (folder / "recipe.json").write_text(json.dumps(document))
 
 
+def as_uv_runs(command: list[str], folder: Path) -> list[str]:
+    """Return a command that runs `command` below a process `uv run ...`, as Ray looks for one.
+
+    Ray would upload the working directory then, which is too large for that here.
+    """
+    (folder / "run").write_text('"$@"\nexit $?\n')
+    with (folder / "large.bin").open("wb") as file:
+        file.truncate(600_000_000)
+    return ["bash", "-c", 'exec -a uv bash run "$@"', "bash", *command]
+
+
 @pytest.mark.parametrize("kind", STARTS)
 def test_private_clusters_listen_on_the_loopback_only(kind: str, tmp_path: Path) -> None:
     start, end = STARTS[kind]
+    command = [sys.executable, "-c", SCRIPT.format(start=start, end=end)]
     unset = {"RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     write_recipe(tmp_path)
     if kind == "merge":  # it would join any that runs here
         environment["RAY_ADDRESS"] = "local"
+        # A path as Slurm sets it, too long for the sockets of Ray.
+        environment["TMPDIR"] = str(tmp_path / ("long" * 20))
+        Path(environment["TMPDIR"]).mkdir()
+    if kind == "prepare":
+        command = as_uv_runs(command, tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(start=start, end=end)],
+        command,
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import socket
 import subprocess
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ from raymix.errors import ClusterError, RecipeError
 from raymix.jobs import Submission, prepare_submission
 from raymix.jobs.files import find_project, list_files
 from raymix.jobs.package import MAX_ARCHIVE_BYTES, pack
-from raymix.jobs.server import checked_address
+from raymix.jobs.server import JobServer, checked_address
 from tests.support.recipes import DOCUMENT
 
 
@@ -341,3 +345,44 @@ def test_without_a_token_or_where_told_plain_http_will_do(monkeypatch: pytest.Mo
     assert checked_address("head:1", token_in_clear=True) == "http://head:1"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert checked_address("head:1") == "http://head:1"
+
+
+class DashboardAnswers(BaseHTTPRequestHandler):
+    """What Ray's client asks a dashboard before it lists the jobs, and an empty list."""
+
+    def do_GET(self) -> None:
+        version = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
+        body = json.dumps([] if self.path.startswith("/api/jobs") else version).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_no_proxy_stands_before_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    with HTTPServer(("127.0.0.1", 0), DashboardAnswers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        jobs = JobServer(f"http://127.0.0.1:{server.server_port}")
+        assert jobs.jobs() == []
+        server.shutdown()
+    assert (os.environ["no_proxy"], os.environ.get("NO_PROXY")) == ("example.org", None)
+
+
+def test_a_proxy_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    # A name of this machine that is no loopback address, so that the connection is tried at all.
+    with HTTPServer(("", 0), DashboardAnswers) as server:
+        address = f"http://{socket.gethostname()}:{server.server_port}"
+        with pytest.raises(ClusterError, match=r"went through the proxy of http_proxy; NO_PROXY="):
+            JobServer(address)
+
+
+def test_auto_is_no_address_of_a_job_server() -> None:
+    with pytest.raises(ClusterError, match=r"one of `ray\.init`"):
+        checked_address("auto")

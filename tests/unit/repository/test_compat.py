@@ -38,6 +38,18 @@ def test_ray_decides_by_a_constant_whether_it_may_be_a_cluster() -> None:
     assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services)
 
 
+def test_ray_asks_a_constant_whether_workers_get_an_environment_of_uv() -> None:
+    from ray._private import ray_constants, worker
+
+    from raymix._utils.compat.ray_core import without_uv_environment
+
+    assert "ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV" in inspect.getsource(worker)
+    before = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    with without_uv_environment():
+        assert ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV is False
+    assert before is ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+
+
 def test_rays_node_of_this_process_tells_dead_processes() -> None:
     from ray._private import worker
     from ray._private.node import Node
