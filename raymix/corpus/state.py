@@ -243,6 +243,9 @@ def refuse_differences(config: CorpusConfig) -> None:
     problems = differences(config)
     if problems:
         fix = "prepare into another corpus.path, or replace what is there: --if-exists new"
+        if manifest_of(config.path) is not None:
+            # Sources may be out of reach where a finished corpus has been moved to.
+            fix = f"leave corpus.domains out to use it as it is, {fix}"
         raise CorpusError(*problems[:-1], f"{problems[-1]} To go on, {fix}.")
 
 
