@@ -86,16 +86,20 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
 
 
 def empty_domain_problems(sizes: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
-    """Return a message per domain with no tokens, or with less than one row."""
+    """Return a message per domain with no tokens, less than one row, or nothing to learn."""
     problems = []
+    length = recipe.data.sequence_length
     for number, domain in enumerate(sizes):
         path = f"corpus.domains.{number}.name"
         if domain.tokens == 0:
             problem, fix = "the domain has no tokens", "Give it text, or leave it out"
         elif domain.usable == 0:
-            length = recipe.data.sequence_length
             problem = f"the domain's {domain.tokens:,} tokens do not fill one row of {length:,}"
             fix = "Shorten data.sequence_length, give it more text, or leave it out"
+        elif domain.unlearned and domain.unlearned == domain.documents:
+            every = f"all {domain.unlearned:,} documents are cut after {length:,} tokens"
+            problem = f"{every}, before their first answer: nothing would be learned"
+            fix = "Raise data.sequence_length, or leave it out"
         else:
             continue
         problems.append(format_problem(path, domain.name, problem, fix=fix))

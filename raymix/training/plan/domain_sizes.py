@@ -43,6 +43,8 @@ class DomainSizes:
     """UTF-8 bytes per token; None if unknown."""
     unigram_entropy: float | None = None
     """Nats per token; None if the corpus is not prepared."""
+    unlearned: int = 0
+    """Documents that are cut before their first answer: no token of them is in the loss."""
 
     @property
     def dropped(self) -> int:
@@ -55,6 +57,7 @@ def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
     sizes = []
     for name in corpus.domain_names:
         train, valid = corpus.split(name, "train"), corpus.split(name, "valid")
+        unlearned = 0
         if isinstance(data, PackedData):
             rows = epoch_rows(train.tokens, corpus.manifest.block_tokens, data.sequence_length)
             # An incomplete row at the end of a block is dropped, at each block.
@@ -62,6 +65,10 @@ def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
         else:
             lengths = corpus.document_lengths(name, "train")
             usable = int(np.minimum(lengths, data.sequence_length).sum(dtype=np.int64))
+            if (mask := corpus.loss_mask(name, "train")) is not None:
+                end_N = np.cumsum(lengths, dtype=np.int64)
+                cut_N = end_N - lengths + np.minimum(lengths, data.sequence_length)
+                unlearned = int(np.count_nonzero(mask.count(end_N - lengths, cut_N) == 0))
         sizes.append(
             DomainSizes(
                 name=name,
@@ -71,6 +78,7 @@ def prepared_sizes(corpus: Corpus, data: DataConfig) -> list[DomainSizes]:
                 documents=train.documents,
                 bytes_per_token=train.bytes / train.tokens if train.tokens else None,
                 unigram_entropy=train.unigram_entropy,
+                unlearned=unlearned,
             )
         )
     return sizes

@@ -65,6 +65,12 @@ def plan_notes(
                 f"{domain.dropped:,} of {domain.tokens:,} tokens of {domain.name} are never read: "
                 f"they {reason} of {length:,} tokens."
             )
+        if domain.unlearned:
+            yield (
+                f"{domain.unlearned:,} of {domain.documents:,} documents of {domain.name} are cut "
+                f"before their first answer: they are read and teach nothing. Raise "
+                f"data.sequence_length of {length:,}."
+            )
         if domain.valid_tokens < length:
             yield f"{domain.name} has less than a row of held-out text: its held-out loss is noisy."
     yield from _rounded_shares(recipe.mixer)
