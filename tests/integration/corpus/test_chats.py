@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 import raymix
-from raymix.corpus.read.chat import CHATML, ChatTemplate, Conversation, TemplateRefused
+from raymix.corpus.chats.messages import Conversation
+from raymix.corpus.chats.template import CHATML, ChatTemplate, TemplateRefused
 from raymix.errors import CorpusError, RecipeError
 from raymix.recipe import CorpusConfig, load_recipe
 from raymix.recipe.training import DocumentData
@@ -25,7 +26,7 @@ from raymix.store import Corpus
 from raymix.streaming.sequences.step_plans import StepPlans
 from raymix.training.evaluate.held_out import held_out_rows
 from raymix.training.step.probing import ProbeReader
-from tests.support.chats import FORGETFUL, UNMARKED, chat_config, chat_corpus, sums, write_chats
+from tests.support.chats import UNMARKED, chat_config, chat_corpus, sums, write_chats
 from tests.support.shell import write_recipe
 from tests.support.step_plans import CONFIG, start
 from tests.support.streams import fixed, local, local_stream
@@ -63,28 +64,19 @@ def answers(chat: list[dict[str, Any]]) -> list[str]:
 def test_answers_are_found_with_marks_and_without(source: str) -> None:
     template = ChatTemplate(source, SPECIAL)
     for chat in sums(12):
-        text, spans = template.render(Conversation(tuple(chat)))
-        passages = [text[first:last] for first, last in spans]
+        (example,) = template.examples(Conversation(tuple(chat)))
+        passages = [example.text[first:last] for first, last in example.spans]
         assert len(passages) == len(answers(chat))
         for said, answer in zip(passages, answers(chat), strict=True):
             assert said.startswith(answer)
             assert said[len(answer) :].strip() in {"<|im_end|>", ";"}
 
 
-@pytest.mark.parametrize("chat", [
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-     {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}],
-])  # fmt: skip
-def test_a_template_that_rewrites_answers_is_refused(chat: list[dict[str, str]]) -> None:
-    with pytest.raises(TemplateRefused, match="rewrites earlier turns"):
-        ChatTemplate(FORGETFUL, {}).render(Conversation(tuple(chat)))
-
-
 def test_threads_may_render_at_once() -> None:
     template, chats = ChatTemplate(CHATML, {}), [Conversation(tuple(chat)) for chat in sums(200)]
-    alone = [template.render(chat) for chat in chats]
+    alone = [template.examples(chat) for chat in chats]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(template.render, chats)) == alone
+        assert list(pool.map(template.examples, chats)) == alone
 
 
 @pytest.mark.parametrize("tokenizer", [
@@ -285,5 +277,5 @@ def test_templates_are_text_of_the_recipe_only(tmp_path: Path) -> None:
     """A template is run in a sandbox: it reaches nothing of Python."""
     template = ChatTemplate("{{ messages.__class__.__mro__ }}", {})
     with pytest.raises(TemplateRefused):
-        template.render(Conversation(({"role": "user", "content": "x"},)))
+        template.examples(Conversation(({"role": "user", "content": "x"},)))
     assert CorpusConfig.model_validate({"path": str(tmp_path)}).chat_template is None
