@@ -57,6 +57,10 @@ class TemplateRefused(ValueError):
     """A template does not take a conversation; says why."""
 
 
+class _Unrendered(TemplateRefused):
+    """A template stopped at an error of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A text to learn from: `spans` are the ranges of its characters in the loss.
@@ -131,14 +135,14 @@ class ChatTemplate:
         self._check_roles(chat)
         if special_tokens is not None:
             chat, guard = special_tokens.guarded(chat)
-        first_problem: TemplateRefused | None = None
+        problems: list[TemplateRefused] = []
         for form in written_forms(chat):
             try:
                 return [Example(text, tuple(spans), guard) for text, spans in self._examples(form)]
             except TemplateRefused as error:
-                first_problem = first_problem or error
-        assert first_problem is not None
-        raise first_problem
+                problems.append(error)
+        # A form that could be rendered says more than the error of one that could not.
+        raise next((each for each in problems if not isinstance(each, _Unrendered)), problems[0])
 
     def _check_roles(self, chat: Conversation) -> None:
         for message in chat.messages:
@@ -155,24 +159,27 @@ class ChatTemplate:
         if self._marked:
             # Marks are exact and cost one rendering; without them each answer costs two.
             text, spans = self._jinja(messages, chat, marks=True)
-            _check_complete(chat, text)
+            _check_complete(chat, text, len(messages))
             if chat.unlearned and len(spans) != len(answers):
                 raise TemplateRefused("it does not mark each answer once, so none can be left out")
             chosen = [s for n, s in zip(answers, spans, strict=False) if n not in chat.unlearned]
             return [(text, joined(chosen if chat.unlearned else spans))]
-        text = self._jinja(messages, chat)[0]
-        _check_complete(chat, text)
         examples: list[tuple[str, list[Span]]] = []
+        ends: list[int] = []
         for number in answers:
             if number in chat.unlearned:
                 continue
             answered, span = self._answer(messages, number, chat)
             if examples and answered.startswith(examples[-1][0]):
-                examples[-1] = answered, [*examples[-1][1], span]
+                examples[-1], ends[-1] = (answered, [*examples[-1][1], span]), number + 1
             else:
                 examples.append((answered, [span]))
+                ends.append(number + 1)
+        text = self._jinja(messages, chat)[0]
         if examples and text.startswith(examples[-1][0]):
-            examples[-1] = text, examples[-1][1]
+            examples[-1], ends[-1] = (text, examples[-1][1]), len(messages)
+        for (example, _), end in zip(examples, ends, strict=True):
+            _check_complete(chat, example, end)
         return [(text, joined(spans)) for text, spans in examples or [(text, [])]]
 
     def _answer(self, messages: list[Message], number: int, chat: Conversation) -> tuple[str, Span]:
@@ -189,7 +196,9 @@ class ChatTemplate:
         fitting = [len(each) for each in prompts if answered.startswith(each)]
         if fitting:
             return answered, (max(fitting), len(answered))
-        return _reasoned(prompt, answered, messages[number])
+        return _reasoned(prompt, answered, messages[number]) or _behind(
+            prompt, answered, messages[max(number - 1, 0) : number + 1]
+        )
 
     def _jinja(
         self,
@@ -215,7 +224,7 @@ class ChatTemplate:
             with _RENDERING:
                 rendered: Any = render_jinja_template(conversations=[messages], **options)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise TemplateRefused(_advised(error, messages)) from error
+            raise _Unrendered(_advised(error, messages)) from error
         (text,), marked = rendered
         return text, [(int(first), int(last)) for first, last in marked[0]] if marks else []
 
@@ -232,6 +241,8 @@ def _advised(error: Exception, messages: list[Message]) -> str:
     """Return a template's reason, and the way out of the commonest ones."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     roles = [message["role"] for message in messages]
+    if not messages:
+        return "it does not take a conversation that begins with an answer"
     if "system" in reason.lower() and "system" in roles:
         return f"{reason} (corpus.system: fold puts it before the user's turn)"
     if any(first == second for first, second in pairwise(roles)):
@@ -239,17 +250,20 @@ def _advised(error: Exception, messages: list[Message]) -> str:
     return reason
 
 
-def _check_complete(chat: Conversation, text: str) -> None:
-    """Check that a text has all that the model must see: templates pass over what they ignore."""
+def _check_complete(chat: Conversation, text: str, end: int) -> None:
+    """Check that a text has all that the model must see of the first `end` messages.
+
+    Templates pass over what they do not know.
+    """
     for tool in chat.tools:
         name = tool.get("function", tool)
         name = name.get("name") if isinstance(name, dict) else None
         if isinstance(name, str) and name not in text:
             raise TemplateRefused(
-                "it does not write out the tools (take a template that does, or name another "
-                "tools_column)"
+                "it does not write out the tools (take a template that does, or leave the column "
+                "of the tools out of the files)"
             )
-    for message in chat.messages:
+    for message in chat.messages[:end]:
         for call in message.get("tool_calls", ()):
             function = call["function"]
             if function["name"] not in text:
@@ -270,11 +284,14 @@ def _contains(text: str, content: str) -> bool:
     )
 
 
-def _reasoned(prompt: str, answered: str, message: Message) -> tuple[str, Span]:
-    """Return the text of an answer whose reasoning the prompt opens and the template leaves out."""
+def _reasoned(prompt: str, answered: str, message: Message) -> tuple[str, Span] | None:
+    """Return the text of an answer whose reasoning the prompt opens and the template leaves out.
+
+    None where the prompt opens none.
+    """
     opened = _OPENED.search(prompt)
     if opened is None or not answered.startswith(prompt[: opened.start()]):
-        raise TemplateRefused("it writes answers otherwise than behind its own prompt")
+        return None
     content = message.get("content") or ""
     reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key)), None)
     if reasoning is None and "</think>" in content:
@@ -288,6 +305,21 @@ def _reasoned(prompt: str, answered: str, message: Message) -> tuple[str, Span]:
         )
     text = f"{prompt}{reasoning.strip()}\n</think>\n\n{end.lstrip()}"
     return text, (len(prompt), len(text))
+
+
+def _behind(prompt: str, answered: str, turns: list[Message]) -> tuple[str, Span]:
+    """Return the text of an answer behind its prompt, where the template writes that otherwise.
+
+    Some put the system's turn or the tools into the last turn, and only while it is the user's.
+    """
+    question, answer = turns[0].get("content") or "", turns[-1].get("content") or ""
+    # From the last turn on both must be equal, or the answer could not be told from the rest.
+    tail = prompt[prompt.rfind(question.strip()) :]
+    at = answered.rfind(tail) if question.strip() in prompt and question.strip() else -1
+    added = answered[at + len(tail) :]
+    if at < 0 or not added or not _contains(added, answer):
+        raise TemplateRefused("it writes answers otherwise than behind its own prompt")
+    return prompt + added, (len(prompt), len(prompt) + len(added))
 
 
 def joined(spans: Iterable[Span]) -> list[Span]:

@@ -104,46 +104,30 @@ class HuggingFaceEncoder:
         self._eos = eos_id
         self._bos = bos_id
         self._special_in_text = special_in_text
-        added = Tokenizer.from_str(serialized).get_added_tokens_decoder().values()
-        self.special_tokens = SpecialTokens(token.content for token in added if token.special)
+        added = json.loads(serialized)["added_tokens"]
+        self.special_tokens = SpecialTokens(each["content"] for each in added if each["special"])
 
     @functools.cached_property
     def _texts(self) -> Tokenizer:
+        if self._special_in_text:
+            return self._chats
+        model = json.loads(self._serialized)["model"]
+        # Merges make no such token; other models may find one among their pieces.
+        if model["type"] != "BPE" or model.get("ignore_merges"):
+            marked = self._marked
+            if marked is not None:
+                return marked
         tokenizer = Tokenizer.from_str(self._serialized)
-        tokenizer.encode_special_tokens = not self._special_in_text
+        tokenizer.encode_special_tokens = True
         return tokenizer
 
     @functools.cached_property
     def _chats(self) -> Tokenizer:
-        # A switch of the tokenizer, not of a call: threads would turn it under each other.
         return Tokenizer.from_str(self._serialized)
 
     @functools.cached_property
-    def _marked(self) -> tuple[Tokenizer, Ints, Ints, Ints]:
-        """Return a tokenizer that knows special tokens by their marked names only.
-
-        With it the ids of those, the ids that they stand for, and the ids of the original names.
-        """
-        document = json.loads(self._serialized)
-        # It names special tokens, and is not wanted here.
-        document["post_processor"] = None
-        names = set(self.special_tokens.tokens)
-        for token in document["added_tokens"]:
-            if token["content"] in names:
-                token["content"] = mark(token["content"])
-        tokenizer = Tokenizer.from_str(json.dumps(document))
-        original = Tokenizer.from_str(self._serialized)
-        added = [token.content for token in original.get_added_tokens_decoder().values()]
-        # New names get new ids, and tokens added after them others than they had.
-        pairs = [
-            (tokenizer.token_to_id(mark(name) if name in names else name),
-             original.token_to_id(name), name in names)
-            for name in added
-        ]  # fmt: skip
-        now, then, special = (
-            np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True)
-        )
-        return tokenizer, now, then, then[special.astype(bool)]
+    def _marked(self) -> Tokenizer | None:
+        return marked_tokenizer(self._serialized, self.special_tokens)
 
     def encode(self, texts: Sequence[str]) -> tuple[TokenArray, Ints]:
         """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
@@ -167,12 +151,13 @@ class HuggingFaceEncoder:
         """See `Encoder`."""
         text, spans = example.text, example.spans
         if example.guard:
+            if self._marked is None:
+                raise TemplateRefused("the tokenizer cannot write a special token as text")
             text, spans = self.special_tokens.marked(text, spans, example.guard)
-            encoding = self._marked[0].encode(text, add_special_tokens=False)
-            ids = self._unmarked(np.array(encoding.ids, dtype=np.int64))
+            encoding = self._marked.encode(text, add_special_tokens=False)
         else:
             encoding = self._chats.encode(text, add_special_tokens=False)
-            ids = encoding.ids
+        ids = encoding.ids
         first_T = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
         edges = np.searchsorted(first_T, [place for span in spans for place in span]).tolist()
         # Some templates end a conversation with the token that ends a document.
@@ -180,14 +165,49 @@ class HuggingFaceEncoder:
         tokens = np.array(ids if ended else [*ids, self._eos], dtype=np.uint32)
         return tokens, _with_end(edges, text, spans, len(tokens))
 
-    def _unmarked(self, marked_T: Ints) -> list[int]:
-        _, now, then, special = self._marked
-        order = np.argsort(now)
-        at = np.minimum(np.searchsorted(now[order], marked_T), len(now) - 1)
-        is_added = now[order][at] == marked_T
-        if np.isin(marked_T[~is_added], special).any():
-            raise TemplateRefused("the tokenizer reads a special token in a content as such")
-        return np.where(is_added, then[order][at], marked_T).tolist()
+
+def marked_tokenizer(serialized: str, special_tokens: SpecialTokens) -> Tokenizer | None:
+    """Return a tokenizer that knows special tokens by their marked names only, with equal ids.
+
+    To `encode_special_tokens` of the library, special tokens in a text are no added tokens; but
+    vocabularies like those of sentencepiece have them among their pieces, and find them all the
+    same. A text never has a marked name.
+
+    Args:
+        serialized: The `tokenizer.json`.
+        special_tokens: Its special tokens.
+
+    Returns:
+        The tokenizer, or None where its model does not work under other names.
+    """
+    document = json.loads(serialized)
+    # It names special tokens, and is not wanted here.
+    document["post_processor"] = None
+    names = set(special_tokens.tokens)
+    model = document["model"]
+    merges = (
+        each if isinstance(each, list) else each.split(" ") for each in model.get("merges", ())
+    )
+    if any("".join(merge) in names for merge in merges):
+        return None
+
+    def renamed(name: str) -> str:
+        return mark(name) if name in names else name
+
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {renamed(name): number for name, number in vocabulary.items()}
+    else:
+        model["vocab"] = [[renamed(name), score] for name, score in vocabulary]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = renamed(model["unk_token"])
+    for token in document["added_tokens"]:
+        token["content"] = renamed(token["content"])
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    same = (
+        tokenizer.token_to_id(each["content"]) == each["id"] for each in document["added_tokens"]
+    )
+    return tokenizer if all(same) else None
 
 
 def _with_end(edges: list[int], text: str, spans: Sequence[Span], size: int) -> Ints:
