@@ -1,4 +1,4 @@
-"""Ten families of chat templates: what is learned, and behind which prompt, against transformers."""
+"""Ten families of chat templates: what is learned, and behind which prompt; by transformers."""
 
 from __future__ import annotations
 
