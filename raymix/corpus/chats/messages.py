@@ -255,18 +255,32 @@ def folded(chat: Conversation) -> Conversation:
 
 
 def written_forms(chat: Conversation) -> list[Conversation]:
-    """Return a conversation in the forms that templates want calls of tools in, the usual first.
+    """Return a conversation in the forms that templates want it in, the usual first.
 
-    Arguments are a mapping or JSON text; a turn without content lacks it, or has None or none.
+    Arguments of calls are a mapping or JSON text; a turn without content lacks it, or has None or
+    no text; and contents are texts, or lists of one text part as models of images take them.
     """
-    if not any("tool_calls" in message for message in chat.messages):
-        return [chat]
     contents: list[Message] = [{}, {"content": None}, {"content": ""}]
-    return [
+    forms = [
         replace(chat, messages=tuple(_form(message, as_text, empty) for message in chat.messages))
         for as_text in (False, True)
         for empty in contents
     ]
+    if not any("tool_calls" in message for message in chat.messages):
+        forms = [chat]
+    return [*forms, replace(chat, messages=tuple(map(_in_parts, chat.messages)))]
+
+
+def content_of(message: Message) -> str:
+    """Return the text of a message in any of its forms; empty where it has none."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _in_parts(message: Message) -> Message:
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _form(message: Message, as_text: bool, empty: dict[str, Any]) -> Message:

@@ -24,6 +24,7 @@ from raymix.corpus.chats.messages import (
     BadConversation,
     Conversation,
     Message,
+    content_of,
     folded,
     written_forms,
 )
@@ -160,6 +161,9 @@ class ChatTemplate:
             # Marks are exact and cost one rendering; without them each answer costs two.
             text, spans = self._jinja(messages, chat, marks=True)
             _check_complete(chat, text, len(messages))
+            if answers:
+                # Earlier reasoning may well be left out.
+                _check_reasoning(messages[answers[-1]], text)
             if chat.unlearned and len(spans) != len(answers):
                 raise TemplateRefused("it does not mark each answer once, so none can be left out")
             chosen = [s for n, s in zip(answers, spans, strict=False) if n not in chat.unlearned]
@@ -195,6 +199,7 @@ class ChatTemplate:
                 prompts.append(self._jinja(messages[:number], chat, prompt=True, **off)[0])
         fitting = [len(each) for each in prompts if answered.startswith(each)]
         if fitting:
+            _check_reasoning(messages[number], answered)
             return answered, (max(fitting), len(answered))
         return _reasoned(prompt, answered, messages[number]) or _behind(
             prompt, answered, messages[max(number - 1, 0) : number + 1]
@@ -272,8 +277,19 @@ def _check_complete(chat: Conversation, text: str, end: int) -> None:
             arguments = function["arguments"]
             if arguments and not isinstance(arguments, str) and str(arguments) in text:
                 raise TemplateRefused("it writes the arguments of calls in Python's form, not JSON")
-        if message["role"] != ANSWERS and not _contains(text, message.get("content") or ""):
+        if message["role"] != ANSWERS and not _contains(text, content_of(message)):
             raise TemplateRefused(f"it leaves out a turn of role {message['role']!r}")
+
+
+def _check_reasoning(answer: Message, text: str) -> None:
+    """Check that a text has the reasoning that is given beside the content of its last answer."""
+    for name in _REASONING_FIELDS:
+        reasoning = answer.get(name)
+        if isinstance(reasoning, str) and not _contains(text, reasoning):
+            raise TemplateRefused(
+                f"it leaves out the {name} of an answer (take a template that writes it, or leave "
+                f"it out of the files)"
+            )
 
 
 def _contains(text: str, content: str) -> bool:
@@ -292,7 +308,7 @@ def _reasoned(prompt: str, answered: str, message: Message) -> tuple[str, Span] 
     opened = _OPENED.search(prompt)
     if opened is None or not answered.startswith(prompt[: opened.start()]):
         return None
-    content = message.get("content") or ""
+    content = content_of(message)
     reasoning = next((message[key] for key in _REASONING_FIELDS if message.get(key)), None)
     if reasoning is None and "</think>" in content:
         reasoning, _, content = content.partition("</think>")
@@ -312,13 +328,14 @@ def _behind(prompt: str, answered: str, turns: list[Message]) -> tuple[str, Span
 
     Some put the system's turn or the tools into the last turn, and only while it is the user's.
     """
-    question, answer = turns[0].get("content") or "", turns[-1].get("content") or ""
+    question, answer = content_of(turns[0]), content_of(turns[-1])
     # From the last turn on both must be equal, or the answer could not be told from the rest.
     tail = prompt[prompt.rfind(question.strip()) :]
     at = answered.rfind(tail) if question.strip() in prompt and question.strip() else -1
     added = answered[at + len(tail) :]
     if at < 0 or not added or not _contains(added, answer):
         raise TemplateRefused("it writes answers otherwise than behind its own prompt")
+    _check_reasoning(turns[-1], added)
     return prompt + added, (len(prompt), len(prompt) + len(added))
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from raymix.corpus.chats.messages import conversation
 from raymix.corpus.chats.template import (
+    CHATML,
     ChatOptions,
     ChatTemplate,
     Example,
@@ -184,6 +185,13 @@ def test_calls_are_learned_and_tools_are_shown(name: str) -> None:
 def test_a_template_that_leaves_out_tools_is_refused(name: str) -> None:
     with pytest.raises(TemplateRefused, match=r"does not write out|alternate|opens the reasoning"):
         examples(name, CALLING, TOOLS)
+
+
+@pytest.mark.parametrize("source", [FAMILIES["llama-3.1"].source, CHATML])
+def test_reasoning_that_a_template_leaves_out_is_named(source: str) -> None:
+    chat = [*TURNS[:2], {**TURNS[2], "reasoning_content": "I add up."}]
+    with pytest.raises(TemplateRefused, match="leaves out the reasoning_content of an answer"):
+        ChatTemplate(source, SPECIAL).examples(conversation(chat))
 
 
 def test_a_prompt_that_opens_the_reasoning_needs_some() -> None:
