@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from raymix.corpus.chats.messages import ANSWERS, Conversation
+from raymix.corpus.chats.messages import ANSWERS, Conversation, mapped
 
 Span = tuple[int, int]
 """Range of characters [first, last) of a rendered conversation."""
@@ -110,11 +110,6 @@ def _strings(value: Any) -> Iterable[str]:
 
 
 def _guarded(value: Any, pattern: re.Pattern[str] | None, guard: str) -> Any:
-    if isinstance(value, str):
-        return pattern.sub(lambda m: m[0][0] + guard + m[0][1:], value) if pattern else value
-    if isinstance(value, dict):
-        return {
-            _guarded(key, pattern, guard): _guarded(item, pattern, guard)
-            for key, item in value.items()
-        }
-    return [_guarded(item, pattern, guard) for item in value] if isinstance(value, list) else value
+    if pattern is None:
+        return value
+    return mapped(value, lambda text: pattern.sub(lambda m: m[0][0] + guard + m[0][1:], text))

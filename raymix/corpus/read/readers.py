@@ -131,9 +131,7 @@ def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
         wanted = [column, beside] if beside else [column]
         # Arrow's own threads would compete with one reader per core.
         # A path such as `doc.text` reads that one field of the struct.
-        batches = reader.iter_batches(
-            batch, row_groups=groups, columns=wanted, use_threads=False
-        )
+        batches = reader.iter_batches(batch, row_groups=groups, columns=wanted, use_threads=False)
         columns = (_values(*_wanted(records, domain), domain) for records in batches)
         yield from enumerate(itertools.chain.from_iterable(columns), 1)
 

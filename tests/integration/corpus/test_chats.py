@@ -326,6 +326,15 @@ def test_conversations_without_an_answer_are_left_out_and_no_fault(tmp_path: Pat
         chat_corpus(tmp_path, silent, max_rejected=0)
 
 
+def test_half_characters_are_repaired_and_counted(tmp_path: Path) -> None:
+    """JSON of a text that was cut within an emoji."""
+    half = [{"role": "user", "content": "a \ud83d"}, {"role": "assistant", "content": "b \ude00"}]
+    corpus = chat_corpus(tmp_path, [*sums(30), half])
+    wanted = "<|im_start|>user\na \ufffd<|im_end|>\n<|im_start|>assistant\nb \ufffd<|im_end|>\n"
+    assert f"{wanted}<|endoftext|>" in texts(corpus)
+    assert corpus.manifest.domains["chat"].repaired == 1
+
+
 THINKING = (
     "{% for message in messages %}{{ '[' + message.role + '] ' }}"
     "{% if message.role == 'assistant' and not loop.last %}"
