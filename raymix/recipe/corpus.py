@@ -122,6 +122,15 @@ def _date(value: Any) -> Any:
 ChatDate = Annotated[str, BeforeValidator(_date), FieldDescription("a date, such as 2024-07-26")]
 
 
+def _no_column(value: Any) -> Any:
+    return "" if value is False else value
+
+
+ToolsColumn = Annotated[
+    str, BeforeValidator(_no_column, json_schema_input_type=str | Literal[False])
+]
+
+
 class DomainConfig(RecipeModel):
     """One domain of the mixture and the files that hold its documents."""
 
@@ -162,9 +171,9 @@ class DomainConfig(RecipeModel):
     messages_column: str | None = Field(default=None, min_length=1)
     """Column of conversations, such as `messages`: lists of {role, content}; only the assistant's
     answers are learned."""
-    tools_column: str | None = Field(default=None, min_length=1)
+    tools_column: ToolsColumn | None = None
     """Column of the tools that a conversation offers: lists of JSON schemas, or their JSON; left
-    out, `tools` where it stands beside the messages."""
+    out, `tools` where it stands beside the messages; `false` (or no name) for none."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
 

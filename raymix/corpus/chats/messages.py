@@ -104,7 +104,7 @@ def _without_null(value: Any) -> Any:
 
 
 def _tools(value: object) -> tuple[dict[str, Any], ...]:
-    problem = "tools are not a list of schemas"
+    problem = "tools are not a list of schemas (tools_column: false leaves them out)"
     if value is None or (isinstance(value, str) and value.strip() in ("", "null")):
         return ()
     schemas: list[dict[str, Any]] = []

@@ -265,8 +265,8 @@ def _check_complete(chat: Conversation, text: str, end: int) -> None:
         name = name.get("name") if isinstance(name, dict) else None
         if isinstance(name, str) and name not in text:
             raise TemplateRefused(
-                "it does not write out the tools (take a template that does, or leave the column "
-                "of the tools out of the files)"
+                "it does not write out the tools (take a template that does, or set tools_column: "
+                "false)"
             )
     for message in chat.messages[:end]:
         for call in message.get("tool_calls", ()):

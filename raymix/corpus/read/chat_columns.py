@@ -14,8 +14,9 @@ _DEFAULT_TOOLS = "tools"
 
 def tools_column(domain: DomainConfig, names: Iterable[str]) -> str | None:
     """Return the column of the tools: the recipe's, else `tools` if it is among `names`."""
-    if domain.messages_column is None or domain.tools_column:
-        return domain.tools_column
+    if domain.messages_column is None or domain.tools_column is not None:
+        # An empty name is none.
+        return domain.tools_column or None
     return _DEFAULT_TOOLS if _DEFAULT_TOOLS in names else None
 
 

@@ -294,6 +294,21 @@ def test_a_tools_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
         chat_corpus(tmp_path, domains=domains)
 
 
+def test_tools_may_be_left_out(tmp_path: Path) -> None:
+    rows = [{"messages": chat, "tools": "a hammer"} for chat in sums(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    domain = {"name": "chat", "train": str(tmp_path / "a.parquet"), "messages_column": "messages"}
+    with pytest.raises(CorpusError, match=r"not a list of schemas \(tools_column: false leaves"):
+        chat_corpus(tmp_path, domains=[domain])
+    path = str(tmp_path / "without")
+    corpus = chat_corpus(tmp_path, domains=[{**domain, "tools_column": False}], path=path)
+    assert len(texts(corpus)) == 40
+    with pytest.raises(RecipeError, match=r"tools_column = True: not text"):
+        load_recipe(
+            write_recipe(tmp_path / "r.yaml", corpus__domains=[{**domain, "tools_column": True}])
+        )
+
+
 def test_bad_conversations_are_rejected_by_reason(tmp_path: Path) -> None:
     bad = [
         [{"role": "user"}], "hello", [], [1], None,
