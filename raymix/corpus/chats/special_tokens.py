@@ -47,7 +47,11 @@ class SpecialTokens:
         )):  # fmt: skip
             return chat, ""
         every = "".join(_strings([chat.messages, chat.tools]))
-        guard = next(chr(code) for code in _GUARDS if chr(code) not in every)
+        guard = next(
+            chr(code)
+            for code in _GUARDS
+            if not any(form in every for form in _guard_forms(chr(code)))
+        )
         messages = tuple(
             _guarded(message, self._in_answers if message["role"] == ANSWERS else self._any, guard)
             for message in chat.messages
@@ -65,8 +69,7 @@ class SpecialTokens:
         """
         pieces: list[str] = []
         before_C, after_C = [0], [0]
-        # Templates may write contents as JSON of ASCII characters.
-        guards = (guard, json.dumps(guard)[1:-1])
+        guards = _guard_forms(guard)
         pattern = re.compile("|".join(map(re.escape, [*self.tokens, *guards])))
         end = 0
         for match in pattern.finditer(text):
@@ -79,6 +82,18 @@ class SpecialTokens:
         pieces.append(text[end:])
         edges = [_moved(edge, before_C, after_C) for span in spans for edge in span]
         return "".join(pieces), list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _guard_forms(guard: str) -> tuple[str, str]:
+    # Templates may write contents as JSON of ASCII characters.
+    return guard, json.dumps(guard)[1:-1]
+
+
+def without_guard(text: str, guard: str) -> str:
+    """Return a rendered text as it reads, without its guards; `guard` is empty for none."""
+    for form in _guard_forms(guard) if guard else ():
+        text = text.replace(form, "")
+    return text
 
 
 def mark(token: str) -> str:

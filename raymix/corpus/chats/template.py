@@ -28,7 +28,7 @@ from raymix.corpus.chats.messages import (
     folded,
     written_forms,
 )
-from raymix.corpus.chats.special_tokens import Span, SpecialTokens
+from raymix.corpus.chats.special_tokens import Span, SpecialTokens, without_guard
 from raymix.recipe.corpus import CLOCK_DATE
 
 CHATML = (
@@ -77,9 +77,7 @@ class Example:
     @property
     def plain(self) -> str:
         """Return the text as it reads."""
-        if not self.guard:
-            return self.text
-        return self.text.replace(self.guard, "").replace(json.dumps(self.guard)[1:-1], "")
+        return without_guard(self.text, self.guard)
 
 
 @dataclass(frozen=True, slots=True)
