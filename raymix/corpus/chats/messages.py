@@ -159,8 +159,12 @@ def _message(item: object) -> Message:
 def _joined_parts(parts: list[Any]) -> str:
     texts: list[str] = []
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) else part
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text, kind = part, "text"
+        if isinstance(part, dict):
+            text = part.get("text")
+            # Some name no type: then another key says what it is.
+            others = [key for key, value in part.items() if key != "text" and value is not None]
+            kind = part.get("type") or next(iter(others), "text")
         if kind != "text" or not isinstance(text, str):
             raise BadConversation(
                 f"a content part of type {str(kind)[:40]!r}, and only text is read"

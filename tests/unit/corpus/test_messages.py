@@ -108,6 +108,7 @@ def test_turns_of_no_weight(name: str, value: Any) -> None:
     ([{"role": 1, "content": "x"}], "not a list of messages"),
     ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "of type 'image'"),
     ([{"role": "user", "content": [{"type": "audio", "audio": {}}]}], "of type 'audio'"),
+    ([{"role": "user", "content": [{"text": "see", "image": "x.png"}]}], "of type 'image'"),
     ([USER, {"from": "function_call", "value": "f(x)"}], "a tool call is not of"),
     ([USER, {"role": "assistant", "tool_calls": [{"id": 1}]}], "a tool call is not of"),
     ([USER, {**ANSWER, "weight": 0.5}], "weight = 0.5 of a turn is neither 0 nor 1"),
