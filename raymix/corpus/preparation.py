@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from raymix.corpus import state
+from raymix.corpus.chats.saved import chat_options
 from raymix.corpus.in_place import prepare_in_place, refuse_changed_files
 from raymix.corpus.passes import rejects
 from raymix.corpus.passes.assemble import (
@@ -26,7 +27,7 @@ from raymix.corpus.passes.assemble import (
     plan_shards,
     write_shard,
 )
-from raymix.corpus.passes.choose_tokenizer import ready_tokenizer
+from raymix.corpus.passes.choose_tokenizer import ReadyTokenizer, ready_tokenizer
 from raymix.corpus.passes.domain_info import domain_info, record_counts
 from raymix.corpus.passes.select import (
     Selection,
@@ -182,9 +183,10 @@ class _Preparation:
 
     def run(self) -> Manifest:
         """Return the manifest, having written everything."""
-        tokenizer, template = ready_tokenizer(self.config, self.parts, self.runner, self.report)
+        ready = ready_tokenizer(self.config, self.parts, self.runner, self.report)
+        tokenizer = ready.info
         check_indices(self.config, self.sources, tokenizer)
-        part_counts = self._tokenize(tokenizer, template)
+        part_counts = self._tokenize(ready)
         self._check_rejects(part_counts)
         selections = self._select(part_counts)
         splits, block_tokens = self._assemble(selections, tokenizer)
@@ -204,19 +206,22 @@ class _Preparation:
         atomic_write_text(target, manifest.model_dump_json(indent=1))
         return manifest
 
-    def _tokenize(self, tokenizer: TokenizerInfo, template: str) -> dict[str, list[PartCounts]]:
+    def _tokenize(self, ready: ReadyTokenizer) -> dict[str, list[PartCounts]]:
         domains = {domain.name: domain for domain in self.config.domains}
         masked = self._masked()
         jobs = [
             PartJob(
                 part,
                 domains[name],
-                tokenizer,
+                ready.info,
                 self.config.path,
                 self.work,
                 self.config.min_characters,
                 self.config.max_characters,
-                template,
+                ready.template,
+                chat_options=chat_options(self.config),
+                bos_id=ready.bos_id,
+                special_in_text=self.config.special_tokens_in_text == "special",
                 masked=masked[name],
             )
             for name, domain_parts in self.parts.items()

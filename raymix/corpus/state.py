@@ -34,6 +34,8 @@ WORK = ".prepare"
 # These decide where the corpus lies and whether preparing fails, not what is in it.
 _NOT_CONTENT = {"path", "max_rejected", "domains"}
 
+_ADDED_LATER = ("in_place", "chat_date", "system", "bos", "special_tokens_in_text")
+
 FileStamp = tuple[str, int, int]
 
 
@@ -49,8 +51,9 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
     """Return the settings that the content of a corpus depends on, beside the files themselves."""
     document = config.model_dump(mode="json", exclude=_NOT_CONTENT)
     # Not written by versions without it, whose corpora must stay equal to their recipes.
-    if not config.in_place:
-        del document["in_place"]
+    for name in _ADDED_LATER:
+        if document[name] == CorpusConfig.model_fields[name].default:
+            del document[name]
     # The order of domains is content: a sampled domain is an index into it.
     document["domain_order"] = [domain.name for domain in config.domains]
     document["domains"] = {

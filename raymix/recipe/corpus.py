@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from typing import Annotated, Any, Literal
 
@@ -9,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from raymix.recipe.base import (
     Fault,
+    Faults,
     FieldDescription,
     Integer,
     Number,
@@ -23,6 +25,9 @@ NAME = FieldDescription(
 # Formats of ready token ids: in place, they need no copy; MDS has sizes between its ids.
 IN_PLACE_FORMATS = ("megatron", "olmo", "datatrove", "nanogpt", "llmc", "litdata")
 TOKEN_FORMATS = (*IN_PLACE_FORMATS, "mds")
+CLOCK_DATE = datetime.date(2024, 7, 26)
+"""Today, to chat templates that ask for the date: the one that Llama 3.1's names itself."""
+
 # Entries of a prepared corpus' directory that are no domains.
 RESERVED_NAMES = ("tokenizer", "manifest.json", "prepare.json")
 
@@ -102,6 +107,30 @@ Globs = Annotated[
 ]
 
 
+def _date(value: Any) -> Any:
+    # YAML reads an unquoted date as one.
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        return value.isoformat()
+    if isinstance(value, str):
+        try:
+            return datetime.date.fromisoformat(value).isoformat()
+        except ValueError as error:
+            raise Faults(Fault("", value, "not a date", ("Write it as 2024-07-26",))) from error
+    return value
+
+
+ChatDate = Annotated[str, BeforeValidator(_date), FieldDescription("a date, such as 2024-07-26")]
+
+
+def _no_column(value: Any) -> Any:
+    return "" if value is False else value
+
+
+ToolsColumn = Annotated[
+    str, BeforeValidator(_no_column, json_schema_input_type=str | Literal[False])
+]
+
+
 class DomainConfig(RecipeModel):
     """One domain of the mixture and the files that hold its documents."""
 
@@ -142,6 +171,9 @@ class DomainConfig(RecipeModel):
     messages_column: str | None = Field(default=None, min_length=1)
     """Column of conversations, such as `messages`: lists of {role, content}; only the assistant's
     answers are learned."""
+    tools_column: ToolsColumn | None = None
+    """Column of the tools that a conversation offers: lists of JSON schemas, or their JSON; left
+    out, `tools` where it stands beside the messages; `false` (or no name) for none."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
 
@@ -191,6 +223,14 @@ class DomainConfig(RecipeModel):
             )
             if self.messages_column and self.tokens_column
             else None,
+            Fault(
+                "tools_column",
+                self.tools_column,
+                "tools belong to conversations, and messages_column is not given",
+                ("Give both",),
+            )
+            if self.tools_column and not self.messages_column
+            else None,
             *self._token_faults(),
         )
         return self
@@ -221,6 +261,18 @@ class CorpusConfig(RecipeModel):
     chat_template: str | None = Field(default=None, min_length=1)
     """How conversations are written out: a Jinja file, local or any fsspec URL, or `chatml`;
     left out, the tokenizer's own."""
+    chat_date: ChatDate | None = None
+    """Today's date for chat templates that write it out; left out, 2024-07-26 for those with a
+    clock (`strftime_now`), and what the template names itself for the others (`date_string`)."""
+    system: Literal["as_is", "fold"] = "as_is"
+    """System turns of conversations: as they are, or put before the user turn that follows (`fold`)
+    for chat templates that refuse them."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether documents of text begin with the beginning-of-sequence token: `auto` where the
+    tokenizer's post-processor puts one. Conversations have what the chat template writes."""
+    special_tokens_in_text: Literal["text", "special"] = "text"
+    """Special tokens written out in a text or in the content of a message: characters like any
+    other, or the tokens themselves."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains; left out, the corpus at `path` must have been prepared before."""
     valid_fraction: Number = Field(default=0.02, gt=0, lt=1)

@@ -19,11 +19,6 @@ UNMARKED = (
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 """A template as most are: it says nothing of what is to be learned."""
-FORGETFUL = (
-    "{% for message in messages %}{% if loop.last or message['role'] != 'assistant' %}"
-    "{{ message['content'] }}{% else %}...{% endif %}\n{% endfor %}"
-)
-"""A template that rewrites an answer once there are later turns."""
 
 
 def sums(count: int, seed: int = 0) -> list[Chat]:

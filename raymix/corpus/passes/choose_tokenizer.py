@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from raymix._utils.json import parse_json
 from raymix.corpus import state
+from raymix.corpus.chats.saved import chat_options, save_template
 from raymix.corpus.passes.sample import TrainJob, train_tokenizer
 from raymix.corpus.progress import Reporter
-from raymix.corpus.read.chat import save_template
 from raymix.corpus.read.parts import Part, digest
 from raymix.corpus.runner import Runner, in_order
 from raymix.corpus.tokenizers.tokenizer import LoadedTokenizer, byte_tokenizer, load_pretrained
+from raymix.errors import CorpusError
 from raymix.recipe import ByteTokenizer, CorpusConfig, PretrainedTokenizer, TrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text
 from raymix.store.remote import files
 
 
+@dataclass(frozen=True, slots=True)
+class ReadyTokenizer:
+    """The tokenizer of a corpus, the name of its chat template, and what texts begin with."""
+
+    info: TokenizerInfo
+    template: str
+    bos_id: int | None
+
+
 def ready_tokenizer(
     config: CorpusConfig, parts: Mapping[str, Sequence[Part]], runner: Runner, report: Reporter
-) -> tuple[TokenizerInfo, str]:
-    """Return the corpus' tokenizer and the name of its chat template, having saved both in it.
+) -> ReadyTokenizer:
+    """Return the corpus' tokenizer and chat template, having saved both in it.
 
     Raises:
         CorpusError: If the one the recipe names cannot be used.
     """
     chosen = config.tokenizer
     if isinstance(chosen, TrainedTokenizer):
+        if config.bos == "always":
+            raise CorpusError.at(
+                "corpus.bos", config.bos, "a tokenizer trained here has no such token"
+            )
         template = save_template(config)
-        return _trained(config, chosen, parts, template, runner, report), template
-    return saved_tokenizer(config, chosen), save_template(config)
+        info = _trained(config, chosen, parts, template, runner, report)
+        return ReadyTokenizer(info, template, None)
+    loaded = _saved(config, chosen)
+    bos = loaded.bos_token(config.bos)
+    texts = any(domain.column_field == "text_column" for domain in config.domains)
+    if texts and isinstance(chosen, PretrainedTokenizer):
+        begins = f"begin with {bos[0]!r}" if bos else "do not begin with a token of their own"
+        report.note(f"documents of text {begins} (corpus.bos: {config.bos})")
+    return ReadyTokenizer(loaded.info, save_template(config), bos[1] if bos else None)
 
 
 def saved_tokenizer(
@@ -42,12 +64,16 @@ def saved_tokenizer(
     Raises:
         CorpusError: If it cannot be used.
     """
+    return _saved(config, chosen).info
+
+
+def _saved(config: CorpusConfig, chosen: ByteTokenizer | PretrainedTokenizer) -> LoadedTokenizer:
     if isinstance(chosen, PretrainedTokenizer):
         loaded = load_pretrained(chosen)
     else:
         loaded = LoadedTokenizer.made(byte_tokenizer(), "byte")
     loaded.save(config.path)
-    return loaded.info
+    return loaded
 
 
 def _trained(
@@ -107,4 +133,5 @@ def _train_job(
         valid_fraction=config.valid_fraction,
         corpus=config.path,
         template=template,
+        chat_options=chat_options(config),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from raymix.corpus.passes.tokenize import REJECTS_KEPT, PartCounts, read_counts
+from raymix.corpus.passes.tokenize import NO_ANSWER, REJECTS_KEPT, PartCounts, read_counts
 from raymix.corpus.read.parts import Part
 from raymix.corpus.read.records import INVALID_UTF8
 from raymix.errors import format_problem
@@ -84,13 +84,15 @@ def too_many(
     """Return the message for a domain with more than the allowed share of bad records, if so."""
     records = sum(part_counts.records for part_counts in counts_of_parts)
     reasons = by_reason(counts_of_parts)
+    # Counted and left out, but not bad: some conversations end before their first answer.
+    reasons.pop(NO_ANSWER, None)
     bad = sum(reasons.values())
     # A product, not a quotient: a domain may have no records at all.
     if bad <= limit * records:
         return []
     counts = ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
     # Of the commonest reason, which comes first.
-    first = shown[0]
+    first = next(example for example in shown if example["reason"] != NO_ANSWER)
     unit = "row" if "row" in first else "line"
     advice = _ADVICE.get(first["reason"], "Correct the source")
     return [

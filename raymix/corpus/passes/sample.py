@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raymix.corpus.chats.messages import Conversation
+from raymix.corpus.chats.saved import saved_template
+from raymix.corpus.chats.template import ChatOptions, TemplateRefused
 from raymix.corpus.passes.select import is_held_out
-from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
 from raymix.corpus.read.parts import MIN_PART_BYTES, Part
 from raymix.corpus.read.readers import read_slice
 from raymix.corpus.read.records import without_surrogates
@@ -31,6 +33,7 @@ class TrainJob:
     valid_fraction: float
     corpus: str
     template: str
+    chat_options: ChatOptions
 
 
 def train_tokenizer(job: TrainJob) -> TokenizerInfo:
@@ -96,7 +99,9 @@ def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str
 
 def _rendered(job: TrainJob, chat: Conversation) -> str | None:
     try:
-        return saved_template(job.corpus, job.template).render(chat)[0]
+        template = saved_template(job.corpus, job.template, job.chat_options)
+        # The last text has the most of the conversation.
+        return template.examples(chat)[-1].text
     except TemplateRefused:
         return None
 

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from raymix._utils.json import parse_json
-from raymix.corpus.read.chat import Conversation, TemplateRefused, saved_template
+from raymix.corpus.chats.messages import Conversation, with_texts
+from raymix.corpus.chats.saved import saved_template
+from raymix.corpus.chats.template import ChatOptions, TemplateRefused
 from raymix.corpus.read.parts import Part
 from raymix.corpus.read.readers import read_slice
 from raymix.corpus.read.records import (
-    INVALID_UTF8,
     NULL,
     TOO_LONG,
     Reject,
@@ -34,7 +35,7 @@ from raymix.corpus.read.records import (
     without_surrogates,
 )
 from raymix.corpus.read.token_records import LabeledTokens, TokenIds, loss_edges
-from raymix.corpus.tokenizers.tokenizer import Ints, TokenArray, saved_encoder
+from raymix.corpus.tokenizers.encoders import Ints, TokenArray, saved_encoder
 from raymix.recipe import DomainConfig
 from raymix.store import TokenizerInfo, atomic_write_text, token_dtype
 from raymix.store.remote import files
@@ -45,6 +46,9 @@ and spans in the loss: none where all of it is."""
 
 REJECTS_KEPT = 100
 """Bad records of a domain that are shown in `rejects.jsonl`."""
+
+NO_ANSWER = "no answer to learn"
+"""Reason of leaving out a record without a token in the loss: nothing is wrong with it."""
 
 # Small batches stay in the cache: a tenth faster than batches of megabytes.
 _BATCH_BYTES = 1 << 16
@@ -63,7 +67,12 @@ class PartJob:
     min_characters: int
     max_characters: int
     template: str = ""
-    """Name of the chat template; see `raymix.corpus.read.chat`."""
+    """Name of the chat template; see `raymix.corpus.chats.saved`."""
+    chat_options: ChatOptions = field(default_factory=ChatOptions)
+    bos_id: int | None = None
+    """Id that documents of text begin with, if one."""
+    special_in_text: bool = False
+    """Whether special tokens written out in a text are tokens."""
     masked: bool = False
     """Whether the domain has a loss mask."""
 
@@ -87,9 +96,11 @@ class PartJob:
                 "eos_at",
             }
         )
-        limits = [self.min_characters, self.max_characters]
+        limits: list[object] = [self.min_characters, self.max_characters]
         if self.domain.messages_column:
-            limits = [*limits, self.template]
+            limits += [self.template, self.domain.tools_column, self.special_in_text]
+        elif self.tokenizer.kind == "pretrained" or self.special_in_text:
+            limits += [self.bos_id, self.special_in_text]
         return self.part.key(columns, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)
 
 
@@ -179,7 +190,12 @@ class _Writer:
     def __init__(self, job: PartJob, counts: PartCounts) -> None:
         self._job = job
         self._counts = counts
-        self._encoder = saved_encoder(job.corpus, job.tokenizer)
+        self._encoder = saved_encoder(
+            job.corpus,
+            job.tokenizer,
+            bos_id=job.bos_id,
+            special_in_text=job.special_in_text,
+        )
         self._dtype = token_dtype(job.tokenizer.vocab_size)
         self._texts: list[str] = []
         self._edges: list[Ints] = []
@@ -231,21 +247,30 @@ class _Writer:
         return False
 
     def _add_chat(self, chat: Conversation) -> Reject | None:
+        job = self._job
+        special_tokens = None if job.special_in_text else self._encoder.special_tokens
         try:
-            text, spans = saved_template(self._job.corpus, self._job.template).render(chat)
-            raw = text.encode()
+            template = saved_template(job.corpus, job.template, job.chat_options)
+            examples = template.examples(chat, special_tokens)
+            # All before the first is taken: a conversation is in the corpus whole or not at all.
+            raw = [example.text.encode() for example in examples]
+            encoded = [self._encoder.encode_chat(example) for example in examples]
         except TemplateRefused as error:
             return Reject(f"chat template: {error}", excerpt(chat.messages[0]))
         except UnicodeEncodeError:
-            return Reject(INVALID_UTF8, excerpt(chat.messages[0]))
-        if not spans:
+            self._counts.repaired += 1
+            return self._add_chat(with_texts(chat, without_surrogates))
+        if not any(len(edges) for _, edges in encoded):
             # It would cost compute and teach nothing: no token of it is in the loss.
-            return Reject("no answer to learn", excerpt(text))
-        if self._fits(text):
-            tokens, edges = self._encoder.encode_chat(text, spans)
-            self._ids.append(tokens.astype(self._dtype))
-            self._edges.append(edges)
-            self._take(raw, len(raw), len(raw))
+            return Reject(NO_ANSWER, excerpt(examples[0].plain))
+        if chat.unlearned:
+            # Turns that are not learned make another document of one text.
+            raw = [text + edges.tobytes() for text, (_, edges) in zip(raw, encoded, strict=True)]
+        for content, example, (tokens, edges) in zip(raw, examples, encoded, strict=True):
+            if len(edges) and self._fits(example.plain):
+                self._ids.append(tokens.astype(self._dtype))
+                self._edges.append(edges)
+                self._take(content, len(example.plain.encode()), len(content), first=raw[0])
         return None
 
     def _add_ids(
@@ -268,16 +293,20 @@ class _Writer:
         if self._loss_mask is not None:
             edges = loss_edges(in_loss, len(ids), len(tokens))
             if not len(edges):
-                return Reject("no answer to learn", excerpt(ids[:20].tolist()))
+                return Reject(NO_ANSWER, excerpt(ids[:20].tolist()))
             self._edges.append(edges)
         self._ids.append(tokens)
         # Hashed in one width and byte order, so that the same ids are duplicates on any machine.
         self._take(tokens.astype("<u4").tobytes(), 0, tokens.nbytes)
         return None
 
-    def _take(self, content: bytes, size: int, weight: int) -> None:
+    def _take(self, content: bytes, size: int, weight: int, *, first: bytes | None = None) -> None:
         # 128 bits: at 10 billion documents a collision has a chance below 1e-18.
-        self._hashes.append(hashlib.blake2b(content, digest_size=16).digest())
+        document_hash = hashlib.blake2b(content, digest_size=16).digest()
+        if first is not None and first is not content:
+            # The first half decides the split: all texts of a conversation go into one.
+            document_hash = hashlib.blake2b(first, digest_size=16).digest()[:8] + document_hash[8:]
+        self._hashes.append(document_hash)
         self._sizes.append(size)
         self._pending += weight
         if self._pending >= _BATCH_BYTES or len(self._hashes) >= _BATCH_TEXTS:

@@ -1,1 +1,1 @@
-"""Source files: sources (globs to files), parts (files to slices), readers, chat."""
+"""Source files: sources (globs to files), parts (files to slices), readers."""

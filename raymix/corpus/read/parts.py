@@ -267,6 +267,8 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
         raise no_column(field, column, file, schema.names)
     if domain.labels_column and domain.labels_column not in schema.names:
         raise no_column(f"{domain.name}.labels_column", domain.labels_column, file, schema.names)
+    if domain.tools_column and domain.tools_column not in schema.names:
+        raise no_column(f"{domain.name}.tools_column", domain.tools_column, file, schema.names)
     expected = _misfit(domain, column_type)
     if expected is None:
         return
@@ -285,8 +287,8 @@ def _misfit(domain: DomainConfig, column_type: Any) -> str | None:
     if pa.types.is_null(inner):
         return None
     if domain.messages_column:
-        fits = _is_list(column_type) and pa.types.is_struct(inner)
-        expected = "a list of messages (role, content)"
+        fits = _is_text(column_type) or (_is_list(column_type) and pa.types.is_struct(inner))
+        expected = "a list of messages (role, content), or its JSON"
     elif domain.tokens_column:
         fits = _is_list(column_type) and pa.types.is_integer(inner)
         expected = "a list of integers"

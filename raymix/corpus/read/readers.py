@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raymix.corpus.read.chat import Conversation, conversation
+from raymix.corpus.chats.messages import BadConversation, Conversation, conversation
+from raymix.corpus.read.chat_columns import chat_rows, tools_column
 from raymix.corpus.read.csv_records import csv_records
 from raymix.corpus.read.file_formats import is_json_values
 from raymix.corpus.read.json_values import json_values
@@ -126,12 +127,11 @@ def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
         # bounded.
         rows = sum(reader.metadata.row_group(group).num_rows for group in groups)
         batch = min(max(rows * BATCH_BYTES // max(file_slice.size, 1), 1), _MAX_BATCH_ROWS)
-        labels = [domain.labels_column] if domain.labels_column else []
+        beside = _column_beside(domain, reader.schema_arrow.names)
+        wanted = [column, beside] if beside else [column]
         # Arrow's own threads would compete with one reader per core.
         # A path such as `doc.text` reads that one field of the struct.
-        batches = reader.iter_batches(
-            batch, row_groups=groups, columns=[column, *labels], use_threads=False
-        )
+        batches = reader.iter_batches(batch, row_groups=groups, columns=wanted, use_threads=False)
         columns = (_values(*_wanted(records, domain), domain) for records in batches)
         yield from enumerate(itertools.chain.from_iterable(columns), 1)
 
@@ -149,12 +149,12 @@ def _arrow_values(
         check_column(domain, file_slice.file, records.schema, column)
         for low in range(0, records.num_rows, _MAX_BATCH_ROWS):
             rows = records.slice(low, _MAX_BATCH_ROWS)
-            values, labels = _wanted(rows, domain)
+            values, beside = _wanted(rows, domain)
             # Only Arrow files: Parquet's decoder writes its own offsets.
             _check_layout(values)
-            if labels is not None:
-                _check_layout(labels)
-            yield from _values(values, labels, domain)
+            if beside is not None:
+                _check_layout(beside)
+            yield from _values(values, beside, domain)
 
 
 def _check_layout(values: pa.Array) -> None:
@@ -176,17 +176,26 @@ def _arrow_batches(source: pa.NativeFile, file_slice: FileSlice) -> Iterator[pa.
         yield reader.get_batch(number)
 
 
+def _column_beside(domain: DomainConfig, names: Sequence[str]) -> str | None:
+    """Return the column of the labels, or of the tools of conversations, if one is read."""
+    return domain.labels_column or tools_column(domain, names)
+
+
 def _wanted(records: pa.RecordBatch, domain: DomainConfig) -> tuple[pa.Array, pa.Array | None]:
-    """Return the column that a domain reads, and its labels."""
-    labels = records.column(domain.labels_column) if domain.labels_column else None
-    return nested_column(records, domain.column), labels
+    """Return the column that a domain reads, and its labels or tools."""
+    beside = _column_beside(domain, records.schema.names)
+    return nested_column(records, domain.column), records.column(beside) if beside else None
 
 
-def _values(values: pa.Array, labels: pa.Array | None, domain: DomainConfig) -> Iterator[Value]:
-    if labels is None:
+def _values(values: pa.Array, beside: pa.Array | None, domain: DomainConfig) -> Iterator[Value]:
+    if domain.messages_column:
+        rows = chat_rows(values, beside)
+        yield from (_messages(messages, tools, typed=True) for messages, tools in rows)
+        return
+    if beside is None:
         yield from _column(values, domain)
         return
-    for ids, row_labels in zip(_column(values, domain), labels.to_pylist(), strict=True):
+    for ids, row_labels in zip(_column(values, domain), beside.to_pylist(), strict=True):
         yield ids if not isinstance(ids, np.ndarray) else labeled(ids, row_labels)
 
 
@@ -194,9 +203,6 @@ def _column(values: pa.Array, domain: DomainConfig) -> Iterator[Value]:
     if pa.types.is_null(values.type):
         # The type of a column in which a writer saw nothing but nulls.
         yield from itertools.repeat(NULL, len(values))
-        return
-    if domain.messages_column:
-        yield from (_messages(value) for value in values.to_pylist())
         return
     if domain.tokens_column:
         for scalar in values:
@@ -253,7 +259,10 @@ def _record(record: object, line: bytes | str, domain: DomainConfig) -> Value:
     if value is None:
         return NULL
     if domain.messages_column:
-        return _messages(value)
+        tools = tools_column(domain, record)
+        if tools and tools not in record:
+            return Reject(f"no {tools!r} key", excerpt(line))
+        return _messages(value, record[tools] if tools else None)
     if domain.tokens_column:
         ids = _token_ids(value, line)
         if domain.labels_column is None or isinstance(ids, Reject):
@@ -282,10 +291,13 @@ def nested_value(record: Mapping[str, object], column: str) -> object:
     return value
 
 
-def _messages(value: object) -> Conversation | Reject:
+def _messages(value: object, tools: object, *, typed: bool = False) -> Conversation | Reject:
     if value is None:
         return NULL
-    return conversation(value) or Reject("not a list of messages", excerpt(value))
+    try:
+        return conversation(value, tools, typed=typed)
+    except BadConversation as error:
+        return Reject(str(error), excerpt(value))
 
 
 def labeled(ids: TokenIds, labels: object) -> LabeledTokens | Reject:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from raymix.corpus.read.chat import Conversation
+from raymix.corpus.chats.messages import Conversation
 from raymix.corpus.read.token_records import LabeledTokens, TokenIds
 
 _EXCERPT_CHARACTERS = 200

@@ -1,4 +1,4 @@
-"""Tokenizers: building, training, loading, saving, and turning texts into ids in bulk.
+"""Tokenizers: building, training, loading and saving; see `encoders` for turning texts into ids.
 
 Every tokenizer ends up as Hugging Face files under `CORPUS/tokenizer`, which
 `AutoTokenizer.from_pretrained` loads, the byte tokenizer among them: a byte-level BPE without
@@ -9,21 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import os
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from raymix._utils.json import parse_json
-from raymix.corpus.read.chat import Span
 from raymix.errors import CorpusError, did_you_mean
 from raymix.recipe import PretrainedTokenizer
 from raymix.store import TokenizerInfo, atomic_write_text
@@ -33,103 +28,10 @@ from raymix.store.remote.hub import HubRepo, fetch_file, model_repo
 END_OF_TEXT = "<|endoftext|>"
 """The token that ends a document in the tokenizers made here."""
 
-_DIRECTORY = "tokenizer"
-_BYTE_EOS = 256
-# No UTF-8 text holds this byte, so it can stand for the end of a document for a moment.
-_SEPARATOR = b"\xff"
+DIRECTORY = "tokenizer"
+"""Directory of a corpus that holds its tokenizer."""
+
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-
-TokenArray = npt.NDArray[np.unsignedinteger]
-Ints = npt.NDArray[np.int64]
-
-
-class Encoder(Protocol):
-    """Turns texts into one array of ids."""
-
-    def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
-        """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
-        ...
-
-    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
-        """Return the ids of one text, end-of-text last, and the edges of some of its characters.
-
-        Args:
-            text: A conversation.
-            spans: First character and the one behind the last, rising and apart.
-
-        Returns:
-            The ids, and the first id and the one behind the last of each span, shape (E,). An id
-            is of the span in which its first character lies. Where nothing but space follows the
-            last span, end-of-text is part of it, or a span of its own.
-        """
-        ...
-
-
-class ByteEncoder:
-    """One id per UTF-8 byte."""
-
-    def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
-        """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
-        raw = [text.encode() for text in texts]
-        joined = np.frombuffer(_SEPARATOR.join([*raw, b""]), dtype=np.uint8)
-        tokens = joined.astype(np.uint16)
-        tokens[joined == _SEPARATOR[0]] = _BYTE_EOS
-        return tokens, np.fromiter((len(item) + 1 for item in raw), np.int64, len(raw))
-
-    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
-        """See `Encoder`."""
-        tokens, _ = self.encode([text])
-        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
-        first_C = np.concatenate([[0], np.cumsum(sizes)])
-        edges = [int(first_C[place]) for span in spans for place in span]
-        return tokens, _with_end(edges, text, spans, len(tokens))
-
-
-class HuggingFaceEncoder:
-    """Ids from the `tokenizers` library, without the special tokens a template would add."""
-
-    def __init__(self, tokenizer: Tokenizer, eos_id: int) -> None:
-        """Encode with `tokenizer`, ending each document with `eos_id`."""
-        self._tokenizer = tokenizer
-        self._eos = eos_id
-
-    def encode(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
-        """Return the ids of all texts, end-of-text after each, and the ids per text (N,)."""
-        # A flat array of C integers: a list would hold a Python object per token.
-        ids = array("I")
-        lengths = np.empty(len(texts), dtype=np.int64)
-        # The fast variant skips offsets, which only conversations need.
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        for number, encoding in enumerate(encodings):
-            ids.extend(encoding.ids)
-            ids.append(self._eos)
-            lengths[number] = len(encoding) + 1
-        return np.frombuffer(ids, dtype=np.uint32), lengths
-
-    def encode_chat(self, text: str, spans: Sequence[Span]) -> tuple[TokenArray, Ints]:
-        """See `Encoder`."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        first_T = np.array([first for first, _ in encoding.offsets], dtype=np.int64)
-        edges = np.searchsorted(first_T, [place for span in spans for place in span]).tolist()
-        # Some templates end a conversation with the token that ends a document.
-        ended = encoding.ids[-1:] == [self._eos]
-        tokens = np.array(encoding.ids if ended else [*encoding.ids, self._eos], dtype=np.uint32)
-        return tokens, _with_end(edges, text, spans, len(tokens))
-
-
-def _with_end(edges: list[int], text: str, spans: Sequence[Span], size: int) -> Ints:
-    """Return the edges, those of end-of-text among them where an answer comes last."""
-    if spans and not text[spans[-1][1] :].strip():
-        edges = [*edges, size - 1, size]
-    merged: list[int] = []
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        # Nothing comes before the first token that it could be predicted from.
-        first = max(first, 1)
-        if merged and first <= merged[-1]:
-            merged[-1] = max(last, merged[-1])
-        elif first < last:
-            merged += [first, last]
-    return np.array(merged, dtype=np.int64)
 
 
 @contextlib.contextmanager
@@ -209,6 +111,27 @@ class LoadedTokenizer:
             vocab_size=max(vocabulary.values()) + 1,
             eos_id=vocabulary[eos],
         )
+        self._bos = _beginning(tokenizer)
+        self._named_bos = _named_token("bos_token", beside)
+        self._vocabulary = vocabulary
+
+    def bos_token(self, mode: Literal["auto", "always", "never"]) -> tuple[str, int] | None:
+        """Return the token that documents are to begin with, and its id; None where they are not.
+
+        Raises:
+            CorpusError: If they must, and the tokenizer has none.
+        """
+        token = self._bos
+        if mode == "always":
+            token = self._named_bos or self._bos
+            if token not in self._vocabulary:
+                raise CorpusError.at(
+                    "corpus.bos",
+                    mode,
+                    "the tokenizer has no beginning-of-sequence token",
+                    fix="Name one as bos_token in its tokenizer_config.json, or leave this out",
+                )
+        return None if mode == "never" or token is None else (token, self._vocabulary[token])
 
     @classmethod
     def made(cls, tokenizer: Tokenizer, kind: str) -> Self:
@@ -225,27 +148,10 @@ class LoadedTokenizer:
         }
         texts = {**self._beside, "tokenizer_config.json": json.dumps(configuration, indent=2)}
         for name, text in texts.items():
-            atomic_write_text(files.join(corpus, _DIRECTORY, name), text)
+            atomic_write_text(files.join(corpus, DIRECTORY, name), text)
         # Last, so that its presence means the directory is complete.
-        target = files.join(corpus, _DIRECTORY, "tokenizer.json")
+        target = files.join(corpus, DIRECTORY, "tokenizer.json")
         atomic_write_text(target, self._json)
-
-
-@functools.lru_cache(maxsize=2)
-def saved_encoder(corpus: str, info: TokenizerInfo) -> Encoder:
-    """Return the encoder of the tokenizer saved in a corpus, loaded once per process.
-
-    In tokenizers made here, `<|endoftext|>` written out in a document is ordinary text, so that
-    no document can end another. One that was brought along reads special tokens in the text as
-    such: rendered chats need that.
-    """
-    # Bytes are their own ids, so no call of the library is needed.
-    if info.kind == "byte":
-        return ByteEncoder()
-    raw = files.read_bytes(files.join(corpus, _DIRECTORY, "tokenizer.json"))
-    tokenizer = Tokenizer.from_buffer(raw)
-    tokenizer.encode_special_tokens = info.kind != "pretrained"
-    return HuggingFaceEncoder(tokenizer, info.eos_id)
 
 
 def load_pretrained(config: PretrainedTokenizer) -> LoadedTokenizer:
@@ -294,7 +200,7 @@ def download_tokenizer(repo: HubRepo) -> Path:
             "corpus.tokenizer",
             repo.name,
             "this repository of the Hub has no tokenizer.json",
-            fix="Save transformers' AutoTokenizer by save_pretrained, and name that directory",
+            fix=_conversion(repo.name),
         )
     # All of the commit that the first file is of, though a branch may move meanwhile.
     at = dataclasses.replace(repo, revision=path.parent.name)
@@ -319,13 +225,22 @@ def _no_tokenizer(path: str, directory: str) -> CorpusError:
         allowed=f"{directory} holds {names}"
         if names
         else f"{directory} does not exist or is empty",
-        fix="a tokenizer.json is needed; save_pretrained of a transformers tokenizer writes one",
+        fix=f"a tokenizer.json is needed. {_conversion(directory)}",
     )
+
+
+def _conversion(path: str) -> str:
+    name = path.rstrip("/").rpartition("/")[2] or "tokenizer"
+    code = (
+        "from transformers import AutoTokenizer as T; "
+        f"T.from_pretrained({path!r}).save_pretrained({name + '-fast'!r})"
+    )
+    return f'Write one by: python -c "{code}", and name {name}-fast as corpus.tokenizer'
 
 
 def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict[str, str]) -> str:
     """Return the token that ends a document: the recipe's, else the directory's."""
-    named = config.eos_token or _named_eos(beside)
+    named = config.eos_token or _named_token("eos_token", beside)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     if named is None:
         raise CorpusError.at(
@@ -345,14 +260,22 @@ def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict
     return named
 
 
-def _named_eos(beside: dict[str, str]) -> str | None:
+def _named_token(key: str, beside: dict[str, str]) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         try:
             document = parse_json(beside.get(name, "{}"))
         except ValueError:
             continue
-        token = document.get("eos_token") if isinstance(document, dict) else None
+        token = document.get(key) if isinstance(document, dict) else None
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token
     return None
+
+
+def _beginning(tokenizer: Tokenizer) -> str | None:
+    """Return the token that the post-processor puts before a text, if it does."""
+    alone, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    before = whole.tokens[: len(whole) - len(alone)]
+    # One token before the text; nothing is known of longer beginnings, and [CLS] comes with [SEP].
+    return before[0] if len(before) == 1 and whole.ids[1:] == alone.ids else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 import raymix
-from raymix.corpus.read.chat import CHATML, ChatTemplate, Conversation, TemplateRefused
+from raymix.corpus.chats.messages import Conversation
+from raymix.corpus.chats.template import CHATML, ChatTemplate, TemplateRefused
 from raymix.errors import CorpusError, RecipeError
 from raymix.recipe import CorpusConfig, load_recipe
 from raymix.recipe.training import DocumentData
@@ -25,7 +27,7 @@ from raymix.store import Corpus
 from raymix.streaming.sequences.step_plans import StepPlans
 from raymix.training.evaluate.held_out import held_out_rows
 from raymix.training.step.probing import ProbeReader
-from tests.support.chats import FORGETFUL, UNMARKED, chat_config, chat_corpus, sums, write_chats
+from tests.support.chats import UNMARKED, chat_config, chat_corpus, sums, write_chats
 from tests.support.shell import write_recipe
 from tests.support.step_plans import CONFIG, start
 from tests.support.streams import fixed, local, local_stream
@@ -63,28 +65,19 @@ def answers(chat: list[dict[str, Any]]) -> list[str]:
 def test_answers_are_found_with_marks_and_without(source: str) -> None:
     template = ChatTemplate(source, SPECIAL)
     for chat in sums(12):
-        text, spans = template.render(Conversation(tuple(chat)))
-        passages = [text[first:last] for first, last in spans]
+        (example,) = template.examples(Conversation(tuple(chat)))
+        passages = [example.text[first:last] for first, last in example.spans]
         assert len(passages) == len(answers(chat))
         for said, answer in zip(passages, answers(chat), strict=True):
             assert said.startswith(answer)
             assert said[len(answer) :].strip() in {"<|im_end|>", ";"}
 
 
-@pytest.mark.parametrize("chat", [
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-     {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}],
-])  # fmt: skip
-def test_a_template_that_rewrites_answers_is_refused(chat: list[dict[str, str]]) -> None:
-    with pytest.raises(TemplateRefused, match="rewrites earlier turns"):
-        ChatTemplate(FORGETFUL, {}).render(Conversation(tuple(chat)))
-
-
 def test_threads_may_render_at_once() -> None:
     template, chats = ChatTemplate(CHATML, {}), [Conversation(tuple(chat)) for chat in sums(200)]
-    alone = [template.render(chat) for chat in chats]
+    alone = [template.examples(chat) for chat in chats]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(template.render, chats)) == alone
+        assert list(pool.map(template.examples, chats)) == alone
 
 
 @pytest.mark.parametrize("tokenizer", [
@@ -221,16 +214,198 @@ def test_parquet_and_other_keys_hold_conversations_too(tmp_path: Path) -> None:
     assert loss_mask[0] + held_out[0] == loss_mask[1] + held_out[1] > 0
 
 
+def texts(corpus: Corpus, domain: str = "chat") -> list[str]:
+    return [
+        decoded(corpus, stream_of(corpus, domain, split)[first:last])
+        for split in ("train", "valid")
+        for first, last in documents(corpus, domain, split)
+    ]
+
+
+CALLS = (
+    "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '[' + message.role + '] ' }}{% if message.tool_calls %}"
+    "{% for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}"
+    "{% else %}{{ message.content }}{% endif %}{{ ' ;\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
+def calling(number: int) -> list[dict[str, Any]]:
+    arguments = {"city": f"Paris {number}"} if number % 2 else {"when": number}
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [
+        {"role": "user", "content": f"question {number}"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "31"},
+        {"role": "assistant", "content": f"answer {number}"},
+    ]
+
+
+TOOLS = [
+    {"name": "f", "description": "Weather"},
+    {"name": "g", "parameters": {"type": "object"}},
+]
+
+
+@pytest.mark.parametrize("form", ["struct", "json", "jsonl", "sharegpt"])
+def test_calls_and_tools_are_those_of_the_row(tmp_path: Path, form: str) -> None:
+    """Arrow gives every row the keys of all; what the model is to say has its own only."""
+    rows: list[dict[str, Any]] = [{"messages": calling(n), "tools": TOOLS} for n in range(60)]
+    source = str(tmp_path / "a.parquet")
+    if form == "json":
+        rows = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+    if form == "sharegpt":
+        speakers = ("human", "function_call", "observation", "gpt")
+        for row in rows:
+            row["messages"] = [
+                {"from": speaker, "value": m.get("content") or json.dumps(
+                    m["tool_calls"][0]["function"])}
+                for speaker, m in zip(speakers, row["messages"], strict=True)
+            ]  # fmt: skip
+    if form == "jsonl":
+        source = str(tmp_path / "a.jsonl")
+        Path(source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    (tmp_path / "own.jinja").write_text(CALLS)
+    domains = [{"name": "chat", "train": source, "messages_column": "messages"}]
+    corpus = chat_corpus(tmp_path, domains=domains, chat_template=str(tmp_path / "own.jinja"))
+    head = (
+        '<tools>[{"name": "f", "description": "Weather"}, '
+        '{"name": "g", "parameters": {"type": "object"}}]</tools>\n'
+    )
+    wanted = set()
+    for n in range(60):
+        arguments = f'{{"city": "Paris {n}"}}' if n % 2 else f'{{"when": {n}}}'
+        wanted.add(
+            f"{head}[user] question {n} ;\n"
+            f'[assistant] {{"name": "f", "arguments": {arguments}}} ;\n'
+            f"[tool] 31 ;\n[assistant] answer {n} ;\n<|endoftext|>"
+        )
+    assert set(texts(corpus)) == wanted
+
+
+def test_a_tools_column_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"messages": sums(9)}), tmp_path / "a.parquet")
+    domains = [{"name": "a", "train": str(tmp_path / "a.parquet"), "messages_column": "messages",
+                "tools_column": "functions"}]  # fmt: skip
+    with pytest.raises(CorpusError, match=r"a\.tools_column = 'functions'"):
+        chat_corpus(tmp_path, domains=domains)
+
+
+def test_tools_may_be_left_out(tmp_path: Path) -> None:
+    rows = [{"messages": chat, "tools": "a hammer"} for chat in sums(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    domain = {"name": "chat", "train": str(tmp_path / "a.parquet"), "messages_column": "messages"}
+    with pytest.raises(CorpusError, match=r"not a list of schemas \(tools_column: false leaves"):
+        chat_corpus(tmp_path, domains=[domain])
+    path = str(tmp_path / "without")
+    corpus = chat_corpus(tmp_path, domains=[{**domain, "tools_column": False}], path=path)
+    assert len(texts(corpus)) == 40
+    with pytest.raises(RecipeError, match=r"tools_column = True: not text"):
+        load_recipe(
+            write_recipe(tmp_path / "r.yaml", corpus__domains=[{**domain, "tools_column": True}])
+        )
+
+
 def test_bad_conversations_are_rejected_by_reason(tmp_path: Path) -> None:
     bad = [
         [{"role": "user"}], "hello", [], [1], None,
         [{"role": "user", "content": "and no answer"}],
+        [{"role": "narrator", "content": "x"}, {"role": "assistant", "content": "y"}],
+        [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}],
     ]  # fmt: skip
     corpus = chat_corpus(tmp_path, [*sums(30), *bad])
-    assert corpus.manifest.domains["chat"].rejected_by_reason == {
+    reasons = corpus.manifest.domains["chat"].rejected_by_reason
+    assert {reason.partition(" (")[0]: count for reason, count in reasons.items()} == {
         "not a list of messages": 4,
         "no answer to learn": 1,
+        "chat template: it knows no role 'narrator'": 1,
+        "a content part of type 'image', and only text is read": 1,
     }
+
+
+def test_conversations_without_an_answer_are_left_out_and_no_fault(tmp_path: Path) -> None:
+    silent = [[{"role": "user", "content": f"{n}"}] for n in range(20)]
+    unlearned = [
+        [{**message, "weight": 0, "content": f"{n} {message['content']}"} for message in chat]
+        for n, chat in enumerate(sums(5))
+    ]
+    chats = [*sums(30), *silent, *unlearned]
+    corpus = chat_corpus(tmp_path / "..", chats, path=str(tmp_path / "some"), max_rejected=0)
+    info = corpus.manifest.domains["chat"]
+    assert info.rejected_by_reason == {"no answer to learn": 25}
+    assert info.train.documents + info.valid.documents == 30
+    with pytest.raises(CorpusError, match=r"no document of domain 'chat' is left to use"):
+        chat_corpus(tmp_path, silent, max_rejected=0)
+
+
+def test_half_characters_are_repaired_and_counted(tmp_path: Path) -> None:
+    """JSON of a text that was cut within an emoji."""
+    half = [{"role": "user", "content": "a \ud83d"}, {"role": "assistant", "content": "b \ude00"}]
+    corpus = chat_corpus(tmp_path, [*sums(30), half])
+    wanted = "<|im_start|>user\na \ufffd<|im_end|>\n<|im_start|>assistant\nb \ufffd<|im_end|>\n"
+    assert f"{wanted}<|endoftext|>" in texts(corpus)
+    assert corpus.manifest.domains["chat"].repaired == 1
+
+
+THINKING = (
+    "{% for message in messages %}{{ '[' + message.role + '] ' }}"
+    "{% if message.role == 'assistant' and not loop.last %}"
+    "{{ message.content.split('</think>')[-1] }}{% else %}{{ message.content }}{% endif %}"
+    "{{ ' ;\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+"""A template that drops the reasoning of earlier turns."""
+
+
+def test_a_conversation_becomes_the_examples_of_inference_in_one_split(tmp_path: Path) -> None:
+    chats = [
+        [
+            {"role": "user", "content": f"q{n}"},
+            {"role": "assistant", "content": f"<think>x</think>a{n}"},
+            {"role": "user", "content": "again"},
+            {"role": "assistant", "content": f"<think>y</think>b{n}"},
+        ]
+        for n in range(40)
+    ]
+    (tmp_path / "own.jinja").write_text(THINKING)
+    own = str(tmp_path / "own.jinja")
+    corpus = chat_corpus(tmp_path, chats, chat_template=own, valid_fraction=0.3)
+    splits = {}
+    for split in ("train", "valid"):
+        tokens, loss_mask = stream_of(corpus, "chat", split), corpus.loss_mask("chat", split)
+        assert loss_mask is not None
+        for first, last in documents(corpus, "chat", split):
+            document = decoded(corpus, tokens[first:last])
+            learned = decoded(corpus, tokens[first:last][loss_mask.mask(first, last)])
+            splits[document] = split, learned
+    for n in range(40):
+        first = f"[user] q{n} ;\n[assistant] <think>x</think>a{n} ;\n<|endoftext|>"
+        second = (
+            f"[user] q{n} ;\n[assistant] a{n} ;\n[user] again ;\n"
+            f"[assistant] <think>y</think>b{n} ;\n<|endoftext|>"
+        )
+        assert splits[first][1] == f"<think>x</think>a{n} ;\n<|endoftext|>"
+        assert splits[second][1] == f"<think>y</think>b{n} ;\n<|endoftext|>"
+        assert splits[first][0] == splits[second][0]
+    assert len(splits) == 80
+    assert {split for split, _ in splits.values()} == {"train", "valid"}
+
+
+def test_the_date_is_part_of_the_corpus(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + UNMARKED)
+    own = str(tmp_path / "own.jinja")
+    first = chat_corpus(tmp_path, chat_template=own)
+    assert all(text.startswith("26 Jul 2024 ") for text in texts(first))
+    with pytest.raises(CorpusError, match=r"corpus\.chat_date = '2031-05-04'"):
+        chat_corpus(tmp_path, chat_template=own, chat_date="2031-05-04")
+    path = str(tmp_path / "later")
+    later = chat_corpus(tmp_path, chat_template=own, chat_date="2031-05-04", path=path)
+    assert all(text.startswith("04 May 2031 ") for text in texts(later))
+    assert later.fingerprint != first.fingerprint
+    with pytest.raises(RecipeError, match=r"corpus\.chat_date = 'today': not a date"):
+        load_recipe(write_recipe(tmp_path / "r.yaml", corpus__chat_date="today"))
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -257,6 +432,7 @@ def test_another_template_prepares_anew(tmp_path: Path) -> None:
     ({"messages_column": "m"}, "corpus.domains.0.messages_column = 'm': rows that are cut"),
     ({"messages_column": "m", "tokens_column": "t"}, "tokens_column = 't' is given as well"),
     ({"messages_column": "m", "format": "text"}, "plain text has no columns"),
+    ({"tools_column": "t"}, "tools belong to conversations, and messages_column is not given"),
 ])  # fmt: skip
 def test_recipes_that_cannot_be_are_refused(tmp_path: Path, domain: Any, words: str) -> None:
     domains = [{"name": "a", "train": "x.jsonl", **domain}]
@@ -285,5 +461,5 @@ def test_templates_are_text_of_the_recipe_only(tmp_path: Path) -> None:
     """A template is run in a sandbox: it reaches nothing of Python."""
     template = ChatTemplate("{{ messages.__class__.__mro__ }}", {})
     with pytest.raises(TemplateRefused):
-        template.render(Conversation(({"role": "user", "content": "x"},)))
+        template.examples(Conversation(({"role": "user", "content": "x"},)))
     assert CorpusConfig.model_validate({"path": str(tmp_path)}).chat_template is None

@@ -26,15 +26,13 @@ from raymix.corpus.passes.select import (
     select_documents,
 )
 from raymix.corpus.passes.tokenize import DOCUMENT, part_base
+from raymix.corpus.tokenizers.encoders import ByteEncoder, HuggingFaceEncoder, saved_encoder
 from raymix.corpus.tokenizers.tokenizer import (
     END_OF_TEXT,
-    ByteEncoder,
-    HuggingFaceEncoder,
     LoadedTokenizer,
     byte_tokenizer,
     fingerprint,
     load_pretrained,
-    saved_encoder,
     train_bpe,
 )
 from raymix.errors import CorpusError
