@@ -111,7 +111,7 @@ class LoadedTokenizer:
             vocab_size=max(vocabulary.values()) + 1,
             eos_id=vocabulary[eos],
         )
-        self._bos = _beginning(tokenizer)
+        self._bos = _beginning(tokenizer, vocabulary[eos])
         self._named_bos = _named_token("bos_token", beside)
         self._vocabulary = vocabulary
 
@@ -273,9 +273,10 @@ def _named_token(key: str, beside: dict[str, str]) -> str | None:
     return None
 
 
-def _beginning(tokenizer: Tokenizer) -> str | None:
+def _beginning(tokenizer: Tokenizer, eos_id: int) -> str | None:
     """Return the token that the post-processor puts before a text, if it does."""
     alone, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
-    before = whole.tokens[: len(whole) - len(alone)]
-    # One token before the text; nothing is known of longer beginnings, and [CLS] comes with [SEP].
-    return before[0] if len(before) == 1 and whole.ids[1:] == alone.ids else None
+    # One token before the text, and nothing behind it but the end of text, which documents get from
+    # us: nothing is known of longer beginnings, and [CLS] comes with [SEP].
+    framed = [[*whole.ids[:1], *alone.ids, *end] for end in ([], [eos_id])]
+    return whole.tokens[0] if whole.ids in framed and whole.ids[:1] != alone.ids[:1] else None

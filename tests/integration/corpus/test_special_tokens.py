@@ -223,7 +223,8 @@ def test_a_beginning_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("single", "wanted"), [
-    ("<s> $A", "<s>"), ("$A </s>", None), ("<s> $A </s>", None), ("<s> </s> $A", None),
+    ("<s> $A", "<s>"), ("$A </s>", None), ("<s> $A </s>", "<s>"),
+    ("<s> $A <s>", None), ("<s> </s> $A", None),
 ])  # fmt: skip
 def test_a_beginning_is_one_token_before_the_text(
     tmp_path: Path, single: str, wanted: str | None
