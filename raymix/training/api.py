@@ -108,12 +108,28 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
     """Return whether the run has a checkpoint of its last step; raise for a changed corpus.
 
     Raises:
-        CorpusError: If the run's checkpoint was made with another corpus.
+        CorpusError: If the run's checkpoint was made with another corpus, and that is not accepted,
+            or the run is finished, or the domains are others.
     """
     newest = newest_checkpoint_of(run, note=_say)
     if newest is None:
         return False
     state = newest[1]
+    names, before = list(corpus.domain_names), list(state.tokens)
+    if before != names:
+        raise CorpusError.at(
+            "corpus.domains",
+            names,
+            f"the run in {run.where} reads {before}, and has to its step {state.step:,}",
+            fix="A run keeps its domains: use --if-exists new, or export its model and begin there",
+        )
+    if state.corpus_fingerprint != corpus.fingerprint and state.step >= steps:
+        raise CorpusError.at(
+            "corpus.path",
+            recipe.corpus.path,
+            f"its content is not what the run in {run.where} was trained on, which is finished",
+            fix="Use --if-exists new to train on it, or restore the corpus",
+        )
     if state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
         raise CorpusError.at(
             "corpus.path",

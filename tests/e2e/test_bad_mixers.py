@@ -165,3 +165,18 @@ def test_an_empty_target_is_refused(
     shown = error(capsys, "plan", str(written(tmp_path, corpus, mixer=mixer)))
     assert "'small'" in shown
     assert says in shown
+
+
+def test_a_finished_run_is_no_answer_about_another_corpus(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], environment: None
+) -> None:
+    train = ("train", str(file), "--no-report", "data.accept_changed_corpus=true")
+    assert call(*train) == 0
+    capsys.readouterr()
+    other = train_corpus(tmp_path / "other", {"a": 9000, "b": 6000, "c": 3000}, seed=1)
+    said = error(capsys, *train, f"corpus.path={other.path}")
+    assert "its content is not what the run in" in said
+    more = train_corpus(tmp_path / "more", {"a": 9000, "b": 6000, "c": 3000, "d": 3000})
+    said = error(capsys, *train, f"corpus.path={more.path}")
+    assert "corpus.domains = ['a', 'b', 'c', 'd']: the run in" in said
+    assert "reads ['a', 'b', 'c'], and has to its step 3" in said
