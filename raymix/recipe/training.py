@@ -40,6 +40,8 @@ class PackedData(RecipeModel):
     """Blocks of a domain whose rows are shuffled among each other."""
     max_epochs: Epochs | dict[str, Epochs] | None = None
     """Most passes over a domain (one number, or one per domain); at the cap others take over."""
+    skip_empty: bool = False
+    """Leave out domains whose text does not fill a row, whatever their share; others take over."""
     accept_changed_corpus: bool = False
     """Resume although the corpus' fingerprint is not that of the checkpoint."""
     cache_bytes: Annotated[Integer, Field(ge=1_000_000)] | Literal["auto"] = "auto"

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raymix.errors import RecipeError, did_you_mean, format_problem
+from raymix.recipe import PackedData
 from raymix.sampling import NO_LIMIT, DomainGeometry
 from raymix.store import Corpus, Split
 
@@ -63,11 +64,18 @@ class BlockNumbers:
 
 
 def row_geometry(
-    corpus: Corpus, sequence_length: int, split: Split = "train"
+    corpus: Corpus, sequence_length: int, split: Split = "train", *, skip_empty: bool = False
 ) -> list[DomainGeometry]:
     """Return the rows of each domain and the rows per block; rows do not straddle blocks.
 
     Tokens at the end of a block that do not fill a row are left out.
+
+    Args:
+        corpus: The corpus.
+        sequence_length: Tokens per row.
+        split: Split to read.
+        skip_empty: Allow a domain without a whole row: it has one on paper, which `row_limits` says
+            is never read.
 
     Raises:
         RecipeError: If a row is longer than a block.
@@ -85,8 +93,29 @@ def row_geometry(
     geometries = []
     for name in corpus.domain_names:
         rows = epoch_rows(corpus.split(name, split).tokens, block_tokens, sequence_length)
-        geometries.append(DomainGeometry(name, rows, rows_per_block))
+        geometries.append(DomainGeometry(name, rows or int(skip_empty), rows_per_block))
     return geometries
+
+
+def row_limits(corpus: Corpus, data: PackedData, geometries: list[DomainGeometry]) -> Ints | None:
+    """Return the maximum rows of each domain, shape (D,); None where no domain has a limit.
+
+    By `data.max_epochs`, and 0 for a domain without a whole row.
+
+    Raises:
+        RecipeError: If `data.max_epochs` names a domain that does not exist.
+    """
+    limit_D = epoch_limits(geometries, data.max_epochs)
+    block_tokens = corpus.manifest.block_tokens
+    empty_D = [
+        epoch_rows(corpus.split(name, "train").tokens, block_tokens, data.sequence_length) == 0
+        for name in corpus.domain_names
+    ]
+    if not any(empty_D):
+        return limit_D
+    if limit_D is None:
+        limit_D = np.full(len(geometries), NO_LIMIT, dtype=np.int64)
+    return np.where(empty_D, 0, limit_D)
 
 
 def epoch_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:

@@ -93,9 +93,9 @@ def empty_domain_problems(sizes: Sequence[DomainSizes], recipe: Recipe) -> list[
         path = f"corpus.domains.{number}.name"
         if domain.tokens == 0:
             problem, fix = "the domain has no tokens", "Give it text, or leave it out"
-        elif domain.usable == 0:
+        elif domain.usable == 0 and not _skips_empty(recipe):
             problem = f"the domain's {domain.tokens:,} tokens do not fill one row of {length:,}"
-            fix = "Shorten data.sequence_length, give it more text, or leave it out"
+            fix = "Shorten data.sequence_length, give it more text, or set data.skip_empty: true"
         elif domain.unlearned and domain.unlearned == domain.documents:
             every = f"all {domain.unlearned:,} documents are cut after {length:,} tokens"
             problem = f"{every}, before their first answer: nothing would be learned"
@@ -104,6 +104,10 @@ def empty_domain_problems(sizes: Sequence[DomainSizes], recipe: Recipe) -> list[
             continue
         problems.append(format_problem(path, domain.name, problem, fix=fix))
     return problems
+
+
+def _skips_empty(recipe: Recipe) -> bool:
+    return isinstance(recipe.data, PackedData) and recipe.data.skip_empty
 
 
 def probe_problems(recipe: Recipe, sizes: Sequence[DomainSizes], mixer: Mixer) -> list[str]:
@@ -116,12 +120,13 @@ def probe_problems(recipe: Recipe, sizes: Sequence[DomainSizes], mixer: Mixer) -
         format_problem(
             f"corpus.domains.{number}.name",
             domain.name,
-            f"has one row of {length:,} tokens; {recipe.mixer.kind} measures gradients on two",
+            f"its {domain.tokens:,} tokens are less than two rows of {length:,}, and "
+            f"{recipe.mixer.kind} measures gradients on two",
             fix="Shorten data.sequence_length, give it more text, or leave it out",
         )
         for number, domain in enumerate(sizes)
-        # Domains without a single row have a message of their own.
-        if length <= domain.tokens < 2 * length
+        # Domains without a single row have a message of their own, unless they are skipped.
+        if (0 if _skips_empty(recipe) else length) <= domain.tokens < 2 * length
     ]
 
 

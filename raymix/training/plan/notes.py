@@ -51,6 +51,9 @@ def plan_notes(
     if train.weight_decay and not decays_weights(train):
         yield f"{train.optimizer} has no weight decay: train.weight_decay has no effect."
     for index, domain in enumerate(sizes):
+        if domain.usable == 0:
+            yield f"{domain.name} does not fill a row of {length:,} tokens: others take its share."
+            continue
         epochs = forecast.read_D[index] / domain.usable
         cap_step = forecast.cap_step_D[index]
         if np.isfinite(cap_step) and cap_step < steps:

@@ -256,7 +256,9 @@ class _Mixture:
         segments = mixture_segments(mixer, context, recipe.train.probe_interval)
         caps = [np.inf if cap is None else cap for cap in max_epochs_by_domain(recipe, sizes)]
         # A cap is a whole number of tokens, never more than the epochs allow.
-        cap_D = np.array([np.floor(c * d.usable) for c, d in zip(caps, sizes, strict=True)])
+        cap_D = np.array(
+            [np.floor(c * d.usable) if d.usable else 0 for c, d in zip(caps, sizes, strict=True)]
+        )
         tokens = forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
         return cls(describe(mixer), mixer.needs, segments, tokens)
 
@@ -357,7 +359,7 @@ def _domain_plans(
             sizes=domain,
             share=float(forecast.share_D[index]),
             read=round(forecast.read_D[index]),
-            epochs=float(forecast.read_D[index]) / domain.usable,
+            epochs=float(forecast.read_D[index]) / max(domain.usable, 1),
             max_epochs=caps[index],
             capped_at=None if np.isinf(cap_step) else int(cap_step),
         )

@@ -235,7 +235,7 @@ def test_gradients_take_two_rows_of_every_domain(tmp_path: Path, recipe: Recipe)
     even = load_recipe(recipe, [f"corpus.path={corpus.path}", "mixer={kind: uniform}"])
     assert plan(even, corpus).steps == 20
     (message,) = preflight_problems(even, corpus, "mixer.kind=pike")
-    assert message.startswith("corpus.domains.1.name = 'scraps': has one row of 128 tokens; pike")
+    assert message.startswith("corpus.domains.1.name = 'scraps': its 200 tokens are less than two")
 
 
 def test_a_model_with_too_small_a_vocabulary(recipe: Recipe, corpus: Corpus) -> None:
