@@ -278,5 +278,5 @@ def _beginning(tokenizer: Tokenizer, eos_id: int) -> str | None:
     alone, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
     # One token before the text, and nothing behind it but the end of text, which documents get from
     # us: nothing is known of longer beginnings, and [CLS] comes with [SEP].
-    framed = [[*whole.ids[:1], *alone.ids, *end] for end in ([], [eos_id])]
+    framed = [[*whole.ids[:1], *alone.ids, *end] for end in (list[int](), [eos_id])]
     return whole.tokens[0] if whole.ids in framed and whole.ids[:1] != alone.ids[:1] else None
