@@ -30,18 +30,15 @@ from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
 from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
-from raymix.training.model.hf_model import (
-    CorpusFacts,
-    ModelTraits,
-    isolation_error,
-    measure_model,
-    probe_model,
-)
+from raymix.training.model.hf_model import CorpusFacts, measure_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
+from raymix.training.model.row_inputs import Isolation
 from raymix.training.model.run_model import run_model
+from raymix.training.model.traits import ModelTraits, probe_model
 from raymix.training.plan.mixer_context import mixer_context
+from raymix.training.plan.model_checks import check_traits
 from raymix.training.run.checkpoint import TrainingState, disk_full
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.optimizer_state import load_optimizer
@@ -164,16 +161,18 @@ def build_components(
     recipe, state, stage = job.recipe, start.state, _stages(job, world, start.state)
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
-    model, flops, traits = _model(recipe, corpus, start)
-    context_parallel, assignments, scheduling = _sequence_scheduling(job, world, start, model)
-    loss = PackedLoss(model, linear_head=traits.linear_head)
+    mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps))
+    model, flops, traits = _model(recipe, corpus, start, mixer.needs)
+    context_parallel, assignments, scheduling = _sequence_scheduling(
+        job, world, start, model, traits.isolation
+    )
+    loss = PackedLoss(model, linear_head=traits.linear_head, isolation=traits.isolation)
     # Before the optimizer is made: FSDP2 shards parameters in place, and it must hold the shards.
     replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
     if start.checkpoint is not None:
         load_optimizer(start.checkpoint, replica, optimizer)
     control = _control(job, world, start, corpus)
-    mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps))
     return TrainerComponents(
         recipe=recipe,
         steps=job.steps,
@@ -224,13 +223,13 @@ def _stages(job: Job, world: World, state: TrainingState | None) -> Callable[[st
 
 
 def _sequence_scheduling(
-    job: Job, world: World, start: ResumePoint, model: PreTrainedModel
+    job: Job, world: World, start: ResumePoint, model: PreTrainedModel, isolation: Isolation
 ) -> tuple[ContextParallel, Assignments | None, SchedulingConfig | None]:
     """Return context parallelism, assignments and their configuration; nothing for packed rows."""
     recipe, data = job.recipe, job.recipe.data
     if not isinstance(data, DocumentData):
         return ContextParallel(), None, None
-    context_parallel = set_up_context_parallel(recipe, data, model, world)
+    context_parallel = set_up_context_parallel(recipe, data, model, world, isolation)
     rows = start.micro_batch_rows
     config = scheduling_config(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
     if job.sequence_scheduler is None:
@@ -257,7 +256,7 @@ def _evaluator(
 
 
 def _model(
-    recipe: Recipe, corpus: Corpus, start: ResumePoint
+    recipe: Recipe, corpus: Corpus, start: ResumePoint, needs: frozenset[str]
 ) -> tuple[PreTrainedModel, float, ModelTraits]:
     """Return the model, its floating-point operations per token, and its traits."""
     info = corpus.manifest.tokenizer
@@ -267,8 +266,7 @@ def _model(
     traits = probe_model(model)
     # Packed rows of documents that attend to each other train on a wrong objective without any
     # sign of it in the loss.
-    if not traits.isolates_documents:
-        raise isolation_error(model.config.model_type)
+    check_traits(traits, recipe, needs, model.config.model_type)
     return model, flops, traits
 
 

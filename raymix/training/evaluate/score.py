@@ -13,11 +13,12 @@ from raymix.store import Corpus
 from raymix.training.evaluate.checkpoint_ref import find_checkpoint
 from raymix.training.evaluate.held_out import Evaluator, HeldOutRows, LossTable, held_out_rows
 from raymix.training.host.device import quiet_libraries, use_threads
-from raymix.training.model.hf_model import CorpusFacts, build_model, probe_model
+from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.lora import is_adapter
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.parallel import SingleReplica, World
 from raymix.training.model.run_model import checkpoint_facts, run_model
+from raymix.training.model.traits import causality_error, probe_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,12 @@ def _score(
     quiet_libraries()
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     use_threads(threads, world)
-    loss = PackedLoss(model, linear_head=probe_model(model).linear_head).to(world.device)
+    traits = probe_model(model)
+    if not traits.causal:
+        raise causality_error(model.config.model_type)
+    # Rows hold several documents, also of models that cannot keep them apart.
+    loss = PackedLoss(model, linear_head=traits.linear_head, isolation=traits.isolation)
+    loss = loss.to(world.device)
     evaluator = Evaluator(corpus, rows, world=world, micro_batch_rows=_MICRO_BATCH_ROWS)
     # float32 also for runs in bf16, so that losses of different machines can be compared.
     return evaluator.evaluate(SingleReplica(loss, world), contextlib.nullcontext())

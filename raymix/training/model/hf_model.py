@@ -1,10 +1,6 @@
 """Hugging Face models: from a configuration or a checkpoint directory, checked before training.
 
-Documents packed into one row are isolated by `position_ids` that restart at each document:
-`transformers` derives the block-diagonal attention mask from them if neither mask nor cache is
-given. Not every architecture does, so `probe_model` tests it on the given model.
-
-Legend: L tokens per row, V vocabulary, H hidden width.
+Whether documents of one row see each other is tested in `traits`.
 """
 
 from __future__ import annotations
@@ -20,14 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raymix._utils.formatting import one_line
-from raymix.context_parallel import (
-    ContextParallelGroups,
-    DocumentPart,
-    LocalShards,
-    attending,
-    register,
-)
-from raymix.errors import RecipeError, TrainingError, did_you_mean, format_problem
+from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 from raymix.store.remote.hub import fetch_config, fetch_model
 from raymix.training.model.lora import add_lora
@@ -39,8 +28,6 @@ if TYPE_CHECKING:
 
 # Accepted by transformers for older configurations; it moves them to `rope_parameters`.
 _LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling"})
-# Float32 kernels differ by some 1e-6; a model that mixes documents differs by more than 0.01.
-_PROBE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,101 +285,3 @@ def _in_products(model: PreTrainedModel, parameters: Sequence[torch.nn.Parameter
         if isinstance(module, torch.nn.Embedding) and module.weight is not head
     }
     return sum(each.numel() for each in parameters if id(each) not in looked_up)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelTraits:
-    """Properties of a model, tested by `probe_model`."""
-
-    isolates_documents: bool
-    """Whether documents packed into a row do not attend to each other."""
-    linear_head: bool
-    """Whether the logits are the output embedding of the last hidden state and nothing else."""
-
-
-@torch.no_grad()
-def probe_model(model: PreTrainedModel) -> ModelTraits:
-    """Return the model's traits, tested on a row of two four-token documents."""
-    was_training = model.training
-    model.eval()
-    try:
-        tokens_L, positions_L = _two_documents(model)
-        packed_LV = _logits(model, tokens_L, positions_L)
-        separate_LV = torch.cat(
-            [_logits(model, tokens_L[s : s + 4], positions_L[s : s + 4]) for s in (0, 4)]
-        )
-        hidden_LH = model.base_model(
-            input_ids=tokens_L[None], position_ids=positions_L[None], use_cache=False
-        ).last_hidden_state[0]
-        # Some types scale or cap the logits (Gemma 2), or have no head module at all.
-        head = model.get_output_embeddings()
-        linear = head is not None and _close(head(hidden_LH), packed_LV)
-        return ModelTraits(_close(packed_LV, separate_LV), linear)
-    finally:
-        model.train(was_training)
-
-
-def isolation_error(model_type: str) -> RecipeError:
-    """Return the error of a model in which packed documents attend to each other."""
-    return RecipeError.at(
-        "model.type",
-        model_type,
-        f"documents packed into one row would see each other in {model_type}",
-        fix=(
-            "Take a type with rotary or learned positions and plain attention, such as llama, "
-            "qwen3 or gpt2"
-        ),
-    )
-
-
-@torch.no_grad()
-def switch_attention(model: PreTrainedModel, *, longest: int) -> bool:
-    """Switch the model to the attention of `raymix.context_parallel`; return whether it can.
-
-    Tested on a row of two four-token documents, declared to be up to `longest` tokens long, so
-    that a sliding window shorter than these counts. A model whose logits change keeps its own.
-    """
-    original, was_training = model.config._attn_implementation, model.training
-    two_documents, one_document = (
-        LocalShards([DocumentPart(4, (0,))] * 2, 0, ContextParallelGroups()),
-        LocalShards([DocumentPart(8, (0,))], 0, ContextParallelGroups()),
-    )
-    two_documents.longest = longest
-    row = _two_documents(model)
-    try:
-        expected_LV = _logits(model.eval(), *row)
-        model.set_attn_implementation(register())
-        with attending(two_documents):
-            # In training mode for dropout, which the new attention refuses.
-            _logits(model.train(), *row)
-            same = _close(_logits(model.eval(), *row), expected_LV)
-        # As one document the logits must differ; else the model ignores the new attention.
-        with attending(one_document):
-            same = same and not _close(_logits(model, *row), expected_LV)
-    except (TrainingError, ValueError, KeyError):
-        same = False
-    finally:
-        model.train(was_training)
-    if not same and original is not None:
-        model.set_attn_implementation(original)
-    return same
-
-
-def _two_documents(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and positions of a row of two four-token documents."""
-    # Modulo: a test's vocabulary may have fewer than eight tokens.
-    numbers_L = torch.arange(8, device=next(model.parameters()).device)
-    return numbers_L % model.config.vocab_size, numbers_L % 4
-
-
-def _logits(
-    model: PreTrainedModel, tokens_L: torch.Tensor, positions_L: torch.Tensor
-) -> torch.Tensor:
-    out = model(input_ids=tokens_L[None], position_ids=positions_L[None], use_cache=False)
-    return out.logits[0].float()
-
-
-def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.shape == right.shape and bool(
-        torch.allclose(left.float(), right.float(), rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE)
-    )

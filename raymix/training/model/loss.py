@@ -1,4 +1,4 @@
-"""The loss of packed rows: cross-entropy summed over label tokens, with the head in chunks.
+"""The loss of rows of documents: cross-entropy summed over label tokens, with the head in chunks.
 
 The logits of a large vocabulary take more memory than the rest of a forward pass, so they are
 computed for a chunk of tokens at a time, and again in the backward pass.
@@ -8,12 +8,14 @@ Legend: B rows, L tokens per row, N = B * L, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from raymix.training.model.row_inputs import Isolation, document_rows, packed_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +31,12 @@ class PackedLoss(nn.Module):
     """A causal LM with its loss, in one `forward`, where DDP and FSDP2 have their hooks."""
 
     def __init__(
-        self, model: PreTrainedModel, *, linear_head: bool, logit_bytes: int = MAX_LOGIT_BYTES
+        self,
+        model: PreTrainedModel,
+        *,
+        linear_head: bool,
+        isolation: Isolation = "positions",
+        logit_bytes: int = MAX_LOGIT_BYTES,
     ) -> None:
         """Wrap `model`.
 
@@ -37,11 +44,13 @@ class PackedLoss(nn.Module):
             model: The causal LM.
             linear_head: Whether its logits are the output embedding of the last hidden state;
                 if not, they cannot be computed in chunks.
+            isolation: How the model keeps documents of one row apart.
             logit_bytes: Maximum bytes of float32 logits at once.
         """
         super().__init__()
         self.model = model
         self._linear_head = linear_head
+        self._isolation: Isolation = isolation
         # At least 64: smaller matrix products would be slower than the memory is worth.
         self._chunk_tokens = max(64, logit_bytes // (4 * model.config.vocab_size))
 
@@ -60,19 +69,38 @@ class PackedLoss(nn.Module):
             labels_BL: The next token of the same document, or `IGNORED`, int64.
             loss_weight_BL: Factor of each token's loss in the sum; losses per token are without.
         """
-        loss_N = self._token_losses(tokens_BL, positions_BL, labels_BL.reshape(-1))
+        if self._isolation == "rows":
+            loss_N = self._by_document(tokens_BL, positions_BL, labels_BL.reshape(-1))
+        else:
+            inputs = packed_inputs(self.model, self._isolation, positions_BL)
+            loss_N = self._token_losses(tokens_BL, inputs, labels_BL.reshape(-1))
         # A sum and not a mean: the loop divides by the labels of the global batch.
         weighted_N = loss_N if loss_weight_BL is None else loss_N * loss_weight_BL.reshape(-1)
         return weighted_N.sum(), loss_N.detach().view(labels_BL.shape)
 
-    def _token_losses(
+    def _by_document(
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, labels_N: torch.Tensor
     ) -> torch.Tensor:
+        """Return the loss of each token, shape (N,), of documents that are rows of their own."""
+        tokens_N = tokens_BL.flatten()
+        losses: list[torch.Tensor] = []
+        places: list[torch.Tensor] = []
+        for place_RT, inside_RT in document_rows(positions_BL):
+            # Padding is to the right, where no token of a causal model sees it.
+            labels_RT = labels_N[place_RT].masked_fill(~inside_RT, IGNORED)
+            loss_M = self._token_losses(tokens_N[place_RT], {}, labels_RT.flatten())
+            losses.append(loss_M[inside_RT.flatten()])
+            places.append(place_RT[inside_RT])
+        return torch.cat(losses)[torch.cat(places).argsort()]
+
+    def _token_losses(
+        self, tokens_BL: torch.Tensor, inputs: dict[str, Any], labels_N: torch.Tensor
+    ) -> torch.Tensor:
         if not self._linear_head:
-            out = self.model(input_ids=tokens_BL, position_ids=positions_BL, use_cache=False)
+            out = self.model(input_ids=tokens_BL, use_cache=False, **inputs)
             return _cross_entropy(out.logits.flatten(0, 1), labels_N)
         hidden_BLH = self.model.base_model(
-            input_ids=tokens_BL, position_ids=positions_BL, use_cache=False
+            input_ids=tokens_BL, use_cache=False, **inputs
         ).last_hidden_state
         hidden_NH = hidden_BLH.flatten(0, 1)
         if len(labels_N) <= self._chunk_tokens:

@@ -14,7 +14,9 @@ from raymix.errors import RecipeError, ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import CostModel, Layout, Link, load_cost_model
 from raymix.streaming.sequences.step_plans import SchedulingConfig
-from raymix.training.model.hf_model import matmul_parameters, switch_attention
+from raymix.training.model.hf_model import matmul_parameters
+from raymix.training.model.own_attention import switch_attention
+from raymix.training.model.row_inputs import Isolation
 from raymix.training.step.documents import ContextParallel
 
 if TYPE_CHECKING:
@@ -123,27 +125,53 @@ def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) ->
     )
 
 
+def check_unshared(context: int, model_type: str) -> None:
+    """Check that no documents are to be shared, for a model that cannot share them.
+
+    Args:
+        context: Workers that may share a document.
+        model_type: The model's type in transformers, for the message.
+
+    Raises:
+        RecipeError: If documents are to be shared.
+    """
+    if context > 1:
+        raise RecipeError.at(
+            "data.assign.context",
+            context,
+            f"{model_type} models, as this one is configured, cannot share a document",
+            fix="Set it to 1; or use a model with plain attention, without dropout or windows",
+        )
+
+
 def set_up_context_parallel(
-    recipe: Recipe, data: DocumentData, model: PreTrainedModel, world: World
+    recipe: Recipe,
+    data: DocumentData,
+    model: PreTrainedModel,
+    world: World,
+    isolation: Isolation,
 ) -> ContextParallel:
     """Return context parallelism of this rank; a collective if documents can be shared.
 
     Switches the model to the attention of `raymix.context_parallel` if both compute the same.
 
+    Args:
+        recipe: The run's recipe.
+        data: Its `data` section.
+        model: The model.
+        world: This rank.
+        isolation: How the model keeps documents of one row apart.
+
     Raises:
         RecipeError: If documents are to be shared and the model does not support it.
     """
     layout = layout_of(recipe, data)
-    supported = switch_attention(model, longest=data.sequence_length)
+    # Another attention isolates only what attention mixes, and only what positions tell.
+    supported = isolation == "positions" and switch_attention(model, longest=data.sequence_length)
     config = model.config
-    if layout.context > 1:
-        if not supported:
-            raise RecipeError.at(
-                "data.assign.context",
-                layout.context,
-                f"{config.model_type} models, as this one is configured, cannot share a document",
-                fix="Set it to 1; or use a model with plain attention, without dropout or windows",
-            )
+    if not supported:
+        check_unshared(layout.context, config.model_type)
+    elif layout.context > 1:
         heads = config.num_attention_heads
         keys = getattr(config, "num_key_value_heads", None) or heads
         # Ulysses exchanges sequence shards for head shards, so each worker needs as many heads.

@@ -22,8 +22,8 @@ from raymix.context_parallel.kernels import CpuKernel, EfficientKernel, FlashKer
 from raymix.context_parallel.segments import AttentionSegment, AttentionSegments
 from raymix.errors import TrainingError
 from raymix.streaming.batches.step_batch import LocalDocument
-from raymix.training.model.hf_model import switch_attention
 from raymix.training.model.loss import IGNORED
+from raymix.training.model.own_attention import switch_attention
 from raymix.training.step.documents import ContextParallel, document_micro_steps
 from tests.support.attention import Case, dense_attention, random_case
 

@@ -20,10 +20,10 @@ from raymix.training.model.hf_model import (
     load_model,
     measure_model,
     model_size,
-    probe_model,
     resolve_config,
 )
 from raymix.training.model.loss import IGNORED, PackedLoss
+from raymix.training.model.traits import probe_model
 
 FACTS = CorpusFacts(vocab_size=61, eos_id=60, sequence_length=32)
 LLAMA = {
@@ -74,16 +74,7 @@ def test_documents_in_a_row_are_as_if_alone(kind: str) -> None:
 
 def test_probe_tells_models_that_mix_documents() -> None:
     assert probe_model(build_model(tiny(), FACTS, seed=1)).isolates_documents
-    mixing = ConfigModel(
-        type="opt",
-        config={
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "ffn_dim": 16,
-            "word_embed_proj_dim": 16,
-        },
-    )
+    mixing = ConfigModel(type="bloom", config={"hidden_size": 16, "n_layer": 1, "n_head": 2})
     assert not probe_model(build_model(mixing, FACTS, seed=1)).isolates_documents
 
 
