@@ -36,6 +36,9 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _SAFETENSORS_FILE, _PICKLE_FILE = "model.safetensors", "pytorch_model.bin"
+_INDEX = ".index.json"
+# Field of a configuration by which it names its weights file.
+_NAMED_WEIGHTS = "transformers_weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,10 @@ def open_checkpoint(path: str, field_path: str, *, allow_pickle: bool = False) -
     check_directory(path, field_path)
     config = read_json(os.path.join(path, "config.json"), field_path)
     specs: dict[str, TensorSpec] = {}
-    for file, names in _weight_files(path, field_path, allow_pickle=allow_pickle).items():
+    # Of all tensors of all files, the last one of a name counts, whatever an index says of it: so
+    # transformers reads them.
+    files = _weight_files(path, config, field_path, allow_pickle=allow_pickle)
+    for file, names in sorted(files.items()):
         file_tensors = file_specs(os.path.join(path, file), field_path)
         missing = [name for name in names or () if name not in file_tensors]
         if missing:
@@ -110,8 +116,7 @@ def open_checkpoint(path: str, field_path: str, *, allow_pickle: bool = False) -
                 f"the index file puts {missing[0]!r} in {file}, where it is not",
                 fix="Download it again",
             )
-        # The index decides: tensors of a shard that it does not name are no part of the model.
-        specs |= {name: file_tensors[name] for name in (names or file_tensors)}
+        specs |= file_tensors
     if not specs:
         raise MergeError.at(field_path, path, "its files hold no tensors")
     return Checkpoint(path, config, specs)
@@ -199,28 +204,52 @@ def _open_weights(path: str) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
-def _weight_files(path: str, field_path: str, *, allow_pickle: bool) -> dict[str, list[str] | None]:
-    """Return the tensor names of each weights file of a directory; None: all of the file."""
-    # Safetensors first: where a directory has both forms, no pickle file is opened.
-    for single, pickled in ((_SAFETENSORS_FILE, False), (_PICKLE_FILE, True)):
-        index = os.path.join(path, f"{single}.index.json")
-        sharded = os.path.exists(index)
-        if not sharded and not os.path.exists(os.path.join(path, single)):
+def _weight_files(
+    path: str, config: Mapping[str, Any], field_path: str, *, allow_pickle: bool
+) -> dict[str, list[str] | None]:
+    """Return the weights files of a directory, with the tensors that an index names in each.
+
+    The order is that of `from_pretrained`: a file that the configuration names, a whole file, an
+    index; and safetensors before pickle files. The rest of the directory is not read.
+    """
+    named = config.get(_NAMED_WEIGHTS)
+    candidates = [named] if isinstance(named, str) else []
+    for single in (_SAFETENSORS_FILE, _PICKLE_FILE):
+        candidates += [single, f"{single}{_INDEX}"]
+    for name in candidates:
+        if name == named:
+            _check_inside(name, f"its {_NAMED_WEIGHTS} is", path, field_path)
+        elif not os.path.isfile(os.path.join(path, name)):
             continue
-        if pickled and not allow_pickle:
+        if name.removesuffix(_INDEX).endswith(".bin") and not allow_pickle:
             raise MergeError.at(
                 field_path,
                 path,
                 "its weights are pickle files, which can run code when they are loaded",
                 fix="Convert them, or set allow_pickle: true to use torch's weights_only loader",
             )
-        return _read_index(index, field_path) if sharded else {single: None}
+        if name.endswith(_INDEX):
+            return _read_index(os.path.join(path, name), field_path)
+        return {name: None}
     raise MergeError.at(
         field_path,
         path,
-        f"holds neither {_SAFETENSORS_FILE} nor {_SAFETENSORS_FILE}.index.json",
+        f"holds neither {_SAFETENSORS_FILE} nor {_SAFETENSORS_FILE}{_INDEX}",
         fix="Name a model's or an adapter's directory",
     )
+
+
+def _check_inside(file: object, origin: str, location: str, field_path: str) -> None:
+    """Raise MergeError if a weights file is not one in the model's directory."""
+    # A path out of the directory would read, and copy into the merge, any file of this machine.
+    inside = isinstance(file, str) and file and not os.path.isabs(file)
+    if not inside or ".." in PurePosixPath(str(file).replace("\\", "/")).parts:
+        raise MergeError.at(
+            field_path,
+            location,
+            f"{origin} {file!r}, outside the model's directory",
+            fix="Do not trust this download",
+        )
 
 
 def _read_index(index: str, field_path: str) -> dict[str, list[str] | None]:
@@ -230,15 +259,7 @@ def _read_index(index: str, field_path: str) -> dict[str, list[str] | None]:
         raise MergeError.at(field_path, index, "has no weight_map")
     files: dict[str, list[str] | None] = {}
     for tensor, file in weight_map.items():
-        # A path out of the directory would read, and copy into the merge, any file of this machine.
-        inside = isinstance(file, str) and file and not os.path.isabs(file)
-        if not inside or ".." in PurePosixPath(file.replace("\\", "/")).parts:
-            raise MergeError.at(
-                field_path,
-                index,
-                f"it puts {tensor!r} in {file!r}, outside the model's directory",
-                fix="Do not trust this download",
-            )
+        _check_inside(file, f"it puts {tensor!r} in", index, field_path)
         names = files.setdefault(file, [])
         if names is not None:
             names.append(tensor)

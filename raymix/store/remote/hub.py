@@ -240,9 +240,12 @@ def _snapshot_file(repo: HubRepo, name: str) -> Path:
 
 def _has_weights(directory: Path, stem: str) -> bool:
     """Return whether a directory has all files of a model's weights."""
+    # As transformers looks for them: beside a whole file, an index counts for nothing.
+    if (directory / f"{stem}.safetensors").is_file():
+        return True
     index = directory / f"{stem}.safetensors.index.json"
     if not index.is_file():
-        return (directory / f"{stem}.safetensors").is_file()
+        return False
     try:
         shards = set(parse_json(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, AttributeError, TypeError):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,16 @@ if TYPE_CHECKING:
 
 # Accepted by transformers for older configurations; it moves them to `rope_parameters`.
 _LEGACY_FIELDS = frozenset({"rope_theta", "rope_scaling"})
+# Of fields that do not fit each other; a missing one is None.
+_CONSTRUCTION_ERRORS = (
+    ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, AttributeError,
+)  # fmt: skip
+# How the source of an architecture reads a field of its configuration.
+_READ_FIELD = re.compile(
+    r"""\bconfig\.([a-z]\w*)"""
+    r"""|\bgetattr\((?:self\.)?(?:config|self), *["'](\w+)["']"""
+    r"""|\bkwargs\.(?:pop|get|setdefault)\(["'](\w+)["']"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,8 @@ def _new_config(model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[model.type]
     known = {field.name for field in dataclasses.fields(config_class)}
     known |= set(config_class.attribute_map) | _LEGACY_FIELDS
+    if not model.config.keys() <= known:
+        known |= _fields_in_source(config_class)
     unknown = [
         format_problem(
             f"model.config.{name}",
@@ -103,6 +118,21 @@ def _new_config(model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
     if unknown:
         raise RecipeError(*unknown)
     return _instantiate(config_class, model, facts)
+
+
+def _fields_in_source(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Return the fields that an architecture reads without declaring them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    # Qwen 3 MoE, for one, reads `head_dim` by getattr, and published checkpoints set it.
+    modules = (
+        MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__module__,
+        config_class.__module__,
+    )
+    source = "\n".join(inspect.getsource(import_module(name)) for name in modules)
+    names = {next(filter(None, groups)) for groups in _READ_FIELD.findall(source)}
+    # Methods and class attributes are no fields.
+    return {name for name in names if not hasattr(config_class, name)}
 
 
 def _instantiate(config_class: Any, model: ConfigModel, facts: CorpusFacts) -> PreTrainedConfig:
@@ -194,15 +224,23 @@ def build_model(model: ModelConfig, facts: CorpusFacts, *, seed: int) -> PreTrai
     if isinstance(model, PretrainedModel):
         repo = pretrained_repo(model)
         return load_model(model.path if repo is None else fetch_model(repo))
-    try:
-        # Forked, so that the caller's generator is unchanged; on the CPU, so that weights are the
-        # same on any device.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            built = model_from_config(config)
-    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
-        raise RecipeError.at("model.config", model.config, one_line(error)) from error
+    # Forked, so that the caller's generator is unchanged; on the CPU, so that weights are the same
+    # on any device.
+    with torch.random.fork_rng(devices=[]), _construction_errors(model):
+        torch.manual_seed(seed)
+        built = model_from_config(config)
     return built.train()
+
+
+@contextmanager
+def _construction_errors(model: ModelConfig) -> Iterator[None]:
+    """Raise errors of a model's construction as those of the fields that it is made from."""
+    try:
+        yield
+    except _CONSTRUCTION_ERRORS as error:
+        if isinstance(model, PretrainedModel):
+            raise RecipeError.at("model.path", model.path, one_line(error)) from error
+        raise RecipeError.at("model.config", model.config, one_line(error)) from error
 
 
 def model_from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -228,8 +266,9 @@ def load_model(path: str | Path) -> PreTrainedModel:
 
     hf_logging.disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, loading = AutoModelForCausalLM.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
@@ -240,6 +279,16 @@ def load_model(path: str | Path) -> PreTrainedModel:
         raise RecipeError.at(
             "model.path", str(path), f"cannot be loaded: {one_line(error)}"
         ) from error
+    # transformers draws them at random, and says so in a log.
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise RecipeError.at(
+            "model.path",
+            str(path),
+            f"its files lack {missing[0]!r}{more}",
+            fix="Download it again, or name a whole causal language model",
+        )
     return loaded.train()
 
 
@@ -247,7 +296,7 @@ def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
     """Return the size of a recipe's model without allocating its weights."""
     config = resolve_config(model, facts)
     # Tensors on the meta device have shapes and no memory.
-    with torch.device("meta"):
+    with torch.device("meta"), _construction_errors(model):
         built = add_lora(model_from_config(config), model.lora, seed=0)
     return measure_model(built, facts.sequence_length)
 

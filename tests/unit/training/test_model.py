@@ -109,6 +109,10 @@ def test_vocabulary_and_end_come_from_the_corpus() -> None:
         (ConfigModel(type="lama"), ("model.type", "'lama'", "llama")),
         (ConfigModel(type="bert-of-mine"), ("model.type", "bert-of-mine")),
         (tiny(hiden_size=8), ("model.config.hiden_size", "hidden_size")),
+        (
+            ConfigModel(type="qwen3_moe", config={"head_dims": 8}),
+            ("model.config.head_dims", "head_dim"),
+        ),
         (tiny(hidden_size="wide"), ("model.config", "hidden_size", "wide")),
         (tiny(num_attention_heads=3), ("model.config", "heads")),
         (tiny(vocab_size=50), ("model.config.vocab_size", "50", "61")),
@@ -123,6 +127,16 @@ def test_what_cannot_work_is_named(
         build_model(model, FACTS, seed=0)
     for words in says:
         assert words in str(caught.value)
+
+
+def test_fields_that_only_the_source_reads() -> None:
+    sizes = {**LLAMA, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    shapes = []
+    for changes in ({}, {"head_dim": 4}):
+        model = ConfigModel(type="qwen3_moe", config={**sizes, **changes})
+        shapes.append(build_model(model, FACTS, seed=0).state_dict())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert [tuple(weights[name].shape) for weights in shapes] == [(16, 16), (8, 16)]
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
