@@ -34,9 +34,8 @@ from raymix.training.model.hf_model import CorpusFacts, measure_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
-from raymix.training.model.row_inputs import Isolation
 from raymix.training.model.run_model import run_model
-from raymix.training.model.traits import ModelTraits, probe_model
+from raymix.training.model.traits import probe_model
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.plan.model_checks import check_traits
 from raymix.training.run.checkpoint import TrainingState, disk_full
@@ -62,8 +61,6 @@ from raymix.training.step.documents import ContextParallel
 from raymix.training.step.probing import Prober, ProbeReader
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from raymix.streaming.controller.client import RemoteController
 
 
@@ -162,11 +159,8 @@ def build_components(
     corpus = Corpus.open(recipe.corpus.path)
     bf16 = recipe.train.uses_bf16(on_gpu=world.device.type == "cuda")
     mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=job.steps))
-    model, flops, traits = _model(recipe, corpus, start, mixer.needs)
-    context_parallel, assignments, scheduling = _sequence_scheduling(
-        job, world, start, model, traits.isolation
-    )
-    loss = PackedLoss(model, linear_head=traits.linear_head, isolation=traits.isolation)
+    loss, flops = _loss(recipe, corpus, start, mixer.needs)
+    context_parallel, assignments, scheduling = _sequence_scheduling(job, world, start, loss)
     # Before the optimizer is made: FSDP2 shards parameters in place, and it must hold the shards.
     replica = place_model(loss, recipe.train, world, bf16=bf16)
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
@@ -223,13 +217,14 @@ def _stages(job: Job, world: World, state: TrainingState | None) -> Callable[[st
 
 
 def _sequence_scheduling(
-    job: Job, world: World, start: ResumePoint, model: PreTrainedModel, isolation: Isolation
+    job: Job, world: World, start: ResumePoint, loss: PackedLoss
 ) -> tuple[ContextParallel, Assignments | None, SchedulingConfig | None]:
     """Return context parallelism, assignments and their configuration; nothing for packed rows."""
     recipe, data = job.recipe, job.recipe.data
     if not isinstance(data, DocumentData):
         return ContextParallel(), None, None
-    context_parallel = set_up_context_parallel(recipe, data, model, world, isolation)
+    model = loss.model
+    context_parallel = set_up_context_parallel(recipe, data, model, world, loss.isolation)
     rows = start.micro_batch_rows
     config = scheduling_config(recipe, data, model, rows=rows, on_gpu=job.on_gpu)
     if job.sequence_scheduler is None:
@@ -255,10 +250,10 @@ def _evaluator(
     )
 
 
-def _model(
+def _loss(
     recipe: Recipe, corpus: Corpus, start: ResumePoint, needs: frozenset[str]
-) -> tuple[PreTrainedModel, float, ModelTraits]:
-    """Return the model, its floating-point operations per token, and its traits."""
+) -> tuple[PackedLoss, float]:
+    """Return the model with its loss, and its floating-point operations per token."""
     info = corpus.manifest.tokenizer
     facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
     model = run_model(recipe, facts, start.checkpoint)
@@ -267,7 +262,8 @@ def _model(
     # Packed rows of documents that attend to each other train on a wrong objective without any
     # sign of it in the loss.
     check_traits(traits, recipe, needs, model.config.model_type)
-    return model, flops, traits
+    loss = PackedLoss(model, linear_head=traits.linear_head, isolation=traits.isolation)
+    return loss, flops
 
 
 def _control(

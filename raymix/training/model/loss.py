@@ -50,7 +50,7 @@ class PackedLoss(nn.Module):
         super().__init__()
         self.model = model
         self._linear_head = linear_head
-        self._isolation: Isolation = isolation
+        self.isolation: Isolation = isolation
         # At least 64: smaller matrix products would be slower than the memory is worth.
         self._chunk_tokens = max(64, logit_bytes // (4 * model.config.vocab_size))
 
@@ -69,10 +69,10 @@ class PackedLoss(nn.Module):
             labels_BL: The next token of the same document, or `IGNORED`, int64.
             loss_weight_BL: Factor of each token's loss in the sum; losses per token are without.
         """
-        if self._isolation == "rows":
+        if self.isolation == "rows":
             loss_N = self._by_document(tokens_BL, positions_BL, labels_BL.reshape(-1))
         else:
-            inputs = packed_inputs(self.model, self._isolation, positions_BL)
+            inputs = packed_inputs(self.model, self.isolation, positions_BL)
             loss_N = self._token_losses(tokens_BL, inputs, labels_BL.reshape(-1))
         # A sum and not a mean: the loop divides by the labels of the global batch.
         weighted_N = loss_N if loss_weight_BL is None else loss_N * loss_weight_BL.reshape(-1)

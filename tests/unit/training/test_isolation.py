@@ -56,11 +56,8 @@ def recipe(model: dict[str, Any], mode: str = "packed", **sections: Any) -> Reci
     return Recipe.model_validate({**document, **sections})
 
 
-def small(kind: str, config: dict[str, Any] | None = None) -> torch.nn.Module:
-    model: Any = next(
-        small_models(resolve_config(ConfigModel(type=kind, config=config or {}), FACTS))
-    )
-    return model
+def small(kind: str, config: dict[str, Any] | None = None) -> Any:
+    return next(small_models(resolve_config(ConfigModel(type=kind, config=config or {}), FACTS)))
 
 
 @pytest.mark.parametrize("kind", [*POSITIONS, *MASKS])
@@ -181,7 +178,7 @@ def test_a_model_that_sees_the_answer_is_refused() -> None:
 def test_what_rows_of_their_own_exclude(
     sections: dict[str, Any], needs: frozenset[str], says: str
 ) -> None:
-    traits = probe_model(small("bloom"))  # type: ignore[arg-type]
+    traits = probe_model(small("bloom"))
     with pytest.raises(RecipeError, match=says):
         check_traits(traits, recipe({"type": "bloom"}, "documents", **sections), needs, "bloom")
 
