@@ -296,8 +296,10 @@ def model_size(model: ModelConfig, facts: CorpusFacts) -> ModelSize:
     """Return the size of a recipe's model without allocating its weights."""
     config = resolve_config(model, facts)
     # Tensors on the meta device have shapes and no memory.
-    with torch.device("meta"), _construction_errors(model):
-        built = add_lora(model_from_config(config), model.lora, seed=0)
+    with torch.device("meta"):
+        with _construction_errors(model):
+            built = model_from_config(config)
+        built = add_lora(built, model.lora, seed=0)
     return measure_model(built, facts.sequence_length)
 
 
