@@ -28,6 +28,13 @@ def command(
             "take a fresh directory beside it."
         ),
     ] = IfExists.RESUME,
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend",
+            help="Train the run that is there for longer: train.steps may be larger than its own.",
+        ),
+    ] = False,
     report: Annotated[bool, typer.Option(help="Draw report.html at the end.")] = True,
     json: Json = False,
 ) -> None:
@@ -53,6 +60,6 @@ def command(
         from raymix.training.api import train
 
         loaded = load(recipe, overrides, set_overrides)
-        return train(loaded, if_exists=if_exists.value, report=report)
+        return train(loaded, if_exists=if_exists.value, extend=extend, report=report)
 
     run_command(work, json=json)

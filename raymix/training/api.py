@@ -33,8 +33,15 @@ from raymix.training.launch.cluster import (
     redirect_ray_output,
 )
 from raymix.training.launch.watch import watch
+from raymix.training.plan.mixer_context import count_steps, mixer_context
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
+from raymix.training.run.extension import (
+    check_longer,
+    check_shares,
+    schedule_notes,
+    set_decay_aside,
+)
 from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.pinned_model import pin_model, pretrained_repo
 from raymix.training.run.progress import RunProgress
@@ -47,7 +54,13 @@ from raymix.training.run.remote_run import (
     newest_checkpoint_of,
     remove_working_copy,
 )
-from raymix.training.run.rundir import IfExists, RunDirectory, open_run
+from raymix.training.run.rundir import (
+    LENGTH_FIELDS,
+    IfExists,
+    RunDirectory,
+    open_run,
+    stored_recipe,
+)
 from raymix.training.setup import Job
 from raymix.training.summary import print_summary, summary
 
@@ -56,6 +69,7 @@ def train(
     recipe: Recipe | str | os.PathLike[str],
     *,
     if_exists: IfExists = "resume",
+    extend: bool = False,
     report: bool = True,
 ) -> dict[str, Any]:
     """Train a recipe and return the run's summary; prints progress on stdout.
@@ -67,6 +81,9 @@ def train(
         recipe: The recipe, or the path of one.
         if_exists: For an existing run directory: `resume` continues a run of the same recipe,
             `fail` refuses, `new` takes a fresh directory beside it.
+        extend: Make a run that is there longer: `train.steps` (or `tokens`) may be larger than its
+            own, and it goes on with the batches that it would have had; only the schedule of the
+            learning rate has another shape, which is printed.
         report: Draw `report.html` at the end, if matplotlib is installed.
 
     Raises:
@@ -77,7 +94,7 @@ def train(
 
     loaded = load_recipe(recipe)
     stage("checking recipe, corpus and machine")
-    run = open_run(loaded, if_exists)
+    run = open_run(loaded, if_exists, may_differ=LENGTH_FIELDS if extend else frozenset())
     # What the Hub lacks is a problem of the plan, which names all of them.
     with suppress(StorageError):
         loaded = pin_model(loaded, run)
@@ -91,6 +108,8 @@ def train(
     with run_lock(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
+        if extend:
+            _extend(run, loaded, corpus, plan.steps)
         if not _finished(run, plan.steps, corpus, loaded):
             for line in plan.notes:
                 if line.startswith("model: "):
@@ -102,6 +121,30 @@ def train(
     _show(run, document, report=report)
     remove_working_copy(run)
     return document
+
+
+def _extend(run: RunDirectory, recipe: Recipe, corpus: Corpus, steps: int) -> None:
+    """Check that a run can be made longer, and say what changes.
+
+    Raises:
+        RecipeError: If it cannot.
+    """
+    newest = newest_checkpoint_of(run, note=_say)
+    if newest is None:
+        return
+    before = count_steps(stored_recipe(run))
+    done = newest[1].step
+    check_longer(recipe, steps, before, done)
+    if steps == before:
+        return
+    contexts = [mixer_context(recipe, corpus, steps=each) for each in (before, steps)]
+    check_shares(recipe, contexts[0], contexts[1], done)
+    if (line := set_decay_aside(run, recipe, before)) is not None:
+        _say(line)
+        newest = newest_checkpoint_of(run, note=_say)
+        done = newest[1].step if newest else 0
+    for line in schedule_notes(recipe, before, steps, done):
+        _say(line)
 
 
 def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> bool:

@@ -32,10 +32,16 @@ def learning_rate(step: int, *, steps: int, config: TrainConfig) -> float:
         done = (step + 1 - warmup) / max(1, steps - warmup)
         return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
     if config.schedule == "wsd":
-        decay = min(steps - warmup, max(1, math.ceil(config.decay_ratio * steps)))
+        decay = decay_steps(steps, config)
         done = max(0.0, (step + 1 - (steps - decay)) / decay)
         return config.lr * (1 - (1 - low) * done)
     return config.lr
+
+
+def decay_steps(steps: int, config: TrainConfig) -> int:
+    """Return the steps of `wsd` in which the learning rate falls, at the end of `steps`."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    return min(steps - warmup, max(1, math.ceil(config.decay_ratio * steps)))
 
 
 def decay_groups(model: nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:

@@ -66,6 +66,10 @@ _FREE_FIELDS = (
 )
 
 
+LENGTH_FIELDS = frozenset({"train.steps", "train.tokens"})
+"""Fields of a recipe that say how long a run is."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
     """The paths of a run."""
@@ -219,8 +223,15 @@ def _lock(file: IO[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
+def open_run(
+    recipe: Recipe, if_exists: IfExists, *, may_differ: frozenset[str] = frozenset()
+) -> RunDirectory:
     """Return the run directory that `recipe` names, or a free one beside it; writes nothing.
+
+    Args:
+        recipe: The recipe.
+        if_exists: Says what to do about a run that is there.
+        may_differ: Fields that need not be those of a run that is there.
 
     Raises:
         RecipeError: If the directory is in use: by anything but a run, by a run of another
@@ -246,13 +257,17 @@ def open_run(recipe: Recipe, if_exists: IfExists) -> RunDirectory:
             fix="Use --if-exists resume to continue it, or --if-exists new for a new directory",
         )
     stored = stored_recipe(run).model_dump(mode="json")
-    differing = differences(identity(stored), identity(recipe.model_dump(mode="json")))
-    if differing:
+    differing = {
+        line.partition(":")[0]: line
+        for line in differences(identity(stored), identity(recipe.model_dump(mode="json")))
+    }
+    if differing.keys() - may_differ:
+        longer = "" if differing.keys() - LENGTH_FIELDS else "--extend to make it longer, "
         raise RecipeError.at(
             "run.dir",
             where,
-            f"a run of another recipe is here; it differs in {'; '.join(differing)}",
-            fix="Use --if-exists new, give another run.dir, or restore the recipe",
+            f"a run of another recipe is here; it differs in {'; '.join(differing.values())}",
+            fix=f"Use {longer}--if-exists new, give another run.dir, or restore the recipe",
         )
     return run
 
