@@ -21,6 +21,7 @@ def command(
     recipe: RecipeSource,
     overrides: Overrides = None,
     set_overrides: SetOverrides = None,
+    *,
     if_exists: Annotated[
         IfExists,
         typer.Option(

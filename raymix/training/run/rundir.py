@@ -67,7 +67,6 @@ _FREE_FIELDS = (
 
 
 LENGTH_FIELDS = frozenset({"train.steps", "train.tokens"})
-"""Fields of a recipe that say how long a run is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +227,7 @@ def open_run(
 ) -> RunDirectory:
     """Return the run directory that `recipe` names, or a free one beside it; writes nothing.
 
-    Args:
-        recipe: The recipe.
-        if_exists: Says what to do about a run that is there.
-        may_differ: Fields that need not be those of a run that is there.
+    A run that is there may differ in the fields `may_differ`.
 
     Raises:
         RecipeError: If the directory is in use: by anything but a run, by a run of another
@@ -257,16 +253,14 @@ def open_run(
             fix="Use --if-exists resume to continue it, or --if-exists new for a new directory",
         )
     stored = stored_recipe(run).model_dump(mode="json")
-    differing = {
-        line.partition(":")[0]: line
-        for line in differences(identity(stored), identity(recipe.model_dump(mode="json")))
-    }
-    if differing.keys() - may_differ:
-        longer = "" if differing.keys() - LENGTH_FIELDS else "--extend to make it longer, "
+    differing = differences(identity(stored), identity(recipe.model_dump(mode="json")))
+    fields = {line.partition(":")[0] for line in differing}
+    if fields - may_differ:
+        longer = "" if fields - LENGTH_FIELDS else "--extend to make it longer, "
         raise RecipeError.at(
             "run.dir",
             where,
-            f"a run of another recipe is here; it differs in {'; '.join(differing.values())}",
+            f"a run of another recipe is here; it differs in {'; '.join(differing)}",
             fix=f"Use {longer}--if-exists new, give another run.dir, or restore the recipe",
         )
     return run
