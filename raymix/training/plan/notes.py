@@ -83,8 +83,11 @@ def plan_notes(
                 yield f"mixer.pieces.{number} starts at step {piece.step:,}, after the last step."
 
 
-def _rounded_shares(mixer: MixerModel) -> Iterator[str]:
+def _rounded_shares(mixer: object) -> Iterator[str]:
     """Yield a line per mapping of shares that do not quite sum to 1, as rounding leaves them."""
+    # A mixer of another package has fields of its own.
+    if not isinstance(mixer, MixerModel):
+        return
     if isinstance(mixer, StaticMixer | ScheduleMixer) and mixer.relative:
         return
     for field, shares in mixer.shares().items():
