@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.mixers.base import MixerContext, Shares
+from raymix.recipe.shares import ROUNDING_TOLERANCE, SUM_TOLERANCE
 
-SUM_TOLERANCE = 1e-6
-# Published mixtures are rounded to two or three places; their shares are divided by the sum.
-ROUNDING_TOLERANCE = 0.01
 # A suggestion costs an edit distance to every domain, and there may be 10,000 of them.
 _MAX_SHOWN = 5
 

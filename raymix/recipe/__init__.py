@@ -43,7 +43,8 @@ from raymix.recipe.mixer import (
     UnimaxMixer,
 )
 from raymix.recipe.schema import commented_recipe, recipe_schema
-from raymix.recipe.specialists import SpecialistsConfig
+from raymix.recipe.sections.specialists import SpecialistsConfig
+from raymix.recipe.sections.tune import TuneConfig
 from raymix.recipe.training import (
     ClusterConfig,
     ConfigModel,
@@ -56,7 +57,6 @@ from raymix.recipe.training import (
     RunConfig,
     TrainConfig,
 )
-from raymix.recipe.tune import TuneConfig
 
 __all__ = [
     "AdoMixer",

@@ -10,7 +10,8 @@ from raymix.recipe.base import Fault, Faults, Integer, RecipeModel, raise_if
 from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
 from raymix.recipe.rules import broken_rules
-from raymix.recipe.specialists import SpecialistsConfig
+from raymix.recipe.sections.specialists import SpecialistsConfig
+from raymix.recipe.sections.tune import TuneConfig
 from raymix.recipe.training import (
     ClusterConfig,
     ConfigModel,
@@ -21,7 +22,6 @@ from raymix.recipe.training import (
     RunConfig,
     TrainConfig,
 )
-from raymix.recipe.tune import TuneConfig
 
 
 class Recipe(RecipeModel):

@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from raymix.errors import did_you_mean
 from raymix.recipe.base import Fault, Faults, Integer, Number, RecipeModel, default_tag, raise_if
-from raymix.recipe.lora import LoraConfig
-from raymix.recipe.trackers import tracker_faults
+from raymix.recipe.sections.lora import LoraConfig
+from raymix.recipe.sections.trackers import tracker_faults
 
 Epochs = Annotated[Number, Field(gt=0)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]

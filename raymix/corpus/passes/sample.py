@@ -89,8 +89,11 @@ def _part_texts(job: TrainJob, domain: DomainConfig, part: Part) -> Iterator[str
                 continue
             if len(text.strip()) < max(job.min_characters, 1):
                 continue
-            text = without_surrogates(text)
-            raw = text.encode()
+            try:
+                raw = text.encode()
+            except UnicodeEncodeError:
+                text = without_surrogates(text)
+                raw = text.encode()
             # Held-out text must not shape the tokenizer, or its loss would look too low.
             if part.held_out == "by hash" and _held_out(raw, job.valid_fraction):
                 continue

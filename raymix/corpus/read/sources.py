@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import cast
 
 import pyarrow.fs as pafs
@@ -143,13 +144,19 @@ class _DomainFiles:
         return tokens
 
     def _documents(self, pattern: str, matched: Matched) -> Matched:
-        names, others = without_bookkeeping(url for url, _ in matched)
+        urls = [url for url, _ in matched]
+        # Below the directory that all share, which is that of the first and the last, as they are
+        # sorted: one above may have any name.
+        pairs = zip(urls[0].split("/")[:-1], urls[-1].split("/"), strict=False)
+        root = "/".join([*(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)), ""])
+        names, others = without_bookkeeping(url.removeprefix(root) for url in urls)
         if not names:
             fix = "name the files that hold documents"
             raise CorpusError.at(self.path, pattern, f"only {_some(others)} match", fix=fix)
         if others:
             self.note(f"{self.path}: no documents are in {_some(others)}: left out")
-        return [(url, info) for url, info in matched if url in set(names)]
+        left_out = {root + name for name in others}
+        return [(url, info) for url, info in matched if url not in left_out]
 
     def _refuse_splits(self, directory: str, matched: Matched) -> None:
         """Raise CorpusError where a directory has files to train on and others to evaluate on."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from raymix.errors import RecipeError
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
-from raymix.mixers.by_name import SUM_TOLERANCE, shares_by_name
+from raymix.mixers.by_name import shares_by_name
 from raymix.recipe.mixer import (
     ImportanceMixer,
     ProportionalMixer,
@@ -24,6 +24,7 @@ from raymix.recipe.mixer import (
     UniformMixer,
     UnimaxMixer,
 )
+from raymix.recipe.shares import SUM_TOLERANCE
 
 
 class Planned:

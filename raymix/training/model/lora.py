@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raymix.errors import RecipeError, TrainingError
-from raymix.recipe.lora import LoraConfig
+from raymix.recipe.sections.lora import LoraConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

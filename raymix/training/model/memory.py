@@ -23,7 +23,7 @@ from raymix.context_parallel import (
     register,
 )
 from raymix.recipe import ModelConfig, TrainConfig
-from raymix.recipe.lora import LoraConfig
+from raymix.recipe.sections.lora import LoraConfig
 from raymix.training.model.hf_model import (
     CorpusFacts,
     ModelSize,

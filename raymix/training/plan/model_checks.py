@@ -18,7 +18,7 @@ import torch
 from raymix.errors import RaymixError, RecipeError
 from raymix.mixers import GRADIENT_STATISTICS
 from raymix.recipe import DocumentData, Recipe
-from raymix.recipe.lora import LoraConfig
+from raymix.recipe.sections.lora import LoraConfig
 from raymix.signals import GradientProbe
 from raymix.signals.survey import notice
 from raymix.training.host.device import quiet_libraries

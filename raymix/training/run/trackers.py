@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from raymix._utils.imports import importing_from_here
 from raymix.errors import RecipeError, format_problem
 from raymix.recipe import RunConfig
-from raymix.recipe.trackers import TRACKERS
+from raymix.recipe.sections.trackers import TRACKERS
 
 _LOG = logging.getLogger("raymix.trackers")
 _PROJECT = "raymix"

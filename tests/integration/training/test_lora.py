@@ -14,7 +14,7 @@ import torch
 
 from raymix.errors import RecipeError
 from raymix.recipe import ConfigModel, PretrainedModel, Recipe, load_recipe
-from raymix.recipe.lora import LoraConfig
+from raymix.recipe.sections.lora import LoraConfig
 from raymix.signals import GradientProbe
 from raymix.store import Corpus
 from raymix.training.evaluate.export import export

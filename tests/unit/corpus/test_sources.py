@@ -150,6 +150,11 @@ def test_files_that_hold_no_documents_are_left_out(tmp_path: Path, others: tuple
         assert all(name in note for name in visible)
 
 
+def test_a_directory_above_may_have_any_name(tmp_path: Path) -> None:
+    root = written(tmp_path / "_temporary" / "mine", "a.jsonl", "b.jsonl", "_SUCCESS")
+    assert chosen(root, "**")[0] == chosen(root, "*")[0] == ["a.jsonl", "b.jsonl"]
+
+
 def test_a_readme_among_texts_is_a_text(tmp_path: Path) -> None:
     root = written(tmp_path / "docs", "README.md", "guide.md")
     assert chosen(root, "*.md") == (["README.md", "guide.md"], [])
