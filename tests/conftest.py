@@ -90,15 +90,25 @@ def store() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
+    from contextlib import ExitStack
+
     import ray
 
-    ray.init(
-        num_cpus=4,
-        object_store_memory=200_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        namespace="raymix-tests",
-    )
-    yield
-    ray.shutdown()
+    from raymix._utils.compat.ray_core import workers_from
+    from raymix._utils.fork_server.server import can_fork
+    from tests.support.forked import fork_server
+
+    with ExitStack() as stack:
+        # A test's command has half a dozen processes, which would load their modules one by one.
+        if can_fork():
+            stack.enter_context(workers_from(fork_server()[0]))
+        ray.init(
+            num_cpus=4,
+            object_store_memory=200_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            namespace="raymix-tests",
+        )
+        yield
+        ray.shutdown()

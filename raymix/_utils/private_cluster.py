@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from raymix._utils.fork_server.server import Preload, can_fork, forked_server
 from raymix.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
@@ -22,6 +25,31 @@ _SOCKET = "/session_2026-12-01_00-00-00_000000_1234567/sockets/plasma_store"
 _MAX_DIRECTORY_BYTES = 107 - len(_SOCKET)
 # Memory last: Ray's logs and spilled objects go there as well.
 _SHORT_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+# Socket of the server that the workers of a private cluster are forked from; see `forked_workers`.
+_fork_server: str | None = None
+
+
+@contextmanager
+def forked_workers(preload: Preload) -> Iterator[None]:
+    """Fork the workers of a private cluster that starts in the context from one process.
+
+    That process is a fork of this one, so call it before anything starts threads. Does nothing
+    where processes cannot be forked: then each worker loads its modules itself.
+
+    Args:
+        preload: The modules that workers need.
+    """
+    global _fork_server
+    if not can_fork():
+        yield
+        return
+    with forked_server(preload) as _fork_server:
+        try:
+            yield
+        finally:
+            _fork_server = None
 
 
 def start_private(**options: Any) -> None:
@@ -42,6 +70,7 @@ def start_private(**options: Any) -> None:
         single_machine_mode,
         without_monitors,
         without_uv_environment,
+        workers_from,
     )
 
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -49,7 +78,8 @@ def start_private(**options: Any) -> None:
     settings |= {"address": "local", "include_dashboard": False, **options}
     if (directory := _session_directory()) is not None:
         settings["_temp_dir"] = directory
-    with single_machine_mode(), without_monitors(), without_uv_environment():
+    forked = workers_from(_fork_server) if _fork_server else nullcontext()
+    with single_machine_mode(), without_monitors(), without_uv_environment(), forked:
         ray.init(**settings)
 
 

@@ -267,9 +267,14 @@ def plain_table(*columns: str, fancy: bool) -> Table:
     return table
 
 
-def ready_for_trials() -> None:
-    """Give this process the environment that the processes of Ray's trials are to inherit."""
+@contextlib.contextmanager
+def trial_processes(recipe: Recipe) -> Iterator[None]:
+    """Prepare this process to start Ray's trials, before it loads torch."""
     from raymix.training.launch.cluster import worker_environment
 
     # glibc reads its MALLOC_ variables only when a process starts: inside a trial it is too late.
     os.environ |= worker_environment(on_gpu=False)
+    from raymix.training.launch.preload import forked_trials
+
+    with forked_trials(recipe):
+        yield

@@ -15,8 +15,8 @@ from raymix.cli._run import (
     SetOverrides,
     load,
     plain_table,
-    ready_for_trials,
     run_command,
+    trial_processes,
 )
 
 if TYPE_CHECKING:
@@ -62,19 +62,19 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        # Before the next import, which loads torch: OpenMP reads its variables only then.
-        ready_for_trials()
-        from raymix.tuning.compare.compare import compare
+        loaded = load(recipe, overrides, set_overrides)
+        with trial_processes(loaded):
+            from raymix.tuning.compare.compare import compare
 
-        document = compare(
-            load(recipe, overrides, set_overrides),
-            mixers=mixers,
-            seeds=seeds,
-            out=out,
-            parallel=parallel,
-            baseline=baseline,
-        )
-        draw(document, Console(highlight=False))
+            document = compare(
+                loaded,
+                mixers=mixers,
+                seeds=seeds,
+                out=out,
+                parallel=parallel,
+                baseline=baseline,
+            )
+            draw(document, Console(highlight=False))
         return document
 
     # One run that failed makes the exit code 1, so that scripts notice; the document is complete.

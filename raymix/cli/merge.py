@@ -11,8 +11,8 @@ from raymix.cli._run import (
     SetOverrides,
     load,
     plain_table,
-    ready_for_trials,
     run_command,
+    trial_processes,
 )
 
 if TYPE_CHECKING:
@@ -165,12 +165,12 @@ def _search(
     """Return the document of a search, shown to people; `how`: what `search_merge` takes."""
     from rich.console import Console
 
-    # Before the next import, which loads torch: OpenMP reads its variables only then.
-    ready_for_trials()
-    from raymix.tuning.merges.search import search_merge
-
     # The overrides are for the merge file; the recipe is taken as it is written.
-    document = search_merge(source, out, recipe=load(recipe), overrides=changes, **how)
+    loaded = load(recipe)
+    with trial_processes(loaded):
+        from raymix.tuning.merges.search import search_merge
+
+        document = search_merge(source, out, recipe=loaded, overrides=changes, **how)
     document["merge"]["plot"] = _drawn(document["merge"]["out"]) if plot else None
     draw_search(document, Console(highlight=False))
     return document

@@ -15,8 +15,8 @@ from raymix.cli._run import (
     SetOverrides,
     load,
     plain_table,
-    ready_for_trials,
     run_command,
+    trial_processes,
 )
 
 if TYPE_CHECKING:
@@ -57,18 +57,18 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        # Before the next import, which loads torch: OpenMP reads its variables only then.
-        ready_for_trials()
-        from raymix.tuning.merges.specialists import specialists
+        loaded = load(recipe, overrides, set_overrides)
+        with trial_processes(loaded):
+            from raymix.tuning.merges.specialists import specialists
 
-        document = specialists(
-            load(recipe, overrides, set_overrides),
-            seeds=seeds,
-            out=out,
-            parallel=parallel,
-            smoke=smoke,
-        )
-        draw(document, Console(highlight=False))
+            document = specialists(
+                loaded,
+                seeds=seeds,
+                out=out,
+                parallel=parallel,
+                smoke=smoke,
+            )
+            draw(document, Console(highlight=False))
         return document
 
     run_command(work, json=json, failed=lambda document: bool(document.get("failed")))

@@ -58,9 +58,12 @@ def command(
 
         # Before the next import, which loads torch: OpenMP reads its variables only then.
         os.environ |= thread_environment()
-        from raymix.training.api import train
-
         loaded = load(recipe, overrides, set_overrides)
-        return train(loaded, if_exists=if_exists.value, extend=extend, report=report)
+        from raymix.training.launch.preload import forked_training_workers
+
+        with forked_training_workers(loaded):
+            from raymix.training.api import train
+
+            return train(loaded, if_exists=if_exists.value, extend=extend, report=report)
 
     run_command(work, json=json)

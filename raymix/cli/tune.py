@@ -15,8 +15,8 @@ from raymix.cli._run import (
     SetOverrides,
     load,
     plain_table,
-    ready_for_trials,
     run_command,
+    trial_processes,
 )
 
 if TYPE_CHECKING:
@@ -56,18 +56,18 @@ def command(
     def work() -> dict[str, Any]:
         from rich.console import Console
 
-        # Before the next import, which loads torch: OpenMP reads its variables only then.
-        ready_for_trials()
-        from raymix.tuning.mixtures.tune import tune
+        loaded = load(recipe, overrides, set_overrides)
+        with trial_processes(loaded):
+            from raymix.tuning.mixtures.tune import tune
 
-        document = tune(
-            load(recipe, overrides, set_overrides),
-            out=out,
-            parallel=parallel,
-            smoke=smoke,
-            if_exists=if_exists,
-        )
-        draw(document, Console(highlight=False))
+            document = tune(
+                loaded,
+                out=out,
+                parallel=parallel,
+                smoke=smoke,
+                if_exists=if_exists,
+            )
+            draw(document, Console(highlight=False))
         return document
 
     run_command(work, json=json, failed=lambda document: bool(document.get("failed")))

@@ -362,6 +362,8 @@ class ClusterConfig(RecipeModel):
     """Ray address; left out, RAY_ADDRESS or else a private cluster on this machine."""
     object_store_bytes: Integer | None = Field(default=None, ge=80_000_000)
     """Object store of a private cluster."""
+    fork_workers: bool = True
+    """Fork a private cluster's processes from one that has loaded their modules, on Linux."""
     max_failures: Integer = Field(default=3, ge=0)
     """Worker-group failures from which the run restarts by itself."""
 

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from raymix.training.run.rundir import read_metrics
+from tests.support.forked import run_python
 from tests.support.paths import QUICKSTART
 
 DOMAINS = ("books", "python", "legal", "math")
@@ -38,15 +39,11 @@ class Shell:
         return {**os.environ, **ray, **self.env}
 
     def run(self, *args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*args),
+        return run_python(
+            ["-m", "raymix", *args],
             cwd=self.cwd,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
+            environment=self.environment(),
             timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
         )
 
     def ok(self, *args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:

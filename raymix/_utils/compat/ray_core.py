@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+from ray._private import node as ray_node
 from ray._private import ray_constants, worker
 from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+from raymix._utils.fork_server import setup_worker
 
 
 @contextmanager
@@ -27,12 +34,14 @@ def single_machine_mode() -> Iterator[None]:
 
 @contextmanager
 def without_monitors() -> Iterator[None]:
-    """Have Ray start no autoscaler and no log monitor with a cluster.
+    """Have Ray start no autoscaler, log monitor and API server with a cluster.
 
     Each is a process that takes two seconds of a core to start. No option of `ray.init` leaves them
-    out, although nothing can be scaled on one machine, and nobody reads the logs that are sent.
+    out, although nothing can be scaled on one machine, nobody reads the logs that are sent, and
+    there is no dashboard.
     """
-    before = {name: getattr(Node, name) for name in ("start_monitor", "start_log_monitor")}
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    before = {name: getattr(Node, name) for name in names}
     for name in before:
         setattr(Node, name, _start_nothing)
     try:
@@ -58,7 +67,41 @@ def without_uv_environment() -> Iterator[None]:
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
 
 
-def _start_nothing(node: Node) -> None:
+@contextmanager
+def workers_from(server: str) -> Iterator[None]:
+    """Have Ray take its worker processes from a server of forks, in the cluster that starts here.
+
+    No option of `ray.init` names the script that a worker runs, which is where to ask the server.
+
+    Args:
+        server: Path of the server's socket: see `raymix._utils.fork_server`.
+    """
+    script = str(Path(setup_worker.__file__))
+    workers = Path(ray_node.__file__).parent / "workers"
+    variables = {
+        setup_worker.SERVER: server,
+        setup_worker.SETUP_SCRIPT: str(workers / ray_constants.SETUP_WORKER_FILENAME),
+        setup_worker.WORKER_SCRIPT: str(workers / "default_worker.py"),
+    }
+    original = Node.__init__
+
+    def start(self: Node, ray_params: RayParams, *args: Any, **options: Any) -> None:
+        ray_params.update_if_absent(worker_path=script, setup_worker_path=script)
+        original(self, ray_params, *args, **options)
+
+    os.environ.update(variables)
+    # pyrefly: ignore [method-assign] - Ray offers nothing else
+    Node.__init__ = start
+    try:
+        yield
+    finally:
+        # pyrefly: ignore [method-assign] - as above
+        Node.__init__ = original
+        for name in variables:
+            del os.environ[name]
+
+
+def _start_nothing(node: Node, **options: Any) -> None:
     pass
 
 

@@ -95,6 +95,16 @@ def keep_freed_memory() -> None:
             native.mallopt(parameter, value)
 
 
+def apply_malloc_variables() -> None:
+    """Apply the MALLOC_ variables of the environment to this process.
+
+    glibc reads them when a program starts, so a fork has those of the process it was forked from.
+    """
+    for name, (parameter, _) in _MALLOC_SETTINGS.items():
+        if os.environ.get(name, "").isdigit():
+            native.mallopt(parameter, int(os.environ[name]))
+
+
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     """Join the recipe's Ray cluster, or start a private one that ends with the context.

@@ -48,9 +48,10 @@ def watch(
         start_s = time.monotonic()
         stop_requested, shown = False, 0
         while not thread.wait(_POLL_S):
+            # First, as the metrics of the last stage may have come in the meantime.
+            shown = _show_stages(run, shown)
             progress.poll()
             check()
-            shown = _show_stages(run, shown)
             progress.waiting(f"starting {starting} ({time.monotonic() - start_s:.0f} s)")
             if pressed() and progress.last_step is None:
                 refresh()

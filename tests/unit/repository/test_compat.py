@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import sys
 
 import pytest
 
@@ -11,7 +13,7 @@ from tests.support.paths import ROOT
 
 PRIVATE = re.compile(
     r"\b(ray\._private|ray\.[\w.]*\._internal|torch\._(?!_)\w+|iter_internal_ref_bundles"
-    r"|__pyx_capi__|ctypes\.CDLL|_global_node|_TorchBackend)"
+    r"|__pyx_capi__|ctypes\.CDLL|_global_node|_TorchBackend|threading\._\w+|atexit\._\w+)"
 )
 
 
@@ -57,9 +59,44 @@ def test_rays_node_of_this_process_tells_dead_processes() -> None:
     from raymix._utils.compat.ray_core import dead_processes
 
     assert hasattr(worker, "_global_node")
-    for name in ("dead_processes", "start_monitor", "start_log_monitor"):
+    for name in ("dead_processes", "start_monitor", "start_log_monitor", "start_api_server"):
         assert callable(getattr(Node, name))
     assert dead_processes() == []
+
+
+def test_rays_node_takes_the_scripts_of_workers_from_its_parameters() -> None:
+    from ray._private import ray_constants, services
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    from raymix._utils.fork_server import setup_worker
+
+    assert "ray_params" in inspect.signature(Node.__init__).parameters
+    assert {"worker_path", "setup_worker_path"} <= set(inspect.signature(RayParams).parameters)
+    assert callable(RayParams.update_if_absent)
+    assert "setup_worker_path,\n        ]" in inspect.getsource(services.start_raylet)
+    # The raylet leaves out an argument with this name where there is nothing to set up.
+    assert setup_worker.__file__.endswith(ray_constants.SETUP_WORKER_FILENAME)
+
+
+def test_a_runtime_environment_is_told_to_rays_setup_script() -> None:
+    from ray._private.runtime_env.context import RuntimeEnvContext
+
+    assert json.loads(RuntimeEnvContext(env_vars={"A": "1"}).serialize()) == {
+        "command_prefix": [],
+        "env_vars": {"A": "1"},
+        "py_executable": sys.executable,
+        "override_worker_entrypoint": None,
+        "java_jars": [],
+    }
+
+
+def test_cpython_ends_a_process_by_these() -> None:
+    import atexit
+    import threading
+
+    assert callable(atexit._run_exitfuncs)
+    assert callable(vars(threading)["_shutdown"])
 
 
 def test_ray_trains_torch_backend_sets_up_the_process_group() -> None:
