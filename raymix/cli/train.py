@@ -36,6 +36,14 @@ def command(
             help="Train the run that is there for longer: train.steps may be larger than its own.",
         ),
     ] = False,
+    domains_from: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            min=1,
+            help="Go on with other domains from this step on, that of the newest checkpoint.",
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Draw report.html at the end.")] = True,
     json: Json = False,
 ) -> None:
@@ -64,6 +72,12 @@ def command(
         with forked_training_workers(loaded):
             from raymix.training.api import train
 
-            return train(loaded, if_exists=if_exists.value, extend=extend, report=report)
+            return train(
+                loaded,
+                if_exists=if_exists.value,
+                extend=extend,
+                domains_from=domains_from,
+                report=report,
+            )
 
     run_command(work, json=json)

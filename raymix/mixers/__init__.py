@@ -16,8 +16,10 @@ and never trained on, under every mixer.
 | uniform | the same for all | nothing | none | the baseline that is hard to beat |
 | proportional | as tokens | nothing | none | one pass over everything |
 | temperature | tokens ** (1/T) | nothing | none | many sizes, some repetition |
+| epochs | as epochs x tokens | nothing | none | you know how often each is to be read |
 | unimax | uniform up to a cap on epochs | nothing | none | many sizes, bounded repetition |
 | importance | as near as the target is | nothing | none | a target set, to begin with |
+| inherit | a run's own, as its domains change | nothing | none | `train --domains-from` |
 | replay | those of an earlier run's log | nothing | none | to repeat an adaptive run exactly |
 | pike | gradient norm against noise | grad_norm2, grad_noise | probe | unlike noise, no target |
 | pike, tau > 0 | the same, of tilted losses | also loss | probe | the worst domain matters |
@@ -54,6 +56,7 @@ from raymix.mixers.base import (
 )
 from raymix.mixers.by_name import shares_by_name
 from raymix.mixers.fixed import replay
+from raymix.mixers.fixed.inherited import inherited_shares
 from raymix.mixers.fixed.planned import Planned, tempered, unimax
 from raymix.mixers.fixed.replay import Replay
 from raymix.recipe.adaptive import AdaptiveModel
@@ -83,6 +86,7 @@ __all__ = [
     "doge",
     "doremi",
     "fit_power_laws",
+    "inherited_shares",
     "known_mixers",
     "mixer",
     "odm",

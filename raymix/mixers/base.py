@@ -90,6 +90,9 @@ class MixerContext:
     nearest_D: NDArray[np.int64] | None = None
     """Target documents that are nearest to each domain, shape (D,); for importance sampling."""
 
+    empty: tuple[str, ...] = ()
+    """Domains without a sample: shares that are requested during the run must be 0."""
+
     @property
     def mixed_D(self) -> NDArray[np.bool_]:
         """Return which domains may have a share: those that are not targets, shape (D,)."""

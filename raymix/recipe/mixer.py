@@ -22,7 +22,7 @@ from raymix.recipe.adaptive import (
 )
 from raymix.recipe.base import Fault, Integer, Number, RecipeModel, raise_if
 from raymix.recipe.plugins import MIXERS, OpenUnion, PluginMixer
-from raymix.recipe.shares import MixerModel, Weights, sum_fault
+from raymix.recipe.shares import MixerModel, Name, Names, Weights, sum_fault
 
 
 class StaticMixer(MixerModel):
@@ -66,6 +66,63 @@ class TemperatureMixer(MixerModel):
     """Selects this mixer."""
     temperature: Number = Field(default=3.3, gt=0)
     """1 is proportional, the larger the more uniform; mT5 used 3.3."""
+
+
+class EpochsMixer(MixerModel):
+    """Shares in proportion to epochs x tokens: how often each domain is read, against the others.
+
+    The length of the run decides how often that is in all; `plan` says which `train.tokens` gives
+    the epochs as written.
+    """
+
+    kind: Literal["epochs"]
+    """Selects this mixer."""
+    epochs: Weights = Field(min_length=1)
+    """Passes over each domain's tokens; a domain left out is not read."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> EpochsMixer:
+        advice = ("Give at least one domain an epoch, or a part of one",)
+        nothing = Fault("epochs", dict(self.epochs), "nothing would be read", advice)
+        raise_if(None if any(self.epochs.values()) else nothing)
+        return self
+
+    def values(self) -> dict[str, Mapping[str, float]]:
+        """Return the epochs by domain."""
+        return {"epochs": self.epochs}
+
+
+class InheritMixer(MixerModel):
+    """The shares of a run so far, for `raymix train --domains-from`: its domains change.
+
+    Domains that stay keep their proportions. The share of a domain that goes is shared out to the
+    others in proportion, or among the domains that `split` names.
+    """
+
+    kind: Literal["inherit"]
+    """Selects this mixer."""
+    added: Weights = Field(default_factory=dict)
+    """Share of each domain that is new; those that stay divide the rest."""
+    split: dict[Name, Names] = Field(default_factory=dict)
+    """New domains by the domain whose share they take, divided by their tokens."""
+
+    @model_validator(mode="after")
+    def _rules(self) -> InheritMixer:
+        total = sum(self.added.values())
+        parts = [name for names in self.split.values() for name in names]
+        twice = sorted({name for name in parts if parts.count(name) > 1 or name in self.added})
+        raise_if(
+            Fault("added", dict(self.added), f"the shares sum to {total:.6g}", ("below 1",))
+            if total >= 1
+            else None,
+            Fault("split", self.split, f"{twice[0]} would have two shares", ()) if twice else None,
+        )
+        return self
+
+    def values(self) -> dict[str, Mapping[str, float]]:
+        """Return the shares of new domains, and the names of parts."""
+        parts = {name: 0.0 for names in self.split.values() for name in names}
+        return {"added": self.added, "split": parts}
 
 
 class UnimaxMixer(MixerModel):
@@ -156,10 +213,12 @@ _Own = (
     | UniformMixer
     | ProportionalMixer
     | TemperatureMixer
+    | EpochsMixer
     | UnimaxMixer
     | ImportanceMixer
     | ScheduleMixer
     | ReplayMixer
+    | InheritMixer
     | PikeMixer
     | DgaMixer
     | DogeMixer
@@ -171,8 +230,9 @@ _Own = (
 )
 # Written out: read from the models, it would be known only after the union is built.
 OWN_KINDS = frozenset(
-    {"static", "uniform", "proportional", "temperature", "unimax", "importance", "schedule"}
-    | {"replay", "pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}
+    {"static", "uniform", "proportional", "temperature", "epochs", "unimax", "importance"}
+    | {"schedule", "replay", "inherit"}
+    | {"pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli"}
 )
 MixerConfig = Annotated[
     _Own, Field(discriminator="kind"), OpenUnion(MIXERS, model=PluginMixer, own=OWN_KINDS)

@@ -7,11 +7,11 @@ how close every prefix is to the requested shares), `order` (the n-th sample of 
 """
 
 from raymix.sampling.allocate import NO_LIMIT, Allocator
-from raymix.sampling.documents import DocumentPlanner, DocumentStep
-from raymix.sampling.mixture_log import MixtureEntry, MixtureLog
+from raymix.sampling.documents import DocumentPlanner, DocumentStep, carry_bits
+from raymix.sampling.mixture_log import DOMAINS_CHANGE, MixtureEntry, MixtureLog
 from raymix.sampling.order import CorpusOrder, DomainGeometry, DomainOrder, domain_key
 from raymix.sampling.packed import PackedPlanner, PlanChunk
-from raymix.sampling.planner_state import batch_hash
+from raymix.sampling.planner_state import batch_hash, change_domains
 from raymix.sampling.shares import (
     SHARE_BITS,
     epochs_implied,
@@ -21,6 +21,7 @@ from raymix.sampling.shares import (
 )
 
 __all__ = [
+    "DOMAINS_CHANGE",
     "NO_LIMIT",
     "SHARE_BITS",
     "Allocator",
@@ -34,6 +35,8 @@ __all__ = [
     "PackedPlanner",
     "PlanChunk",
     "batch_hash",
+    "carry_bits",
+    "change_domains",
     "domain_key",
     "epochs_implied",
     "fixed_point",

@@ -93,9 +93,7 @@ class DocumentPlanner:
         # Limits as a number, so that the loop needs no case for None.
         self._limit_D = np.full(n_domains, NO_LIMIT) if limit_D is None else np.array(limit_D)
         self._tokens = tokens_per_step
-        # |carry| < sequence_length * D must fit 62 bits; see the bounds above.
-        spare = 62 - (sequence_length * n_domains).bit_length()
-        self.bits = min(SHARE_BITS, spare)
+        self.bits = carry_bits(sequence_length, n_domains)
         lookup = min(_LOOKUP_DOCUMENTS, max(8, _LOOKUP_DOCUMENTS_IN_ALL // n_domains))
         self._lookup = [
             _DocumentLookup(
@@ -186,6 +184,12 @@ class DocumentPlanner:
             ),
             fix="Raise data.max_epochs, train fewer tokens, or give other domains a share",
         )
+
+
+def carry_bits(sequence_length: int, n_domains: int) -> int:
+    """Return the binary digits after the point of the carries of whole documents."""
+    # |carry| < sequence_length * D must fit 62 bits; see the bounds above.
+    return min(SHARE_BITS, 62 - (sequence_length * n_domains).bit_length())
 
 
 class _DocumentLookup:

@@ -2,18 +2,24 @@
 
 With the seed and the corpus fingerprint it determines every batch, so every checkpoint has it.
 On disk (`mixture_log.jsonl`) an entry is a line: version, first_step, shares by name, mixer, stats.
+
+A run whose domains change has an entry there whose `stats.domains` names those added and removed.
+The entries before it have the domains of their time: a log of their own, `MixtureLog.earlier`.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raymix._utils.json import parse_json
 from raymix.errors import CorpusError, format_problem
+
+DOMAINS_CHANGE = "domains"
+"""Key in the `stats` of the first entry with other domains: those added and those removed."""
 
 _TOLERANCE = 1e-6
 
@@ -36,10 +42,12 @@ class MixtureEntry:
 
 @dataclass(slots=True)
 class MixtureLog:
-    """The entries of a run, the first starting at step 0."""
+    """The entries of a run since its domains are these."""
 
     domains: tuple[str, ...]
     entries: list[MixtureEntry] = field(default_factory=list)
+    earlier: MixtureLog | None = None
+    """Log of the steps before, with other domains; None where they never changed."""
     # First steps once more, for bisection: `at` is called at every step.
     _starts: list[int] = field(default_factory=list, init=False, repr=False)
 
@@ -55,11 +63,10 @@ class MixtureLog:
 
         Raises:
             ValueError: If the version is not the last one's plus 1 (the first: any), the first
-                step is not after the last one's (the first: 0), or a domain lacks a weight.
+                step is not after the last one's, or a domain lacks a weight.
         """
-        last = self.entries[-1] if self.entries else None
-        if last is None and entry.first_step != 0:
-            raise ValueError(f"the first entry must start at step 0, not {entry.first_step}")
+        entries = self.entries or (self.earlier.entries if self.earlier else ())
+        last = entries[-1] if entries else None
         if last is not None and entry.first_step <= last.first_step:
             raise ValueError(
                 f"entry {entry.version} starts at step {entry.first_step}, not after the "
@@ -76,7 +83,7 @@ class MixtureLog:
         """Return the entry that holds at `step`.
 
         Raises:
-            ValueError: If the log is empty or `step` is negative.
+            ValueError: If the log is empty, or begins after `step`.
         """
         return self.entries[self._position(step)]
 
@@ -99,11 +106,12 @@ class MixtureLog:
 
     def copy(self) -> MixtureLog:
         """Return an independent log with the same entries."""
-        return MixtureLog(self.domains, list(self.entries))
+        return MixtureLog(self.domains, list(self.entries), self.earlier)
 
     def to_lines(self) -> list[str]:
-        """Return one JSON line per entry, without line ends."""
-        return [self.to_line(entry) for entry in self.entries]
+        """Return one JSON line per entry, without line ends, earlier ones first."""
+        earlier = self.earlier.to_lines() if self.earlier else []
+        return earlier + [self.to_line(entry) for entry in self.entries]
 
     def to_line(self, entry: MixtureEntry) -> str:
         """Return an entry as one JSON line; floats survive the round trip exactly."""
@@ -126,28 +134,47 @@ class MixtureLog:
 
         Args:
             lines: What `to_lines` gave; empty lines are skipped.
-            domains: Order of the domains; left out, that of the first line.
+            domains: Order of the domains; left out, that of the first line that has them.
             path: Where the lines come from, for messages.
 
         Raises:
-            CorpusError: If a line other than the last is not an entry, or names other domains.
+            CorpusError: If a line other than the last is not an entry, or names other domains than
+                the lines before without saying so, or the last entries are not of `domains`.
         """
-        texts = [line for line in lines if line.strip()]
-        log = cls(tuple(domains or ()))
-        for number, text in enumerate(texts, start=1):
+        log, begins = cls(tuple(domains or ())), (1, "")
+        for number, text, raw in _parsed(lines, path):
             try:
-                raw = parse_json(text)
-            except ValueError as error:
-                # A process killed in the middle of a write leaves half a line at the end.
-                if number == len(texts):
-                    break
-                raise CorpusError(_bad_line(path, number, text, str(error))) from error
-            try:
-                log.domains = log.domains or tuple(raw["shares"])
+                names = tuple(raw["shares"])
+                ordered = tuple(domains) if domains and set(names) == set(domains) else names
+                if log.entries and DOMAINS_CHANGE in (raw.get("stats") or {}):
+                    log, begins = cls(ordered, earlier=log), (number, text)
+                elif not log.entries:
+                    log, begins = cls(ordered), (number, text)
+                    if raw["first_step"] != 0:
+                        raise ValueError("the first entry must start at step 0")
                 log.append(_entry(raw, log.domains))
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise CorpusError(_bad_line(path, number, text, str(error))) from error
+        if domains and set(log.domains) != set(domains):
+            wrong = _other_domains(log.domains, domains)
+            raise CorpusError(_bad_line(path, *begins, wrong))
         return log
+
+    def joined(self) -> MixtureLog:
+        """Return one log of all steps, whatever the domains were: a share of 0 where absent.
+
+        The domains of today come first, then those of before. Per-domain lists in `stats` are in
+        that order too, with None for an absent domain.
+        """
+        logs, log = list[MixtureLog](), self
+        while log is not None:
+            logs.append(log)
+            log = log.earlier
+        names = tuple(dict.fromkeys(name for log in logs for name in log.domains))
+        entries = [
+            _spread(entry, log.domains, names) for log in reversed(logs) for entry in log.entries
+        ]
+        return MixtureLog(names, entries)
 
     def _position(self, step: int) -> int:
         position = bisect_right(self._starts, step) - 1
@@ -156,10 +183,42 @@ class MixtureLog:
         return position
 
 
+def _parsed(lines: Iterable[str], path: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield number, text and JSON of each line that is not empty."""
+    texts = [line for line in lines if line.strip()]
+    for number, text in enumerate(texts, start=1):
+        try:
+            yield number, text, parse_json(text)
+        except ValueError as error:
+            # A process killed in the middle of a write leaves half a line at the end.
+            if number == len(texts):
+                return
+            raise CorpusError(_bad_line(path, number, text, str(error))) from error
+
+
+def _spread(entry: MixtureEntry, own: Sequence[str], names: Sequence[str]) -> MixtureEntry:
+    """Return an entry of the domains `own` as one of `names`, which has them and others."""
+    if tuple(own) == tuple(names):
+        return entry
+    share = dict(zip(own, entry.weights, strict=True))
+    stats = entry.stats and {
+        key: [dict(zip(own, value, strict=True)).get(name) for name in names]
+        if isinstance(value, list) and len(value) == len(own)
+        else value
+        for key, value in entry.stats.items()
+    }
+    weights = tuple(share.get(name, 0.0) for name in names)
+    return replace(entry, weights=weights, stats=stats)
+
+
+def _other_domains(found: Iterable[str], wanted: Iterable[str]) -> str:
+    return f"its domains are {sorted(found)}, not {sorted(wanted)}"
+
+
 def _entry(raw: dict[str, Any], domains: tuple[str, ...]) -> MixtureEntry:
     shares = raw["shares"]
     if set(shares) != set(domains):
-        raise ValueError(f"its domains are {sorted(shares)}, not {sorted(domains)}")
+        raise ValueError(_other_domains(shares, domains))
     weights = tuple(float(shares[name]) for name in domains)
     if not (min(weights) >= 0 and abs(sum(weights) - 1) <= _TOLERANCE):
         raise ValueError("its shares are not shares: 0 or more, adding up to 1")

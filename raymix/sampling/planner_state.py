@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -45,6 +45,32 @@ def load_state(state: Mapping[str, Any], n_domains: int) -> tuple[int, Ints, Int
     if not carry_D.size == count_D.size == n_domains:
         raise ValueError(f"a state of {count_D.size} domains for {n_domains} domains")
     return int(state["step"]), carry_D, count_D
+
+
+def change_domains(
+    state: Mapping[str, Any], before: Sequence[str], after: Sequence[str], *, shift: int = 0
+) -> dict[str, Any]:
+    """Return a planner's state for other domains: the carries and counts of those that stay.
+
+    A domain that comes begins at zero. The carry of one that goes is dropped, as if it sat out at a
+    share of zero from here on, so the bounds for domains that come and go hold.
+
+    Args:
+        state: From `dump_state`, for the domains `before`.
+        before: Names of the domains so far.
+        after: Names of the domains from here on.
+        shift: Bits that carries gain (or lose, below zero), where their unit changes.
+    """
+    step, carry_D, count_D = load_state(state, len(before))
+    carry_D = carry_D << shift if shift > 0 else carry_D >> -shift
+    carry, count = (
+        dict(zip(before, values.tolist(), strict=True)) for values in (carry_D, count_D)
+    )
+    arrays = (
+        np.array([values.get(name, 0) for name in after], dtype=np.int64)
+        for values in (carry, count)
+    )
+    return dump_state(step, *arrays)
 
 
 def _dump(values: Ints) -> list[int] | str:

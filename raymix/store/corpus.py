@@ -16,7 +16,7 @@ from raymix.store.block import Block
 from raymix.store.columns import read_lengths
 from raymix.store.formats.blocks import TokenFileBlocks
 from raymix.store.loss_mask import LOSS_MASK_FILE, LossMask, read_loss_mask
-from raymix.store.manifest import Manifest, SplitInfo, read_manifest
+from raymix.store.manifest import Manifest, SplitInfo, corpus_fingerprint, read_manifest
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote, storage_errors, with_retries
 from raymix.store.shard import ShardReader
@@ -64,6 +64,14 @@ class Corpus:
     def fingerprint(self) -> str:
         """Return the hash that stands for the content."""
         return self.manifest.fingerprint
+
+    def domain_fingerprints(self) -> dict[str, str]:
+        """Return a hash of each domain's content, its tokenizer and blocks; by name."""
+        manifest = self.manifest
+        return {
+            name: corpus_fingerprint(manifest.tokenizer, manifest.block_tokens, {name: info})
+            for name, info in manifest.domains.items()
+        }
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from raymix._utils.json import parse_json
 from raymix._utils.stages import stage
-from raymix.errors import CorpusError, StorageError
+from raymix.errors import CorpusError, RecipeError, StorageError
+from raymix.mixers import build_mixer
 from raymix.recipe import PretrainedModel, Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.store.remote import files
@@ -36,6 +37,14 @@ from raymix.training.launch.watch import watch
 from raymix.training.plan.mixer_context import count_steps, mixer_context
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
+from raymix.training.run.domain_change import (
+    FREE_FIELDS,
+    change_notes,
+    check_change,
+    domain_change,
+    shares_before,
+    with_inherited_shares,
+)
 from raymix.training.run.extension import (
     check_longer,
     check_shares,
@@ -43,6 +52,7 @@ from raymix.training.run.extension import (
     set_decay_aside,
 )
 from raymix.training.run.heartbeat_lock import run_lock
+from raymix.training.run.identity import LENGTH_FIELDS
 from raymix.training.run.pinned_model import pin_model, pretrained_repo
 from raymix.training.run.progress import RunProgress
 from raymix.training.run.remote_run import (
@@ -55,7 +65,6 @@ from raymix.training.run.remote_run import (
     remove_working_copy,
 )
 from raymix.training.run.rundir import (
-    LENGTH_FIELDS,
     IfExists,
     RunDirectory,
     open_run,
@@ -70,6 +79,7 @@ def train(
     *,
     if_exists: IfExists = "resume",
     extend: bool = False,
+    domains_from: int | None = None,
     report: bool = True,
 ) -> dict[str, Any]:
     """Train a recipe and return the run's summary; prints progress on stdout.
@@ -84,6 +94,9 @@ def train(
         extend: Make a run that is there longer: `train.steps` (or `tokens`) may be larger than its
             own, and it goes on with the batches that it would have had; only the schedule of the
             learning rate has another shape, which is printed.
+        domains_from: Go on with other domains than the run has read, from this step on, which must
+            be that of its newest checkpoint: those of the recipe, whose mixer may be another, too.
+            Stated again once the run has gone on, it changes nothing.
         report: Draw `report.html` at the end, if matplotlib is installed.
 
     Raises:
@@ -94,7 +107,9 @@ def train(
 
     loaded = load_recipe(recipe)
     stage("checking recipe, corpus and machine")
-    run = open_run(loaded, if_exists, may_differ=LENGTH_FIELDS if extend else frozenset())
+    lengths = LENGTH_FIELDS if extend else frozenset[str]()
+    may_differ = lengths if domains_from is None else lengths | FREE_FIELDS
+    run = open_run(loaded, if_exists, may_differ=may_differ)
     # What the Hub lacks is a problem of the plan, which names all of them.
     with suppress(StorageError):
         loaded = pin_model(loaded, run)
@@ -104,13 +119,15 @@ def train(
         cluster.address if cluster.workers else "local", cluster.object_store_bytes
     )
     corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, available))
+    if domains_from is not None:
+        loaded = _from_step(run, loaded, corpus, domains_from, may_differ=lengths)
     plan = preflight(loaded, corpus, available)
     with run_lock(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
         if extend:
             _extend(run, loaded, corpus, plan.steps)
-        if not _finished(run, plan.steps, corpus, loaded):
+        if not _finished(run, plan.steps, corpus, loaded, domains_from=domains_from):
             for line in plan.notes:
                 if line.startswith("model: "):
                     _say(line)
@@ -147,7 +164,37 @@ def _extend(run: RunDirectory, recipe: Recipe, corpus: Corpus, steps: int) -> No
         _say(line)
 
 
-def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> bool:
+def _from_step(
+    run: RunDirectory, recipe: Recipe, corpus: Corpus, step: int, *, may_differ: frozenset[str]
+) -> Recipe:
+    """Return the recipe with the shares that its domains have from a step of the run on.
+
+    Raises:
+        RecipeError: If there is no run, or its domains did not change at that step.
+        CorpusError: If the content of domains that stay is another.
+    """
+    newest = newest_checkpoint_of(run, note=_say)
+    if newest is None:
+        raise RecipeError.at(
+            "domains-from",
+            step,
+            f"no run with a checkpoint is in {run.where} to go on from",
+            fix="Leave it out, or give the run.dir of a run",
+        )
+    state = newest[1]
+    change = domain_change(state, corpus)
+    if change is not None:
+        check_change(change, state, corpus, asked=step, recipe=recipe)
+    resolved = with_inherited_shares(recipe, corpus, shares_before(state, step))
+    if change is None:
+        # The run has gone on with these domains: what is asked for must be what it has.
+        open_run(resolved, "resume", may_differ=may_differ)
+    return resolved
+
+
+def _finished(
+    run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe, *, domains_from: int | None
+) -> bool:
     """Return whether the run has a checkpoint of its last step; raise for a changed corpus.
 
     Raises:
@@ -158,22 +205,26 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
     if newest is None:
         return False
     state = newest[1]
-    names, before = list(corpus.domain_names), list(state.tokens)
-    if before != names:
-        raise CorpusError.at(
-            "corpus.domains",
-            names,
-            f"the run in {run.where} reads {before}, and has to its step {state.step:,}",
-            fix="A run keeps its domains: use --if-exists new, or export its model and begin there",
-        )
-    if state.corpus_fingerprint != corpus.fingerprint and state.step >= steps:
+    if (change := domain_change(state, corpus)) is not None:
+        check_change(change, state, corpus, asked=domains_from, recipe=recipe)
+        if state.step >= steps:
+            raise RecipeError.at(
+                "domains-from",
+                domains_from,
+                f"the run in {run.where} is finished: no step is left for other domains",
+                fix="Add --extend, and raise train.steps",
+            )
+        mixer = build_mixer(recipe.mixer, mixer_context(recipe, corpus, steps=steps))
+        for line in change_notes(change, mixer, state):
+            _say(line)
+    elif state.corpus_fingerprint != corpus.fingerprint and state.step >= steps:
         raise CorpusError.at(
             "corpus.path",
             recipe.corpus.path,
             f"its content is not what the run in {run.where} was trained on, which is finished",
             fix="Use --if-exists new to train on it, or restore the corpus",
         )
-    if state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
+    elif state.corpus_fingerprint != corpus.fingerprint and not recipe.data.accept_changed_corpus:
         raise CorpusError.at(
             "corpus.path",
             recipe.corpus.path,

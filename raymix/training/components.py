@@ -11,6 +11,7 @@ import torch
 
 from raymix.mixers import DomainStats
 from raymix.recipe import Recipe
+from raymix.store import Corpus
 from raymix.streaming.batches.stream import MixtureStream
 from raymix.training.evaluate.held_out import Evaluator
 from raymix.training.model.parallel import Replica
@@ -35,8 +36,7 @@ class TrainerComponents:
     recorder: Recorder | None
     """On the writing rank only."""
     checkpoints: Path
-    tokenizer_path: str
-    corpus_fingerprint: str
+    corpus: Corpus
     recipe_hash: str
     micro_batch_rows: int
     max_rank_rows: int | None

@@ -76,6 +76,8 @@ class TrainingLoop:
         zeros = np.zeros(len(components.domains))
         tokens = state.tokens if state else {}
         self._tokens_D = np.array([tokens.get(name, 0) for name in components.domains], np.int64)
+        # Of domains that the run no longer reads.
+        self._left = state.left if state else {}
         self._window = _Window(zeros.copy(), zeros.copy(), np.full(zeros.shape, np.nan))
         if state and state.window:
             sums = (state.window[key] for key in ("nats", "labels", "valid"))
@@ -100,7 +102,8 @@ class TrainingLoop:
             RaymixError: Whatever stream, controller or disk raise.
         """
         components = self._components
-        if self._step == 0:
+        # Sums are dropped where domains change: the new ones are scored before they are trained on.
+        if self._step == 0 or not (components.resumed and components.resumed.window):
             components.stage("scoring held-out text")
             self._evaluate()
         components.stage("reading the first batch")
@@ -223,7 +226,7 @@ class TrainingLoop:
             "step": batch.step + 1,
             "loss": loss,
             "lr": step.lr,
-            "tokens": int(self._tokens_D.sum()),
+            "tokens": int(self._tokens_D.sum()) + sum(self._left.values()),
             "tokens_per_s": rounded(tokens / seconds),
             "data_wait": rounded(min(1.0, step.data_wait_s / seconds), 3),
             "mixture_version": batch.version,
@@ -306,12 +309,15 @@ class TrainingLoop:
             step=self._step,
             sampler=components.stream.state_dict(),
             controller=components.snapshot(self._step) if self._world.is_writer else None,
-            corpus_fingerprint=components.corpus_fingerprint,
+            corpus_fingerprint=components.corpus.fingerprint,
             recipe_hash=components.recipe_hash,
             world_size=self._world.size,
             micro_batch_rows=components.micro_batch_rows,
             seed=components.recipe.seed,
             tokens=dict(zip(components.domains, self._tokens_D.tolist(), strict=True)),
+            left=self._left,
+            domain_fingerprints=components.corpus.domain_fingerprints(),
+            tokenizer=components.corpus.manifest.tokenizer.fingerprint,
             window={
                 "nats": self._window.nats_D.tolist(),
                 "labels": self._window.labels_D.tolist(),
@@ -323,7 +329,7 @@ class TrainingLoop:
             components.replica,
             components.optimizer,
             state,
-            tokenizer_path=components.tokenizer_path,
+            tokenizer_path=components.corpus.tokenizer_path,
             keep=components.recipe.train.keep_checkpoints,
         )
         components.on_checkpoint(path, self._step)

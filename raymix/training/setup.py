@@ -39,7 +39,9 @@ from raymix.training.model.traits import probe_model
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.plan.model_checks import check_traits
 from raymix.training.run.checkpoint import TrainingState, disk_full
+from raymix.training.run.domain_change import checkpoint_to_resume
 from raymix.training.run.gauges import cluster_gauges
+from raymix.training.run.identity import identity
 from raymix.training.run.optimizer_state import load_optimizer
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.remote_run import (
@@ -47,9 +49,8 @@ from raymix.training.run.remote_run import (
     WORKER_FILES,
     clear_checkpoints,
     fetch_checkpoint,
-    newest_checkpoint_of,
 )
-from raymix.training.run.rundir import RunDirectory, cut_metrics, identity
+from raymix.training.run.rundir import RunDirectory, cut_metrics
 from raymix.training.run.trackers import TrackedRun, open_trackers
 from raymix.training.step.batches import max_rows_per_rank
 from raymix.training.step.document_layout import (
@@ -112,7 +113,7 @@ def resume(job: Job, world: World) -> ResumePoint:
     use_threads(job.threads, world)
     start: ResumePoint | None = None
     if world.is_writer:
-        newest = newest_checkpoint_of(job.run)
+        newest = checkpoint_to_resume(job.run, job.recipe, job.steps)
         path, state = newest if newest else (None, None)
         rows = job.micro_batch_rows
         if state is not None and state.world_size == world.size:
@@ -188,8 +189,7 @@ def build_components(
         evaluator=_evaluator(recipe, corpus, world, start, context_parallel),
         recorder=_recorder(job, world, start, corpus, scheduling),
         checkpoints=job.run.checkpoints,
-        tokenizer_path=corpus.tokenizer_path,
-        corpus_fingerprint=corpus.fingerprint,
+        corpus=corpus,
         recipe_hash=recipe_hash(recipe),
         micro_batch_rows=start.micro_batch_rows,
         max_rank_rows=_max_rank_rows(recipe, world),

@@ -43,9 +43,10 @@ def summary(run: RunDirectory) -> dict[str, Any]:
         if "loss" in line:
             loss, seconds = line["loss"], seconds + (line.get("seconds") or 0.0)
         if "eval" in line:
-            first, last = first or line["eval"], line["eval"]
+            # By domain: one that was added is scored when it comes.
+            first, last = {**line["eval"], **first}, line["eval"]
     requested = requested_shares(run, state.step)
-    total = sum(state.tokens.values())
+    total = sum(state.tokens.values()) + sum(state.left.values())
     domains = {
         sizes.name: _domain(
             sizes,
@@ -75,6 +76,7 @@ def requested_shares(run: RunDirectory, steps: int) -> dict[str, float]:
         return {}
     text = run.mixture_log.read_text("utf-8", errors="replace")
     log = MixtureLog.from_lines(text.split("\n")[:-1], path=str(run.mixture_log))
+    log = log.joined()
     if not log.entries:
         return {}
     starts = [min(entry.first_step, steps) for entry in log.entries]

@@ -41,6 +41,8 @@ def train_corpus(root: Path, tokens: Mapping[str, int], *, seed: int = 0) -> Cor
 def _documents(
     generator: np.random.Generator, size: int, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    if not size:
+        return np.zeros(0, np.uint16), np.zeros(0, np.int64)
     lengths = generator.integers(3, 50, size // 20)
     lengths = lengths[np.cumsum(lengths) <= size]
     lengths = np.append(lengths, size - lengths.sum())

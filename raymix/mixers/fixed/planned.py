@@ -16,6 +16,7 @@ from raymix.errors import RecipeError
 from raymix.mixers.base import DomainStats, Mixer, MixerContext, Shares, mixer
 from raymix.mixers.by_name import shares_by_name
 from raymix.recipe.mixer import (
+    EpochsMixer,
     ImportanceMixer,
     ProportionalMixer,
     ScheduleMixer,
@@ -100,6 +101,21 @@ def _temperature(config: TemperatureMixer, context: MixerContext) -> Mixer:
     tokens_D = np.where(context.mixed_D, context.tokens_D, 0)
     shares_D = tempered(tokens_D, config.temperature)
     return Planned(f"temperature {config.temperature:g}: shares as tokens ** (1/T)", [shares_D])
+
+
+@mixer("epochs")
+def _epochs(config: EpochsMixer, context: MixerContext) -> Mixer:
+    # As ratios: the same checks of names and targets, and any sum.
+    epochs_D = shares_by_name(config.epochs, context, path="mixer.epochs", relative=True)
+    read_D = epochs_D * context.tokens_D
+    if not read_D.any():
+        raise RecipeError.at(
+            "mixer.epochs",
+            dict(config.epochs),
+            "the domains with epochs have no tokens",
+            fix="Give others an epoch",
+        )
+    return Planned("epochs: shares as epochs x tokens", [read_D / read_D.sum()])
 
 
 @mixer("unimax")

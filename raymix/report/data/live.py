@@ -84,7 +84,8 @@ class LiveRun:
             self._add(line)
             new = True
         for entry in _objects(self._log.read()[0]):
-            # Entries of a schedule or of the user carry no statistics: the last measured ones stay.
+            # Entries of a schedule or of the user carry no statistics: the last measured ones stay,
+            # unless the domains change, which replaces them and says so.
             stats = entry.get("stats")
             self._stats = stats if isinstance(stats, dict) else self._stats
         return new
@@ -147,7 +148,8 @@ class LiveRun:
             return
         table = line.get("eval")
         if isinstance(table, dict):
-            self._first = self._first or table
+            # By domain: one that was added is scored when it comes.
+            self._first = {**table, **self._first}
             self._last, self._scored = table, line["step"]
         if "loss" not in line:
             return

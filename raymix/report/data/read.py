@@ -241,7 +241,7 @@ def _mapping(value: Any) -> Document:
 def _read_log(path: Path) -> MixtureLog:
     # `splitlines` would also split at U+2028, which JSON strings may hold.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return MixtureLog.from_lines(lines, path=LOG)
+    return MixtureLog.from_lines(lines, path=LOG).joined()
 
 
 def _read_corpus(recipe: Document, notes: list[str]) -> Corpus | None:

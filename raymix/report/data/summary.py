@@ -15,6 +15,7 @@ from raymix.report.data import predictions
 from raymix.report.data.exactness import RealizedMixture, bound, realized_mixture, usable_tokens
 from raymix.report.data.read import RunRecord
 from raymix.report.data.steps import Document, Floats, Steps, number
+from raymix.sampling import DOMAINS_CHANGE
 from raymix.store import Manifest
 
 _SIGNALS = ("grad_norm2", "grad_noise", "alignment")
@@ -31,7 +32,7 @@ def summarize(run: RunRecord) -> Document:
     shares_VD = _shares(run)
     realized = realized_mixture(run, _asked(run, shares_VD))
     domains = _domains(run, realized)
-    notes = list(run.notes)
+    notes = [*run.notes, *_domain_changes(run)]
     scheduled = predictions.schedules(run, notes)
     document = {
         "name": run.name,
@@ -50,6 +51,14 @@ def summarize(run: RunRecord) -> Document:
     # Costs keep all their digits: a planner that breaks ties by them must plan the same again.
     exact = [{**step, "measured_s": plain(step["measured_s"])} for step in scheduled]
     return {**plain(document), "schedules": exact}
+
+
+def _domain_changes(run: RunRecord) -> Iterator[str]:
+    for entry in run.log.entries if run.log else ():
+        changed = (entry.stats or {}).get(DOMAINS_CHANGE)
+        if isinstance(changed, dict):
+            words = [f"{key} {', '.join(names[:8])}" for key, names in changed.items() if names]
+            yield f"From step {entry.first_step:,} on other domains: {'; '.join(words)}."
 
 
 def _shares(run: RunRecord) -> Floats:

@@ -34,8 +34,9 @@ from raymix.streaming.blocks.geometry import (
     GROUP_DOCUMENTS,
     BlockNumbers,
     Ints,
+    ReadableShares,
     document_geometry,
-    epoch_limits,
+    sample_limits,
 )
 from raymix.streaming.blocks.sources import BlockSource
 
@@ -57,7 +58,8 @@ class DocumentBatchBuilder:
         assignments: Assignments,
     ) -> None:
         """Start at step 0; `load` continues elsewhere."""
-        geometries = document_geometry(corpus)
+        geometries = document_geometry(corpus, allow_empty=True)
+        self._readable = ReadableShares(corpus, data)
         lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
         numbers = BlockNumbers(corpus)
         order = CorpusOrder(geometries, seed=rank_info.seed, window=data.shuffle_blocks)
@@ -70,7 +72,7 @@ class DocumentBatchBuilder:
         self._first_token = [np.cumsum(part, dtype=np.int64) - part for part in lengths]
         self._length = [np.minimum(part, data.sequence_length) for part in lengths]
         self._labels = DocumentLabels(corpus, lengths)
-        self._mean_length_D = np.array([part.mean() for part in self._length])
+        self._mean_length_D = np.array([part.mean() if part.size else 1.0 for part in self._length])
         # Documents of each domain per step at a share of 1.
         self._documents_D = data.tokens_per_step / self._mean_length_D
         self._planner = DocumentPlanner(
@@ -79,7 +81,7 @@ class DocumentBatchBuilder:
             sequence_length=data.sequence_length,
             tokens_per_step=data.tokens_per_step,
             log=log,
-            limit_D=epoch_limits(geometries, data.max_epochs),
+            limit_D=sample_limits(corpus, data, geometries),
         )
         # State before the step being built: from it the scheduler can plan that step.
         self._step_state = self._planner.state_dict()
@@ -125,7 +127,9 @@ class DocumentBatchBuilder:
         chunk = DocumentChunk(planner.step)
         self._until = planner.step + max(1, n_steps)
         for _ in range(max(1, min(n_steps, _MAX_CHUNK_STEPS, self._prefetcher.reach))):
-            shares_D = np.array(self._log.at(planner.step).weights)
+            weights = self._log.at(planner.step).weights
+            self._readable.check(weights)
+            shares_D = np.array(weights)
             self._step_state = planner.state_dict()
             chunk.add(self._step_state, self._batch(planner.plan(1)[0], shares_D))
         chunk.end_state = planner.state_dict()

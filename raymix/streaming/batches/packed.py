@@ -16,7 +16,13 @@ from raymix.streaming.batches.packed_rows import PackedChunk, locate_rows, rank_
 from raymix.streaming.batches.prefetch import BlockPrefetcher, Floats
 from raymix.streaming.batches.table import BlockTable
 from raymix.streaming.batches.upcoming_samples import UpcomingSamples
-from raymix.streaming.blocks.geometry import BlockNumbers, Ints, row_geometry, row_limits
+from raymix.streaming.blocks.geometry import (
+    BlockNumbers,
+    Ints,
+    ReadableShares,
+    row_geometry,
+    sample_limits,
+)
 from raymix.streaming.blocks.sources import BlockSource
 
 # Rows planned at once, over all ranks: by then the fixed cost of the numpy calls is negligible.
@@ -38,7 +44,8 @@ class PackedBatchBuilder:
         source: BlockSource,
     ) -> None:
         """Start at step 0; `load` continues elsewhere."""
-        geometries = row_geometry(corpus, data.sequence_length, skip_empty=data.skip_empty)
+        geometries = row_geometry(corpus, data.sequence_length, allow_empty=True)
+        self._readable = ReadableShares(corpus, data)
         numbers = BlockNumbers(corpus)
         order = CorpusOrder(geometries, seed=rank_info.seed, window=data.shuffle_blocks)
         self._log = log
@@ -52,7 +59,7 @@ class PackedBatchBuilder:
             rows_per_step=self._rows_per_step,
             seed=rank_info.seed,
             log=log,
-            limit_D=row_limits(corpus, data, geometries),
+            limit_D=sample_limits(corpus, data, geometries),
         )
         self._planner = make_planner()
         # A second planner recomputes the states of past steps (checkpoints need them), as the
@@ -117,6 +124,7 @@ class PackedBatchBuilder:
     def _shares(self, step: int) -> Floats:
         entry = self._log.at(step)
         if self._cached_shares[0] != entry.version:
+            self._readable.check(entry.weights)
             shares_D = np.array(entry.weights)
             # The batches of all steps under this entry share the array.
             shares_D.setflags(write=False)

@@ -7,13 +7,13 @@ Letters: D domains, G blocks of all domains.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from raymix.errors import RecipeError, did_you_mean, format_problem
-from raymix.recipe import PackedData
+from raymix.errors import CorpusError, RecipeError, did_you_mean, format_problem
+from raymix.recipe import DocumentData, PackedData
 from raymix.sampling import NO_LIMIT, DomainGeometry
 from raymix.store import Corpus, Split
 
@@ -64,7 +64,7 @@ class BlockNumbers:
 
 
 def row_geometry(
-    corpus: Corpus, sequence_length: int, split: Split = "train", *, skip_empty: bool = False
+    corpus: Corpus, sequence_length: int, split: Split = "train", *, allow_empty: bool = False
 ) -> list[DomainGeometry]:
     """Return the rows of each domain and the rows per block; rows do not straddle blocks.
 
@@ -74,8 +74,8 @@ def row_geometry(
         corpus: The corpus.
         sequence_length: Tokens per row.
         split: Split to read.
-        skip_empty: Allow a domain without a whole row: it has one on paper, which `row_limits` says
-            is never read.
+        allow_empty: Allow a domain without a whole row: it has one on paper, which
+            `sample_limits` says is never read.
 
     Raises:
         RecipeError: If a row is longer than a block.
@@ -93,29 +93,66 @@ def row_geometry(
     geometries = []
     for name in corpus.domain_names:
         rows = epoch_rows(corpus.split(name, split).tokens, block_tokens, sequence_length)
-        geometries.append(DomainGeometry(name, rows or int(skip_empty), rows_per_block))
+        geometries.append(DomainGeometry(name, rows or int(allow_empty), rows_per_block))
     return geometries
 
 
-def row_limits(corpus: Corpus, data: PackedData, geometries: list[DomainGeometry]) -> Ints | None:
-    """Return the maximum rows of each domain, shape (D,); None where no domain has a limit.
+def empty_domains(corpus: Corpus, data: PackedData | DocumentData) -> tuple[str, ...]:
+    """Return the domains without a sample to train on: a whole row, or a document."""
+    if isinstance(data, DocumentData):
+        sizes = {name: corpus.split(name, "train").documents for name in corpus.domain_names}
+    else:
+        block_tokens = corpus.manifest.block_tokens
+        sizes = {
+            name: epoch_rows(corpus.split(name, "train").tokens, block_tokens, data.sequence_length)
+            for name in corpus.domain_names
+        }
+    return tuple(name for name, size in sizes.items() if size == 0)
 
-    By `data.max_epochs`, and 0 for a domain without a whole row.
+
+def sample_limits(
+    corpus: Corpus, data: PackedData | DocumentData, geometries: list[DomainGeometry]
+) -> Ints | None:
+    """Return the maximum samples of each domain, shape (D,); None where no domain has a limit.
+
+    By `data.max_epochs`, and 0 for a domain without a sample.
 
     Raises:
         RecipeError: If `data.max_epochs` names a domain that does not exist.
     """
     limit_D = epoch_limits(geometries, data.max_epochs)
-    block_tokens = corpus.manifest.block_tokens
-    empty_D = [
-        epoch_rows(corpus.split(name, "train").tokens, block_tokens, data.sequence_length) == 0
-        for name in corpus.domain_names
-    ]
-    if not any(empty_D):
+    empty = set(empty_domains(corpus, data))
+    if not empty:
         return limit_D
     if limit_D is None:
         limit_D = np.full(len(geometries), NO_LIMIT, dtype=np.int64)
-    return np.where(empty_D, 0, limit_D)
+    return np.where([geometry.name in empty for geometry in geometries], 0, limit_D)
+
+
+class ReadableShares:
+    """The check that no domain without a sample has a share, unless others are to take it over.
+
+    Args of the constructor:
+        corpus: The corpus.
+        data: The recipe's `data` section.
+    """
+
+    def __init__(self, corpus: Corpus, data: PackedData | DocumentData) -> None:
+        skipped = isinstance(data, PackedData) and data.skip_empty
+        names = () if skipped else empty_domains(corpus, data)
+        self._empty = [(corpus.domain_names.index(name), name) for name in names]
+
+    def check(self, weights: Sequence[float]) -> None:
+        """Raise CorpusError if a domain without a sample has a share; `weights` are of all."""
+        for at, name in self._empty:
+            if weights[at] > 0:
+                raise CorpusError.at(
+                    f"corpus.{name}",
+                    weights[at],
+                    "the domain has this share, and no samples: no whole row, or no document",
+                    fix="Give it more text or a share of 0, shorten data.sequence_length, or set "
+                    "data.skip_empty: true",
+                )
 
 
 def epoch_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:
@@ -124,14 +161,24 @@ def epoch_rows(tokens: int, block_tokens: int, sequence_length: int) -> int:
     return full * (block_tokens // sequence_length) + tail // sequence_length
 
 
-def document_geometry(corpus: Corpus, split: Split = "train") -> list[DomainGeometry]:
+def document_geometry(
+    corpus: Corpus, split: Split = "train", *, allow_empty: bool = False
+) -> list[DomainGeometry]:
     """Return the documents of each domain and the documents per group of consecutive ones.
+
+    Args:
+        corpus: The corpus.
+        split: Split to read.
+        allow_empty: Allow a domain without a document: it has one on paper, which `sample_limits`
+            says is never read.
 
     Raises:
         CorpusError: If a domain has no document.
     """
     return [
-        DomainGeometry(name, corpus.split(name, split).documents, GROUP_DOCUMENTS)
+        DomainGeometry(
+            name, corpus.split(name, split).documents or int(allow_empty), GROUP_DOCUMENTS
+        )
         for name in corpus.domain_names
     ]
 

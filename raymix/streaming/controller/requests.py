@@ -149,6 +149,14 @@ def requested_shares(
                 "weights", list(weights), f"not one weight per domain; there are {len(names)}"
             )
         weights = dict(zip(names, map(float, weights), strict=True))
+    unreadable = [name for name in context.empty if weights.get(name, 0) > 0]
+    if unreadable:
+        raise RecipeError.at(
+            f"weights.{unreadable[0]}",
+            weights[unreadable[0]],
+            "the domain has no samples: no whole row, or no document",
+            fix="Its share must be 0",
+        )
     return tuple(shares_by_name(weights, context, path="weights").tolist())
 
 

@@ -26,7 +26,7 @@ from raymix.sampling import (
 from raymix.schedule import CostModel, Layout, MicroBatch, Schedule, training_planner
 from raymix.store import Corpus
 from raymix.streaming.batches.document_labels import DocumentLabels
-from raymix.streaming.blocks.geometry import document_geometry, epoch_limits
+from raymix.streaming.blocks.geometry import document_geometry, sample_limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class StepPlans:
     """
 
     def __init__(self, corpus: Corpus, data: DocumentData, config: SchedulingConfig) -> None:
-        geometries = document_geometry(corpus)
+        geometries = document_geometry(corpus, allow_empty=True)
         lengths = [corpus.document_lengths(name, "train") for name in corpus.domain_names]
         # At the start, not in the step in which the longest document happens to come up.
         _check_longest_document(lengths, data, config)
@@ -114,7 +114,7 @@ class StepPlans:
         self._lengths = lengths
         self._labels = DocumentLabels(corpus, lengths)
         self._data = data
-        self._limit_D = epoch_limits(geometries, data.max_epochs)
+        self._limit_D = sample_limits(corpus, data, geometries)
         self._names = corpus.domain_names
         self.log = MixtureLog(self._names)
         # The log is final below this step.

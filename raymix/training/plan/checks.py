@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raymix.errors import format_problem
 from raymix.mixers import GRADIENT_STATISTICS, Mixer
@@ -85,17 +86,33 @@ def corpus_problems(recipe: Recipe, corpus: Corpus) -> list[str]:
     return problems
 
 
-def empty_domain_problems(sizes: Sequence[DomainSizes], recipe: Recipe) -> list[str]:
-    """Return a message per domain with no tokens, less than one row, or nothing to learn."""
+def empty_domain_problems(
+    sizes: Sequence[DomainSizes], recipe: Recipe, unread_D: NDArray[np.bool_] | None
+) -> list[str]:
+    """Return a message per domain with no tokens, less than one row, or nothing to learn.
+
+    Args:
+        sizes: Sizes of the domains.
+        recipe: The recipe.
+        unread_D: Domains without a share, which may be empty, shape (D,); None if that is unknown.
+    """
     problems = []
     length = recipe.data.sequence_length
     for number, domain in enumerate(sizes):
         path = f"corpus.domains.{number}.name"
+        if unread_D is not None and unread_D[number]:
+            continue
         if domain.tokens == 0:
-            problem, fix = "the domain has no tokens", "Give it text, or leave it out"
+            problem, fix = (
+                "the domain has no tokens",
+                "Give it text or a share of 0, or leave it out",
+            )
         elif domain.usable == 0 and not _skips_empty(recipe):
             problem = f"the domain's {domain.tokens:,} tokens do not fill one row of {length:,}"
-            fix = "Shorten data.sequence_length, give it more text, or set data.skip_empty: true"
+            fix = (
+                "Shorten data.sequence_length, give it more text or a share of 0, or set "
+                "data.skip_empty: true"
+            )
         elif domain.unlearned and domain.unlearned == domain.documents:
             every = f"all {domain.unlearned:,} documents are cut after {length:,} tokens"
             problem = f"{every}, before their first answer: nothing would be learned"

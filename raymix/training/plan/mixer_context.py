@@ -7,6 +7,7 @@ import numpy as np
 from raymix.mixers import MixerContext
 from raymix.recipe import Recipe
 from raymix.store import Corpus
+from raymix.streaming.blocks.geometry import empty_domains
 from raymix.training.plan.target_counts import target_domain_counts
 
 
@@ -27,4 +28,5 @@ def mixer_context(recipe: Recipe, corpus: Corpus, *, steps: int) -> MixerContext
         rows_per_step=recipe.data.step_rows,
         targets=recipe.mixer.targets,
         nearest_D=target_domain_counts(recipe, corpus),
+        empty=empty_domains(corpus, recipe.data),
     )

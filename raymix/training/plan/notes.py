@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from raymix.mixers.by_name import some
 from raymix.recipe import (
     ConfigModel,
+    EpochsMixer,
     PackedData,
     PretrainedModel,
     Recipe,
@@ -24,6 +26,8 @@ from raymix.training.run.pinned_model import pretrained_repo
 
 # Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
 _WARN_EPOCHS = 4.0
+# A run is a whole number of steps, so its length is hardly ever that of the epochs exactly.
+_SAME_LENGTH = 0.01
 _WARN_DROPPED_FRACTION = 0.05
 
 
@@ -50,7 +54,17 @@ def plan_notes(
     length, train = recipe.data.sequence_length, recipe.train
     if train.weight_decay and not decays_weights(train):
         yield f"{train.optimizer} has no weight decay: train.weight_decay has no effect."
+    targets = recipe.mixer.targets
+    unread = [
+        domain.name
+        for domain, share in zip(sizes, forecast.share_D, strict=True)
+        if share == 0 and domain.name not in targets
+    ]
+    if unread:
+        yield f"without a share, so never read: {some(unread)}."
     for index, domain in enumerate(sizes):
+        if domain.name in unread:
+            continue
         if domain.usable == 0:
             yield f"{domain.name} does not fill a row of {length:,} tokens: others take its share."
             continue
@@ -77,10 +91,27 @@ def plan_notes(
         if domain.valid_tokens < length:
             yield f"{domain.name} has less than a row of held-out text: its held-out loss is noisy."
     yield from _rounded_shares(recipe.mixer)
+    if isinstance(recipe.mixer, EpochsMixer):
+        yield _epochs_note(recipe.mixer, sizes, int(forecast.read_D.sum()))
     if isinstance(recipe.mixer, ScheduleMixer):
         for number, piece in enumerate(recipe.mixer.pieces):
             if piece.step >= steps:
                 yield f"mixer.pieces.{number} starts at step {piece.step:,}, after the last step."
+
+
+def _epochs_note(mixer: EpochsMixer, sizes: Sequence[DomainSizes], run_tokens: int) -> str:
+    """Return a line on the length of the run against that of the epochs as written."""
+    tokens = {domain.name: domain.tokens for domain in sizes}
+    needed = sum(count * tokens[name] for name, count in mixer.epochs.items())
+    factor = run_tokens / max(needed, 1)
+    if abs(factor - 1) < _SAME_LENGTH:
+        return "mixer.epochs: the run is as long as the epochs take, to 1 %."
+    first = next(name for name, count in mixer.epochs.items() if count > 0)
+    return (
+        f"mixer.epochs take {needed:,.0f} tokens, the run has {run_tokens:,}: every domain is "
+        f"read {factor:.3g} times as often as written, {first} {factor * mixer.epochs[first]:.3g} "
+        f"times. train.tokens={max(1, round(needed))} gives the epochs as written."
+    )
 
 
 def _rounded_shares(mixer: object) -> Iterator[str]:

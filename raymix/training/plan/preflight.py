@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raymix.errors import RaymixError, RecipeError
-from raymix.mixers import MixerContext, build_mixer, describe
+from raymix.mixers import MixerContext, PlannedMixer, build_mixer, describe
 from raymix.recipe import (
     ByteTokenizer,
     DocumentData,
@@ -98,7 +99,6 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
     """
     checks = _Checks([*cluster_problems(recipe, available), *tracker_problems(recipe.run)])
     sizes = _domain_sizes(recipe, corpus, checks)
-    checks.problems += (empty := empty_domain_problems(sizes, recipe))
     shape = _BatchShape.of(recipe, available)
     free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     mixture = cost = None
@@ -107,9 +107,10 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         checks.problems += memory_problems(recipe, cost.parts, available, on_gpu=shape.on_gpu)
         checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
     with checks.collect_errors():
-        # An empty domain has no epochs to forecast; its own message is enough.
-        mixture = _Mixture.of(recipe, corpus, sizes, shape) if sizes and not empty else None
-    if mixture is not None:
+        mixture = _Mixture.of(recipe, corpus, sizes, shape) if sizes else None
+    checks.problems += (empty := empty_domain_problems(sizes, recipe, _unread(recipe, mixture)))
+    # An empty domain has no epochs to forecast; its own message is enough.
+    if mixture is not None and not empty:
         checks.problems += cap_problems(
             recipe, sizes, mixture.forecast, steps=shape.steps, tokens_per_step=shape.tokens
         )
@@ -166,6 +167,15 @@ class _Checks:
             yield
         except RaymixError as error:
             self.problems.extend(error.problems)
+
+
+def _unread(recipe: Recipe, mixture: _Mixture | None) -> NDArray[np.bool_] | None:
+    """Return which domains the recipe gives no share and measures nothing of, shape (D,)."""
+    if mixture is None or not mixture.planned:
+        return None
+    share_SD = np.array([segment.share_D for segment in mixture.segments])
+    targets = [name in recipe.mixer.targets for name in mixture.domains]
+    return ~(share_SD > 0).any(axis=0) & ~np.array(targets)
 
 
 def _domain_sizes(recipe: Recipe, corpus: Corpus | None, checks: _Checks) -> list[DomainSizes]:
@@ -231,6 +241,9 @@ class _Mixture:
     """Statistics that the mixer reads."""
     segments: list[Segment]
     forecast: Forecast
+    domains: tuple[str, ...]
+    planned: bool
+    """Whether the shares of all steps are known before the run."""
 
     @classmethod
     def of(
@@ -242,7 +255,8 @@ class _Mixture:
     ) -> _Mixture:
         context = MixerContext(
             domains=tuple(domain.name for domain in sizes),
-            tokens_D=np.array([domain.tokens for domain in sizes], dtype=np.int64),
+            # At least 1: a domain without tokens is refused where the mixer would give it a share.
+            tokens_D=np.array([max(domain.tokens, 1) for domain in sizes], dtype=np.int64),
             total_tokens=shape.steps * shape.tokens,
             total_steps=shape.steps,
             rows_per_step=shape.rows,
@@ -260,7 +274,10 @@ class _Mixture:
             [np.floor(c * d.usable) if d.usable else 0 for c, d in zip(caps, sizes, strict=True)]
         )
         tokens = forecast(segments, tokens_per_step=shape.tokens, cap_D=cap_D)
-        return cls(describe(mixer), mixer.needs, segments, tokens)
+        planned = isinstance(mixer, PlannedMixer)
+        return cls(
+            describe(mixer), mixer.needs, segments, tokens, domains=context.domains, planned=planned
+        )
 
 
 @dataclass(frozen=True, slots=True)

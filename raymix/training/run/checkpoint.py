@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,12 @@ class TrainingState:
 
     None stands for NaN, which JSON does not have.
     """
+    left: dict[str, int] = field(default_factory=dict)
+    """Tokens trained on of domains that the run no longer reads."""
+    domain_fingerprints: dict[str, str] = field(default_factory=dict)
+    """Hash of each domain's content; empty in checkpoints of earlier versions."""
+    tokenizer: str = ""
+    """Hash of the tokenizer; empty in checkpoints of earlier versions."""
 
 
 def checkpoint_name(step: int) -> str:

@@ -39,34 +39,15 @@ from raymix.store import atomic_write_text
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 from raymix.store.remote.mirror import Mirror
-
-IfExists = Literal["resume", "fail", "new"]
-
-# Fields that may change when a run is resumed: they change neither batches nor mathematics beyond
-# rounding. The corpus is identified by its fingerprint, which is in every checkpoint, not by paths.
-_FREE_FIELDS = (
-    "name",
-    "corpus",
-    "cluster",
-    "eval",
-    "run",
-    "tune",
-    "specialists",
-    "data.accept_changed_corpus",
-    "data.assign",
-    "data.cache_bytes",
-    "model.lora.export",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.micro_batch_rows",
-    "train.parallel",
-    "train.compile",
-    "train.activation_checkpointing",
+from raymix.training.run.identity import (
+    LENGTH_FIELDS,
+    below,
+    differences,
+    domain_names,
+    identity,
 )
 
-
-LENGTH_FIELDS = frozenset({"train.steps", "train.tokens"})
+IfExists = Literal["resume", "fail", "new"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +208,7 @@ def open_run(
 ) -> RunDirectory:
     """Return the run directory that `recipe` names, or a free one beside it; writes nothing.
 
-    A run that is there may differ in the fields `may_differ`.
+    A run that is there may differ in the fields `may_differ`, and those below them.
 
     Raises:
         RecipeError: If the directory is in use: by anything but a run, by a run of another
@@ -252,11 +233,17 @@ def open_run(
             "a run is here already",
             fix="Use --if-exists resume to continue it, or --if-exists new for a new directory",
         )
-    stored = stored_recipe(run).model_dump(mode="json")
-    differing = differences(identity(stored), identity(recipe.model_dump(mode="json")))
-    fields = {line.partition(":")[0] for line in differing}
-    if fields - may_differ:
+    stored, document = (each.model_dump(mode="json") for each in (stored_recipe(run), recipe))
+    differing = [
+        line
+        for line in differences(identity(stored), identity(document))
+        if not below(line.partition(":")[0], may_differ)
+    ]
+    if differing:
+        fields = {line.partition(":")[0] for line in differing}
         longer = "" if fields - LENGTH_FIELDS else "--extend to make it longer, "
+        if domain_names(stored) != domain_names(document):
+            longer += "--domains-from STEP to change its domains, "
         raise RecipeError.at(
             "run.dir",
             where,
@@ -264,28 +251,6 @@ def open_run(
             fix=f"Use {longer}--if-exists new, give another run.dir, or restore the recipe",
         )
     return run
-
-
-def identity(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the identifying fields of a recipe's document, by dotted path."""
-    flat = dict(_flat(document, ""))
-    return {
-        path: value
-        for path, value in flat.items()
-        if not any(path == free or path.startswith(f"{free}.") for free in _FREE_FIELDS)
-    }
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return `path: old -> new` for every field that differs, in order of path."""
-    absent = "absent"
-    return [
-        f"{path}: {old.get(path, absent)!r} -> {new.get(path, absent)!r}"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path, absent) != new.get(path, absent)
-        # Filled in when a run starts, so a recipe as it was written lacks it.
-        and not (path == "model.commit" and new.get(path) is None)
-    ]
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
@@ -389,12 +354,3 @@ def stored_recipe(run: RunDirectory) -> Recipe:
             run.where,
             "resolved.yaml cannot be read: it is damaged or was written by another version",
         ) from error
-
-
-def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    # An empty mapping is a value: without it, setting the field to {} would be no difference.
-    if isinstance(node, dict) and node:
-        for key, item in node.items():
-            yield from _flat(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node

@@ -16,7 +16,7 @@ from raymix._utils.json import parse_json
 from raymix.errors import RecipeError
 from raymix.recipe import Recipe
 from raymix.store import atomic_write_text
-from raymix.training.run.rundir import differences
+from raymix.training.run.identity import differences
 from raymix.tuning.mixtures.candidates import Mixture, MixtureSpace, design_mixtures
 
 FORMAT = 1

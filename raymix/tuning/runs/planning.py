@@ -18,7 +18,8 @@ from raymix.training.host.machine import Resources
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
 from raymix.training.run.checkpoint import newest_checkpoint
-from raymix.training.run.rundir import RunDirectory, differences, identity
+from raymix.training.run.identity import differences, identity
+from raymix.training.run.rundir import RunDirectory
 from raymix.tuning.runs.variants import Variant
 
 ERROR_LOG = "error.log"

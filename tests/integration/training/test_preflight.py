@@ -280,7 +280,8 @@ def test_an_empty_domain(tmp_path: Path, recipe: Recipe) -> None:
     made = write_corpus(tmp_path / "c", domains, block_tokens=1024)
     problems = preflight_problems(recipe, made, "mixer={kind: uniform}")
     assert problems == [
-        "corpus.domains.1.name = 'void': the domain has no tokens. Give it text, or leave it out."
+        "corpus.domains.1.name = 'void': the domain has no tokens. Give it text or a share of 0, "
+        "or leave it out."
     ]
 
 

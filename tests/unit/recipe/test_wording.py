@@ -75,8 +75,8 @@ def test_every_member_of_a_union_of_models_has_its_tag() -> None:
     assert tags == {
         "data": ["packed", "documents"],
         "mixer": [
-            "static", "uniform", "proportional", "temperature", "unimax", "importance", "schedule",
-            "replay",
+            "static", "uniform", "proportional", "temperature", "epochs", "unimax", "importance",
+            "schedule", "replay", "inherit",
             "pike", "dga", "doge", "doremi", "odm", "ado", "rb", "aioli",
         ],
         "model": ["config", "pretrained"],

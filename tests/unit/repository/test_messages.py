@@ -29,13 +29,13 @@ OVERRIDES = {
     "steps=3": f"steps = 3: unknown key. Did you mean 'train.steps'? Known: {SECTIONS}.",
     "mixer.kind=unimx": (
         "mixer.kind = 'unimx': not known. Did you mean 'unimax'? Known: static, uniform, "
-        "proportional, temperature, unimax, importance, schedule, replay, pike, dga, doge, "
-        "doremi, odm, ado, rb, aioli."
+        "proportional, temperature, epochs, unimax, importance, schedule, replay, inherit, pike, "
+        "dga, doge, doremi, odm, ado, rb, aioli."
     ),
     "mixer.kind=pyke": (
         "mixer.kind = 'pyke': not known. Did you mean 'pike'? Known: static, uniform, "
-        "proportional, temperature, unimax, importance, schedule, replay, pike, dga, doge, "
-        "doremi, odm, ado, rb, aioli."
+        "proportional, temperature, epochs, unimax, importance, schedule, replay, inherit, pike, "
+        "dga, doge, doremi, odm, ado, rb, aioli."
     ),
     "mixer={kind: pike, tau: -1}": ("mixer.tau = -1: too small. Allowed: a number of at least 0."),
     "mixer={kind: pike, zeta_1: -0.1}": (
@@ -76,12 +76,13 @@ OVERRIDES = {
     ),
     "mixer={}": (
         "mixer.kind = (missing): required. Known: static, uniform, proportional, temperature, "
-        "unimax, importance, schedule, replay, pike, dga, doge, doremi, odm, ado, rb, aioli."
+        "epochs, unimax, importance, schedule, replay, inherit, pike, dga, doge, doremi, odm, "
+        "ado, rb, aioli."
     ),
     "mixer=static": (
         "mixer = 'static': not a mapping. Allowed: a mapping whose kind is static, uniform, "
-        "proportional, temperature, unimax, importance, schedule, replay, pike, dga, doge, "
-        "doremi, odm, ado, rb or aioli."
+        "proportional, temperature, epochs, unimax, importance, schedule, replay, inherit, pike, "
+        "dga, doge, doremi, odm, ado, rb or aioli."
     ),
     "train.steps=abc": (
         "train.steps = 'abc': not a whole number. "

@@ -44,9 +44,55 @@ def test_what_does_not_follow_is_refused_and_leaves_the_log_as_it_was(
     assert log.entries == [FIRST, SECOND, THIRD]
 
 
-def test_the_first_entry_starts_at_step_zero() -> None:
-    with pytest.raises(ValueError, match="start at step 0"):
-        MixtureLog(("web", "books"), [SECOND])
+def test_a_log_that_begins_later_has_no_weights_before() -> None:
+    log = MixtureLog(("web", "books"), [SECOND])
+    with pytest.raises(ValueError, match="no weights for step 99"):
+        log.at(99)
+    with pytest.raises(CorpusError, match="the first entry must start at step 0"):
+        MixtureLog.from_lines(log.to_lines())
+
+
+CHANGED = MixtureEntry(
+    3, 200, (0.25, 0.75), "static", {"domains": {"added": ["code"], "removed": ["web"]}}
+)
+
+
+def changed() -> MixtureLog:
+    return MixtureLog(("books", "code"), [CHANGED], example())
+
+
+def test_a_log_whose_domains_change_is_read_as_it_was_written() -> None:
+    lines = changed().to_lines()
+    assert lines[:3] == example().to_lines()
+    for domains in (None, ["code", "books"], ["books", "code"]):
+        log = MixtureLog.from_lines(lines, domains)
+        assert dict(zip(log.domains, log.at(200).weights, strict=True)) == {
+            "books": 0.25, "code": 0.75,
+        }  # fmt: skip
+        assert log.earlier is not None
+        assert (log.earlier.domains, log.earlier.entries) == (("web", "books"), example().entries)
+        assert log.to_lines()[:3] == lines[:3]
+        with pytest.raises(ValueError, match="no weights for step 199"):
+            log.at(199)
+    with pytest.raises(CorpusError, match=r"log:4 .*its domains are \['books', 'code'\]"):
+        MixtureLog.from_lines(lines, ["web", "books"])
+    # Without the word that they change, other domains are damage.
+    silent = json.loads(lines[3]) | {"stats": None}
+    with pytest.raises(CorpusError, match="its domains are"):
+        MixtureLog.from_lines([*lines[:3], json.dumps(silent)])
+    gap = json.loads(lines[3]) | {"version": 7}
+    with pytest.raises(CorpusError, match="version 7 does not follow version 2"):
+        MixtureLog.from_lines([*lines[:3], json.dumps(gap)])
+
+
+def test_a_joined_log_has_all_domains_at_every_step() -> None:
+    log = changed().joined()
+    assert log.domains == ("books", "code", "web")
+    assert [log.at(step).weights for step in (0, 100, 150, 200)] == [
+        (0.5, 0.0, 0.5), (0.1, 0.0, 0.9), (0.9, 0.0, 0.1), (0.25, 0.75, 0.0),
+    ]  # fmt: skip
+    assert log.at(100).stats == {"loss": [None, None, 1.5]}
+    assert example().joined() == example()
 
 
 def test_an_empty_log_has_no_weights() -> None:
