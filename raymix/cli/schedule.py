@@ -185,7 +185,7 @@ def _lengths(
         # Refused, as an override that is ignored would mislead.
         raise ScheduleError.at("overrides", changes, "only a recipe has fields to change")
     else:
-        lengths = read_lengths(source, seed=seed)
+        lengths = read_lengths(source, seed=seed, note=lambda text: typer.echo(text, err=True))
     # Only published distributions: the user's own lengths are not cut unless --longest says so.
     if longest is None and source in known_distributions():
         longest = layout.context * cost.memory_tokens

@@ -66,6 +66,10 @@ def test_draws_repeat_and_are_cut(name: str) -> None:
     ("file", "text"),
     [
         ("a.txt", "3\n 5\n\n7\n"),
+        ("a.txt", "\ufeff# lengths of web\n3\n5.0 # cut\n\n0\n7.00\n0\n"),
+        ("a.csv", "# by hand\nname,tokens\n\nx,3\ny,5.0\nz,0\nz,7\n"),
+        ("a.csv", "3.0\n\n5\n0\n7\n"),
+        ("a.json", "[3.0, 0, 5, 7]"),
         ("a.csv", "3\n5\n7\n"),
         ("a.csv", "name,Length\nx,3\ny,5\nz,7\n"),
         ("a.csv", "size\n3\n5\n7\n"),
@@ -83,15 +87,25 @@ def test_files_of_lengths(tmp_path: Path, file: str, text: str) -> None:
     [
         ("a.txt", "", "the file holds no lengths"),
         ("a.csv", "", "the file holds no lengths"),
-        ("a.txt", "3\n-1\n", r"entry 2, '-1', is not a whole number >= 1"),
-        ("a.txt", "3\n²\n", r"entry 2, '²', is not a whole number >= 1"),
-        ("a.txt", "3\n0\n", "entry 2, '0'"),
+        (
+            "a.txt",
+            "3\n\n-1\n",
+            r"line 3, '-1', is not a length\. Allowed: a whole number of tokens",
+        ),
+        ("a.txt", "# x\n3\n²\n", r"line 3, '²', is not a length"),
+        ("a.txt", "3\n5.5\n", r"line 2, '5\.5', is not a length"),
+        ("a.txt", "3\n1e3\n", r"line 2, '1e3', is not a length"),
+        ("a.txt", "3\nnan\n", r"line 2, 'nan', is not a length"),
+        ("a.txt", f"3\n{2**40 + 1}\n", r"line 2, '1099511627777', is not a length"),
+        ("a.txt", "0\n0\n", "all 2 lengths in it are 0"),
+        ("a.csv", "3x\n5\n", r"line 1, '3x', is not a length"),
+        ("a.csv", 'name,tokens\n"a\nb",1\n\nx,-2\n', r"line 5, '-2', is not a length"),
         ("a.json", "[1, 2.5]", r"entry 2, 2\.5"),
         ("a.json", "[1, true]", "entry 2, True"),
         ("a.json", "{}", "no list of lengths"),
         ("a.json", "{", "not JSON"),
         ("a.csv", "x,y\n1,2\n", "no column of lengths among x, y"),
-        ("a.csv", "x,tokens\n1\n", "entry 1, ''"),
+        ("a.csv", "x,tokens\n1\n", "line 2, ''"),
     ],
 )
 def test_files_without_lengths_are_refused(
@@ -100,6 +114,13 @@ def test_files_without_lengths_are_refused(
     (tmp_path / file).write_text(text)
     with pytest.raises(ScheduleError, match=message):
         read_lengths(str(tmp_path / file))
+
+
+def test_lengths_of_zero_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0\n3\n0\n5\n")
+    notes: list[str] = []
+    assert read_lengths(str(tmp_path / "a.txt"), note=notes.append).tolist() == [3, 5]
+    assert notes == [f"{tmp_path}/a.txt: 2 of 4 lengths are 0, and left out"]
 
 
 def test_what_is_no_source_is_refused() -> None:
