@@ -34,7 +34,15 @@ WORK = ".prepare"
 # These decide where the corpus lies and whether preparing fails, not what is in it.
 _NOT_CONTENT = {"path", "max_rejected", "domains"}
 
-_ADDED_LATER = ("in_place", "chat_date", "system", "bos", "special_tokens_in_text")
+_ADDED_LATER = (
+    "in_place",
+    "chat_date",
+    "chat_template_kwargs",
+    "reasoning",
+    "system",
+    "bos",
+    "special_tokens_in_text",
+)
 
 FileStamp = tuple[str, int, int]
 
@@ -52,13 +60,18 @@ def identity(config: CorpusConfig) -> dict[str, Any]:
     document = config.model_dump(mode="json", exclude=_NOT_CONTENT)
     # Not written by versions without it, whose corpora must stay equal to their recipes.
     for name in _ADDED_LATER:
-        if document[name] == CorpusConfig.model_fields[name].default:
+        field = CorpusConfig.model_fields[name]
+        if document[name] == field.get_default(call_default_factory=True):
             del document[name]
     # The order of domains is content: a sampled domain is an index into it.
     document["domain_order"] = [domain.name for domain in config.domains]
     document["domains"] = {
         domain.name: domain.model_dump(mode="json", exclude={"name"}) for domain in config.domains
     }
+    for domain in document["domains"].values():
+        # Added later, likewise.
+        if domain["system_column"] is None:
+            del domain["system_column"]
     return document
 
 

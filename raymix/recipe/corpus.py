@@ -126,7 +126,7 @@ def _no_column(value: Any) -> Any:
     return "" if value is False else value
 
 
-ToolsColumn = Annotated[
+ColumnBeside = Annotated[
     str, BeforeValidator(_no_column, json_schema_input_type=str | Literal[False])
 ]
 
@@ -171,9 +171,12 @@ class DomainConfig(RecipeModel):
     messages_column: str | None = Field(default=None, min_length=1)
     """Column of conversations, such as `messages`: lists of {role, content}; only the assistant's
     answers are learned."""
-    tools_column: ToolsColumn | None = None
+    tools_column: ColumnBeside | None = None
     """Column of the tools that a conversation offers: lists of JSON schemas, or their JSON; left
     out, `tools` where it stands beside the messages; `false` (or no name) for none."""
+    system_column: ColumnBeside | None = None
+    """Column of the system turn that begins a conversation, as ShareGPT's files have it; left out,
+    `system` where it stands beside the messages; `false` (or no name) for none."""
     text_unit: Literal["file", "line", "paragraph"] = "file"
     """What one document is in a plain-text file."""
 
@@ -231,6 +234,14 @@ class DomainConfig(RecipeModel):
             )
             if self.tools_column and not self.messages_column
             else None,
+            Fault(
+                "system_column",
+                self.system_column,
+                "system turns belong to conversations, and messages_column is not given",
+                ("Give both",),
+            )
+            if self.system_column and not self.messages_column
+            else None,
             *self._token_faults(),
         )
         return self
@@ -264,6 +275,11 @@ class CorpusConfig(RecipeModel):
     chat_date: ChatDate | None = None
     """Today's date for chat templates that write it out; left out, 2024-07-26 for those with a
     clock (`strftime_now`), and what the template names itself for the others (`date_string`)."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables that the chat template is given, such as `{enable_thinking: false}`."""
+    reasoning: Literal["keep", "drop"] = "keep"
+    """Reasoning beside the content of messages (`reasoning_content`): given to the template, which
+    is refused if it leaves out that of an answer to learn; or dropped."""
     system: Literal["as_is", "fold"] = "as_is"
     """System turns of conversations: as they are, or put before the user turn that follows (`fold`)
     for chat templates that refuse them."""
@@ -294,7 +310,26 @@ class CorpusConfig(RecipeModel):
     @model_validator(mode="after")
     def _rules(self) -> CorpusConfig:
         raise_if(*_twice(self.domains), _too_short(self), *_untrainable(self), *_not_in_place(self))
+        raise_if(*_reserved_variables(self))
         return self
+
+
+def _reserved_variables(corpus: CorpusConfig) -> list[Fault]:
+    """Return a fault per variable of the chat template that something else sets."""
+    reserved = {"messages", "conversations", "tools", "documents", "chat_template"}
+    reserved |= {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"}
+    faults = [
+        Fault(f"chat_template_kwargs.{name}", value, "set for each conversation", ("Leave it out",))
+        for name, value in corpus.chat_template_kwargs.items()
+        if name in reserved
+    ]
+    if corpus.chat_date and "date_string" in corpus.chat_template_kwargs:
+        wrong = "chat_date is given as well"
+        value = corpus.chat_template_kwargs["date_string"]
+        faults.append(
+            Fault("chat_template_kwargs.date_string", value, wrong, ("Give one of the two",))
+        )
+    return faults
 
 
 def _twice(domains: tuple[DomainConfig, ...]) -> list[Fault]:

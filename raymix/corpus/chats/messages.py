@@ -53,12 +53,15 @@ class BadConversation(ValueError):
     """A record that is no conversation; says why in a few words that are counted."""
 
 
-def conversation(value: object, tools: object = None, *, typed: bool = False) -> Conversation:
+def conversation(
+    value: object, tools: object = None, system: object = None, *, typed: bool = False
+) -> Conversation:
     """Return a conversation.
 
     Args:
         value: A list of messages, or its JSON.
         tools: A list of JSON schemas, or its JSON; None where the record has none.
+        system: The system turn that stands beside the messages; None or an empty text for none.
         typed: Whether the record is of a columnar file, which gives every struct every key: keys
             without a value are left out at any depth there. Elsewhere a null in the arguments of a
             call was written by somebody, and stays.
@@ -72,7 +75,11 @@ def conversation(value: object, tools: object = None, *, typed: bool = False) ->
     # JSON text in a column has no keys but its own.
     if typed and not isinstance(value, str | bytes):
         messages = _without_null(messages)
-    read = [_message(item) for item in messages]
+    read = [*_system(system), *(_message(item) for item in messages)]
+    if len(read) > len(messages) and read[1]["role"] in _SYSTEM:
+        if content_of(read[0]).strip() != content_of(read[1]).strip():
+            raise BadConversation("a system turn in the messages, and another one beside them")
+        read = read[1:]
     unlearned = [
         number
         for number, message in enumerate(read)
@@ -101,6 +108,14 @@ def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_null(item) for key, item in value.items() if item is not None}
     return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def _system(value: object) -> list[Message]:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []
+    if not isinstance(value, str):
+        raise BadConversation("system is not a text (system_column: false leaves it out)")
+    return [{"role": "system", "content": value}]
 
 
 def _tools(value: object) -> tuple[dict[str, Any], ...]:

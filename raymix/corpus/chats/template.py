@@ -14,10 +14,11 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from raymix._utils.json import parse_json
 from raymix.corpus.chats.messages import (
     ANSWERS,
     ROLES,
@@ -86,6 +87,9 @@ class ChatOptions:
 
     fold_system: bool = False
     date: datetime.date | None = None
+    drop_reasoning: bool = False
+    variables: str = "{}"
+    """Further variables of the template, as JSON: options are keys of a cache."""
 
 
 class ChatTemplate:
@@ -105,6 +109,10 @@ class ChatTemplate:
         date = self._options.date
         if date is not None:
             self._variables["date_string"] = date.strftime("%d %b %Y")
+        given: dict[str, Any] = parse_json(self._options.variables)
+        self._variables |= given
+        # A switch that the recipe sets is the same in every prompt.
+        self._names -= given.keys()
         if "strftime_now" in source:
             self._source = _clock(date or CLOCK_DATE) + source
 
@@ -128,6 +136,7 @@ class ChatTemplate:
         """
         guard = ""
         try:
+            chat = _without_reasoning(chat) if self._options.drop_reasoning else chat
             chat = folded(chat) if self._options.fold_system else chat
         except BadConversation as error:
             raise TemplateRefused(str(error)) from error
@@ -159,8 +168,8 @@ class ChatTemplate:
             # Marks are exact and cost one rendering; without them each answer costs two.
             text, spans = self._jinja(messages, chat, marks=True)
             _check_complete(chat, text, len(messages))
-            if answers:
-                # Earlier reasoning may well be left out.
+            if answers and answers[-1] not in chat.unlearned:
+                # Earlier reasoning may well be left out, and what is not learned may be.
                 _check_reasoning(messages[answers[-1]], text)
             if chat.unlearned and len(spans) != len(answers):
                 raise TemplateRefused("it does not mark each answer once, so none can be left out")
@@ -285,9 +294,17 @@ def _check_reasoning(answer: Message, text: str) -> None:
         reasoning = answer.get(name)
         if isinstance(reasoning, str) and not _contains(text, reasoning):
             raise TemplateRefused(
-                f"it leaves out the {name} of an answer (take a template that writes it, or leave "
-                f"it out of the files)"
+                f"it leaves out the {name} of an answer, which would not be learned (take a "
+                f"template that writes it, or set corpus.reasoning: drop)"
             )
+
+
+def _without_reasoning(chat: Conversation) -> Conversation:
+    messages = tuple(
+        {key: value for key, value in message.items() if key not in _REASONING_FIELDS}
+        for message in chat.messages
+    )
+    return replace(chat, messages=messages)
 
 
 def _contains(text: str, content: str) -> bool:
@@ -354,6 +371,6 @@ def needs_date(source: str) -> bool:
 
 
 def options_key(options: ChatOptions, source: str) -> Sequence[object]:
-    """Return what the texts depend on beside the template and the conversations."""
+    """Return what the texts depend on beside the templates (joined) and the conversations."""
     date = str(options.date or CLOCK_DATE) if needs_date(source) else None
-    return [options.fold_system, date]
+    return [options.fold_system, date, options.drop_reasoning, options.variables]

@@ -98,7 +98,8 @@ class PartJob:
         )
         limits: list[object] = [self.min_characters, self.max_characters]
         if self.domain.messages_column:
-            limits += [self.template, self.domain.tools_column, self.special_in_text]
+            limits += [self.template, self.domain.tools_column, self.domain.system_column]
+            limits += [self.special_in_text]
         elif self.tokenizer.kind == "pretrained" or self.special_in_text:
             limits += [self.bos_id, self.special_in_text]
         return self.part.key(columns, self.tokenizer.fingerprint, self.tokenizer.eos_id, limits)

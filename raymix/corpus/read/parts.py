@@ -265,10 +265,10 @@ def check_column(domain: DomainConfig, file: SourceFile, schema: pa.Schema, colu
     column_type = _column_type(schema, column)
     if column_type is None:
         raise no_column(field, column, file, schema.names)
-    if domain.labels_column and domain.labels_column not in schema.names:
-        raise no_column(f"{domain.name}.labels_column", domain.labels_column, file, schema.names)
-    if domain.tools_column and domain.tools_column not in schema.names:
-        raise no_column(f"{domain.name}.tools_column", domain.tools_column, file, schema.names)
+    for beside in ("labels_column", "tools_column", "system_column"):
+        name = getattr(domain, beside)
+        if name and name not in schema.names:
+            raise no_column(f"{domain.name}.{beside}", name, file, schema.names)
     expected = _misfit(domain, column_type)
     if expected is None:
         return

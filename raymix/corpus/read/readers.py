@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raymix.corpus.chats.messages import BadConversation, Conversation, conversation
-from raymix.corpus.read.chat_columns import chat_rows, tools_column
+from raymix.corpus.read.chat_columns import chat_columns, chat_rows
 from raymix.corpus.read.csv_records import csv_records
 from raymix.corpus.read.file_formats import is_json_values
 from raymix.corpus.read.json_values import json_values
@@ -127,8 +127,8 @@ def _parquet(file_slice: FileSlice, domain: DomainConfig) -> Records:
         # bounded.
         rows = sum(reader.metadata.row_group(group).num_rows for group in groups)
         batch = min(max(rows * BATCH_BYTES // max(file_slice.size, 1), 1), _MAX_BATCH_ROWS)
-        beside = _column_beside(domain, reader.schema_arrow.names)
-        wanted = [column, beside] if beside else [column]
+        beside = _columns_beside(domain, reader.schema_arrow.names)
+        wanted = [column, *filter(None, beside)]
         # Arrow's own threads would compete with one reader per core.
         # A path such as `doc.text` reads that one field of the struct.
         batches = reader.iter_batches(batch, row_groups=groups, columns=wanted, use_threads=False)
@@ -152,8 +152,9 @@ def _arrow_values(
             values, beside = _wanted(rows, domain)
             # Only Arrow files: Parquet's decoder writes its own offsets.
             _check_layout(values)
-            if beside is not None:
-                _check_layout(beside)
+            for other in beside:
+                if other is not None:
+                    _check_layout(other)
             yield from _values(values, beside, domain)
 
 
@@ -176,26 +177,32 @@ def _arrow_batches(source: pa.NativeFile, file_slice: FileSlice) -> Iterator[pa.
         yield reader.get_batch(number)
 
 
-def _column_beside(domain: DomainConfig, names: Sequence[str]) -> str | None:
-    """Return the column of the labels, or of the tools of conversations, if one is read."""
-    return domain.labels_column or tools_column(domain, names)
+_Beside = tuple[pa.Array | None, pa.Array | None]
 
 
-def _wanted(records: pa.RecordBatch, domain: DomainConfig) -> tuple[pa.Array, pa.Array | None]:
-    """Return the column that a domain reads, and its labels or tools."""
-    beside = _column_beside(domain, records.schema.names)
-    return nested_column(records, domain.column), records.column(beside) if beside else None
+def _columns_beside(domain: DomainConfig, names: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return the columns read beside the main one: labels, or tools and system turns."""
+    return (domain.labels_column, None) if domain.labels_column else chat_columns(domain, names)
 
 
-def _values(values: pa.Array, beside: pa.Array | None, domain: DomainConfig) -> Iterator[Value]:
+def _wanted(records: pa.RecordBatch, domain: DomainConfig) -> tuple[pa.Array, _Beside]:
+    """Return the column that a domain reads, and those beside it."""
+    first, second = (
+        records.column(name) if name else None
+        for name in _columns_beside(domain, records.schema.names)
+    )
+    return nested_column(records, domain.column), (first, second)
+
+
+def _values(values: pa.Array, beside: _Beside, domain: DomainConfig) -> Iterator[Value]:
     if domain.messages_column:
-        rows = chat_rows(values, beside)
-        yield from (_messages(messages, tools, typed=True) for messages, tools in rows)
+        for row in chat_rows(values, *beside):
+            yield _messages(*row, typed=True)
         return
-    if beside is None:
+    if beside[0] is None:
         yield from _column(values, domain)
         return
-    for ids, row_labels in zip(_column(values, domain), beside.to_pylist(), strict=True):
+    for ids, row_labels in zip(_column(values, domain), beside[0].to_pylist(), strict=True):
         yield ids if not isinstance(ids, np.ndarray) else labeled(ids, row_labels)
 
 
@@ -259,10 +266,12 @@ def _record(record: object, line: bytes | str, domain: DomainConfig) -> Value:
     if value is None:
         return NULL
     if domain.messages_column:
-        tools = tools_column(domain, record)
-        if tools and tools not in record:
-            return Reject(f"no {tools!r} key", excerpt(line))
-        return _messages(value, record[tools] if tools else None)
+        columns = chat_columns(domain, record)
+        absent = [name for name in columns if name and name not in record]
+        if absent:
+            return Reject(f"no {absent[0]!r} key", excerpt(line))
+        tools, system = (record[name] if name else None for name in columns)
+        return _messages(value, tools, system)
     if domain.tokens_column:
         ids = _token_ids(value, line)
         if domain.labels_column is None or isinstance(ids, Reject):
@@ -291,11 +300,13 @@ def nested_value(record: Mapping[str, object], column: str) -> object:
     return value
 
 
-def _messages(value: object, tools: object, *, typed: bool = False) -> Conversation | Reject:
+def _messages(
+    value: object, tools: object, system: object, *, typed: bool = False
+) -> Conversation | Reject:
     if value is None:
         return NULL
     try:
-        return conversation(value, tools, typed=typed)
+        return conversation(value, tools, system, typed=typed)
     except BadConversation as error:
         return Reject(str(error), excerpt(value))
 

@@ -34,6 +34,10 @@ DIRECTORY = "tokenizer"
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
+# Of several templates this one is chosen by itself, for conversations that offer tools.
+_TOOL_USE = "additional_chat_templates/tool_use.jinja"
+
+
 @contextlib.contextmanager
 def rust_threads(enabled: bool) -> Iterator[None]:
     """Let the `tokenizers` library use threads of its own, or not, for a while.
@@ -183,8 +187,24 @@ def load_pretrained(config: PretrainedTokenizer) -> LoadedTokenizer:
         for name in ("tokenizer_config.json", *_COPIED)
         if (text := _text(directory, name))
     }
+    _join_templates(directory, beside)
     eos = _end_of_text(config, tokenizer, beside)
     return LoadedTokenizer(tokenizer, "pretrained", eos, beside)
+
+
+def _join_templates(directory: str, beside: dict[str, str]) -> None:
+    """Put a second chat template, for tools, into the settings beside the first one."""
+    tool_use = _text(directory, _TOOL_USE)
+    if tool_use is None:
+        return
+    # By name in the settings, where transformers looks as well: copies of a tokenizer have no
+    # directories in them.
+    settings = parse_json(beside.get("tokenizer_config.json", "{}"))
+    templates = [{"name": "tool_use", "template": tool_use}]
+    default = beside.pop("chat_template.jinja", None)
+    if default is not None:
+        templates.insert(0, {"name": "default", "template": default})
+    beside["tokenizer_config.json"] = json.dumps({**settings, "chat_template": templates}, indent=2)
 
 
 def download_tokenizer(repo: HubRepo) -> Path:
@@ -204,7 +224,7 @@ def download_tokenizer(repo: HubRepo) -> Path:
         )
     # All of the commit that the first file is of, though a branch may move meanwhile.
     at = dataclasses.replace(repo, revision=path.parent.name)
-    for name in ("tokenizer_config.json", *_COPIED):
+    for name in ("tokenizer_config.json", *_COPIED, _TOOL_USE):
         fetch_file(at, name, optional=True)
     return path.parent
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 import raymix
+from raymix.corpus import prepare
 from raymix.corpus.chats.messages import Conversation
 from raymix.corpus.chats.template import CHATML, ChatTemplate, TemplateRefused
 from raymix.errors import CorpusError, RecipeError
@@ -463,3 +465,39 @@ def test_templates_are_text_of_the_recipe_only(tmp_path: Path) -> None:
     with pytest.raises(TemplateRefused):
         template.examples(Conversation(({"role": "user", "content": "x"},)))
     assert CorpusConfig.model_validate({"path": str(tmp_path)}).chat_template is None
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "arrow"])
+def test_a_system_column_is_read_from_files(tmp_path: Path, form: str) -> None:
+    rows = [
+        {
+            "conversations": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}],
+            "system": f"Rule {n}." if n % 2 else None,
+        }
+        for n in range(40)
+    ]
+    path = tmp_path / f"x.{form}"
+    table = pa.Table.from_pylist(rows)
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    for given, expected in ((None, {f"Rule {n}." for n in range(1, 40, 2)}), (False, set())):
+        domain = {"name": "x", "train": str(path), "messages_column": "conversations"}
+        changes = {
+            "path": str(tmp_path / str(given)),
+            "domains": [domain | {"system_column": given}],
+        }
+        config = chat_config(tmp_path, [], **changes)
+        prepare(config, parallelism=0)
+        made = Corpus.open(config.path)
+        text = "".join(decoded(made, stream_of(made, "x", split)) for split in ("train", "valid"))
+        assert set(re.findall(r"<\|im_start\|>system\n(.*?)<", text)) == expected
+    absent = chat_config(
+        tmp_path, [], path=str(tmp_path / "n"), domains=[domain | {"system_column": "prompt"}]
+    )
+    with pytest.raises(CorpusError, match=r"x\.system_column|no 'prompt' key"):
+        prepare(absent, parallelism=0)
