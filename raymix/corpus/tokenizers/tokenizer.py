@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -237,25 +237,43 @@ def _text(directory: str, name: str) -> str | None:
 
 
 def _no_tokenizer(path: str, directory: str) -> CorpusError:
-    names = ", ".join(files.list_directory(directory)) if files.exists(directory) else ""
+    names = files.list_directory(directory) if files.exists(directory) else []
     return CorpusError.at(
         "corpus.tokenizer.path",
         path,
         "no such tokenizer",
-        allowed=f"{directory} holds {names}"
+        allowed=f"{directory} holds {', '.join(names)}"
         if names
         else f"{directory} does not exist or is empty",
-        fix=f"a tokenizer.json is needed. {_conversion(directory)}",
+        fix=f"a tokenizer.json is needed. {_conversion(directory, names)}",
     )
 
 
-def _conversion(path: str) -> str:
+def _conversion(path: str, names: Collection[str] | None = None) -> str:
+    """Return how a tokenizer without a tokenizer.json becomes one that has it.
+
+    Args:
+        path: Its directory, or its name on the Hub.
+        names: The files in it; None if they are not known.
+    """
     name = path.rstrip("/").rpartition("/")[2] or "tokenizer"
     code = (
         "from transformers import AutoTokenizer as T; "
         f"T.from_pretrained({path!r}).save_pretrained({name + '-fast'!r})"
     )
-    return f'Write one by: python -c "{code}", and name {name}-fast as corpus.tokenizer'
+    command = f'python -c "{code}"'
+    # The library that reads the file, of SentencePiece or of tiktoken; it is not one of ours.
+    if names is None or any(file.endswith(".model") for file in names):
+        command = f"pip install sentencepiece protobuf tiktoken && {command}"
+    write = f"Write one by: {command}, and name {name}-fast as corpus.tokenizer"
+    vocabulary = {"vocab.json", "vocab.txt"} & set(names or ())
+    if vocabulary and not {"tokenizer_config.json", "config.json"} & set(names or ()):
+        # The same vocabulary gives other ids under another class, which splits texts otherwise.
+        return (
+            f"{min(vocabulary)} does not say how texts are split: get the tokenizer_config.json "
+            f"that belongs to it first. {write}"
+        )
+    return write
 
 
 def _end_of_text(config: PretrainedTokenizer, tokenizer: Tokenizer, beside: dict[str, str]) -> str:
