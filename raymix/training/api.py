@@ -133,7 +133,7 @@ def train(
                     _say(line)
             _fetch_model(loaded, run)
             _write_run(run, loaded, plan)
-            _train(loaded, run, plan)
+            _train(loaded, run, plan, domains_from)
     document = summary(run)
     _show(run, document, report=report)
     remove_working_copy(run)
@@ -184,7 +184,7 @@ def _from_step(
     state = newest[1]
     change = domain_change(state, corpus)
     if change is not None:
-        check_change(change, state, corpus, asked=step, recipe=recipe)
+        check_change(change, state, corpus, asked=step, recipe=recipe, where=run.where)
     resolved = with_inherited_shares(recipe, corpus, shares_before(state, step))
     if change is None:
         # The run has gone on with these domains: what is asked for must be what it has.
@@ -206,7 +206,7 @@ def _finished(
         return False
     state = newest[1]
     if (change := domain_change(state, corpus)) is not None:
-        check_change(change, state, corpus, asked=domains_from, recipe=recipe)
+        check_change(change, state, corpus, asked=domains_from, recipe=recipe, where=run.where)
         if state.step >= steps:
             raise RecipeError.at(
                 "domains-from",
@@ -269,7 +269,7 @@ def _tracking_id(run: RunDirectory) -> str:
     return ""
 
 
-def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
+def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan, domains_from: int | None) -> None:
     job = Job(
         recipe=recipe,
         run=run,
@@ -279,6 +279,7 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan) -> None:
         threads=requested_threads(),
         session=uuid.uuid4().hex[:12],
         tracking_id=_tracking_id(run),
+        domains_from=domains_from,
     )
     with (
         redirect_ray_output(run.path / "ray.log"),

@@ -80,6 +80,8 @@ class Job:
     """Unique to this start of the run; part of the names of its actors."""
     tracking_id: str = ""
     """The run's id in trackers, the same at every start."""
+    domains_from: int | None = None
+    """The step from which on the run reads the domains of the recipe, where they were others."""
     controller: Any = None
     """The controller's actor; None without Ray."""
     plane: Any = None
@@ -113,7 +115,7 @@ def resume(job: Job, world: World) -> ResumePoint:
     use_threads(job.threads, world)
     start: ResumePoint | None = None
     if world.is_writer:
-        newest = checkpoint_to_resume(job.run, job.recipe, job.steps)
+        newest = checkpoint_to_resume(job.run, job.recipe, job.steps, domains_from=job.domains_from)
         path, state = newest if newest else (None, None)
         rows = job.micro_batch_rows
         if state is not None and state.world_size == world.size:

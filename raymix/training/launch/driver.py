@@ -53,7 +53,7 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
     """
     recipe = job.recipe
     corpus = Corpus.open(recipe.corpus.path)
-    newest = checkpoint_to_resume(job.run, recipe, job.steps)
+    newest = checkpoint_to_resume(job.run, recipe, job.steps, domains_from=job.domains_from)
     # Actors are started by the driver, not by a worker: they outlive restarts of the worker group.
     controller = start_controller(
         name=f"raymix-controller-{job.session}",

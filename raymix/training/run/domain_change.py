@@ -63,7 +63,13 @@ def domain_change(state: TrainingState, corpus: Corpus) -> DomainChange | None:
 
 
 def check_change(
-    change: DomainChange, state: TrainingState, corpus: Corpus, *, asked: int | None, recipe: Recipe
+    change: DomainChange,
+    state: TrainingState,
+    corpus: Corpus,
+    *,
+    asked: int | None,
+    recipe: Recipe,
+    where: str,
 ) -> None:
     """Check that a run may go on from a checkpoint with other domains.
 
@@ -73,6 +79,7 @@ def check_change(
         corpus: The corpus with the other domains.
         asked: The step from which on the user wants them; None if they did not say so.
         recipe: The recipe.
+        where: Path or URL of the run.
 
     Raises:
         CorpusError: If they did not say so, or the content of a domain that stays is another.
@@ -82,7 +89,7 @@ def check_change(
         raise CorpusError.at(
             "corpus.domains",
             list(change.after),
-            f"the run reads {list(change.before)}, and has to its step {change.step:,}",
+            f"the run in {where} reads {list(change.before)}, and has to its step {change.step:,}",
             fix=f"Add --domains-from {change.step} to the command to read these from there on, or "
             "--if-exists new to begin anew",
         )
@@ -192,9 +199,12 @@ def changed_state(
 
 
 def checkpoint_to_resume(
-    run: RunDirectory, recipe: Recipe, steps: int
+    run: RunDirectory, recipe: Recipe, steps: int, *, domains_from: int | None
 ) -> tuple[Path, TrainingState] | None:
-    """Return the newest checkpoint of a run and its state, for the domains of the recipe's corpus.
+    """Return the newest checkpoint of a run and its state.
+
+    The state is for the domains of the recipe's corpus if the checkpoint is of step `domains_from`;
+    else as it is, and what goes on from it refuses other domains.
 
     Raises:
         CorpusError: If the corpus cannot be opened.
@@ -204,6 +214,8 @@ def checkpoint_to_resume(
     if newest is None:
         return None
     path, state = newest
+    if state.step != domains_from:
+        return newest
     corpus = Corpus.open(recipe.corpus.path)
     change = domain_change(state, corpus)
     return path, state if change is None else changed_state(state, change, corpus, recipe, steps)

@@ -26,6 +26,7 @@ from raymix.training.launch.local import run_in_process
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.domain_change import checkpoint_to_resume
 from raymix.training.run.rundir import RunDirectory
+from raymix.training.setup import Job
 from tests.integration.training.test_run import at, job, numbers, recipe
 from tests.integration.training.test_run import train as train_in_process
 from tests.support.loops import train_corpus
@@ -178,7 +179,7 @@ def train_in_process_changed(used: Recipe, run: RunDirectory, step: int) -> None
     """Go on with other domains, to a step."""
     run.write_recipe(used)
     # A start of its own: within one session the controller goes on from its files.
-    again = replace(job(used), session="another", threads=None)
+    again = replace(job(used), session="another", threads=None, domains_from=CHANGE)
     assert run_in_process(again, stop_requested=stop_at(run, step - 1)).step == step
 
 
@@ -191,7 +192,7 @@ def test_the_batches_are_the_same_for_any_number_of_ranks(
     expected = [line["batch_hash"] for line in steps_of(run)[CHANGE:]]
     (tmp_path / "ranks").mkdir()
     again = started(before, tmp_path / "ranks", {"kind": "static", "weights": BEFORE})
-    newest = checkpoint_to_resume(again, used, STEPS)
+    newest = checkpoint_to_resume(again, used, STEPS, domains_from=CHANGE)
     assert newest is not None
     state = newest[1]
     for world_size in (1, 2, 3):
@@ -215,6 +216,26 @@ def test_the_batches_are_the_same_for_any_number_of_ranks(
             assert [batch.batch_hash for batch in batches] == expected
             tokens += sum(batch.tokens.size for batch in batches if isinstance(batch, StepBatch))
         assert tokens == 192 * (STEPS - CHANGE)
+
+
+def test_whoever_does_not_ask_for_other_domains_does_not_get_them(
+    stopped_run: Path, after: Corpus
+) -> None:
+    """Trials and other callers below the command do not check what they resume."""
+    used = of(after, stopped_run, {"kind": "uniform"})
+    with pytest.raises(CorpusError, match=r"its domains are \['a', 'b'\]"):
+        run_in_process(
+            Job(
+                recipe=used,
+                run=at(stopped_run, used),
+                steps=STEPS,
+                micro_batch_rows=4,
+                on_gpu=False,
+                threads=1,
+                session="other",
+            ),
+            stop_requested=lambda: False,
+        )
 
 
 @pytest.mark.parametrize(
