@@ -36,6 +36,15 @@ def command(
             help="Train the run that is there for longer: train.steps may be larger than its own.",
         ),
     ] = False,
+    from_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Go back to the newest whole checkpoint at or before step N; later ones are moved "
+            "aside.",
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Draw report.html at the end.")] = True,
     json: Json = False,
 ) -> None:
@@ -61,6 +70,12 @@ def command(
         from raymix.training.api import train
 
         loaded = load(recipe, overrides, set_overrides)
-        return train(loaded, if_exists=if_exists.value, extend=extend, report=report)
+        return train(
+            loaded,
+            if_exists=if_exists.value,
+            extend=extend,
+            from_step=from_step,
+            report=report,
+        )
 
     run_command(work, json=json)

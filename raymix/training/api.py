@@ -42,6 +42,7 @@ from raymix.training.run.extension import (
     schedule_notes,
     set_decay_aside,
 )
+from raymix.training.run.fallback import go_back, resume_checkpoint, set_damaged_aside
 from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.pinned_model import pin_model, pretrained_repo
 from raymix.training.run.progress import RunProgress
@@ -70,6 +71,7 @@ def train(
     *,
     if_exists: IfExists = "resume",
     extend: bool = False,
+    from_step: int | None = None,
     report: bool = True,
 ) -> dict[str, Any]:
     """Train a recipe and return the run's summary; prints progress on stdout.
@@ -84,6 +86,8 @@ def train(
         extend: Make a run that is there longer: `train.steps` (or `tokens`) may be larger than its
             own, and it goes on with the batches that it would have had; only the schedule of the
             learning rate has another shape, which is printed.
+        from_step: Go back to the newest whole checkpoint at or before this step. Later ones are
+            moved aside; metrics and mixture log end there.
         report: Draw `report.html` at the end, if matplotlib is installed.
 
     Raises:
@@ -108,6 +112,9 @@ def train(
     with run_lock(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
+        set_damaged_aside(run, note=_say)
+        if from_step is not None:
+            go_back(run, from_step, note=_say)
         if extend:
             _extend(run, loaded, corpus, plan.steps)
         if not _finished(run, plan.steps, corpus, loaded):
@@ -153,8 +160,9 @@ def _finished(run: RunDirectory, steps: int, corpus: Corpus, recipe: Recipe) -> 
     Raises:
         CorpusError: If the run's checkpoint was made with another corpus, and that is not accepted,
             or the run is finished, or the domains are others.
+        RecipeError: If the run has lost its checkpoints.
     """
-    newest = newest_checkpoint_of(run, note=_say)
+    newest = resume_checkpoint(run, note=_say)
     if newest is None:
         return False
     state = newest[1]

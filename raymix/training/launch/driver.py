@@ -30,7 +30,7 @@ from raymix.training.launch.entry import FailFastPolicy, train_worker
 from raymix.training.launch.placement import placement_options
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.plan.mixer_context import mixer_context
-from raymix.training.run.remote_run import newest_checkpoint_of
+from raymix.training.run.fallback import resume_checkpoint
 from raymix.training.setup import Job
 
 _START_RETRIES = 2
@@ -53,7 +53,7 @@ def run_on_ray(job: Job, watched: Callable[[Callable[[], object]], None]) -> Non
     """
     recipe = job.recipe
     corpus = Corpus.open(recipe.corpus.path)
-    newest = newest_checkpoint_of(job.run)
+    newest = resume_checkpoint(job.run)
     # Actors are started by the driver, not by a worker: they outlive restarts of the worker group.
     controller = start_controller(
         name=f"raymix-controller-{job.session}",

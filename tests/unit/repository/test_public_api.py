@@ -50,7 +50,7 @@ NAMES = {
 
 OPTIONS = {
     "prepare": {"--set", "--json", "--parallelism", "--if-exists"},
-    "train": {"--set", "--json", "--if-exists", "--extend", "--report"},
+    "train": {"--set", "--json", "--if-exists", "--extend", "--from-step", "--report"},
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
