@@ -20,7 +20,7 @@ import ray
 from raymix.errors import ClusterError
 from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus, Split
-from raymix.streaming.actor_options import actor_options
+from raymix.streaming.actors import start_actor
 from raymix.streaming.blocks.cache import BlockCache
 from raymix.streaming.blocks.geometry import BlockNumbers
 
@@ -251,11 +251,12 @@ def start_plane(
         name: Name for `ray.get_actor`; none needed where the handle is passed on.
     """
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return BlockPlaneActor.options(**actor_options(name)).remote(
-        corpus.path,
-        row_tokens=row_tokens,
-        cache_bytes=auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,
-        split=split,
+    arguments = {
+        "corpus": corpus.path,
+        "row_tokens": row_tokens,
+        "cache_bytes": auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,
+        "split": split,
         # One task per node reads faster than any model trains, and leaves the cores to the ranks.
-        concurrency=nodes,
-    )
+        "concurrency": nodes,
+    }
+    return start_actor(BlockPlaneActor, name, arguments=arguments)

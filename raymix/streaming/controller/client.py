@@ -11,7 +11,7 @@ import ray.exceptions
 
 from raymix.errors import ClusterError, RaymixError
 from raymix.mixers import DomainStats
-from raymix.streaming.actor_options import actor_options
+from raymix.streaming.actors import start_actor
 from raymix.streaming.controller.actor import MixtureControllerActor
 from raymix.streaming.controller.base import LeaseRequest
 from raymix.streaming.controller.leases import Lease
@@ -156,6 +156,5 @@ def start_controller(*, name: str | None = None, **options: Any) -> Any:
         options: Arguments of `MixtureController`, all but `session`.
     """
     # Not movable: its journal is in the run directory, a local one of this node.
-    return MixtureControllerActor.options(**actor_options(name, movable=False)).remote(
-        session=uuid.uuid4().hex, **options
-    )
+    arguments = {"session": uuid.uuid4().hex, **options}
+    return start_actor(MixtureControllerActor, name, movable=False, arguments=arguments)
