@@ -108,7 +108,10 @@ OPTIONS = {
     "report": {"--out", "--json"},
     "watch": {"--every", "--once", "--json"},
     "weights": {"--from-step", "--hold", "--release", "--timeout", "--json"},
-    "submit": {"--address", "--follow", "--project", "--storage", "--token-in-clear", "--json"},
+    "submit": {
+        *("--address", "--follow", "--project", "--storage", "--token-in-clear", "--dry-run"),
+        "--json",
+    },
     "status": {"--address", "--token-in-clear", "--json"},
     "logs": {"--address", "--follow", "--token-in-clear", "--json"},
     "stop": {"--address", "--token-in-clear", "--json"},
