@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from raymix.errors import ClusterError
+from raymix.errors import ClusterLostError
 from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus, Split
 from raymix.streaming.actors import start_actor
@@ -118,7 +118,7 @@ class BlockPlane:
             urgent: Whether the caller waits for them; else they are loaded within the budget.
 
         Raises:
-            ClusterError: If reading failed several times in a row.
+            ClusterLostError: If reading failed several times in a row.
         """
         requested = numbers.tolist()
         # Failures of earlier calls are no reason to give up on this one.
@@ -203,7 +203,7 @@ class BlockPlane:
     def _give_up(self, error: Exception) -> None:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         self._failures.append(
-            ClusterError.at(
+            ClusterLostError.at(
                 "corpus.path",
                 self._corpus.path,
                 f"reading blocks failed {_MAX_FAILURES} times in a row: {first_line}",

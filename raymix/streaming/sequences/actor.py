@@ -190,7 +190,7 @@ class RemoteSequenceScheduler:
 
         Raises:
             TrainingError: If another attempt is being planned for, or the step has no shares yet.
-            ClusterError: If the actor is gone or does not answer.
+            ClusterLostError: If the actor is gone or does not answer.
         """
         until = self._context.until()
         if step >= until:

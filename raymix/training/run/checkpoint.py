@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from raymix._utils.json import parse_json
-from raymix.errors import RecipeError, StorageError, TrainingError
+from raymix.errors import RecipeError, TrainingError, UnreachableError
 from raymix.store.remote import files
 from raymix.training.model.finite import non_finite, some
 from raymix.training.model.lora import has_adapters, save_adapter
@@ -187,7 +187,7 @@ def read_state(checkpoint: Path) -> TrainingState:
     Raises:
         DamagedError: If the checkpoint is not whole.
         TrainingError: If it is of a newer format.
-        StorageError: If it cannot be read for some seconds, which says nothing about its content.
+        UnreachableError: If it cannot be read for some seconds; its content may be whole.
     """
 
     def read() -> TrainingState:
@@ -200,7 +200,7 @@ def read_state(checkpoint: Path) -> TrainingState:
         raise _damaged(str(checkpoint), error) from error
     except OSError as error:
         # Not damage: for that the run would go back to an older checkpoint, or to its beginning.
-        raise StorageError.at(
+        raise UnreachableError.at(
             "checkpoint",
             str(checkpoint),
             f"cannot be read: {error.strerror}",

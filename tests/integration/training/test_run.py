@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -344,6 +345,55 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
     with run.locked(), pytest.raises(RecipeError, match="in use by process"), run.locked():
         pass
     with run.locked():
+        pass
+
+
+def test_without_locks_of_the_file_system_a_file_names_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Lustre mounted without flock."""
+
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = RunDirectory(tmp_path)
+    owner = tmp_path / ".lock-owner"
+    with run.locked():
+        assert run.in_use() is True
+        held = json.loads(owner.read_text())
+        with (
+            pytest.raises(RecipeError, match=rf"in use by process {held['process']} on"),
+            run.locked(),
+        ):
+            pass
+    assert not owner.exists()
+    assert run.in_use() is False
+    # Dead: of an earlier boot, of a number that another process has now, of none.
+    for change in ({"boot": "earlier"}, {"started": "1"}, {"process": 2**22 + 1}):
+        owner.write_text(json.dumps({**held, **change}))
+        assert run.in_use() is False
+        with run.locked():
+            assert json.loads(owner.read_text()) == held
+    owner.write_text(json.dumps({**held, "host": "elsewhere"}))
+    assert run.in_use() is None
+    with (
+        pytest.raises(RecipeError, match=r"only that machine can tell\. If that process has ended"),
+        run.locked(),
+    ):
+        pass
+    assert owner.exists()
+
+
+def test_a_directory_that_cannot_be_locked_is_not_in_use_by_somebody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be locked: Input/output"), run.locked():
         pass
 
 

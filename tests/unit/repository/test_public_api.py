@@ -238,5 +238,6 @@ def test_errors_are_standard_types_too() -> None:
         "LawError": 2,
         "TrainingError": 1,
         "StorageError": 2,
-        "UnreachableError": 2,
+        "UnreachableError": 3,
+        "ClusterLostError": 3,
     }
