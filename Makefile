@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start a hundred processes; each would compile all of raymix again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo demo-cluster docs test test-unit test-integration test-ray test-gpu test-slow lint lock clean \
+.PHONY: help install demo demo-cluster docs test test-unit test-integration test-ray test-ray-next test-gpu test-slow lint lock clean \
         bench-stream bench-prepare bench-loop bench-merge
 
 help:  ## Show this list
@@ -41,6 +41,18 @@ test-integration: install  ## Tests of several processes and of whole commands, 
 
 test-ray: install  ## Tests that share one Ray cluster
 	@$(BIN)/python -m pytest -q -m "not slow and ray" tests/integration/ray tests/e2e/ray
+
+# An environment of its own on top of the locked one: only Ray is another. RAY=ray==X.Y.Z takes another.
+RAY ?= ray
+SITE := -c 'import site; print(site.getsitepackages()[0])'
+
+test-ray-next: install  ## Tests of Ray's private API and of training with the newest Ray of the registry
+	@rm -rf .venv-ray-next && $(BIN)/python -m venv .venv-ray-next
+	@$(BIN)/python $(SITE) > "$$(.venv-ray-next/bin/python $(SITE))/locked.pth"
+	@.venv-ray-next/bin/python -m pip install --quiet --upgrade $(RAY)
+	@.venv-ray-next/bin/python -c 'import ray, torch; print("ray", ray.__version__, "torch", torch.__version__)'
+	@PYTHONPATH=$(CURDIR) .venv-ray-next/bin/python -m pytest -q tests/unit/repository/test_compat.py \
+	  tests/integration/ray/test_actor_restarts.py tests/integration/ray/test_training.py
 
 test-unit: install  ## Tests without Ray, under a minute
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit

@@ -49,6 +49,8 @@ class RaymixError(Exception):
     """Base of all errors raymix raises on purpose; `problems` holds one message per fault."""
 
     exit_code = 2
+    transient = False
+    """Whether the same work may succeed later, although nobody changed anything."""
 
     def __init__(self, *problems: str) -> None:
         """Keep the messages in order; an error stands for all faults found in one go."""
@@ -80,7 +82,10 @@ class StorageError(RaymixError, RuntimeError):
 
 
 class UnreachableError(StorageError):
-    """A store behind a URL that does not answer, which may pass."""
+    """A disk, or a store behind a URL, that does not answer, which may pass."""
+
+    exit_code = 3
+    transient = True
 
 
 class LawError(RaymixError, ValueError):
@@ -97,6 +102,13 @@ class ScheduleError(RaymixError, ValueError):
 
 class ClusterError(RaymixError, RuntimeError):
     """The Ray cluster at hand lacks what the recipe asks for."""
+
+
+class ClusterLostError(ClusterError):
+    """A part of the cluster died in the middle of the work, or does not answer."""
+
+    exit_code = 3
+    transient = True
 
 
 class TrainingError(RaymixError, RuntimeError):

@@ -114,7 +114,8 @@ def run_command(
         failed: Returns the exit code of a document: 0 or False for success, True for 1.
 
     Raises:
-        typer.Exit: With 2 for bad input, 1 for a failure in the work, 130 when interrupted.
+        typer.Exit: With 1 for a failure in the work, 2 for bad input, 3 where the cluster or a
+            store died or does not answer, 130 when interrupted.
     """
     with _stdout_for_document(json) as write:
         try:

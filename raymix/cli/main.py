@@ -33,7 +33,8 @@ heavy (torch, ray, pydantic models) inside functions. A command file looks like 
 
 `work` prints what a person reads on stdout and returns the document of `--json`; with `--json`
 `run_command` sends every such print to stderr and the document alone to stdout. It also turns
-errors into messages and exit codes: 0 done, 2 bad input, 1 failure in the work, 130 interrupted.
+errors into messages and exit codes: 0 done, 1 failure in the work, 2 bad input, 3 the cluster
+or a store is away, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as build_command
 
+from raymix._utils.terminal import hangup_is_ctrl_c
 from raymix.cli import _run
 from raymix.errors import did_you_mean
 
@@ -99,8 +101,9 @@ Examples:
   raymix train my.yaml train.steps=200      the same with a field changed
   raymix report runs/my                     draw the run again
 """
-_EPILOG = """Exit codes: 0 done, 1 the work failed, 2 bad input, 130 interrupted. With --json every
-command prints exactly one JSON document on stdout."""
+_EPILOG = """Exit codes: 0 done, 1 the work failed, 2 bad input, 3 the cluster or a store died or
+does not answer (try again), 130 interrupted. With --json every command prints exactly one JSON
+document on stdout."""
 
 
 class PlainCommand(TyperCommand):
@@ -206,6 +209,7 @@ def main() -> None:
     """Run the command line of this process."""
     # Here and not in `frame`: tests call `app` and read stdout after it.
     _run.own_process()
+    hangup_is_ctrl_c()
     try:
         app(prog_name="raymix")
     finally:

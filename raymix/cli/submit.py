@@ -11,6 +11,14 @@ from raymix.cli._run import Address, Json, RecipeSource, TokenInClear, run_comma
 
 if TYPE_CHECKING:
     from raymix.jobs import JobEnd, JobServer, Submission
+    from raymix.jobs.files import Listing
+
+_MAX_NAMED = 5
+
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="List what would travel, and what not and why; send nothing."),
+]
 
 
 def command(
@@ -47,12 +55,14 @@ def command(
         ),
     ] = None,
     token_in_clear: TokenInClear = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Ship the project to a Ray cluster and run a raymix command there.
 
-    The project travels without what .gitignore and .rayignore name; sources that the recipe gives
-    relative to itself must be part of it. Results go to --storage or to absolute paths. With
+    The project travels without what .gitignore and .rayignore name and without files that may hold
+    a secret (.env, .ssh/, *.pem, hf_token, ...); sources that the recipe gives relative to itself
+    must be part of it. Results go to --storage or to absolute paths. With
     --follow the exit code is the job's; Ctrl-C leaves the job running. A token (RAY_AUTH_MODE=
     token) is sent over TLS or to this machine only.
     """
@@ -63,15 +73,58 @@ def command(
         submission = prepare_submission(
             name, recipe, arguments or (), project=project, storage=storage
         )
+        if dry_run:
+            return _show_listing(submission)
         # Before anything is sent: what is left out may be what the job needs.
         for path in submission.listing.left_out:
             print(f"left out: {path} (a link out of the project, or no file)")
+        _show_secrets(submission.listing)
         # After all checks that need no cluster.
         server = JobServer(address, token_in_clear=token_in_clear)
         document = _submit(server, submission, follow=follow)
         return document | {"storage": storage}
 
     run_command(work, json=json, failed=exit_code)
+
+
+def _show_secrets(listing: Listing) -> None:
+    """Say in one line how many files stay here because they may hold a secret."""
+    secret = listing.secrets
+    if secret:
+        size = sum((listing.root / name).stat().st_size for name in secret)
+        more = ", ..." if len(secret) > _MAX_NAMED else ""
+        print(
+            f"stay here: {len(secret):,} files of {size / 1e3:,.1f} kB that may hold secrets: "
+            f"{', '.join(secret[:_MAX_NAMED])}{more}"
+        )
+
+
+def _show_listing(submission: Submission) -> dict[str, Any]:
+    """Print the files of a project, those that travel first; return the document."""
+    listing = submission.listing
+    for name in listing.files:
+        print(f"travels   {name}  ({(listing.root / name).stat().st_size:,} bytes)")
+    for names, why in (
+        (listing.secrets, "may hold a secret"),
+        (listing.ignored, "ignored"),
+        (listing.left_out, "a link out of the project, or no file"),
+    ):
+        for name in names:
+            print(f"stays     {name}  ({why})")
+    size = listing.size_bytes
+    print(f"project: {listing.root}, {len(listing.files):,} files, {size / 1e6:.1f} MB to travel")
+    _show_secrets(listing)
+    print("nothing was sent")
+    return {
+        "project": str(listing.root),
+        "command": submission.entrypoint,
+        "files": list(listing.files),
+        "bytes": size,
+        "secrets": list(listing.secrets),
+        "ignored": list(listing.ignored),
+        "left_out": list(listing.left_out),
+        "exit_code": 0,
+    }
 
 
 def _submit(server: JobServer, submission: Submission, *, follow: bool) -> dict[str, Any]:
@@ -93,6 +146,7 @@ def _submit(server: JobServer, submission: Submission, *, follow: bool) -> dict[
         "files": len(listing.files),
         "package_bytes": size,
         "left_out": list(listing.left_out),
+        "secrets": list(listing.secrets),
     }
 
 

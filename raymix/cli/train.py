@@ -16,6 +16,24 @@ from raymix.cli._run import (
     run_command,
 )
 
+DomainsFrom = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEP",
+        min=1,
+        help="Go on with other domains from this step on, that of the newest checkpoint.",
+    ),
+]
+FromStep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Go back to the newest whole checkpoint at or before step N; later ones are moved "
+        "aside.",
+    ),
+]
+
 
 def command(
     recipe: RecipeSource,
@@ -36,14 +54,8 @@ def command(
             help="Train the run that is there for longer: train.steps may be larger than its own.",
         ),
     ] = False,
-    domains_from: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEP",
-            min=1,
-            help="Go on with other domains from this step on, that of the newest checkpoint.",
-        ),
-    ] = None,
+    domains_from: DomainsFrom = None,
+    from_step: FromStep = None,
     report: Annotated[bool, typer.Option(help="Draw report.html at the end.")] = True,
     json: Json = False,
 ) -> None:
@@ -77,6 +89,7 @@ def command(
                 if_exists=if_exists.value,
                 extend=extend,
                 domains_from=domains_from,
+                from_step=from_step,
                 report=report,
             )
 

@@ -2,19 +2,24 @@
 
 The rules are git's: a pattern holds from the directory of its file downwards, a later pattern and
 a deeper file win, and the content of an ignored directory stays ignored. `.git`, virtual
-environments and Python's caches are never shipped.
+environments, Python's caches and what may hold a secret are never shipped.
 """
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pathspec import GitIgnoreSpec
 
 from raymix.errors import RecipeError
+from raymix.jobs.secrets import may_be_secret
+
+_Fate = Literal["shipped", "secret", "ignored", "outside"]
 
 _IGNORE_FILES = (".gitignore", ".rayignore")
 # Whatever the ignore files say: git never lists .git, and virtual
@@ -33,6 +38,22 @@ class Listing:
     """Files to ship, relative to the root, sorted, with slashes."""
     left_out: tuple[str, ...]
     """Links that lead out of the project, and entries that are neither file nor directory."""
+    secrets: tuple[str, ...] = ()
+    """Files that may hold a secret; see `raymix.jobs.secrets`."""
+    ignored: tuple[str, ...] = ()
+    """Files and directories that an ignore file names, or that are never shipped; directories end
+    in a slash, and what is in them is not listed."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the size of the files to ship."""
+        return sum((self.root / name).stat().st_size for name in self.files)
+
+    def reason(self, name: str) -> str:
+        """Return why a file of the project, or all files of a directory, do not travel."""
+        if any(each == name or each.startswith(f"{name}/") for each in self.secrets):
+            return "by its name it may hold a secret"
+        return "an ignore file names it, or a link leads outwards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +97,41 @@ def list_files(root: Path) -> Listing:
             "this would ship everything in it",
             fix="Put the recipe into a directory of its own, or name one by --project",
         )
-    files: list[str] = []
-    left_out: list[str] = []
-    for path, shippable in _walk(root, "", _above(root)):
-        (files if shippable else left_out).append(path)
+    found: dict[_Fate, list[str]] = defaultdict(list)
+    for path, fate in _walk(root, "", _above(root)):
+        found[fate].append(path)
     # File systems list in different orders; equal projects have to give equal archives.
-    return Listing(root, tuple(sorted(files)), tuple(sorted(left_out)))
+    files, outside, secret, ignored = (
+        tuple(sorted(found[fate])) for fate in ("shipped", "outside", "secret", "ignored")
+    )
+    return Listing(root, files, outside, secret, ignored)
 
 
-def _walk(root: Path, base: str, rules: Sequence[_Rules]) -> Iterator[tuple[str, bool]]:
-    """Yield the paths below `base` that no rule ignores, and whether each can be shipped."""
+def _walk(root: Path, base: str, rules: Sequence[_Rules]) -> Iterator[tuple[str, _Fate]]:
+    """Yield the files below `base` and what is to become of each; ignored directories as one."""
     # Deepest first: the first rule with a verdict wins.
     inner = [*(_Rules(spec, base) for spec in _specs(root / base)), *rules]
     with os.scandir(root / base) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            path = base + entry.name
             # Links to directories are not walked: they may lead out of the project, or in a circle.
             folder = entry.is_dir(follow_symlinks=False)
             # A pattern that ends in a slash matches directories only, so
             # paths of directories end in one.
-            if entry.name in _NEVER_SHIPPED or _ignored(path + "/" * folder, inner):
-                continue
-            if folder:
-                yield from _walk(root, path + "/", inner)
+            path = base + entry.name + "/" * folder
+            if entry.name in _NEVER_SHIPPED or _ignored(path, inner):
+                yield path, "ignored"
+            elif folder:
+                yield from _walk(root, path, inner)
             else:
-                yield path, _stays_inside(root, entry)
+                yield path, _fate(root, path, entry)
+
+
+def _fate(root: Path, path: str, entry: os.DirEntry[str]) -> _Fate:
+    if not _stays_inside(root, entry):
+        return "outside"
+    # A link of a harmless name would ship what it leads to.
+    target = os.path.relpath(os.path.realpath(entry.path), root)
+    return "secret" if may_be_secret(path) or may_be_secret(target) else "shipped"
 
 
 def _stays_inside(root: Path, entry: os.DirEntry[str]) -> bool:

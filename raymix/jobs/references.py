@@ -156,8 +156,9 @@ def _missing(reference: Reference, base: str, listing: Listing, shipped: set[str
             )
         if not _is_shipped(inside, listing.root / inside, shipped):
             return problem(
-                f"{inside} does not travel: an ignore file names it, or a link leads outwards",
-                "Take it out of .gitignore, or give a URL or a path that the cluster has",
+                f"{inside} does not travel: {listing.reason(inside)}",
+                "Take it out of .gitignore, give it another name, or give a URL or a path that the "
+                "cluster has",
             )
     return []
 

@@ -174,10 +174,11 @@ def _inside(path: str, listing: Listing) -> str:
     with suppress(ValueError):
         inside = Path(path).resolve().relative_to(listing.root).as_posix()
     if inside is None or inside not in listing.files:
+        why = "" if inside is None else f": {listing.reason(inside)}"
         raise RecipeError.at(
             "recipe",
             path,
-            f"not among the files of the project {listing.root} that travel",
+            f"not among the files of the project {listing.root} that travel{why}",
             fix="Put it there, take it out of .gitignore, or name another --project",
         )
     return inside

@@ -256,6 +256,8 @@ class TrainConfig(RecipeModel):
     """AdamW's epsilon."""
     clip_norm: Number | None = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    max_skipped_steps: Integer = Field(default=10, ge=0)
+    """Steps in a row that may be left out as their gradient is not finite; one more is an error."""
     micro_batch_rows: Annotated[Integer, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows per forward pass and worker; smaller ones accumulate gradients. In document mode a row
     is what a worker must hold of the longest document: its tokens over `data.assign.context`."""

@@ -51,6 +51,7 @@ from raymix.training.run.extension import (
     schedule_notes,
     set_decay_aside,
 )
+from raymix.training.run.fallback import go_back, resume_checkpoint, set_damaged_aside
 from raymix.training.run.heartbeat_lock import run_lock
 from raymix.training.run.identity import LENGTH_FIELDS
 from raymix.training.run.pinned_model import pin_model, pretrained_repo
@@ -80,6 +81,7 @@ def train(
     if_exists: IfExists = "resume",
     extend: bool = False,
     domains_from: int | None = None,
+    from_step: int | None = None,
     report: bool = True,
 ) -> dict[str, Any]:
     """Train a recipe and return the run's summary; prints progress on stdout.
@@ -97,6 +99,8 @@ def train(
         domains_from: Go on with other domains than the run has read, from this step on, which must
             be that of its newest checkpoint: those of the recipe, whose mixer may be another, too.
             Stated again once the run has gone on, it changes nothing.
+        from_step: Go back to the newest whole checkpoint at or before this step. Later ones are
+            moved aside; metrics and mixture log end there.
         report: Draw `report.html` at the end, if matplotlib is installed.
 
     Raises:
@@ -105,6 +109,13 @@ def train(
     """
     from raymix.corpus.open_or_prepare import open_or_prepare
 
+    if domains_from is not None and from_step is not None:
+        raise RecipeError.at(
+            "from-step",
+            from_step,
+            "not together with --domains-from, which goes on from the newest checkpoint",
+            fix="Move the later checkpoints out of the run's directory checkpoints first",
+        )
     loaded = load_recipe(recipe)
     stage("checking recipe, corpus and machine")
     lengths = LENGTH_FIELDS if extend else frozenset[str]()
@@ -125,6 +136,9 @@ def train(
     with run_lock(run, note=_say):
         if run.url is not None:
             run.mirror().fetch(*RECIPE_FILES, *LOG_FILES)
+        set_damaged_aside(run, note=_say)
+        if from_step is not None:
+            go_back(run, from_step, note=_say)
         if extend:
             _extend(run, loaded, corpus, plan.steps)
         if not _finished(run, plan.steps, corpus, loaded, domains_from=domains_from):
@@ -200,8 +214,9 @@ def _finished(
     Raises:
         CorpusError: If the run's checkpoint was made with another corpus, and that is not accepted,
             or the run is finished, or the domains are others.
+        RecipeError: If the run has lost its checkpoints.
     """
-    newest = newest_checkpoint_of(run, note=_say)
+    newest = resume_checkpoint(run, note=_say)
     if newest is None:
         return False
     state = newest[1]

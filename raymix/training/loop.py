@@ -24,12 +24,14 @@ from raymix.streaming.batches.step_batch import DocumentBatch, StepBatch
 from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import LossTable
 from raymix.training.host.device import seed_everything
+from raymix.training.model.finite import step_if_finite
 from raymix.training.model.optim import clip_gradients, learning_rate, set_learning_rate
 from raymix.training.model.parallel import HostCopy, training_precision
 from raymix.training.run.checkpoint import TrainingState, save_checkpoint
 from raymix.training.step.batches import count_micro_batches, micro_batches, token_loss_weights
 from raymix.training.step.documents import MicroStep, document_micro_steps
 from raymix.training.step.metrics import PendingMetrics, StepMetrics, StepSums
+from raymix.training.step.skipped import SkippedSteps, non_finite_domains
 
 
 @dataclass(slots=True)
@@ -88,6 +90,8 @@ class TrainingLoop:
         # step is done when its call returns: reading late would gain nothing.
         self._read_metrics_late = self._world.device.type == "cuda"
         self._requests = StepSums(0.0, False, False, zeros, zeros)
+        limit = components.recipe.train.max_skipped_steps
+        self._skipped = SkippedSteps(limit, components.domains)
         self._last_checkpoint_s = time.monotonic()
         self._clock_s = time.perf_counter()
         self._shares: tuple[int, dict[str, float]] = (-1, {})
@@ -98,7 +102,8 @@ class TrainingLoop:
         """Train, and return how the loop ended; all ranks end at the same step.
 
         Raises:
-            TrainingError: If a loss is not finite.
+            TrainingError: If a held-out loss is not finite, nor the gradients of too many steps in
+                a row.
             RaymixError: Whatever stream, controller or disk raise.
         """
         components = self._components
@@ -171,7 +176,7 @@ class TrainingLoop:
             checkpoint=self._checkpoint_minutes_over(), stop=self._stop_requested()
         )
         grad_norm = clip_gradients(replica.model.parameters(), components.recipe.train.clip_norm)
-        components.optimizer.step()
+        step_if_finite(components.optimizer, grad_norm)
         components.optimizer.zero_grad(set_to_none=True)
         return _InFlightStep(batch, lr, components.stream.waited_s, pending, HostCopy(grad_norm))
 
@@ -194,20 +199,25 @@ class TrainingLoop:
         sums = step.pending.result()
         batch = step.batch
         loss = sums.loss / max(1, batch.label_tokens)
-        if not math.isfinite(loss):
-            domains = _non_finite_domains(sums.nats_D, self._components.domains)
+        grad_norm = float(step.grad_norm.get())
+        skipped = self._skipped.add(batch.step + 1, grad_norm, sums.nats_D)
+        if skipped is None and not math.isfinite(loss):
+            domains = non_finite_domains(sums.nats_D, self._components.domains)
             raise _divergence(
                 self._components, f"the loss{domains} is {loss} at step {batch.step + 1}"
             )
         self._requests = sums
         self._tokens_D += batch.tokens_D
         if self._components.push is not None:
-            self._window.nats_D += sums.nats_D
-            self._window.labels_D += sums.labels_D
+            # A mixer would keep a loss that is not finite in its averages for good.
+            finite_D = np.isfinite(sums.nats_D)
+            self._window.nats_D += np.where(finite_D, sums.nats_D, 0.0)
+            self._window.labels_D += np.where(finite_D, sums.labels_D, 0.0)
         now = time.perf_counter()
         seconds, self._clock_s = now - self._clock_s, now
         if self._components.recorder is not None:
-            self._components.recorder.step(self._metrics_line(step, sums, loss, seconds))
+            line = self._metrics_line(step, sums, loss, seconds)
+            self._components.recorder.step(line if skipped is None else _left_out(line, skipped))
             if isinstance(batch, DocumentBatch) and batch.lengths is not None:
                 self._components.recorder.lengths(batch.step + 1, batch.lengths)
 
@@ -333,6 +343,8 @@ class TrainingLoop:
             keep=components.recipe.train.keep_checkpoints,
         )
         components.on_checkpoint(path, self._step)
+        if components.recorder is not None:
+            components.recorder.checkpoint(self._step, time.perf_counter() - started)
         self._last_checkpoint_s = time.monotonic()
         # The request is served; without this the next step would save again.
         self._requests = replace(self._requests, checkpoint=False)
@@ -358,10 +370,13 @@ class TrainingLoop:
         return self._world.is_writer and self._components.stop_requested()
 
 
-def _non_finite_domains(nats_D: npt.NDArray[np.float64], names: tuple[str, ...]) -> str:
-    """Return ` of NAMES` of the domains whose loss is not finite; empty where all or none are."""
-    lost = [names[d] for d in np.flatnonzero(~np.isfinite(nats_D))]
-    return f" of {', '.join(lost)}" if 0 < len(lost) < len(names) else ""
+def _left_out(line: Mapping[str, Any], note: str) -> Mapping[str, Any]:
+    """Return the line of a step that was left out: with the reason, and finite losses alone."""
+    losses = {name: loss for name, loss in line["domain_loss"].items() if loss is not None}
+    kept = {**line, "domain_loss": losses, "skipped": note}
+    if not math.isfinite(line["loss"]):
+        del kept["loss"]
+    return kept
 
 
 def _divergence(components: TrainerComponents, problem: str) -> TrainingError:

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
+from raymix.errors import TrainingError
 from raymix.mixers import GRADIENT_STATISTICS, Mixer, build_mixer
 from raymix.recipe import DocumentData, PackedData, Recipe
 from raymix.signals import adam_preconditioner
@@ -30,6 +32,7 @@ from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
 from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
+from raymix.training.model.finite import non_finite, some
 from raymix.training.model.hf_model import CorpusFacts, measure_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
@@ -42,7 +45,7 @@ from raymix.training.run.checkpoint import TrainingState, disk_full
 from raymix.training.run.domain_change import checkpoint_to_resume
 from raymix.training.run.gauges import cluster_gauges
 from raymix.training.run.identity import identity
-from raymix.training.run.optimizer_state import load_optimizer
+from raymix.training.run.optimizer_state import load_optimizer, optimizer_tensors
 from raymix.training.run.recorder import Recorder
 from raymix.training.run.remote_run import (
     STOP_FILE,
@@ -110,11 +113,17 @@ def resume(job: Job, world: World) -> ResumePoint:
     """Return where to resume, the same on every rank; rank 0 looks for the newest checkpoint.
 
     Also sets up this process: its threads, and libraries that would write to the run's output.
+
+    Raises:
+        RaymixError: If the run has lost its checkpoints, or they cannot be read.
     """
     quiet_libraries()
     use_threads(job.threads, world)
     start: ResumePoint | None = None
     if world.is_writer:
+        if job.run.url is not None:
+            job.run.path.mkdir(parents=True, exist_ok=True)
+            job.run.mirror().fetch(*WORKER_FILES, STOP_FILE)
         newest = checkpoint_to_resume(job.run, job.recipe, job.steps, domains_from=job.domains_from)
         path, state = newest if newest else (None, None)
         rows = job.micro_batch_rows
@@ -124,10 +133,7 @@ def resume(job: Job, world: World) -> ResumePoint:
             auto = job.recipe.train.micro_batch_rows == "auto"
             rows = state.micro_batch_rows if auto else rows
         start = ResumePoint(uuid.uuid4().hex[:12], path, state, rows)
-        if job.run.url is not None:
-            job.run.path.mkdir(parents=True, exist_ok=True)
-            job.run.mirror().fetch(*WORKER_FILES, STOP_FILE)
-            clear_checkpoints(job.run, but=path)
+        clear_checkpoints(job.run, but=path)
         # Steps after the checkpoint are done again, so their lines would stand twice.
         cut_metrics(job.run.metrics, state.step if state else -1)
     agreed = world.broadcast(start)
@@ -169,6 +175,7 @@ def build_components(
     optimizer = build_optimizer(replica.model, recipe.train, sharded=replica.sharded)
     if start.checkpoint is not None:
         load_optimizer(start.checkpoint, replica, optimizer)
+        _check_finite(optimizer_tensors(replica, optimizer), start.checkpoint, world)
     control = _control(job, world, start, corpus)
     return TrainerComponents(
         recipe=recipe,
@@ -259,6 +266,9 @@ def _loss(
     info = corpus.manifest.tokenizer
     facts = CorpusFacts(info.vocab_size, info.eos_id, recipe.data.sequence_length)
     model = run_model(recipe, facts, start.checkpoint)
+    if start.checkpoint is not None:
+        # Before the model is tested: with such weights no test has a meaning.
+        _check_finite(dict(model.named_parameters()), start.checkpoint, World())
     flops = measure_model(model, facts.sequence_length).flops_per_token
     traits = probe_model(model)
     # Packed rows of documents that attend to each other train on a wrong objective without any
@@ -266,6 +276,18 @@ def _loss(
     check_traits(traits, recipe, needs, model.config.model_type)
     loss = PackedLoss(model, linear_head=traits.linear_head, isolation=traits.isolation)
     return loss, flops
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], checkpoint: Path, world: World) -> None:
+    """Raise if tensors that were loaded from a checkpoint are not finite; a collective."""
+    bad = non_finite(tensors, world)
+    if bad:
+        raise TrainingError.at(
+            "checkpoint",
+            str(checkpoint),
+            f"poisoned: {some(bad, len(tensors))}, hold numbers that are not finite",
+            fix="Go back to an earlier one: raymix train RECIPE --from-step N",
+        )
 
 
 def _control(

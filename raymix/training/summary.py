@@ -33,7 +33,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     _, state = newest
     recipe = run.recipe()
     corpus = Corpus.open(recipe.corpus.path)
-    loss, seconds = None, 0.0
+    loss, seconds, skipped = None, 0.0, 0
     first: dict[str, Any] = {}
     last: dict[str, Any] = {}
     for line in read_metrics(run.metrics):
@@ -42,6 +42,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
             continue
         if "loss" in line:
             loss, seconds = line["loss"], seconds + (line.get("seconds") or 0.0)
+        skipped += "skipped" in line
         if "eval" in line:
             # By domain: one that was added is scored when it comes.
             first, last = {**line["eval"], **first}, line["eval"]
@@ -62,6 +63,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     return {
         "run": run.where,
         "steps": state.step,
+        "skipped_steps": skipped,
         "tokens": total,
         "tokens_per_s": total / seconds if seconds else None,
         "loss": loss,
@@ -137,6 +139,8 @@ def print_summary(document: Mapping[str, Any], console: Console) -> None:
     pace = document["tokens_per_s"]
     throughput = f", {short(pace)} tokens/s" if pace else ""
     console.print(f"{document['steps']:,} steps, {document['tokens']:,} tokens{throughput}")
+    if skipped := document["skipped_steps"]:
+        console.print(f"{skipped:,} steps were left out: their gradients were not finite.")
 
 
 def _number(value: float | None) -> str:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import signal
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -28,10 +34,36 @@ def test_ctrl_c_then_the_same_command_goes_on(shell: Shell) -> None:
     assert list((run / "checkpoints").glob("step-*")), "no checkpoint although the stop was clean"
     log = (shell.cwd / "background.log").read_text()
     assert "Traceback" not in log
+    # Then the terminal is closed under it.
+    assert hang_up(shell, run, stopped_at + 10, "train", "tiny.yaml", "name=stopped", *FEW) == 130
+    hung_up_at = steps_of(run)[-1]["step"]
+    assert stopped_at + 10 <= hung_up_at < 60, "the run was over before its terminal was closed"
+    assert (run / "checkpoints" / f"step-{hung_up_at:08d}" / "state.json").is_file()
     shell.ok("train", "tiny.yaml", "name=stopped", *FEW)
     calm, resumed = steps_of(shell.cwd / "runs" / "calm"), steps_of(run)
     assert [line["batch_hash"] for line in resumed] == [line["batch_hash"] for line in calm]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in calm]
+
+
+def hang_up(shell: Shell, run: Path, step: int, *args: str) -> int:
+    """Run a command on a terminal that is closed after a step; return its exit code."""
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(shell.cwd)
+        os.execvpe(sys.executable, shell.command(*args), shell.environment())
+    # Read meanwhile: a terminal that nobody reads blocks who writes to it.
+    reader = threading.Thread(target=_read_all, args=(terminal,), daemon=True)
+    reader.start()
+    wait_for(lambda: steps_of(run)[-1]["step"] >= step, seconds=300, what="steps on the terminal")
+    os.kill(process, signal.SIGHUP)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _read_all(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -156,6 +156,14 @@ def remove(url: str) -> None:
             filesystem.delete_file(path)
 
 
+def move(url: str, target: str) -> None:
+    """Move the file at `url` to `target`, on the same store; nothing happens if it is absent."""
+    filesystem, path = locate(url)
+    with translate_storage_errors(url):
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            filesystem.move(path, locate(target)[1])
+
+
 def list_directory(url: str) -> list[str]:
     """Return the sorted names of the entries of the directory `url`."""
     filesystem, path = locate(url)

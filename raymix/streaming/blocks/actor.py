@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from raymix.errors import ClusterError
+from raymix.errors import ClusterLostError
 from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus, Split
-from raymix.streaming.actor_options import actor_options
+from raymix.streaming.actors import start_actor
 from raymix.streaming.blocks.cache import BlockCache
 from raymix.streaming.blocks.geometry import BlockNumbers
 
@@ -118,7 +118,7 @@ class BlockPlane:
             urgent: Whether the caller waits for them; else they are loaded within the budget.
 
         Raises:
-            ClusterError: If reading failed several times in a row.
+            ClusterLostError: If reading failed several times in a row.
         """
         requested = numbers.tolist()
         # Failures of earlier calls are no reason to give up on this one.
@@ -203,7 +203,7 @@ class BlockPlane:
     def _give_up(self, error: Exception) -> None:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         self._failures.append(
-            ClusterError.at(
+            ClusterLostError.at(
                 "corpus.path",
                 self._corpus.path,
                 f"reading blocks failed {_MAX_FAILURES} times in a row: {first_line}",
@@ -251,11 +251,12 @@ def start_plane(
         name: Name for `ray.get_actor`; none needed where the handle is passed on.
     """
     nodes = sum(node["Alive"] for node in ray.nodes())
-    return BlockPlaneActor.options(**actor_options(name)).remote(
-        corpus.path,
-        row_tokens=row_tokens,
-        cache_bytes=auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,
-        split=split,
+    arguments = {
+        "corpus": corpus.path,
+        "row_tokens": row_tokens,
+        "cache_bytes": auto_cache_bytes() if cache_bytes == "auto" else cache_bytes,
+        "split": split,
         # One task per node reads faster than any model trains, and leaves the cores to the ranks.
-        concurrency=nodes,
-    )
+        "concurrency": nodes,
+    }
+    return start_actor(BlockPlaneActor, name, arguments=arguments)

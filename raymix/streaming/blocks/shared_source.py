@@ -10,7 +10,7 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from raymix.errors import ClusterError, CorpusError
+from raymix.errors import ClusterLostError, CorpusError
 from raymix.streaming.blocks.block_batch import BlockBatch, from_table
 from raymix.streaming.controller.client import get_result
 
@@ -78,7 +78,7 @@ class PlaneSource:
 
         Raises:
             CorpusError: If a block is corrupt; it names the file and the block.
-            ClusterError: If they do not arrive within the time limit.
+            ClusterLostError: If they do not arrive within the time limit.
         """
         deadline = time.monotonic() + self._timeout_s
         # A dict as an ordered set: the plane loads in the order of the request.
@@ -131,8 +131,8 @@ class PlaneSource:
             self._plane.drop.remote(corrupt)
             raise CorpusError(*dict.fromkeys(self._errors.pop(number) for number in corrupt))
 
-    def _timeout_error(self, numbers: Sequence[int]) -> ClusterError:
-        return ClusterError.at(
+    def _timeout_error(self, numbers: Sequence[int]) -> ClusterLostError:
+        return ClusterLostError.at(
             "blocks",
             list(numbers)[:_MAX_REPORTED_BLOCKS],
             f"they did not arrive within {self._timeout_s:g} s",

@@ -9,9 +9,9 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from raymix.errors import ClusterError, RaymixError
+from raymix.errors import ClusterLostError, RaymixError
 from raymix.mixers import DomainStats
-from raymix.streaming.actor_options import actor_options
+from raymix.streaming.actors import start_actor
 from raymix.streaming.controller.actor import MixtureControllerActor
 from raymix.streaming.controller.base import LeaseRequest
 from raymix.streaming.controller.leases import Lease
@@ -62,7 +62,7 @@ class RemoteController:
 
         Raises:
             TrainingError: If another attempt is being served.
-            ClusterError: If the controller is gone or does not answer.
+            ClusterLostError: If the controller is gone or does not answer.
         """
         assert self._request is not None
         request = self._request
@@ -130,7 +130,7 @@ def get_result(answer: Any, *, timeout_s: float, actor: str) -> Any:
 
     Raises:
         RaymixError: If the call raised one.
-        ClusterError: If the actor is gone, or did not answer in time.
+        ClusterLostError: If the actor is gone, or did not answer in time.
     """
     try:
         return ray.get(answer, timeout=timeout_s)
@@ -140,12 +140,12 @@ def get_result(answer: Any, *, timeout_s: float, actor: str) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.GetTimeoutError as error:
-        raise ClusterError.at(
+        raise ClusterLostError.at(
             "actor", actor, f"no answer for {timeout_s:g} s", fix="Look at the other ranks"
         ) from error
     except ray.exceptions.RayActorError as error:
         first_line = str(error).splitlines()[0]
-        raise ClusterError.at("actor", actor, f"it is gone ({first_line})") from error
+        raise ClusterLostError.at("actor", actor, f"it is gone ({first_line})") from error
 
 
 def start_controller(*, name: str | None = None, **options: Any) -> Any:
@@ -156,6 +156,5 @@ def start_controller(*, name: str | None = None, **options: Any) -> Any:
         options: Arguments of `MixtureController`, all but `session`.
     """
     # Not movable: its journal is in the run directory, a local one of this node.
-    return MixtureControllerActor.options(**actor_options(name, movable=False)).remote(
-        session=uuid.uuid4().hex, **options
-    )
+    arguments = {"session": uuid.uuid4().hex, **options}
+    return start_actor(MixtureControllerActor, name, movable=False, arguments=arguments)

@@ -24,7 +24,7 @@ from raymix.recipe.training import DocumentData
 from raymix.sampling import DocumentStep, MixtureEntry, batch_hash
 from raymix.schedule import MicroBatch
 from raymix.store import Corpus
-from raymix.streaming.actor_options import actor_options
+from raymix.streaming.actors import start_actor
 from raymix.streaming.batches.assign import AssignmentContext, Assignments, RankAssignment
 from raymix.streaming.controller.client import get_result
 from raymix.streaming.sequences.step_plans import RankMicroBatches, SchedulingConfig, StepPlans
@@ -190,7 +190,7 @@ class RemoteSequenceScheduler:
 
         Raises:
             TrainingError: If another attempt is being planned for, or the step has no shares yet.
-            ClusterError: If the actor is gone or does not answer.
+            ClusterLostError: If the actor is gone or does not answer.
         """
         until = self._context.until()
         if step >= until:
@@ -265,4 +265,5 @@ def start_sequence_scheduler(corpus: Corpus, data: DocumentData, *, name: str | 
         data: The recipe's `data` section.
         name: Name for `ray.get_actor`; none needed where the handle is passed on.
     """
-    return SequenceSchedulerActor.options(**actor_options(name)).remote(corpus.path, data)
+    arguments = {"corpus_path": corpus.path, "data": data}
+    return start_actor(SequenceSchedulerActor, name, arguments=arguments)

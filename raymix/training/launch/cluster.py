@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 
 from raymix._utils.compat import native
 from raymix._utils.private_cluster import start_private
-from raymix.errors import ClusterError, TrainingError
+from raymix.errors import ClusterError, ClusterLostError
 from raymix.recipe import ClusterConfig
 from raymix.training.host.machine import check_reachable, cores, ray_address
 
@@ -148,14 +148,14 @@ def check_private_cluster() -> None:
     Does nothing for a cluster that was joined: its processes belong to others.
 
     Raises:
-        TrainingError: If one has died; the message names it.
+        ClusterLostError: If one has died; the message names it.
     """
     # Ray itself would end this process some seconds later, without a message.
     from raymix._utils.compat.ray_core import dead_processes
 
     dead = [kind for kind in dead_processes() if kind in _ESSENTIAL_PROCESSES]
     if dead:
-        raise TrainingError.at(
+        raise ClusterLostError.at(
             "cluster.address",
             "local",
             f"Ray's {_ESSENTIAL_PROCESSES[dead[0]]} was killed, or crashed",

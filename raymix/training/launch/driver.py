@@ -12,12 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.train import TrainingFailedError
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
 from raymix._utils.compat.ray_train import LeanTorchTrainer, WorkerGroupStartupTimeoutError
 from raymix._utils.private_cluster import on_loopback
-from raymix.errors import RaymixError, TrainingError
+from raymix.errors import ClusterLostError, RaymixError, TrainingError
 from raymix.recipe import ClusterConfig, DocumentData
 from raymix.store import Corpus
 from raymix.store.remote import files
@@ -130,7 +131,7 @@ def _workers(cluster: ClusterConfig) -> int | tuple[int, int]:
 
 
 def user_error(error: BaseException, job: Job) -> BaseException:
-    """Return the error to show the user: a worker's own `RaymixError`, or a `TrainingError`."""
+    """Return the error to show the user: a worker's own `RaymixError`, or one that the run died."""
     for inner in _causes(error):
         # Ray wraps an error in a class that derives from it but has none of its attributes.
         if isinstance(inner, RaymixError) and "problems" in vars(inner):
@@ -143,7 +144,8 @@ def user_error(error: BaseException, job: Job) -> BaseException:
     # The innermost cause, and its last line, which is the message below a traceback.
     inner = list(_causes(error))[-1]
     message = (str(inner).strip().splitlines() or [""])[-1]
-    return TrainingError.at(
+    lost = isinstance(inner, (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError))
+    return (ClusterLostError if lost else TrainingError).at(
         "run",
         job.run.where,
         f"the workers failed: {type(inner).__name__}: {message[:_MAX_MESSAGE_CHARS]}",

@@ -31,9 +31,10 @@ def train_worker(config: dict[str, Any]) -> None:
 class FailFastPolicy(UserCallback):
     """Ends a run at once if restarting the workers cannot help.
 
-    Ray Train restarts the worker group after any exception. That is right for a lost machine, but
-    not for an error that the user must fix, nor for one that recurs at the same step. An exception
-    in a callback ends the run, and reaches the driver.
+    Ray Train restarts the worker group after any exception, `cluster.max_failures` times. That is
+    right for a lost machine or a store that does not answer, but not for an error that the user
+    must fix, nor for one that recurs at the same step. An exception in a callback ends the run, and
+    reaches the driver.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -47,9 +48,13 @@ class FailFastPolicy(UserCallback):
         Raises:
             RaymixError: The one of a worker, or one that says that the same error recurred.
         """
-        for error in worker_exceptions.values():
-            if isinstance(error, RaymixError):
+        known = [each for each in worker_exceptions.values() if isinstance(each, RaymixError)]
+        for error in known:
+            if not error.transient:
                 raise error
+        if known:
+            # It may well recur at the same step, where the store is away for some minutes.
+            return
         first = next(iter(worker_exceptions.values()))
         # The callback runs in Ray Train's controller, maybe on another machine than rank 0.
         if self._run.url is not None:

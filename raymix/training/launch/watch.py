@@ -1,7 +1,8 @@
-"""Supervision of a run from the main thread: progress and Ctrl-C.
+"""Supervision of a run from the main thread: progress, Ctrl-C and the end of a terminal.
 
 The work runs in a background thread, because Python runs signal handlers in the main thread only.
-The first Ctrl-C requests a checkpoint and a clean end, the second does not wait.
+The first Ctrl-C requests a checkpoint and a clean end, the second does not wait. A terminal that
+goes away (SIGHUP) and a notice of preemption (SIGTERM) count as Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from raymix._utils.stages import stage
+from raymix._utils.terminal import detach, terminal_descriptors
 from raymix.training.run.progress import RunProgress
 from raymix.training.run.rundir import RunDirectory
 
@@ -112,7 +114,7 @@ class BackgroundWork:
 
 @contextmanager
 def count_interrupts() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the interrupts (Ctrl-C or SIGTERM) so far; none is raised.
+    """Yield a function that returns the interrupts so far (SIGINT, SIGTERM, SIGHUP); none raises.
 
     The count stays 0 outside the main thread, where Python refuses to install signal handlers.
     """
@@ -121,13 +123,17 @@ def count_interrupts() -> Iterator[Callable[[], int]]:
     def increment(number: int, frame: FrameType | None) -> None:
         nonlocal count
         count += 1
+        if number == signal.SIGHUP:
+            detach(terminals)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: count
         return
-    original = {
-        number: signal.signal(number, increment) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    terminals = terminal_descriptors()
+    # nohup ignores the signal, as the user wants the work to go on.
+    hangup = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangup else [])]
+    original = {number: signal.signal(number, increment) for number in numbers}
     try:
         yield lambda: count
     finally:

@@ -10,7 +10,8 @@ checkpoints/step-00000100/state.json                 the rest, and the size of e
 
 A checkpoint is written under a temporary name and renamed when complete. Nothing in it depends on
 the number of ranks or on how parameters were sharded. `state.json` lists the files' sizes, so a
-checkpoint that was truncated later (a full disk, an interrupted copy) is detected and skipped.
+checkpoint that was truncated later (a full disk, an interrupted copy) is detected and skipped. What
+is not finite is not saved: every run that went on from it would fail.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +30,9 @@ import torch
 from safetensors.torch import save_file
 
 from raymix._utils.json import parse_json
-from raymix.errors import RecipeError, TrainingError
+from raymix.errors import RecipeError, TrainingError, UnreachableError
 from raymix.store.remote import files
+from raymix.training.model.finite import non_finite, some
 from raymix.training.model.lora import has_adapters, save_adapter
 from raymix.training.model.parallel import Replica, full_tensors
 from raymix.training.run.optimizer_state import (
@@ -44,6 +47,14 @@ if TYPE_CHECKING:
 _FORMAT = 1
 STATE_FILE = "state.json"
 """The file that makes a directory a checkpoint."""
+# A network file system fails for seconds where its server is restarted or a path is taken over.
+_READ_DELAYS_S = (0.1, 0.2, 0.4, 0.8, 1.6)
+# Errors that say that a file is not there; all others say nothing about it.
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class DamagedError(TrainingError):
+    """A checkpoint that is not whole, such as one that was cut short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +111,16 @@ def save_checkpoint(
 
     Raises:
         RecipeError: If the disk is full; no partial checkpoint is left.
+        TrainingError: On all ranks, if weights or optimizer states are not finite; nothing is
+            written.
     """
     final = directory / checkpoint_name(state.step)
     model = replica.model.model
+    saved, states = _saved_weights(model), optimizer_tensors(replica, optimizer)
+    _check_finite({**saved, **states}, replica, final)
     # Collectives under FSDP2: every rank takes part before all but the writer return.
-    weights = full_tensors(_saved_weights(model), replica.world)
-    moments = full_tensors(optimizer_tensors(replica, optimizer), replica.world)
+    weights = full_tensors(saved, replica.world)
+    moments = full_tensors(states, replica.world)
     if not replica.world.is_writer:
         return final
     # In the same directory, because a rename is atomic only within one file system.
@@ -132,6 +147,18 @@ def save_checkpoint(
         raise disk_full(error, directory) from error
     _remove_old(directory, keep)
     return final
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], replica: Replica, path: Path) -> None:
+    bad = non_finite(tensors, replica.world)
+    if bad:
+        raise TrainingError.at(
+            "checkpoint",
+            str(path),
+            f"not written: {some(bad, len(tensors))}, hold numbers that are not finite",
+            fix="Lower train.lr, warm up longer, or clip harder. `raymix train RECIPE --from-step "
+            "N` goes on from an earlier checkpoint",
+        )
 
 
 def _saved_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -164,13 +191,38 @@ def read_state(checkpoint: Path) -> TrainingState:
     """Return the state in a checkpoint.
 
     Raises:
-        TrainingError: If the checkpoint is damaged or of a newer format.
+        DamagedError: If the checkpoint is not whole.
+        TrainingError: If it is of a newer format.
+        UnreachableError: If it cannot be read for some seconds; its content may be whole.
     """
-    try:
+
+    def read() -> TrainingState:
         raw = (checkpoint / STATE_FILE).read_bytes()
-    except OSError as error:
+        return parse_state(raw, lambda name: (checkpoint / name).stat().st_size, str(checkpoint))
+
+    try:
+        return _with_retries(read)
+    except _ABSENT as error:
         raise _damaged(str(checkpoint), error) from error
-    return parse_state(raw, lambda name: (checkpoint / name).stat().st_size, str(checkpoint))
+    except OSError as error:
+        # Not damage: for that the run would go back to an older checkpoint, or to its beginning.
+        raise UnreachableError.at(
+            "checkpoint",
+            str(checkpoint),
+            f"cannot be read: {error.strerror}",
+            fix="Nothing was changed: check the disk or mount, and run the same command again",
+        ) from error
+
+
+def _with_retries(read: Callable[[], TrainingState]) -> TrainingState:
+    for delay in _READ_DELAYS_S:
+        try:
+            return read()
+        except _ABSENT:
+            raise
+        except OSError:
+            time.sleep(delay)
+    return read()
 
 
 def parse_state(raw: bytes, size: Callable[[str], int], location: str) -> TrainingState:
@@ -182,7 +234,9 @@ def parse_state(raw: bytes, size: Callable[[str], int], location: str) -> Traini
         location: Path or URL of the checkpoint, for messages.
 
     Raises:
-        TrainingError: If the checkpoint is damaged or of a newer format.
+        DamagedError: If the checkpoint is not whole.
+        TrainingError: If it is of a newer format.
+        OSError: If a file beside it cannot be looked at.
     """
     try:
         document = parse_json(raw)
@@ -202,25 +256,36 @@ def parse_state(raw: bytes, size: Callable[[str], int], location: str) -> Traini
                 raise ValueError(f"{name} is not {expected} bytes long")
         del document["format"]
         return TrainingState(**document)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*_ABSENT, ValueError, KeyError, TypeError) as error:
         raise _damaged(location, error) from error
 
 
-def _damaged(location: str, error: Exception) -> TrainingError:
-    return TrainingError.at("checkpoint", location, f"damaged: {error}")
+def _damaged(location: str, error: Exception) -> DamagedError:
+    return DamagedError.at("checkpoint", location, f"damaged: {error}")
 
 
 def newest_checkpoint(
     directory: Path, *, note: Callable[[str], None] | None = None
 ) -> tuple[Path, TrainingState] | None:
-    """Return the newest complete checkpoint and its state; `note` gets a line per damaged one."""
+    """Return the newest whole checkpoint and its state; `note` gets a line per damaged one.
+
+    Raises:
+        TrainingError: If a newer one is of a newer format.
+        StorageError: If one cannot be read.
+    """
+    return next(whole_checkpoints(directory, note=note), None)
+
+
+def whole_checkpoints(
+    directory: Path, *, note: Callable[[str], None] | None = None
+) -> Iterator[tuple[Path, TrainingState]]:
+    """Yield the whole checkpoints and their states, the newest first; see `newest_checkpoint`."""
     for path in sorted(_checkpoints(directory), reverse=True):
         try:
-            return path, read_state(path)
-        except TrainingError as error:
+            yield path, read_state(path)
+        except DamagedError as error:
             if note is not None:
                 note(f"skipped {error}")
-    return None
 
 
 def _fields(state: TrainingState) -> dict[str, Any]:
@@ -232,8 +297,10 @@ def _checkpoints(directory: Path) -> Iterator[Path]:
 
 
 def _remove_old(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and temporary directories of killed writers."""
-    for path in sorted(_checkpoints(directory))[:-keep]:
+    """Remove all whole checkpoints but the newest `keep`, and what killed writers left."""
+    # Damaged ones count for nothing and are left to people: counted, they would have the whole ones
+    # removed.
+    for path, _ in list(whole_checkpoints(directory))[keep:]:
         shutil.rmtree(path, ignore_errors=True)
     for path in directory.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -21,7 +21,7 @@ from raymix.store import Corpus
 from raymix.streaming.controller.windows import NOTE, Windows, loss_weight_stats
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.checkpoint import TrainingState
-from raymix.training.run.remote_run import newest_checkpoint_of
+from raymix.training.run.fallback import resume_checkpoint
 from raymix.training.run.rundir import RunDirectory
 
 FREE_FIELDS = frozenset({"mixer", "data.max_epochs"})
@@ -208,9 +208,10 @@ def checkpoint_to_resume(
 
     Raises:
         CorpusError: If the corpus cannot be opened.
+        RecipeError: If the run has lost its checkpoints.
         StorageError: If the store cannot be used.
     """
-    newest = newest_checkpoint_of(run)
+    newest = resume_checkpoint(run)
     if newest is None:
         return None
     path, state = newest

@@ -151,6 +151,8 @@ class RunProgress(LiveConsole):
                 self.say(evaluation_line(line["step"], line["eval"]))
             elif "loss" in line:
                 self._step(line)
+            if "skipped" in line:
+                self.say(f"step {line['step']} was left out: {line['skipped']}")
 
     def _step(self, line: dict[str, Any]) -> None:
         if "note" in line:

@@ -105,6 +105,13 @@ class Recorder:
         self._write({"step": step, "probe": {"seconds": rounded(seconds)}})
         self._add_scalars(step, {"train/probe_seconds": seconds})
 
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Write that a checkpoint after `step` steps is whole, and the seconds that it took.
+
+        By this line a later start knows that there was one, should its files be gone.
+        """
+        self._write({"step": step, "checkpoint": {"seconds": rounded(seconds)}})
+
     def close(self) -> None:
         """Flush and close the files."""
         with self._disk_errors():

@@ -18,7 +18,7 @@ import fcntl
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,10 +32,11 @@ from raymix.store.remote.errors import translate_storage_errors, with_retries
 from raymix.store.remote.mirror import Mirror, download, upload
 from raymix.training.run.checkpoint import (
     STATE_FILE,
+    DamagedError,
     TrainingState,
-    newest_checkpoint,
     parse_state,
     read_state,
+    whole_checkpoints,
 )
 from raymix.training.run.rundir import RunDirectory
 
@@ -53,7 +54,14 @@ _PARALLEL_TRANSFERS = 4
 def newest_checkpoint_of(
     run: RunDirectory, *, note: Callable[[str], None] | None = None
 ) -> tuple[Path, TrainingState] | None:
-    """Return the newest complete checkpoint of a run and its state.
+    """Return the newest whole checkpoint of a run and its state; see `whole_checkpoints_of`."""
+    return next(whole_checkpoints_of(run, note=note), None)
+
+
+def whole_checkpoints_of(
+    run: RunDirectory, *, note: Callable[[str], None] | None = None
+) -> Iterator[tuple[Path, TrainingState]]:
+    """Yield the whole checkpoints of a run and their states, the newest first.
 
     For a run at a URL, the path is the one to which `fetch_checkpoint` downloads the files.
 
@@ -62,22 +70,50 @@ def newest_checkpoint_of(
         note: Gets a line per damaged checkpoint.
 
     Raises:
-        StorageError: If the store cannot be used.
+        StorageError: If the store or the disk cannot be read.
+        TrainingError: If a checkpoint is of a newer format.
     """
     if run.url is None:
-        return newest_checkpoint(run.checkpoints, note=note)
+        yield from whole_checkpoints(run.checkpoints, note=note)
+        return
     for name, sizes in sorted(_checkpoints(run).items(), reverse=True):
         url = files.join(run.url, "checkpoints", name)
         try:
             raw = with_retries(lambda url=url: files.read_bytes(files.join(url, STATE_FILE)))
-            return run.checkpoints / name, parse_state(raw, sizes.__getitem__, url)
+            state = parse_state(raw, sizes.__getitem__, url)
         except FileNotFoundError:
             # Its writer was killed before it sent `state.json`.
             continue
-        except TrainingError as error:
+        except DamagedError as error:
             if note is not None:
                 note(f"skipped {error}")
-    return None
+            continue
+        yield run.checkpoints / name, state
+
+
+def move_checkpoint(run: RunDirectory, name: str, folder: str) -> str:
+    """Move a checkpoint of a run to a folder beside the checkpoints, and return its new location.
+
+    Raises:
+        StorageError: If the store cannot be used.
+    """
+    parent = files.join(run.where, "checkpoints")
+    target = files.join(parent, folder, name)
+    number = 2
+    while files.exists(target):
+        target = files.join(parent, folder, f"{name}-{number}")
+        number += 1
+    if run.url is None:
+        Path(target).parent.mkdir(exist_ok=True)
+        os.replace(files.join(parent, name), target)
+        return target
+    source = files.join(parent, name)
+    names = [each for each in files.list_directory(source) if each != STATE_FILE]
+    # A store copies file by file. The state goes last: until then the checkpoint counts as damaged,
+    # and without it, it would be taken for what a killed upload left, and removed.
+    for each in [*names, STATE_FILE]:
+        files.move(files.join(source, each), files.join(target, each))
+    return target
 
 
 def _checkpoints(run: RunDirectory) -> dict[str, dict[str, int]]:
@@ -176,10 +212,11 @@ def upload_checkpoint(run: RunDirectory, checkpoint: Path, *, keep: int) -> None
     _transfer(names, lambda name: upload(checkpoint / name, files.join(url, name)))
     state = (checkpoint / STATE_FILE).read_bytes()
     with_retries(lambda: files.atomic_write_bytes(files.join(url, STATE_FILE), state))
-    checkpoints = _checkpoints(run)
-    complete = sorted(name for name, sizes in checkpoints.items() if STATE_FILE in sizes)
-    # Also removes what killed uploads left, which count for nothing in `keep`.
-    for name in set(checkpoints) - set(complete[-keep:]):
+    whole = [path.name for path, _ in whole_checkpoints_of(run)]
+    # Also removes what killed uploads left. Damaged checkpoints count for nothing and stay: if they
+    # counted, the whole ones would be removed.
+    left = [name for name, sizes in _checkpoints(run).items() if STATE_FILE not in sizes]
+    for name in [*left, *whole[keep:]]:
         files.remove(files.join(parent, name, STATE_FILE))
         files.remove(files.join(parent, name))
 

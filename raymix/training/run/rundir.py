@@ -19,17 +19,14 @@ A run at a URL has a working directory on each machine; see `raymix.training.run
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-import socket
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from raymix._utils.json import parse_json
 from raymix._utils.yaml import dump_yaml, parse_yaml
@@ -39,6 +36,7 @@ from raymix.store import atomic_write_text
 from raymix.store.remote import files
 from raymix.store.remote.errors import is_remote
 from raymix.store.remote.mirror import Mirror
+from raymix.training.run import directory_lock
 from raymix.training.run.identity import (
     LENGTH_FIELDS,
     below,
@@ -154,53 +152,15 @@ class RunDirectory:
 
     def in_use(self) -> bool | None:
         """Return whether a live process holds the lock of `locked`; None where nobody can tell."""
-        try:
-            with (self.path / ".lock").open() as lock:
-                holder = lock.read()
-                # Shared, and given back at once: see `_lock`.
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        # Some network file systems keep such locks to one machine.
-        return False if holder.endswith(f" on {socket.gethostname()}") else None
+        return directory_lock.in_use(self.path)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the directory for this process; the kernel releases it when the process dies.
+    def locked(self) -> AbstractContextManager[None]:
+        """Return a context that locks the directory for this process while that lives.
 
         Raises:
-            RecipeError: If another live process holds it.
+            RecipeError: If another live process holds it; when the context is entered.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        # "a+": mode "w" would erase the holder's name before it is known whether there is one.
-        with (self.path / ".lock").open("a+") as lock:
-            try:
-                _lock(lock)
-            except OSError as error:
-                lock.seek(0)
-                holder = lock.read().strip() or "another process"
-                raise RecipeError.at(
-                    "run.dir",
-                    self.where,
-                    f"in use by {holder}",
-                    fix="Wait for it, stop it, or give another run.dir",
-                ) from error
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            yield
-
-
-def _lock(file: IO[str]) -> None:
-    """Lock a file; raise OSError if another process keeps it locked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        # It may be one that only looks whether the run is in use, for microseconds.
-        time.sleep(0.05)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return directory_lock.locked(self.path, self.where)
 
 
 def open_run(

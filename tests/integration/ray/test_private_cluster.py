@@ -24,7 +24,7 @@ print("told", within, still, os.environ.get(reported))
 KILLED = """
 import os, signal, time
 from pathlib import Path
-from raymix.errors import TrainingError
+from raymix.errors import ClusterLostError
 from raymix.recipe import ClusterConfig
 from raymix.training.launch.cluster import check_private_cluster, ray_cluster, redirect_ray_output
 
@@ -39,7 +39,7 @@ try:
         while time.monotonic() < deadline:
             check_private_cluster()
             time.sleep(0.1)
-except TrainingError as error:
+except ClusterLostError as error:
     print(error)
 """
 

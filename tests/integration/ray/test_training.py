@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from raymix.errors import CorpusError, TrainingError
+from raymix.errors import ClusterLostError, CorpusError, TrainingError, UnreachableError
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.api import train
@@ -102,6 +102,17 @@ def test_what_starting_again_cannot_mend_ends_a_run(tmp_path: Path) -> None:
     stop = FailFastPolicy(RunDirectory(tmp_path))
     with pytest.raises(CorpusError, match="shard"):
         stop.after_exception(None, {0: RuntimeError("gloo"), 1: CorpusError("shard x is corrupt")})
+
+
+def test_what_may_pass_is_tried_again(tmp_path: Path) -> None:
+    """A store that is away for minutes fails every attempt at the same step."""
+    stop = FailFastPolicy(RunDirectory(tmp_path))
+    away = ClusterLostError("blocks = [7]: they did not arrive within 300 s.")
+    for _ in range(3):
+        stop.after_exception(None, {0: RuntimeError("gloo"), 1: away})
+    store = UnreachableError("corpus.path = 's3://b/c': the store does not answer.")
+    with pytest.raises(CorpusError, match="shard"):
+        stop.after_exception(None, {0: store, 1: CorpusError("shard x is corrupt")})
 
 
 def test_the_same_failure_twice_ends_a_run(tmp_path: Path) -> None:

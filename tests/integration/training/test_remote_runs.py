@@ -178,6 +178,25 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(
     assert step_values(url, *SAME) == step_values(calm, *SAME)
 
 
+def test_a_run_goes_back_in_a_bucket(
+    corpus: Corpus, finished_run: str, store: str, calm: str
+) -> None:
+    url = f"{store}/runs/back"
+    buckets.copy(finished_run, url)
+    damaged = f"{url}/checkpoints/step-00009000/state.json"
+    files.atomic_write_bytes(damaged, b"{}")
+    train(recipe(f"{store}/corpus", url), from_step=23, report=False)
+    assert step_values(url, *SAME) == step_values(calm, *SAME)
+    aside = f"{url}/checkpoints/after-step-00000020/step-00000024"
+    assert files.exists(f"{aside}/state.json")
+    assert files.exists(f"{aside}/model.safetensors")
+    # Neither counted nor removed.
+    assert files.exists(damaged)
+    assert files.list_directory(f"{url}/checkpoints")[-3:] == [
+        *("step-00000020", "step-00000024", "step-00009000")
+    ]
+
+
 def test_what_is_there_already(corpus: Corpus, finished_run: str, store: str) -> None:
     same_recipe = recipe(f"{store}/corpus", finished_run)
     with pytest.raises(RecipeError, match="a run is here already"):

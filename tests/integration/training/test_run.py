@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -92,11 +93,12 @@ def train(used: Recipe, *, stop_requested: Callable[[], bool] = lambda: False) -
 
 
 def numbers(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the metrics without what a clock says."""
+    """Return the metrics without what a clock says, and when checkpoints were written."""
     clocks = {"seconds", "tokens_per_s", "data_wait"}
     return [
         {key: value for key, value in line.items() if key not in clocks}
         for line in read_metrics(run.metrics)
+        if "checkpoint" not in line
     ]
 
 
@@ -174,6 +176,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(
     train(used)
     run = at(tmp_path, used)
     shutil.rmtree(run.checkpoints)
+    cut_metrics(run.metrics, 2)
     train(used)
     assert numbers(run) == numbers(whole[0])
 
@@ -345,6 +348,55 @@ def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_without_locks_of_the_file_system_a_file_names_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Lustre mounted without flock."""
+
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = RunDirectory(tmp_path)
+    owner = tmp_path / ".lock-owner"
+    with run.locked():
+        assert run.in_use() is True
+        held = json.loads(owner.read_text())
+        with (
+            pytest.raises(RecipeError, match=rf"in use by process {held['process']} on"),
+            run.locked(),
+        ):
+            pass
+    assert not owner.exists()
+    assert run.in_use() is False
+    # Dead: of an earlier boot, of a number that another process has now, of none.
+    for change in ({"boot": "earlier"}, {"started": "1"}, {"process": 2**22 + 1}):
+        owner.write_text(json.dumps({**held, **change}))
+        assert run.in_use() is False
+        with run.locked():
+            assert json.loads(owner.read_text()) == held
+    owner.write_text(json.dumps({**held, "host": "elsewhere"}))
+    assert run.in_use() is None
+    with (
+        pytest.raises(RecipeError, match=r"only that machine can tell\. If that process has ended"),
+        run.locked(),
+    ):
+        pass
+    assert owner.exists()
+
+
+def test_a_directory_that_cannot_be_locked_is_not_in_use_by_somebody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    run = RunDirectory(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be locked: Input/output"), run.locked():
+        pass
+
+
 def test_cut_keeps_what_a_checkpoint_knows(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     steps = [{"step": 0, "eval": {}}, *({"step": n, "loss": 1.0} for n in range(1, 6))]
@@ -383,9 +435,12 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     assert list(at(tmp_path, used).checkpoints.iterdir()) == []
 
 
-def test_a_loss_that_is_no_number_ends_the_run(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="the loss is"):
-        train(recipe(corpus, tmp_path, train__lr=1e30, train__warmup_ratio=0.0))
+def test_gradients_that_are_no_numbers_end_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    used = recipe(
+        corpus, tmp_path, train__lr=1e30, train__warmup_ratio=0.0, train__max_skipped_steps=3
+    )
+    with pytest.raises(TrainingError, match="4 steps in a row were left out, the last is step 5"):
+        train(used)
 
 
 def test_a_loss_that_is_no_number_names_its_domain(

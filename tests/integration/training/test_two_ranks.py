@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from raymix._utils.sharded import is_sharded
 from raymix.recipe import ConfigModel, TrainConfig
+from raymix.training.model.finite import non_finite, step_if_finite
 from raymix.training.model.hf_model import CorpusFacts, build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer, clip_gradients
@@ -95,6 +97,39 @@ def one_step(
     }
 
 
+def poisoned_step(world: World, parallel: str) -> dict[str, Any]:
+    """Return what a step with a NaN in rank 1's loss alone does, and what a NaN in its weights."""
+    config = TrainConfig.model_validate({"steps": 2, "parallel": parallel, "lr": 0.01})
+    loss = PackedLoss(build_model(MODEL, FACTS, seed=3), linear_head=True)
+    replica = place_model(loss, config, world, bf16=False)
+    trained = build_optimizer(replica.model, config, sharded=replica.sharded)
+    named = dict(replica.model.model.named_parameters())
+    before = full_tensors(named, world)
+    rows, labels = rows_of_rank(world.rank, world.size)
+    (micro,) = micro_batches(rows, 1, world.device)
+    nats, _ = replica.module(micro.tokens_BL, micro.positions_BL, micro.labels_BL)
+    scale = float("nan") if world.rank == 1 else 1.0
+    (nats * (scale * replica.gradient_scale / labels)).backward()
+    step_if_finite(trained, clip_gradients(replica.model.parameters(), 1.0))
+    after = full_tensors(named, world)
+    healthy = non_finite(named, world)
+    if world.rank == 1:
+        with torch.no_grad():
+            tensor = own_part(named["model.norm.weight"])
+            tensor[-1] = float("nan")
+    bad = non_finite(named, world)
+    return {
+        "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+        "healthy": healthy,
+        "bad": bad,
+    }
+
+
+def own_part(parameter: torch.Tensor) -> torch.Tensor:
+    """Return the part of a parameter that this rank has."""
+    return parameter.to_local() if is_sharded(parameter) else parameter
+
+
 def state(world: World) -> TrainingState:
     return TrainingState(
         step=1,
@@ -117,6 +152,7 @@ def on_each_rank(world: World, directory: Path) -> dict[Any, Any]:
     }
     for parallel in ("ddp", "fsdp2"):
         results["muon", parallel] = one_step(world, parallel, 5, directory / parallel, "muon")
+        results["poisoned", parallel] = poisoned_step(world, parallel)
     return {**results, "agreed": world.broadcast({"rank": world.rank})}
 
 
@@ -176,6 +212,14 @@ def test_optimizer_state_survives_sharding(
 
 def test_rank_0_speaks_for_all(two_ranks: dict[Any, Any]) -> None:
     assert two_ranks["agreed"] == {"rank": 0}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(
+    parallel: str, two_ranks: dict[Any, Any]
+) -> None:
+    seen = two_ranks["poisoned", parallel]
+    assert seen == {"unchanged": True, "healthy": [], "bad": ["model.norm.weight"]}
 
 
 if __name__ == "__main__":

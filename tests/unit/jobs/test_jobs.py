@@ -18,6 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymix.cli.main import app
 from raymix.errors import ClusterError, RecipeError
 from raymix.jobs import Submission, prepare_submission
 from raymix.jobs.files import find_project, list_files
@@ -216,6 +217,58 @@ def test_links_stay_inside(project: Path) -> None:
     listing = list_files(project)
     assert listing.left_out == ("gone", "loop", "out.txt", "pipe")
     assert "in.txt" in listing.files
+
+
+SECRET = (
+    *(".env", ".env.production", "prod.env", ".aws/credentials", ".aws/config", ".ssh/id_rsa"),
+    *(".ssh/known_hosts", ".netrc", "secrets/hf_token", "secrets/any.bin", "deep/SECRETS/x.txt"),
+    *("hf_token", "conf/HF_TOKEN.txt", ".token", "token", "token.json", "auth-token.yaml"),
+    *("server.pem", "tls.key", "id_ed25519", "id_rsa.bak", ".git-credentials", ".pypirc"),
+    *("kubeconfig", "dev.kubeconfig", ".kube/config", "credentials.json", "aws_credentials.csv"),
+    *("service-account-prod.json", "client_secret_1.json", "wandb_api_key.txt", "key.p12"),
+    *(".docker/config.json", ".config/gcloud/legacy.json", "passwords.txt", "db-password.ini"),
+)
+HARMLESS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer/tokenizer.model", "tokens.bin", "data/tokens.json", "token.py", "secrets.py"),
+    *("count_token.py", "bos_token.txt", "tokens_per_s.csv", "token_files.md", "keys.json"),
+    *(".env.example", "id_rsa.pub", "environment.yaml", "env.yaml", "secretary.txt", "key.txt"),
+    *("monkey.txt", "books/token-of-love/page.txt", "special_token.json", "secret_garden.txt"),
+)
+
+
+def test_secrets_never_travel_and_tokenizers_do(tmp_path: Path) -> None:
+    root = write(tmp_path / "project", dict.fromkeys((*SECRET, *HARMLESS), "x"))
+    # A link with a harmless name to one that is none.
+    (root / "settings.txt").symlink_to(root / ".env")
+    listing = list_files(root)
+    assert listing.secrets == tuple(sorted((*SECRET, "settings.txt")))
+    assert listing.files == tuple(sorted(HARMLESS))
+    pack(listing, tmp_path / "x.zip")
+    with zipfile.ZipFile(tmp_path / "x.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(HARMLESS)
+
+
+def test_a_dry_run_lists_what_travels_and_why_the_rest_does_not(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(project, {".env": "KEY=1", "hf_token": "hf_x"})
+    with pytest.raises(SystemExit) as end:
+        app(["submit", "train", "recipes/my.yaml", "--dry-run"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "travels   recipes/my.yaml  (" in said
+    assert "stays     .env  (may hold a secret)" in said
+    assert "stays     hidden/  (ignored)" in said
+    assert "stay here: 2 files of 0.0 kB that may hold secrets: .env, hf_token\n" in said
+    assert said.endswith("nothing was sent\n")
+
+
+def test_a_source_that_may_be_a_secret_says_so(project: Path) -> None:
+    write(project, {"recipes/secrets/books.txt": "text"})
+    sources = document(corpus__domains=[{"name": "books", "train": "secrets/*.txt"}])
+    said = refused(project, sources)
+    assert "secrets/books.txt does not travel: by its name it may hold a secret. Take" in said
 
 
 def test_a_part_of_a_repository_obeys_the_whole(tmp_path: Path) -> None:

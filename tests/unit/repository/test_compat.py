@@ -143,6 +143,23 @@ def test_ray_data_yields_references_of_blocks() -> None:
     assert "ref" in inspect.signature(BlockEntry).parameters
 
 
+def test_fused_optimizers_leave_out_a_step_by_found_inf() -> None:
+    import torch
+
+    from raymix._utils.compat.torch import step_unless
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for skip, steps in ((False, 1), (True, 1), (False, 2)):
+        before = weight.detach().clone()
+        weight.grad = torch.full((3,), float("nan") if skip else 1.0)
+        step_unless(optimizer, torch.tensor(skip))
+        assert torch.equal(before, weight) == skip
+        assert int(optimizer.state[weight]["step"]) == steps
+    assert weight.isfinite().all()
+    assert not hasattr(optimizer, "found_inf")
+
+
 def test_torch_has_fake_tensors_among_real_ones() -> None:
     import torch
 

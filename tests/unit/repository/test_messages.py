@@ -13,8 +13,8 @@ from tests.support.recipes import document, write
 
 TRAIN_KEYS = (
     "steps, tokens, optimizer, optimizer_options, lr, min_lr_ratio, schedule, warmup_ratio, "
-    "decay_ratio, weight_decay, betas, "
-    "eps, clip_norm, micro_batch_rows, precision, parallel, compile, activation_checkpointing, "
+    "decay_ratio, weight_decay, betas, eps, clip_norm, max_skipped_steps, "
+    "micro_batch_rows, precision, parallel, compile, activation_checkpointing, "
     "checkpoint_every, checkpoint_minutes, keep_checkpoints, probe_interval, probe"
 )
 SECTIONS = (

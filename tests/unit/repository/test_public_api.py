@@ -50,7 +50,15 @@ NAMES = {
 
 OPTIONS = {
     "prepare": {"--set", "--json", "--parallelism", "--if-exists"},
-    "train": {"--set", "--json", "--if-exists", "--extend", "--domains-from", "--report"},
+    "train": {
+        "--set",
+        "--json",
+        "--if-exists",
+        "--extend",
+        "--domains-from",
+        "--from-step",
+        "--report",
+    },
     "eval": {"--recipe", "--rows", "--json"},
     "compare": {"--set", "--json", "--mixers", "--seeds", "--out", "--parallel", "--baseline"},
     "tune": {"--set", "--json", "--out", "--parallel", "--smoke", "--if-exists"},
@@ -108,7 +116,10 @@ OPTIONS = {
     "report": {"--out", "--json"},
     "watch": {"--every", "--once", "--json"},
     "weights": {"--from-step", "--hold", "--release", "--timeout", "--json"},
-    "submit": {"--address", "--follow", "--project", "--storage", "--token-in-clear", "--json"},
+    "submit": {
+        *("--address", "--follow", "--project", "--storage", "--token-in-clear", "--dry-run"),
+        "--json",
+    },
     "status": {"--address", "--token-in-clear", "--json"},
     "logs": {"--address", "--follow", "--token-in-clear", "--json"},
     "stop": {"--address", "--token-in-clear", "--json"},
@@ -235,5 +246,6 @@ def test_errors_are_standard_types_too() -> None:
         "LawError": 2,
         "TrainingError": 1,
         "StorageError": 2,
-        "UnreachableError": 2,
+        "UnreachableError": 3,
+        "ClusterLostError": 3,
     }
