@@ -90,8 +90,7 @@ class TrainingLoop:
         # step is done when its call returns: reading late would gain nothing.
         self._read_metrics_late = self._world.device.type == "cuda"
         self._requests = StepSums(0.0, False, False, zeros, zeros)
-        limit = components.recipe.train.max_skipped_steps
-        self._skipped = SkippedSteps(limit, components.domains)
+        self._skipped = SkippedSteps(components.recipe.train, components.domains)
         self._last_checkpoint_s = time.monotonic()
         self._clock_s = time.perf_counter()
         self._shares: tuple[int, dict[str, float]] = (-1, {})
@@ -119,6 +118,8 @@ class TrainingLoop:
             done, last = self._step, self._step == components.steps
             if last or _due(done, components.recipe.eval.every):
                 self._evaluate()
+            if last:
+                self._skipped.check_end()
             # Stop and checkpoint flags were all-reduced with the metrics, so every rank sees them
             # at the same step; a rank that decided alone would leave the others in a collective.
             stopped = self._requests.stop and not last

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray import ActorClassID, WorkerID, actor
 from ray._private import node as ray_node
 from ray._private import ray_constants, worker
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
 from raymix._utils.fork_server import setup_worker
+from raymix._utils.fork_server.server import load
 
 
 @contextmanager
@@ -99,6 +101,40 @@ def workers_from(server: str) -> Iterator[None]:
         Node.__init__ = original
         for name in variables:
             del os.environ[name]
+
+
+def load_before_forks(modules: Sequence[str]) -> bool:
+    """Import modules, and return whether forks of this process draw identifiers of their own.
+
+    Ray's identifiers come from a random generator that is seeded when it is first used, and forks
+    would go on with the same numbers. Importing a module uses it for one thing, the identifiers of
+    actor classes, which are drawn by the system instead.
+    """
+    actor.ActorClassID = _SystemActorClassID  # pyrefly: ignore [bad-assignment] - for the imports
+    try:
+        load(modules)
+    finally:
+        actor.ActorClassID = ActorClassID
+    return _identifier_in_fork() != _identifier_in_fork()
+
+
+class _SystemActorClassID:
+    @staticmethod
+    def from_random() -> ActorClassID:
+        return ActorClassID(os.urandom(ActorClassID.size()))
+
+
+def _identifier_in_fork() -> bytes:
+    """Return the first random identifier that a fork of this process draws."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(write_end, WorkerID.from_random().binary())
+        os._exit(0)
+    os.close(write_end)
+    os.waitpid(pid, 0)
+    with os.fdopen(read_end, "rb") as file:
+        return file.read()
 
 
 def _start_nothing(node: Node, **options: Any) -> None:

@@ -23,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +49,8 @@ class Preload:
     """By the server, so they must be free of Ray."""
     group_modules: Sequence[str] = field(default=())
     """By the process of each group."""
+    loader: str = f"{__name__}:load"
+    """`module:function` that loads those, and returns False if the process must not be forked."""
     hook: str = ""
     """`module:function`, called in each process of a group before its script runs."""
 
@@ -76,7 +79,10 @@ def forked_server(preload: Preload) -> Iterator[str]:
         lifeline, own_end = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # From Python 3.12 on about any thread, of OpenBLAS too, which is made for forks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             # No frame of this process may run on in the child, whatever happens.
             try:
@@ -97,7 +103,7 @@ def forked_server(preload: Preload) -> Iterator[str]:
 def spawned_server(preload: Preload) -> Iterator[str]:
     """Run a server that is a process of its own, and yield the path of its socket."""
     with _socket() as (path, listener):
-        given = json.dumps([list(preload.modules), list(preload.group_modules), preload.hook])
+        given = json.dumps(asdict(preload))
         server = subprocess.Popen(
             [sys.executable, "-m", __name__, str(listener.fileno()), given],
             stdin=subprocess.PIPE,
@@ -128,8 +134,8 @@ def _socket() -> Iterator[tuple[str, socket.socket]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def load(modules: Sequence[str]) -> None:
-    """Import modules, without garbage collection meanwhile.
+def load(modules: Sequence[str]) -> bool:
+    """Import modules, without garbage collection meanwhile; return True.
 
     It would find nothing to free, and take a tenth of the time.
     """
@@ -141,6 +147,7 @@ def load(modules: Sequence[str]) -> None:
     finally:
         if enabled:
             gc.enable()
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +307,8 @@ class _Group(_Forker):
     def run(self, first: dict[str, Any]) -> None:
         """Load the modules in the environment of the first request, and answer requests."""
         _set_environment(first)
-        load(self._preload.group_modules)
+        if not _function(self._preload.loader)(self._preload.group_modules):
+            return
         gc.freeze()
         self.selector.register(self._channel, selectors.EVENT_READ)
         while True:
@@ -341,9 +349,11 @@ def _run_script(request: _Request, hook: str) -> NoReturn:
         sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _set_environment(request.document)
+        if "numpy" in sys.modules:
+            # Unlike that of `random`, its global generator goes on in a fork with the same numbers.
+            sys.modules["numpy"].random.seed()
         if hook:
-            module, _, function = hook.partition(":")
-            getattr(importlib.import_module(module), function)()
+            _function(hook)()
         sys.argv = list(request.document["argv"])
         # As where Python starts a script.
         sys.path[0] = str(Path(sys.argv[0]).parent)
@@ -356,6 +366,11 @@ def _run_script(request: _Request, hook: str) -> NoReturn:
     end_process(code)
 
 
+def _function(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 def _exit_code(end: SystemExit) -> int:
     if end.code is None:
         return 0
@@ -366,6 +381,6 @@ def _exit_code(end: SystemExit) -> int:
 
 
 if __name__ == "__main__":
-    given = Preload(*json.loads(sys.argv[2]))
+    given = Preload(**json.loads(sys.argv[2]))
     load(given.modules)
     _Server(socket.socket(fileno=int(sys.argv[1])), 0, given).run()

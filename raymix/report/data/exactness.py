@@ -131,7 +131,10 @@ def usable_tokens(run: RunRecord, domain: str) -> int | None:
     # The manifest may be at hand where the index of documents, a larger file, is not.
     except CorpusError:
         return None
-    longest = (run.recipe.get("data") or {}).get("sequence_length", np.inf)
+    longest = (run.recipe.get("data") or {}).get("sequence_length")
+    # The file may have been edited by hand since the run.
+    if not isinstance(longest, int):
+        longest = np.inf
     return int(np.minimum(lengths, longest).sum(dtype=np.int64))
 
 

@@ -20,6 +20,7 @@ PRELOAD = Preload(
     ),
     # The driver's loads what Ray Train's own processes need.
     group_modules=("raymix.training.launch.driver", "raymix.training.launch.worker"),
+    loader="raymix._utils.compat.ray_core:load_before_forks",
     hook=f"{apply_malloc_variables.__module__}:{apply_malloc_variables.__name__}",
 )
 _TRIAL_MODULES = ("ray.tune", "raymix.tuning.runs.trials", "raymix.tuning.runs.trial_task")

@@ -41,7 +41,7 @@ sys.exit(int(how))
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with spawned_server(Preload([], ["fractions"], "gc:collect")) as path:
+    with spawned_server(Preload([], ["fractions"], hook="gc:collect")) as path:
         yield path
 
 
@@ -142,6 +142,30 @@ def test_without_a_server_the_worker_starts_as_usual(tmp_path: Path) -> None:
     code, told, _ = ended(process)
     assert (code, told["x"], told["loaded"]) == (5, "given", False)
     assert told["pid"] == process.pid
+
+
+def test_forks_draw_numbers_of_their_own(tmp_path: Path) -> None:
+    script = tmp_path / "draw.py"
+    script.write_text(
+        "import random, sys, numpy as np, ray\n"
+        "assert 'ray.data' in sys.modules\n"
+        "print(ray.WorkerID.from_random().hex(), random.random(), np.random.rand())\n"
+    )
+    loader = "raymix._utils.compat.ray_core:load_before_forks"
+    with spawned_server(Preload([], ["ray.data"], loader)) as path:
+        own = {setup_worker.SERVER: path, setup_worker.WORKER_SCRIPT: str(script)}
+        drawn = [
+            subprocess.run(
+                [sys.executable, setup_worker.__file__],
+                env={**os.environ, **own, "RAY_JOB_ID": "1"},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()
+            for _ in range(2)
+        ]
+    assert all(len(one) == 3 for one in drawn)
+    assert not set(drawn[0]) & set(drawn[1])
 
 
 OWNER = """
