@@ -37,7 +37,7 @@ test: install  ## All tests but gpu and slow
 	@$(MAKE) --no-print-directory test-integration test-ray lint
 
 test-integration: install  ## Tests of several processes and of whole commands, without Ray
-	@$(BIN)/python -m pytest -q -n 2 -m "not slow and not ray" tests/integration tests/e2e
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not ray" tests/integration tests/e2e
 
 test-ray: install  ## Tests that share one Ray cluster
 	@$(BIN)/python -m pytest -q -m "not slow and ray" tests/integration/ray tests/e2e/ray

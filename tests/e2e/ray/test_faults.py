@@ -79,6 +79,8 @@ def killed(shell: Shell, pike: Path) -> Path:
     wait_for(lambda: progress(run) >= at, seconds=500, what=f"step {at} after a worker's death")
     kill(process.pid)
     process.wait()
+    # Its workers are ended by Ray, and may remove an old checkpoint until they are.
+    wait_for(lambda: not pids_titled("ray::RayTrainWorker"), seconds=60, what="the workers' end")
     assert progress(run) < STEPS, (shell.cwd / "background.log").read_text()[-3000:]
     return run
 

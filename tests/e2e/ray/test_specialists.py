@@ -75,10 +75,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def last_evaluation(run: Path) -> dict[str, Any]:
+    return [line for line in lines(run / "metrics.jsonl") if "eval" in line][-1]["eval"]
+
+
 def test_everything_starts_from_one_base(first: tuple[Any, str], place: Path) -> None:
     document, _ = first
     out = place / "out"
-    base = lines(out / "base-seed3" / "metrics.jsonl")[-1]["eval"]
+    base = last_evaluation(out / "base-seed3")
     for name in ("specialist-a", "specialist-b", "joint"):
         metrics = lines(out / f"{name}-seed3" / "metrics.jsonl")
         assert metrics[0]["eval"] == base
@@ -95,7 +99,7 @@ def test_each_domain_is_by_its_own_specialist(first: tuple[Any, str], place: Pat
     row = document["rows"]["specialists"]
     assert row["recovered"]["mean"] == 1
     for name in "ab":
-        last = lines(place / "out" / f"specialist-{name}-seed3" / "metrics.jsonl")[-1]["eval"]
+        last = last_evaluation(place / "out" / f"specialist-{name}-seed3")
         assert row["domains"][name]["mean"] == last[name]["loss"]
         assert document["matrix"][name] == {other: last[other]["loss"] for other in "ab"}
 
