@@ -131,10 +131,7 @@ def usable_tokens(run: RunRecord, domain: str) -> int | None:
     # The manifest may be at hand where the index of documents, a larger file, is not.
     except CorpusError:
         return None
-    longest = (run.recipe.get("data") or {}).get("sequence_length")
-    # The file may have been edited by hand since the run.
-    if not isinstance(longest, int):
-        longest = np.inf
+    longest = (run.recipe.get("data") or {}).get("sequence_length") or np.inf
     return int(np.minimum(lengths, longest).sum(dtype=np.int64))
 
 
@@ -163,7 +160,7 @@ def bound(run: RunRecord, shares_VD: NDArray[np.float64], *, capped: bool) -> Er
     """
     data = run.recipe.get("data") or {}
     # Without the mixture or the unit nothing is proved.
-    if not shares_VD.size or "sequence_length" not in data:
+    if not shares_VD.size or data.get("sequence_length") is None:
         return None
     n_domains = int((shares_VD > 0).any(axis=0).sum())
     fixed = bool(((shares_VD > 0) == (shares_VD[0] > 0)).all())

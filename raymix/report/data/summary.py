@@ -165,6 +165,7 @@ def _domains(run: RunRecord, realized: RealizedMixture) -> dict[str, Document]:
     """Return one row per domain, in order of tokens where a table cannot show them all."""
     asked = realized.asked_D.sum()
     read_D = realized.read_D
+    read = read_D.sum() if read_D is not None else 0.0
     rows = {}
     for at, name in enumerate(run.domains):
         info = run.corpus.manifest.domains.get(name) if run.corpus else None
@@ -173,9 +174,9 @@ def _domains(run: RunRecord, realized: RealizedMixture) -> dict[str, Document]:
         tokens = read_D[at] if read_D is not None else realized.asked_D[at]
         rows[name] = {
             "tokens": tokens,
-            "share_asked": realized.asked_D[at] / asked if asked else math.nan,
-            "share_realised": read_D[at] / read_D.sum() if read_D is not None else math.nan,
-            "epochs": tokens / usable if usable else math.nan,
+            "share_asked": _ratio(realized.asked_D[at], asked),
+            "share_realised": _ratio(read_D[at], read) if read_D is not None else math.nan,
+            "epochs": _ratio(tokens, usable or 0),
             "loss_first": number(scored[0].get("loss")) if scored else math.nan,
             "loss_last": number(scored[-1].get("loss")) if scored else math.nan,
             # The manifest has 0 for a domain without held-out text, which is no entropy.
@@ -186,6 +187,11 @@ def _domains(run: RunRecord, realized: RealizedMixture) -> dict[str, Document]:
     if len(rows) > MAX_ROWS:
         rows = dict(sorted(rows.items(), key=lambda item: -_finite(item[1]["tokens"])))
     return rows
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Return `part / whole`; NaN where there is none, as in files with infinite counts."""
+    return float(part) / float(whole) if whole and math.isfinite(whole) else math.nan
 
 
 def _training(run: RunRecord) -> Document:
