@@ -54,7 +54,7 @@ test-ray-next: install  ## Tests of Ray's private API and of training with the n
 	@PYTHONPATH=$(CURDIR) .venv-ray-next/bin/python -m pytest -q tests/unit/repository/test_compat.py \
 	  tests/integration/ray/test_actor_restarts.py tests/integration/ray/test_training.py
 
-test-unit: install  ## Tests without Ray, under a minute
+test-unit: install  ## Tests without Ray, about 90 seconds on 2 cores
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 
 test-gpu: install  ## Tests that need a CUDA device (skipped without one)

@@ -97,12 +97,12 @@ def list_files(root: Path) -> Listing:
             "this would ship everything in it",
             fix="Put the recipe into a directory of its own, or name one by --project",
         )
-    found: dict[_Fate, list[str]] = defaultdict(list)
+    by_fate: dict[_Fate, list[str]] = defaultdict(list)
     for path, fate in _walk(root, "", _above(root)):
-        found[fate].append(path)
+        by_fate[fate].append(path)
     # File systems list in different orders; equal projects have to give equal archives.
     files, outside, secret, ignored = (
-        tuple(sorted(found[fate])) for fate in ("shipped", "outside", "secret", "ignored")
+        tuple(sorted(by_fate[fate])) for fate in ("shipped", "outside", "secret", "ignored")
     )
     return Listing(root, files, outside, secret, ignored)
 

@@ -374,10 +374,10 @@ class TrainingLoop:
 def _left_out(line: Mapping[str, Any], note: str) -> Mapping[str, Any]:
     """Return the line of a step that was left out: with the reason, and finite losses alone."""
     losses = {name: loss for name, loss in line["domain_loss"].items() if loss is not None}
-    kept = {**line, "domain_loss": losses, "skipped": note}
+    finite = {**line, "domain_loss": losses, "skipped": note}
     if not math.isfinite(line["loss"]):
-        del kept["loss"]
-    return kept
+        del finite["loss"]
+    return finite
 
 
 def _divergence(components: TrainerComponents, problem: str) -> TrainingError:

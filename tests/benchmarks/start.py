@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks._report import print_table, ratio_spread, row, write_results
+from tests.support.scenes import descendants
 from tests.support.shell import Shell, write_recipe
 
 REPEATS = 3
@@ -83,23 +84,14 @@ def measured(shell: Shell, *arguments: str, until: re.Pattern[str] | None) -> St
 
 def _below(root: int) -> dict[int, tuple[str, float]]:
     """Return name and CPU seconds of a process and all below it, by its number."""
-    parents, seconds = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(fields[1])
-            seconds[int(entry.name)] = (int(fields[11]) + int(fields[12])) / _TICKS
-    found = {}
-    for pid in seconds:
-        ancestor = pid
-        while ancestor not in (root, 0, 1) and ancestor in parents:
-            ancestor = parents[ancestor]
-        if ancestor == root:
-            found[pid] = (_name(pid, root), seconds[pid])
-    return found
+    processes = {}
+    for pid in (root, *descendants(root)):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        processes[pid] = (_name(pid, root), (int(fields[11]) + int(fields[12])) / _TICKS)
+    return processes
 
 
 def _name(pid: int, root: int) -> str:

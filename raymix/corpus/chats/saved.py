@@ -113,8 +113,8 @@ def _templates(corpus: str) -> dict[str, str]:
     if isinstance(template, list):
         entries = [each for each in template if isinstance(each, dict)]
         named = {str(each.get("name")): each.get("template") for each in entries}
-    found = ((name, named.get(name)) for name in ("default", "tool_use"))
-    return {name: source for name, source in found if isinstance(source, str)}
+    sources = ((name, named.get(name)) for name in ("default", "tool_use"))
+    return {name: source for name, source in sources if isinstance(source, str)}
 
 
 def _settings(corpus: str) -> dict[str, Any]:

@@ -20,11 +20,11 @@ def chat_columns(domain: DomainConfig, names: Iterable[str]) -> tuple[str | None
     """
     if domain.messages_column is None:
         return None, None
-    found = set(names)
+    present = set(names)
     given = (domain.tools_column, _DEFAULT_TOOLS), (domain.system_column, _DEFAULT_SYSTEM)
     # An empty name is none.
     tools, system = (
-        (default if default in found else None) if column is None else column or None
+        (default if default in present else None) if column is None else column or None
         for column, default in given
     )
     return tools, system

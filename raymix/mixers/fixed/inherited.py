@@ -42,15 +42,15 @@ def inherited_shares(
             )
         total = sum(tokens[name] for name in names)
         share |= {name: before[old] * tokens[name] / max(total, 1) for name in names}
-    kept, added = sum(share.values()), sum(config.added.values())
-    if kept <= 0:
+    old_total, added = sum(share.values()), sum(config.added.values())
+    if old_total <= 0:
         raise RecipeError.at(
             "mixer.kind",
             "inherit",
             "no domain with a share stays, nor a part of one",
             fix="Give the shares as static weights",
         )
-    share = {name: value / kept * (1 - added) for name, value in share.items()}
+    share = {name: value / old_total * (1 - added) for name, value in share.items()}
     return {name: (share | config.added)[name] for name in tokens}
 
 

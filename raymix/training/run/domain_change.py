@@ -112,11 +112,11 @@ def check_change(
             fix="Prepare the corpus with the tokenizer of the run (corpus.tokenizer: {path: "
             "CHECKPOINT}), or set data.accept_changed_corpus if the ids are the same",
         )
-    found = corpus.domain_fingerprints()
+    fingerprints = corpus.domain_fingerprints()
     other = [
         name
         for name in change.after
-        if name in change.before and state.domain_fingerprints.get(name) != found[name]
+        if name in change.before and state.domain_fingerprints.get(name) != fingerprints[name]
     ]
     if other:
         raise CorpusError.at(

@@ -74,14 +74,14 @@ def ended(process: subprocess.Popen[bytes]) -> tuple[int, dict[str, object], str
 
 def test_a_fork_is_the_process_that_was_asked_for(server: str, tmp_path: Path) -> None:
     process = asking(server, tmp_path, "3", "--more=1", X="given")
-    code, told, err = ended(process)
+    code, seen, err = ended(process)
     assert (code, err) == (3, "")
-    assert told["argv"] == [str(tmp_path / "worker.py"), "3", "--more=1"]
-    assert told["x"] == "given"
-    assert told["cwd"] == str(tmp_path)
-    assert told["loaded"] is True
+    assert seen["argv"] == [str(tmp_path / "worker.py"), "3", "--more=1"]
+    assert seen["x"] == "given"
+    assert seen["cwd"] == str(tmp_path)
+    assert seen["loaded"] is True
     # A group of its own: Ray ends a worker by its process group.
-    assert told["group"] == told["pid"] != process.pid
+    assert seen["group"] == seen["pid"] != process.pid
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_a_runtime_environment_of_variables_is_set(server: str, tmp_path: Path) 
     context = {"env_vars": {"X": "${TERM}-${UNSET_VARIABLE}"}, "py_executable": sys.executable}
     option = f"--serialized-runtime-env-context={json.dumps(context)}"
     process = asking(server, tmp_path, "0", option, "--language=PYTHON", TERM="dumb")
-    code, told, _ = ended(process)
-    assert (code, told["x"]) == (0, "dumb-")
-    assert told["argv"] == [str(tmp_path / "worker.py"), "0"]
+    code, seen, _ = ended(process)
+    assert (code, seen["x"]) == (0, "dumb-")
+    assert seen["argv"] == [str(tmp_path / "worker.py"), "0"]
 
 
 def test_more_than_variables_is_set_up_by_ray(server: str, tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_more_than_variables_is_set_up_by_ray(server: str, tmp_path: Path) -> No
 
 def test_without_a_server_the_worker_starts_as_usual(tmp_path: Path) -> None:
     process = asking(str(tmp_path / "none"), tmp_path, "5", X="given")
-    code, told, _ = ended(process)
-    assert (code, told["x"], told["loaded"]) == (5, "given", False)
-    assert told["pid"] == process.pid
+    code, seen, _ = ended(process)
+    assert (code, seen["x"], seen["loaded"]) == (5, "given", False)
+    assert seen["pid"] == process.pid
 
 
 def test_forks_draw_numbers_of_their_own(tmp_path: Path) -> None:

@@ -361,9 +361,9 @@ def test_without_locks_of_the_file_system_a_file_names_the_owner(
     owner = tmp_path / ".lock-owner"
     with run.locked():
         assert run.in_use() is True
-        held = json.loads(owner.read_text())
+        owned_by = json.loads(owner.read_text())
         with (
-            pytest.raises(RecipeError, match=rf"in use by process {held['process']} on"),
+            pytest.raises(RecipeError, match=rf"in use by process {owned_by['process']} on"),
             run.locked(),
         ):
             pass
@@ -371,11 +371,11 @@ def test_without_locks_of_the_file_system_a_file_names_the_owner(
     assert run.in_use() is False
     # Dead: of an earlier boot, of a number that another process has now, of none.
     for change in ({"boot": "earlier"}, {"started": "1"}, {"process": 2**22 + 1}):
-        owner.write_text(json.dumps({**held, **change}))
+        owner.write_text(json.dumps({**owned_by, **change}))
         assert run.in_use() is False
         with run.locked():
-            assert json.loads(owner.read_text()) == held
-    owner.write_text(json.dumps({**held, "host": "elsewhere"}))
+            assert json.loads(owner.read_text()) == owned_by
+    owner.write_text(json.dumps({**owned_by, "host": "elsewhere"}))
     assert run.in_use() is None
     with (
         pytest.raises(RecipeError, match=r"only that machine can tell\. If that process has ended"),

@@ -46,9 +46,9 @@ def shares(tokens: dict[str, int], **options: Any) -> dict[str, float]:
 def test_examples(
     tokens: dict[str, int], options: dict[str, Any], expected: dict[str, float]
 ) -> None:
-    found = shares(tokens, **options)
-    assert list(found) == list(tokens)
-    assert found == pytest.approx(expected)
+    result = shares(tokens, **options)
+    assert list(result) == list(tokens)
+    assert result == pytest.approx(expected)
 
 
 @given(
@@ -61,11 +61,11 @@ def test_what_stays_keeps_its_proportions_and_all_sum_to_one(
 ) -> None:
     names = [*list(before)[:kept], *added]
     config = InheritMixer(kind="inherit", added=added)
-    found = inherited_shares(config, before, dict.fromkeys(names, 100))
-    assert sum(found.values()) == pytest.approx(1)
-    assert {name: found[name] for name in added} == added
+    result = inherited_shares(config, before, dict.fromkeys(names, 100))
+    assert sum(result.values()) == pytest.approx(1)
+    assert {name: result[name] for name in added} == added
     for one, other in permutations(list(before)[:kept], 2):
-        assert found[one] * before[other] == pytest.approx(found[other] * before[one])
+        assert result[one] * before[other] == pytest.approx(result[other] * before[one])
 
 
 @pytest.mark.parametrize(
