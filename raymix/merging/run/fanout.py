@@ -24,6 +24,9 @@ from raymix.merging.run.work import JobResults, limit_scipy_threads, run_job
 _TASKS_PER_CORE = 2
 # A task is idempotent (the same bytes at the same offsets), so a lost node costs a retry only.
 _MAX_RETRIES = 3
+# For tasks under way when a merge ends early. Those that a busy cluster has not begun by then find
+# no workspace, or write the same bytes again.
+_END_TIMEOUT_S = 60
 
 
 def _task(plan: MergePlan, job: str, folder: str) -> dict[str, Any]:
@@ -72,9 +75,11 @@ def run_on_ray(
         # Users see the MergeError of the task, not Ray's remote traceback around it.
         raise error.cause if isinstance(error.cause, MergeError) else error from None
     finally:
-        # A task that still runs may write to the workspace, which the engine removes next.
-        for reference in running:
-            ray.cancel(reference)
+        # They write to the workspace, which the engine may remove next. Not cancelled: `ray.cancel`
+        # of a task that is just being sent ends this process (Ray 2.60, `Check failed: it !=
+        # submissible_tasks_.end()` in task_manager.cc).
+        if running and ray.is_initialized():
+            ray.wait(list(running), num_returns=len(running), timeout=_END_TIMEOUT_S)
 
 
 def _join_or_start() -> None:
