@@ -60,6 +60,7 @@ def command(
                 config,
                 parallelism=parallelism,
                 address=loaded.cluster.address,
+                wait_minutes=loaded.cluster.wait_minutes,
                 if_exists=if_exists.value,
                 progress=listener,
             )

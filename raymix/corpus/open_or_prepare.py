@@ -12,12 +12,15 @@ from raymix.store.manifest import MANIFEST
 from raymix.store.remote import files
 
 
-def open_or_prepare(config: CorpusConfig, refuse: Callable[[], object]) -> Corpus:
+def open_or_prepare(
+    config: CorpusConfig, refuse: Callable[[], object], *, wait_minutes: float = 0
+) -> Corpus:
     """Return the prepared corpus, preparing it first where there are sources and none is there.
 
     Args:
         config: The corpus of the recipe.
         refuse: Called before a corpus is prepared: raises if what it is for cannot work anyway.
+        wait_minutes: Minutes to wait for a node with CPUs: see `prepare`.
 
     Raises:
         CorpusError: If it cannot be prepared, or is of another configuration.
@@ -27,6 +30,6 @@ def open_or_prepare(config: CorpusConfig, refuse: Callable[[], object]) -> Corpu
         return Corpus.open(config.path)
     refuse()
     with watching() as listener:
-        manifest = prepare(config, progress=listener)
+        manifest = prepare(config, wait_minutes=wait_minutes, progress=listener)
     print_manifest(config.path, manifest)
     return Corpus.open(config.path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from raymix.corpus import state
 from raymix.corpus.chats.saved import chat_options
@@ -71,6 +71,7 @@ def prepare(
     *,
     parallelism: int | None = None,
     address: str | None = None,
+    wait_minutes: float = 0,
     if_exists: IfExists = "resume",
     progress: Listener | None = None,
 ) -> Manifest:
@@ -84,6 +85,7 @@ def prepare(
             CPUs of the cluster, or this process for a small corpus where no cluster runs.
         address: Ray cluster to work on; left out, the one connected to, RAY_ADDRESS, or a
             private one for the time of the work.
+        wait_minutes: Minutes to wait for a node with CPUs of a cluster that adds nodes on demand.
         if_exists: What to do about a corpus that is there: `resume` goes on with it, or does
             nothing when it is finished; `fail` refuses; `new` replaces it.
         progress: Called as the work goes on.
@@ -117,7 +119,8 @@ def prepare(
         state.record(config, sources)
         if config.in_place:
             return _prepare_in_place(config, sources, report)
-        return _prepare(config, sources, parts, (parallelism, address), report)
+        options = {"parallelism": parallelism, "address": address, "wait_minutes": wait_minutes}
+        return _prepare(config, sources, parts, options, report)
 
 
 def _nothing_to_do(config: CorpusConfig, manifest: Manifest, report: Reporter) -> Manifest:
@@ -148,13 +151,13 @@ def _prepare(
     config: CorpusConfig,
     sources: dict[str, DomainSources],
     parts: Parts,
-    where: tuple[int | None, str | None],
+    runner_options: dict[str, Any],
     report: Reporter,
 ) -> Manifest:
     size = sum(part.size for domain_parts in parts.values() for part in domain_parts)
     count = sum(len(source.train) + len(source.valid) for source in sources.values())
     try:
-        with choose_runner(where[0], size, where[1]) as runner:
+        with choose_runner(size, say=report.note, **runner_options) as runner:
             report.note(
                 f"{len(sources)} domains, {count} files, about {size / 1e6:,.0f} MB of text; "
                 f"{runner.description}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
+from raymix._utils.cluster_nodes import wait_for_nodes
 from raymix._utils.private_cluster import start_private
 from raymix.corpus.tokenizers.tokenizer import rust_threads
 from raymix.errors import ClusterError, RaymixError
@@ -85,7 +86,6 @@ class OnRay:
         import ray
 
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        # A head node without CPUs is common; tasks would wait for ever.
         if not cpus:
             raise ClusterError.at(
                 "cluster",
@@ -136,13 +136,19 @@ def bundled(sizes: Sequence[int], max_bundles: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def choose_runner(
-    parallelism: int | None, source_bytes: int, address: str | None
+    source_bytes: int,
+    *,
+    parallelism: int | None = None,
+    address: str | None = None,
+    wait_minutes: float = 0,
+    say: Callable[[str], object] = print,
 ) -> Iterator[Runner]:
     """Yield the runner for `parallelism`: 0 is this process, None chooses by the size.
 
     A corpus of less than `SMALL_CORPUS` bytes is done in this process before a Ray cluster
     would be up; one that is running, or that `address` or RAY_ADDRESS names, is used. Without
-    one, a private cluster is started and stopped again.
+    one, a private cluster is started and stopped again. `wait_minutes` limits the wait for a node
+    with CPUs of a cluster that adds nodes on demand; `say` is called with lines about it.
     """
     import sys
 
@@ -157,6 +163,9 @@ def choose_runner(
         return
     # A cluster that the caller connected to stays connected.
     with contextlib.nullcontext() if connected else _cluster(parallelism, address):
+        # Of a cluster without CPUs, as a head often is, tasks would wait for ever.
+        if reachable:
+            wait_for_nodes(1, {"CPU": 1}, minutes=wait_minutes, say=say)
         yield OnRay(parallelism)
 
 

@@ -45,10 +45,10 @@ from raymix.recipe.mixer import (
     UnimaxMixer,
 )
 from raymix.recipe.schema import commented_recipe, recipe_schema
+from raymix.recipe.sections.cluster import ClusterConfig
 from raymix.recipe.sections.specialists import SpecialistsConfig
 from raymix.recipe.sections.tune import TuneConfig
 from raymix.recipe.training import (
-    ClusterConfig,
     ConfigModel,
     DataConfig,
     DocumentData,

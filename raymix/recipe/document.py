@@ -10,10 +10,10 @@ from raymix.recipe.base import Fault, Faults, Integer, RecipeModel, raise_if
 from raymix.recipe.corpus import NAME, CorpusConfig
 from raymix.recipe.mixer import MixerConfig, ProportionalMixer
 from raymix.recipe.rules import broken_rules
+from raymix.recipe.sections.cluster import ClusterConfig
 from raymix.recipe.sections.specialists import SpecialistsConfig
 from raymix.recipe.sections.tune import TuneConfig
 from raymix.recipe.training import (
-    ClusterConfig,
     ConfigModel,
     DataConfig,
     EvalConfig,

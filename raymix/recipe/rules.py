@@ -13,10 +13,11 @@ from raymix.errors import did_you_mean
 from raymix.recipe.base import Fault
 from raymix.recipe.corpus import CorpusConfig
 from raymix.recipe.mixer import MixerConfig
+from raymix.recipe.sections.cluster import ClusterConfig
 from raymix.recipe.sections.specialists import SpecialistsConfig
 from raymix.recipe.sections.tune import TuneConfig
 from raymix.recipe.shares import MixerModel
-from raymix.recipe.training import ClusterConfig, DataConfig, DocumentData, PackedData
+from raymix.recipe.training import DataConfig, DocumentData, PackedData
 from raymix.recipe.translate import known_names
 
 # A suggestion costs an edit distance to every domain, and there may be 10,000 of them.

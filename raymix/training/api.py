@@ -26,14 +26,15 @@ from raymix.store.remote import files
 from raymix.store.remote.hub import fetch_model
 from raymix.training.host.device import requested_threads
 from raymix.training.host.environment import environment
-from raymix.training.host.machine import resources
 from raymix.training.launch.cluster import (
     check_private_cluster,
     keep_freed_memory,
     ray_cluster,
     redirect_ray_output,
 )
+from raymix.training.launch.placement import worker_resources
 from raymix.training.launch.watch import watch
+from raymix.training.plan.cluster_resources import run_resources, wait_for_workers
 from raymix.training.plan.mixer_context import count_steps, mixer_context
 from raymix.training.plan.preflight import preflight
 from raymix.training.plan.runplan import RunPlan
@@ -124,12 +125,12 @@ def train(
     # What the Hub lacks is a problem of the plan, which names all of them.
     with suppress(StorageError):
         loaded = pin_model(loaded, run)
-    cluster = loaded.cluster
-    # Without workers no cluster is used, wherever RAY_ADDRESS points.
-    available = resources(
-        cluster.address if cluster.workers else "local", cluster.object_store_bytes
+    available = run_resources(loaded)
+    corpus = open_or_prepare(
+        loaded.corpus,
+        lambda: preflight(loaded, None, available),
+        wait_minutes=loaded.cluster.wait_minutes,
     )
-    corpus = open_or_prepare(loaded.corpus, lambda: preflight(loaded, None, available))
     if domains_from is not None:
         loaded = _from_step(run, loaded, corpus, domains_from, may_differ=lengths)
     plan = preflight(loaded, corpus, available)
@@ -143,7 +144,7 @@ def train(
             _extend(run, loaded, corpus, plan.steps)
         if not _finished(run, plan.steps, corpus, loaded, domains_from=domains_from):
             for line in plan.notes:
-                if line.startswith("model: "):
+                if line.startswith(("model: ", "cluster: ")):
                     _say(line)
             _fetch_model(loaded, run)
             _write_run(run, loaded, plan)
@@ -307,6 +308,12 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan, domains_from: int |
             with ray_cluster(recipe.cluster):
                 from raymix.training.launch.driver import run_on_ray
 
+                # Here, not before the corpus is prepared: nodes without work are removed again.
+                wait_for_workers(
+                    recipe.cluster,
+                    worker_resources(recipe.cluster, on_gpu=job.on_gpu),
+                    progress.say,
+                )
                 starting = f"{recipe.cluster.workers} workers"
                 stage(f"starting {starting}")
                 watched = partial(watch, run=run, progress=progress, starting=starting)

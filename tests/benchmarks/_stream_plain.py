@@ -10,7 +10,6 @@ import numpy as np
 
 from tests.benchmarks._stream_common import (
     BATCH,
-    CACHE,
     DOMAINS,
     LENGTH,
     ROWS,
@@ -48,24 +47,24 @@ def raymix_local() -> Fill:
     """Return raymix' stream in this process: no actors, blocks mapped from files."""
     from raymix.mixers import MixerContext, Planned
     from raymix.recipe.training import PackedData
-    from raymix.store import Corpus
     from raymix.streaming.batches.stream import MixtureStream
     from raymix.streaming.blocks.sources import LocalSource
     from raymix.streaming.controller.build import build_mixture_state
     from raymix.streaming.controller.local import LocalController
+    from tests.benchmarks._stream_corpus import corpus
 
-    corpus = Corpus.open(str(CACHE / "corpus"))
+    data = corpus()
     tokens_D = np.full(DOMAINS, ROWS * LENGTH)
-    context = MixerContext(corpus.domain_names, tokens_D, total_tokens=10**9, total_steps=10**6)
+    context = MixerContext(data.domain_names, tokens_D, total_tokens=10**9, total_steps=10**6)
     state = build_mixture_state(Planned("fixed", [WEIGHTS]), context)
     stream = MixtureStream(
-        corpus,
+        data,
         PackedData(sequence_length=LENGTH, rows_per_step=BATCH),
         seed=1,
         rank=0,
         world_size=1,
         controller=LocalController(state),
-        source=LocalSource(corpus, row_tokens=LENGTH),
+        source=LocalSource(data, row_tokens=LENGTH),
     )
     return lambda staging: np.copyto(staging, stream.next().tokens)
 

@@ -54,17 +54,15 @@ import ray
 from raymix.mixers import DomainStats, MixerContext
 from raymix.recipe.training import PackedData
 from raymix.sampling import realized_error_bound
-from raymix.store import Corpus
 from raymix.streaming.batches.stream import MixtureStream
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.blocks.shared_source import PlaneSource
 from raymix.streaming.controller.client import RemoteController, start_controller
-from tests.support.corpora import random_documents, write_corpus
+from tests.benchmarks._stream_corpus import NAMES, corpus
 
 WINDOW = 100
 _MOST, _TOGETHER = 400_000, 200_000
 STORE_BYTES = 1_500_000_000
-NAMES = tuple(f"d{d}" for d in range(DOMAINS))
 
 
 class Restless:
@@ -94,18 +92,6 @@ class Learning(Restless):
     kind = "learning"
     needs = frozenset({"tokens"})
     initial = WEIGHTS
-
-
-def corpus() -> Corpus:
-    """Return the benchmark's rows as a prepared corpus, written if it is not there."""
-    root = CACHE / "corpus"
-    if not (root / "manifest.json").exists():
-        domains = {
-            name: (make_rows(d).reshape(-1), random_documents(name, ROWS * LENGTH, 600.0))
-            for d, name in enumerate(NAMES)
-        }
-        write_corpus(root, domains, block_tokens=256 * LENGTH, shard_blocks=100)
-    return Corpus.open(str(root))
 
 
 class Consumer:

@@ -24,6 +24,7 @@ from typing import Any
 
 from tests.benchmarks._report import ROOT, row, write_results
 from tests.benchmarks._stream_common import BATCH, LENGTH, WEIGHTS, rows_file
+from tests.benchmarks._stream_corpus import corpus
 from tests.benchmarks.stream_peers import PEERS, VENV, install
 
 PLAIN = ("numpy gather (reference)", "torch DataLoader", "raymix, without Ray")
@@ -64,6 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     wanted = options.rows or [""]
     rows_file()
+    # Here, because the first row that reads it must not be the one that writes it.
+    corpus()
     skipped: dict[str, str] = {}
     groups: list[tuple[str, list[str]]] = [("plain", [n]) for n in PLAIN] + [("ray", list(RAY))]
     if options.peers:

@@ -1,8 +1,9 @@
 """`make demo-cluster`: a run submitted to a real Ray cluster of two nodes on this machine.
 
-Two raylets of one CPU each, token authentication on; the project and its recipe travel by Ray's
-job API, a worker trains on each node, the log is followed, the report is drawn. Every process of
-the cluster is ended at the end, also after a failure or Ctrl-C.
+As a cluster that adds nodes on demand begins: a head without CPUs, token authentication on. The
+project and its recipe travel by Ray's job API, the job asks for its workers, and only then a node
+with two CPUs is started. The log is followed, the report is drawn. Every process of the cluster is
+ended at the end, also after a failure or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,9 +28,10 @@ def main() -> int:
     """Return the exit code of the submitted job, or of what failed after it."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     began = time.monotonic()
-    with local_cluster((1, 1), say=lambda text: print(f"-- {text}", flush=True)) as cluster:
+    with local_cluster((0,), say=lambda text: print(f"-- {text}", flush=True)) as cluster:
         said = f"job server {cluster.address}, token authentication"
-        print(f"-- two nodes up after {time.monotonic() - began:.0f} s: {said}", flush=True)
+        print(f"-- the head is up after {time.monotonic() - began:.0f} s: {said}", flush=True)
+        threading.Thread(target=scale, args=(cluster,), daemon=True).start()
         words = ("submit", "train", RECIPE, *CHANGES, "--storage", str(ROOT), "--follow")
         code = raymix(cluster, *words, "--", "--if-exists", "new")
         raymix(cluster, "status")
@@ -36,6 +39,13 @@ def main() -> int:
     code = code or raymix(None, "report", str(run.relative_to(ROOT)))
     print(f"-- {time.monotonic() - began:.0f} s in all; the cluster is gone", flush=True)
     return code
+
+
+def scale(cluster: LocalCluster) -> None:
+    """Do what an autoscaler does: start a node when something waits for one."""
+    asked = cluster.wait_for_demand()
+    print(f"-- asked for: {asked}", flush=True)
+    cluster.add_node(2)
 
 
 def raymix(cluster: LocalCluster | None, *words: str) -> int:

@@ -8,6 +8,8 @@ whatever became of the process that started them.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import secrets
 import shutil
@@ -24,6 +26,19 @@ from pathlib import Path
 _MARK = "RAYMIX_LOCAL_CLUSTER"
 _START_S = 180.0
 _END_S = 5.0
+_DEMAND = """
+import json, sys, time
+from ray.autoscaler.v2.sdk import get_cluster_status
+bundles = []
+while not bundles:
+    time.sleep(0.5)
+    waiting = get_cluster_status(sys.argv[1]).resource_demands.placement_group_demand
+    bundles = [
+        request.bundle for demand in waiting for request in demand.bundles_by_count
+        for _ in range(request.count)
+    ]
+print(json.dumps(bundles))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +53,20 @@ class LocalCluster:
     """What a process needs to be let in."""
     folder: Path
     """Its token, its session and its logs."""
+    add_node: Callable[[float], None]
+    """Starts one more node, with as many CPUs."""
+
+    def wait_for_demand(self) -> list[dict[str, float]]:
+        """Return the bundles of resources that wait for nodes, as an autoscaler is told of them."""
+        done = subprocess.run(
+            [sys.executable, "-c", _DEMAND, self.gcs],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            timeout=_START_S,
+            check=True,
+        )
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 @contextlib.contextmanager
@@ -74,12 +103,18 @@ def local_cluster(
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         inner.pop(name, None)
     gcs, board = (f"127.0.0.1:{port}" for port in _free_ports(2))
+    numbers = itertools.count(1)
+
+    def add_node(count: float) -> None:
+        number = next(numbers)
+        say(f"starting node {number} with {count:g} CPUs")
+        where = _head(gcs, board, folder) if number == 1 else [f"--address={gcs}"]
+        _start(f"node-{number}", [f"--num-cpus={count:g}", *where], inner, folder)
+
     try:
-        for number, count in enumerate(cpus):
-            say(f"starting node {number + 1} of {len(cpus)}")
-            where = _head(gcs, board, folder) if not number else [f"--address={gcs}"]
-            _start(f"node-{number + 1}", [f"--num-cpus={count:g}", *where], inner, folder)
-        yield LocalCluster(f"http://{board}", gcs, given, folder)
+        for count in cpus:
+            add_node(count)
+        yield LocalCluster(f"http://{board}", gcs, given, folder, add_node)
     finally:
         end_marked(mark)
         shutil.rmtree(folder, ignore_errors=True)

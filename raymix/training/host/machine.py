@@ -36,6 +36,8 @@ class Resources:
     """Memory of one GPU; None if unknown on this machine."""
     nodes: int = 1
     """Number of machines."""
+    missing: str = ""
+    """What of `cpus` and `gpus` is not there yet: the run asks a cluster that grows for it."""
 
 
 def cores() -> int:

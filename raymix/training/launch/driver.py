@@ -28,7 +28,7 @@ from raymix.streaming.controller.client import start_controller
 from raymix.streaming.sequences.actor import start_sequence_scheduler
 from raymix.training.launch.cluster import capacity_error, worker_environment
 from raymix.training.launch.entry import FailFastPolicy, train_worker
-from raymix.training.launch.placement import placement_options
+from raymix.training.launch.placement import placement_options, worker_resources
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.domain_change import checkpoint_to_resume
@@ -94,7 +94,7 @@ def _trainer(job: Job) -> Any:
     filesystem, storage_path = files.locate(job.run.where)
     data = job.recipe.data
     group_size = data.assign.context if isinstance(data, DocumentData) else 1
-    resources = {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if job.on_gpu else {})}
+    resources = worker_resources(cluster, on_gpu=job.on_gpu)
     return LeanTorchTrainer(
         train_worker,
         train_loop_config={"job": ray.put(job)},

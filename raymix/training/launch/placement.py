@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raymix._utils.cluster_nodes import node_capacity
 from raymix.errors import ClusterError
+from raymix.recipe import ClusterConfig
 
 Strategy = Literal["STRICT_PACK", "PACK"]
 NODE_LABEL = "ray.io/node-id"
@@ -63,7 +65,7 @@ def place_workers(
     """
     workers = group_size * groups
     # Workers that each node can take.
-    capacity = [_capacity(node, per_worker) for node in nodes]
+    capacity = [node_capacity(node.resources, per_worker) for node in nodes]
     if sum(capacity) < workers:
         raise ClusterError.at(
             "cluster.workers",
@@ -89,6 +91,11 @@ def place_workers(
         selectors += [{NODE_LABEL: nodes[node].id}] * (placed * group_size)
         remaining -= placed
     return WorkerPlacement("PACK", bundles, tuple(selectors), split_groups=False)
+
+
+def worker_resources(cluster: ClusterConfig, *, on_gpu: bool) -> dict[str, float]:
+    """Return the resources of one worker, by Ray's names."""
+    return {"CPU": cluster.cpus_per_worker, **({"GPU": 1} if on_gpu else {})}
 
 
 def alive_nodes() -> list[Node]:
@@ -118,16 +125,6 @@ def scaling_options(placement: WorkerPlacement) -> dict[str, Any]:
     if placement.selectors:
         options["label_selector"] = [dict(selector) for selector in placement.selectors]
     return options
-
-
-def _capacity(node: Node, per_worker: Mapping[str, float]) -> int:
-    # Resources may be fractions: without the slack, 3 / 0.1 in floats would be 29 workers.
-    counts = [
-        int((node.resources.get(name, 0.0) + 1e-9) // need)
-        for name, need in per_worker.items()
-        if need > 0
-    ]
-    return min(counts, default=0)
 
 
 def _describe(resources: Mapping[str, float]) -> str:

@@ -198,8 +198,9 @@ def memory_problems(
     """Return why weights, gradients and optimizer states do not fit into memory."""
     states = sum(part.bytes for part in parts if part.name in _EXACT_PARTS)
     workers = max(1, recipe.cluster.workers)
-    # The memory of the workers' GPUs may not be visible here: on a GPU the first step tells.
-    if on_gpu or states * workers <= resources.memory_bytes:
+    # The memory of the workers' GPUs may not be visible here, nor that of nodes to come: the first
+    # step tells.
+    if on_gpu or resources.missing or states * workers <= resources.memory_bytes:
         return []
     return [
         format_problem(

@@ -9,6 +9,7 @@ import numpy as np
 
 from raymix.mixers.by_name import some
 from raymix.recipe import (
+    ClusterConfig,
     ConfigModel,
     EpochsMixer,
     PackedData,
@@ -19,6 +20,7 @@ from raymix.recipe import (
 )
 from raymix.recipe.shares import SUM_TOLERANCE, MixerModel
 from raymix.store.remote.hub import fetch_config
+from raymix.training.host.machine import Resources
 from raymix.training.model.optimizer_class import decays_weights
 from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Forecast
@@ -29,6 +31,15 @@ _WARN_EPOCHS = 4.0
 # A run is a whole number of steps, so its length is hardly ever that of the epochs exactly.
 _SAME_LENGTH = 0.01
 _WARN_DROPPED_FRACTION = 0.05
+
+
+def cluster_notes(cluster: ClusterConfig, available: Resources) -> Iterator[str]:
+    """Yield a line if the run waits for nodes of its cluster."""
+    if available.missing:
+        yield (
+            f"cluster: {available.where} has {available.missing} too few now: the run asks for "
+            f"nodes, and waits for up to {cluster.wait_minutes:g} minutes (cluster.wait_minutes)."
+        )
 
 
 def plan_notes(

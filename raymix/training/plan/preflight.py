@@ -28,7 +28,7 @@ from raymix.recipe.training import AUTO_CACHE_SHARE
 from raymix.store import Corpus
 from raymix.store.manifest import MANIFEST
 from raymix.store.remote import files
-from raymix.training.host.machine import Resources, disk_free, resources
+from raymix.training.host.machine import Resources, disk_free
 from raymix.training.model.hf_model import CorpusFacts, model_size
 from raymix.training.model.memory import (
     Batch,
@@ -51,11 +51,12 @@ from raymix.training.plan.checks import (
     memory_problems,
     probe_problems,
 )
+from raymix.training.plan.cluster_resources import run_resources
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
 from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
 from raymix.training.plan.mixer_context import count_steps
 from raymix.training.plan.model_checks import model_notes
-from raymix.training.plan.notes import plan_notes
+from raymix.training.plan.notes import cluster_notes, plan_notes
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
@@ -79,10 +80,7 @@ def plan_run(recipe: Recipe) -> RunPlan:
     prepared = files.exists(files.join(recipe.corpus.path, MANIFEST))
     # A recipe without sources needs a prepared corpus: opening it says what is missing.
     corpus = Corpus.open(recipe.corpus.path) if prepared or not recipe.corpus.domains else None
-    cluster = recipe.cluster
-    # Without workers no cluster is used, wherever RAY_ADDRESS points.
-    address = cluster.address if cluster.workers else "local"
-    return preflight(recipe, corpus, resources(address, cluster.object_store_bytes))
+    return preflight(recipe, corpus, run_resources(recipe))
 
 
 def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> RunPlan:
@@ -150,6 +148,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         resources=available,
         notes=(
             *checks.model_notes,
+            *cluster_notes(recipe.cluster, available),
             *plan_notes(recipe, sizes, mixture.forecast, shape.steps, cost.parameters),
         ),
     )

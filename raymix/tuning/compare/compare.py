@@ -97,7 +97,11 @@ def _prepared(group: Group) -> tuple[Corpus, ComparisonPlan]:
     from raymix.corpus.open_or_prepare import open_or_prepare
 
     # Without a corpus only some checks are possible; the others follow once it is there.
-    corpus = open_or_prepare(group.recipe.corpus, lambda: group.plan(None))
+    corpus = open_or_prepare(
+        group.recipe.corpus,
+        lambda: group.plan(None),
+        wait_minutes=group.recipe.cluster.wait_minutes,
+    )
     return corpus, group.plan(corpus)
 
 

@@ -131,7 +131,7 @@ def _make_search(
 def _corpus(recipe: Recipe) -> Corpus:
     from raymix.corpus.open_or_prepare import open_or_prepare
 
-    return open_or_prepare(recipe.corpus, lambda: None)
+    return open_or_prepare(recipe.corpus, lambda: None, wait_minutes=recipe.cluster.wait_minutes)
 
 
 def _scored_domains(recipe: Recipe, corpus: Corpus) -> list[str]:

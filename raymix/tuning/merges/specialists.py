@@ -258,7 +258,11 @@ def _prepared(setting: _Setting) -> Corpus:
             setting.bases().plan(corpus)
         setting.tunings(None).plan(corpus)
 
-    corpus = open_or_prepare(setting.recipe.corpus, lambda: refuse(None))
+    corpus = open_or_prepare(
+        setting.recipe.corpus,
+        lambda: refuse(None),
+        wait_minutes=setting.recipe.cluster.wait_minutes,
+    )
     if not setting.domains:  # a recipe without sources has its domains in the corpus
         raise RecipeError.at("specialists.domains", [], "no domain is named", fix="Name two")
     refuse(corpus)

@@ -160,7 +160,9 @@ def _prepared(job: _TuneJob) -> tuple[Corpus, MixtureSpace]:
         even = dict.fromkeys(mixed, 1 / len(mixed))
         job.group([Mixture(name="uniform", origin="", shares=even)]).plan(None)
 
-    corpus = open_or_prepare(job.recipe.corpus, refuse)
+    corpus = open_or_prepare(
+        job.recipe.corpus, refuse, wait_minutes=job.recipe.cluster.wait_minutes
+    )
     space = space_of(job.recipe, corpus)
     check_run_count(job.recipe.tune, space)
     return corpus, space

@@ -85,7 +85,7 @@ STARTS = {
     ),
     "prepare": (
         "from raymix.corpus.runner import choose_runner\n"
-        "cluster = choose_runner(1, 0, None)\n"
+        "cluster = choose_runner(0, parallelism=1)\n"
         "cluster.__enter__()",
         "cluster.__exit__(None, None, None)",
     ),
