@@ -11,6 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 # More than the ranks of a run: calls that wait hold a slot each, and one that finds none would
 # block the very call that ends the waiting.
 _MAX_CONCURRENT_CALLS = 10_000
+# Ray's own limit is 100 KiB for an argument, with its description.
+_MAX_INLINE_BYTES = 90_000
 # By handle, the references of an actor's arguments. Ray runs the constructor again when an actor
 # restarts, but drops arguments above 100 KB once it has run (ray#53727): they must be held here, in
 # the process that owns actor and arguments.
@@ -29,7 +31,7 @@ def start_actor(
         arguments: Those of its constructor, of any size.
     """
     node_id = ray.get_runtime_context().get_node_id()
-    references = {key: ray.put(value) for key, value in arguments.items()}
+    passed = {key: _by_reference_if_large(value) for key, value in arguments.items()}
     handle = actor_class.options(
         name=name,
         # Trainers may reserve every CPU of the cluster; an actor that needs one would not start.
@@ -39,6 +41,12 @@ def start_actor(
         max_task_retries=-1,
         max_concurrency=_MAX_CONCURRENT_CALLS,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=movable),
-    ).remote(**references)
-    _arguments[handle] = list(references.values())
+    ).remote(**passed)
+    _arguments[handle] = [each for each in passed.values() if isinstance(each, ray.ObjectRef)]
     return handle
+
+
+def _by_reference_if_large(value: Any) -> Any:
+    # A small one stays with the actor's description, in the cluster's head; for a reference Ray
+    # prints an error about restarts at every start.
+    return value if len(ray.cloudpickle.dumps(value)) <= _MAX_INLINE_BYTES else ray.put(value)
