@@ -15,11 +15,20 @@ from raymix.integrations._versions import require
 
 require("transformers", ">=5,<6", "raymix[huggingface]")
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import ExportableState
 
 from raymix.errors import TrainingError
 from raymix.loader import MixtureLoader, token_losses
+from raymix.training.model.loss import IGNORED
 
 
 class MixtureCallback(TrainerCallback, ExportableState):
@@ -66,6 +75,54 @@ class MixtureCallback(TrainerCallback, ExportableState):
         self._loader.step()
 
 
+class _LossOfTokens:
+    """Computes a model's loss as transformers does, and keeps the losses of the tokens.
+
+    The logits are the largest tensor of a step: going through them once more for the losses by
+    domain would take as long as the loss itself.
+    """
+
+    def __init__(self) -> None:
+        self._losses: torch.Tensor | None = None
+
+    def replace(self, model: Any) -> None:
+        """Take the place of the model's loss function if that is transformers' own."""
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own = isinstance(model, PreTrainedModel) and model.loss_type == "ForCausalLM"
+        if own and model.loss_function is ForCausalLMLoss:
+            model.loss_function = self
+
+    def take(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Return the losses of the last forward pass, if it was that of `labels`; (B, L)."""
+        losses, self._losses = self._losses, None
+        # The replicas of torch's DataParallel have a part of the batch each.
+        return losses if losses is not None and losses.shape == labels.shape else None
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: Any = None,
+        ignore_index: int = IGNORED,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the loss; the arguments are those of `ForCausalLMLoss`."""
+        if shift_labels is not None or ignore_index != IGNORED or logits.dim() != 3:
+            options: dict[str, Any] = {"shift_labels": shift_labels, "ignore_index": ignore_index}
+            return ForCausalLMLoss(
+                logits, labels, vocab_size, num_items_in_batch, **options, **kwargs
+            )
+        labels = labels.to(logits.device)
+        losses = self._losses = token_losses(logits, labels)
+        if num_items_in_batch is None:
+            return losses.sum() / (labels[:, 1:] != IGNORED).sum()
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(logits.device)
+        return losses.sum() / num_items_in_batch
+
+
 class MixtureTrainerMixin:
     """Makes a trainer read a `MixtureLoader`; put it before the trainer's class.
 
@@ -105,6 +162,9 @@ class MixtureTrainerMixin:
             )
         if arguments.max_steps <= 0:
             arguments.max_steps = mixture.steps
+        self._loss_of_tokens = _LossOfTokens()
+        if not arguments.torch_compile:
+            self._loss_of_tokens.replace(trainer.model)
         # The loader goes on by its state; the trainer would read the steps before once more.
         arguments.ignore_data_skip = True
         trainer.add_callback(MixtureCallback(mixture))
@@ -131,10 +191,13 @@ class MixtureTrainerMixin:
         loss, outputs = trainer.compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        logits = _logits(outputs, self.mixture, weighted=weights is not None)
-        if logits is not None:
-            with torch.set_grad_enabled(weights is not None):
-                losses = token_losses(logits, labels)
+        losses = self._loss_of_tokens.take(labels)
+        if losses is None:
+            logits = _logits(outputs, self.mixture, weighted=weights is not None)
+            if logits is not None:
+                with torch.set_grad_enabled(weights is not None):
+                    losses = token_losses(logits, labels)
+        if losses is not None:
             self.mixture.feedback(losses, labels, domain_ids)
             if weights is not None:
                 # As a loss that the trainer takes as scaled: see `MixtureLoader` for the divisor.

@@ -109,8 +109,9 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: (B, L, V).
         labels: Unshifted, (B, L), as a `MixtureLoader` gives them.
     """
-    shifted = labels[:, 1:].flatten()
+    # Labels are shifted and not the logits, of which `logits[:, :-1]` would be a copy.
+    next_BL = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     loss_N = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), shifted, ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1).float(), next_BL.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return functional.pad(loss_N.view(labels.shape[0], -1), (1, 0))
+    return functional.pad(loss_N.view(labels.shape)[:, :-1], (1, 0))

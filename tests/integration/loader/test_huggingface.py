@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from raymix.errors import TrainingError
 from raymix.integrations.huggingface import MixtureTrainer
-from raymix.loader import MixtureLoader
+from raymix.loader import MixtureLoader, token_losses
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.api import train
@@ -80,6 +82,43 @@ def test_an_adaptive_mixer_decides_as_in_raymix_train(
     assert [entry.first_step for entry in ours] == [entry.first_step for entry in theirs]
     for own, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(own.weights, other.weights, rtol=1e-3)
+
+
+def test_the_loss_is_transformers_own(corpus: Corpus, tmp_path: Path) -> None:
+    made = recipe(corpus, tmp_path, train={"steps": STEPS})
+    loader = MixtureLoader(made, run_dir=tmp_path / "own")
+    info = corpus.manifest.tokenizer
+    plain = build_model(made.model, CorpusFacts(info.vocab_size, info.eos_id, LENGTH), seed=1)
+    plain.eval()  # without dropout
+    model = copy.deepcopy(plain)
+    own = MixtureTrainer(
+        mixture=loader,
+        model=model,
+        args=TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True),
+    )
+    batch = dict(next(iter(loader)))
+    batch["labels"][0, :5] = -100
+    domain_ids, names = batch["domain_ids"], ("input_ids", "labels", "position_ids")
+    given = {name: batch[name] for name in names}
+    for items in (None, 37):
+        expected = plain(
+            **given, use_cache=False, **({} if items is None else {"num_items_in_batch": items})
+        )
+        loss = own.compute_loss(model, {**given, "domain_ids": domain_ids}, False, items)
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=0)
+        for each in (loss, expected.loss):
+            each.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    losses = token_losses(expected.logits, batch["labels"])
+    loader.step()
+    of_domains = loader.domain_losses()
+    for index, name in enumerate(corpus.domain_names):
+        learned = (domain_ids == index) & (batch["labels"] != -100)
+        learned[:, 0] = False
+        if learned.any():
+            assert of_domains[name] == pytest.approx(losses[learned].mean().item(), rel=1e-6)
+    loader.close()
 
 
 def test_other_numbers_of_parts_and_steps_are_refused(corpus: Corpus, tmp_path: Path) -> None:
