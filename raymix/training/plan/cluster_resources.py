@@ -26,17 +26,17 @@ def run_resources(recipe: Recipe) -> Resources:
     cluster = recipe.cluster
     # Without workers no cluster is used, wherever RAY_ADDRESS points.
     address = cluster.address if cluster.workers else "local"
-    found = resources(address, cluster.object_store_bytes)
-    if not _waits(cluster) or not cluster_problems(recipe, found):
-        return found
+    available = resources(address, cluster.object_store_bytes)
+    if not _waits(cluster) or not cluster_problems(recipe, available):
+        return available
     cpus = cluster.workers * cluster.cpus_per_worker
     gpus = cluster.workers if cluster.gpus_per_worker == 1 else 0
-    lacks = {"CPUs": cpus - found.cpus, "GPUs": gpus - found.gpus}
+    lacks = {"CPUs": cpus - available.cpus, "GPUs": gpus - available.gpus}
     return replace(
-        found,
-        cpus=max(cpus, found.cpus),
-        gpus=max(gpus, found.gpus),
-        memory_bytes=max(found.memory_bytes, cluster.workers * _ASSUMED_WORKER_BYTES),
+        available,
+        cpus=max(cpus, available.cpus),
+        gpus=max(gpus, available.gpus),
+        memory_bytes=max(available.memory_bytes, cluster.workers * _ASSUMED_WORKER_BYTES),
         missing=" and ".join(f"{count:g} {name}" for name, count in lacks.items() if count > 0),
     )
 
