@@ -36,7 +36,6 @@ def wait_for_nodes(
     *,
     minutes: float,
     say: Callable[[str], object],
-    sleep: Callable[[float], object] = time.sleep,
 ) -> int:
     """Wait until the joined cluster has the nodes for some workers, and return how many it has.
 
@@ -49,7 +48,6 @@ def wait_for_nodes(
         per_worker: Resources of one worker, by Ray's names.
         minutes: Limit of the wait; 0 asks for nothing.
         say: Called with lines for the user.
-        sleep: Called between looks at the cluster.
     """
     if (capacity := cluster_capacity(per_worker)) >= workers or not minutes:
         return capacity
@@ -65,7 +63,7 @@ def wait_for_nodes(
             f"more, for up to {minutes:g} minutes (cluster.wait_minutes)"
         )
         while capacity < workers and time.monotonic() - start < 60 * minutes:
-            sleep(_POLL_S)
+            time.sleep(_POLL_S)
             capacity = cluster_capacity(per_worker)
             if time.monotonic() - reminded > _REMIND_S:
                 reminded = time.monotonic()

@@ -7,6 +7,8 @@ stream again: the loader's state is in `trainer_state.json`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,7 +85,7 @@ class _LossOfTokens:
     """
 
     def __init__(self) -> None:
-        self._losses: torch.Tensor | None = None
+        self._losses: list[torch.Tensor] | None = None
 
     def replace(self, model: Any) -> None:
         """Take the place of the model's loss function if that is transformers' own."""
@@ -92,11 +94,17 @@ class _LossOfTokens:
         if own and model.loss_function is ForCausalLMLoss:
             model.loss_function = self
 
-    def take(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Return the losses of the last forward pass, if it was that of `labels`; (B, L)."""
-        losses, self._losses = self._losses, None
-        # The replicas of torch's DataParallel have a part of the batch each.
-        return losses if losses is not None and losses.shape == labels.shape else None
+    @contextmanager
+    def collected(self) -> Iterator[list[torch.Tensor]]:
+        """Yield a list that gets the losses, (B, L), of each call until the end of the block.
+
+        Other calls, as of evaluations, leave nothing behind: losses hold their autograd graph.
+        """
+        self._losses = []
+        try:
+            yield self._losses
+        finally:
+            self._losses = None
 
     def __call__(
         self,
@@ -115,7 +123,9 @@ class _LossOfTokens:
                 logits, labels, vocab_size, num_items_in_batch, **options, **kwargs
             )
         labels = labels.to(logits.device)
-        losses = self._losses = token_losses(logits, labels)
+        losses = token_losses(logits, labels)
+        if self._losses is not None:
+            self._losses.append(losses)
         if num_items_in_batch is None:
             return losses.sum() / (labels[:, 1:] != IGNORED).sum()
         if isinstance(num_items_in_batch, torch.Tensor):
@@ -188,11 +198,16 @@ class MixtureTrainerMixin:
         if domain_ids is None:  # held-out batches of the trainer's own
             return trainer.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        loss, outputs = trainer.compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
-        losses = self._loss_of_tokens.take(labels)
-        if losses is None:
+        with self._loss_of_tokens.collected() as collected:
+            loss, outputs = trainer.compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        losses = None
+        # Models with several heads call their loss function for each, and the replicas of torch's
+        # DataParallel call it for a part of the batch each.
+        if len(collected) == 1 and collected[0].shape == labels.shape:
+            losses = collected[0]
+        else:
             logits = _logits(outputs, self.mixture, weighted=weights is not None)
             if logits is not None:
                 with torch.set_grad_enabled(weights is not None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +119,34 @@ def test_the_loss_is_transformers_own(corpus: Corpus, tmp_path: Path) -> None:
         learned[:, 0] = False
         if learned.any():
             assert of_domains[name] == pytest.approx(losses[learned].mean().item(), rel=1e-6)
+    loader.close()
+
+
+def test_a_loss_function_that_is_called_twice_is_not_taken_for_the_tokens(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    made = recipe(corpus, tmp_path, train={"steps": STEPS})
+    loader = MixtureLoader(made, run_dir=tmp_path / "own")
+    own = trainer(made, loader, tmp_path / "out")
+    own.model.eval()  # without dropout
+    own_loss = own.model.loss_function
+
+    def with_second_head(logits: torch.Tensor, labels: torch.Tensor, **options: Any) -> Any:
+        first = own_loss(logits, labels, **options)
+        return first + own_loss(2 * logits, labels, **options)
+
+    own.model.loss_function = with_second_head
+    batch = dict(next(iter(loader)))
+    names = ("input_ids", "labels", "position_ids")
+    logits = own.model(**{name: batch[name] for name in names}, use_cache=False).logits
+    labels, domain_ids = batch["labels"], batch["domain_ids"]
+    expected = token_losses(logits, labels)
+    own.compute_loss(own.model, batch)
+    loader.step()
+    for name, loss in loader.domain_losses().items():
+        learned = (domain_ids == corpus.domain_names.index(name)) & (labels != -100)
+        learned[:, 0] = False
+        assert loss == pytest.approx(expected[learned].mean().item(), rel=1e-6)
     loader.close()
 
 
