@@ -41,12 +41,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as build_command
 
+from raymix._utils.compat.cpython import end_process
 from raymix._utils.terminal import hangup_is_ctrl_c
 from raymix.cli import _run
 from raymix.errors import did_you_mean
@@ -205,14 +206,15 @@ def frame(
         typer.echo(context.get_help())
 
 
-def main() -> None:
-    """Run the command line of this process."""
+def main() -> NoReturn:
+    """Run the command line of this process, and end the process."""
     # Here and not in `frame`: tests call `app` and read stdout after it.
     _run.own_process()
     hangup_is_ctrl_c()
     try:
         app(prog_name="raymix")
-    finally:
-        # CPython ends a process by SIGINT, whatever exit code it asks for, once a KeyboardInterrupt
-        # has passed through an exec of text, as in the imports of scipy; the next exec resets that.
-        exec("")
+    except SystemExit as ended:
+        # Not by the interpreter: it would end a command by SIGABRT where an abandoned thread is
+        # inside torch, and by SIGINT once a KeyboardInterrupt has passed through an exec of text.
+        end_process(ended.code if isinstance(ended.code, int) else bool(ended.code))
+    end_process(0)

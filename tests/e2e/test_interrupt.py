@@ -6,8 +6,10 @@ import contextlib
 import os
 import pty
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,8 @@ FEW = ("train.steps=60", "train.checkpoint_every=1000", "cluster.workers=0")
 
 def test_ctrl_c_then_the_same_command_goes_on(shell: Shell) -> None:
     shell.ok("train", "tiny.yaml", "name=calm", *FEW)
-    process = shell.start("train", "tiny.yaml", "name=stopped", *FEW)
     run = shell.cwd / "runs" / "stopped"
-    metrics = run / "metrics.jsonl"
-    wait_for(
-        lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8,
-        seconds=300,
-        what="the first steps",
-    )
+    process = start_and_step(shell, run)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=180) == 130
     stopped_at = steps_of(run)[-1]["step"]
@@ -45,6 +41,30 @@ def test_ctrl_c_then_the_same_command_goes_on(shell: Shell) -> None:
     assert [line["loss"] for line in resumed] == [line["loss"] for line in calm]
 
 
+def start_and_step(shell: Shell, run: Path) -> subprocess.Popen[str]:
+    """Start a run in the background and return its process after some steps."""
+    process = shell.start("train", "tiny.yaml", f"name={run.name}", *FEW)
+    metrics = run / "metrics.jsonl"
+    wait_for(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 8,
+        seconds=300,
+        what="the first steps",
+    )
+    return process
+
+
+def test_the_second_ctrl_c_does_not_wait(shell: Shell) -> None:
+    process = start_and_step(shell, shell.cwd / "runs" / "abandoned")
+    # The interpreter would abort: a thread of the training is inside torch.
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    log = (shell.cwd / "background.log").read_text()
+    assert "error: interrupted" in log
+    assert "terminate called" not in log
+
+
 def hang_up(shell: Shell, run: Path, step: int, *args: str) -> int:
     """Run a command on a terminal that is closed after a step; return its exit code."""
     process, terminal = pty.fork()
@@ -55,6 +75,9 @@ def hang_up(shell: Shell, run: Path, step: int, *args: str) -> int:
     reader = threading.Thread(target=_read_all, args=(terminal,), daemon=True)
     reader.start()
     wait_for(lambda: steps_of(run)[-1]["step"] >= step, seconds=300, what="steps on the terminal")
+    # The shell sends one, and the kernel another when the terminal is gone.
+    os.kill(process, signal.SIGHUP)
+    time.sleep(0.02)
     os.kill(process, signal.SIGHUP)
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

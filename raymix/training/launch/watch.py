@@ -2,7 +2,7 @@
 
 The work runs in a background thread, because Python runs signal handlers in the main thread only.
 The first Ctrl-C requests a checkpoint and a clean end, the second does not wait. A terminal that
-goes away (SIGHUP) and a notice of preemption (SIGTERM) count as Ctrl-C.
+goes away (SIGHUP) and a notice of preemption (SIGTERM) request a clean end too.
 """
 
 from __future__ import annotations
@@ -116,13 +116,15 @@ class BackgroundWork:
 def count_interrupts() -> Iterator[Callable[[], int]]:
     """Yield a function that returns the interrupts so far (SIGINT, SIGTERM, SIGHUP); none raises.
 
+    SIGTERM and SIGHUP count only if they are the first: one closed terminal sends SIGHUP from the
+    shell and again from the kernel, and schedulers send SIGTERM to a group and to its leader.
     The count stays 0 outside the main thread, where Python refuses to install signal handlers.
     """
     count = 0
 
     def increment(number: int, frame: FrameType | None) -> None:
         nonlocal count
-        count += 1
+        count = count + 1 if number == signal.SIGINT else max(count, 1)
         if number == signal.SIGHUP:
             detach(terminals)
 
