@@ -32,8 +32,9 @@ from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
 from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
+from raymix.training.model.facts import CorpusFacts
 from raymix.training.model.finite import non_finite, some
-from raymix.training.model.hf_model import CorpusFacts, measure_model
+from raymix.training.model.hf_model import measure_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, place_model, training_precision
@@ -56,13 +57,10 @@ from raymix.training.run.remote_run import (
 from raymix.training.run.rundir import RunDirectory, cut_metrics
 from raymix.training.run.trackers import TrackedRun, open_trackers
 from raymix.training.step.batches import max_rows_per_rank
-from raymix.training.step.document_layout import (
-    full_length_rows,
-    scheduling_config,
-    set_up_context_parallel,
-)
+from raymix.training.step.document_layout import scheduling_config, set_up_context_parallel
 from raymix.training.step.documents import ContextParallel
 from raymix.training.step.probing import Prober, ProbeReader
+from raymix.training.step.rank_layout import full_length_rows
 
 if TYPE_CHECKING:
     from raymix.streaming.controller.client import RemoteController

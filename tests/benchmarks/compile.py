@@ -19,7 +19,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from raymix.recipe import ConfigModel, TrainConfig
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import World, place_model

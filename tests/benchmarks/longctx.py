@@ -36,7 +36,8 @@ from raymix.context_parallel import ContextParallelGroups, register
 from raymix.recipe import ConfigModel, TrainConfig
 from raymix.schedule import Layout, Schedule, load_cost_model, plan_batch
 from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import World, place_model

@@ -133,7 +133,8 @@ class Bare:
 
     def __init__(self, recipe: Any, rank: int = 0, workers: int = 1) -> None:
         from raymix.store import Corpus
-        from raymix.training.model.hf_model import CorpusFacts, build_model
+        from raymix.training.model.facts import CorpusFacts
+        from raymix.training.model.hf_model import build_model
 
         corpus = Corpus.open(recipe.corpus.path)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from raymix.recipe import ConfigModel
 from raymix.signals import GradientProbe, assign_pieces, order_by_piece
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from tests.benchmarks._report import print_table, ratio_spread, row, write_results
 

@@ -8,7 +8,8 @@ import torch
 
 from raymix.recipe import ConfigModel
 from raymix.signals import GradientProbe, PieceGram, assign_pieces, order_by_piece, statistics
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

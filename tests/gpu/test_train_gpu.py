@@ -11,7 +11,8 @@ import torch
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.launch.local import run_in_process
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.run.rundir import open_run, read_metrics
 from raymix.training.setup import Job

@@ -13,12 +13,13 @@ from raymix.store import Corpus
 from raymix.training.evaluate.checkpoint_ref import find_checkpoint
 from raymix.training.evaluate.held_out import Evaluator, HeldOutRows, LossTable, held_out_rows
 from raymix.training.host.device import quiet_libraries, use_threads
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts, causality_error
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.lora import is_adapter
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.parallel import SingleReplica, World
 from raymix.training.model.run_model import checkpoint_facts, run_model
-from raymix.training.model.traits import causality_error, probe_model
+from raymix.training.model.traits import probe_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,6 +16,8 @@ from raymix.errors import ClusterError
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 SHM = Path("/dev/shm")
+# Of NVIDIA, of AMD, of either below Windows, and of NVIDIA Jetson.
+_GPU_DEVICES = tuple(Path("/dev") / name for name in ("nvidiactl", "kfd", "dxg", "nvhost-gpu"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,27 +92,33 @@ def resources(address: str | None, object_store_bytes: int | None = None) -> Res
     cluster = ray_address(address)
     if cluster is not None:
         return _cluster(cluster)
-    # Imported here: torch takes seconds, and a cluster's resources need none of it.
-    import torch
-
     total, _ = memory()
+    gpus, gpu_memory_bytes = _gpus()
     # 30 % of memory is Ray's default for the store of a private cluster.
     return Resources(
         where="this machine",
         cpus=cores(),
-        gpus=torch.cuda.device_count(),
+        gpus=gpus,
         memory_bytes=total,
         object_store_bytes=object_store_bytes or int(0.3 * total),
-        gpu_memory_bytes=_gpu_memory(),
+        gpu_memory_bytes=gpu_memory_bytes,
     )
 
 
-def _gpu_memory() -> int | None:
+def has_gpu_driver() -> bool:
+    """Return whether this machine has a driver of GPUs that torch may use."""
+    return any(path.exists() for path in _GPU_DEVICES)
+
+
+def _gpus() -> tuple[int, int | None]:
+    """Return the number of GPUs of this machine, and the memory of one."""
+    # Imported only where there may be one: torch takes seconds.
+    if not has_gpu_driver():
+        return 0, None
     import torch
 
-    if torch.cuda.device_count() == 0:
-        return None
-    return int(torch.cuda.get_device_properties(0).total_memory)
+    count = torch.cuda.device_count()
+    return count, int(torch.cuda.get_device_properties(0).total_memory) if count else None
 
 
 def check_reachable(address: str, timeout_s: float = 5.0) -> None:
@@ -158,7 +166,7 @@ def _cluster(address: str) -> Resources:
             gpus=total.get("GPU", 0.0),
             memory_bytes=int(total.get("memory", 0)),
             object_store_bytes=int(total.get("object_store_memory", 0)),
-            gpu_memory_bytes=_gpu_memory(),
+            gpu_memory_bytes=_gpus()[1],
             # Each node has a resource "node:ADDRESS", the head also "node:__internal_head__".
             nodes=sum(key.startswith("node:") and "internal" not in key for key in total),
         )

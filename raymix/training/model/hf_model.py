@@ -9,9 +9,8 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from raymix._utils.formatting import one_line
 from raymix.errors import RecipeError, did_you_mean, format_problem
 from raymix.recipe.training import ConfigModel, ModelConfig, PretrainedModel
 from raymix.store.remote.hub import fetch_config, fetch_model
+from raymix.training.model.facts import CorpusFacts, ModelSize
 from raymix.training.model.lora import add_lora
 from raymix.training.model.optimizer_class import parameter_elements
 from raymix.training.run.pinned_model import pretrained_repo
@@ -41,35 +41,6 @@ _READ_FIELD = re.compile(
     r"""|\bgetattr\((?:self\.)?(?:config|self), *["'](\w+)["']"""
     r"""|\bkwargs\.(?:pop|get|setdefault)\(["'](\w+)["']"""
 )
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusFacts:
-    """The model's inputs from the corpus and the recipe's batch."""
-
-    vocab_size: int
-    """Tokens in the tokenizer's vocabulary."""
-    eos_id: int
-    """The token that ends a document."""
-    sequence_length: int
-    """Tokens per row."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """Parameters and arithmetic of a model."""
-
-    parameters: int
-    """All parameters; tied ones count once."""
-    trained_elements: Mapping[str, int]
-    """Parameters that are trained, by role in `raymix.training.model.optimizer_class`."""
-    flops_per_token: float
-    """Floating-point operations of forward and backward per token, with causal attention."""
-
-    @property
-    def trainable(self) -> int:
-        """Return the parameters that are trained: of the adapters where there are any, else all."""
-        return sum(self.trained_elements.values())
 
 
 def resolve_config(model: ModelConfig, facts: CorpusFacts) -> PreTrainedConfig:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from raymix.training.model.row_inputs import Isolation, document_rows, packed_inputs
+from raymix.training.model.facts import Isolation
+from raymix.training.model.row_inputs import document_rows, packed_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,9 +24,8 @@ from raymix.context_parallel import (
 )
 from raymix.recipe import ModelConfig, TrainConfig
 from raymix.recipe.sections.lora import LoraConfig
+from raymix.training.model.facts import CorpusFacts, MemoryPart, ModelSize
 from raymix.training.model.hf_model import (
-    CorpusFacts,
-    ModelSize,
     model_from_config,
     resolve_config,
 )
@@ -47,14 +46,6 @@ _SATURATING_TOKENS_CPU = 8192
 _SATURATING_TOKENS_GPU = 32_768
 # Freed tensors that the C library's heap retains on a CPU, as a fraction: measured 0.5 to 0.85.
 _HEAP_SLACK = 0.7
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPart:
-    """One part of the memory of a training worker."""
-
-    name: str
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,14 @@ Legend: B rows, L tokens per row, N = B * L, R documents, T tokens of the longes
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raymix.training.model.facts import Isolation
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Isolation = Literal["positions", "masks", "rows"]
-"""How documents are kept apart: by positions that restart, by positions and explicit masks (one
-per type of layer), or in rows of their own."""
 
 
 def packed_inputs(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymix.recipe import ModelConfig, PretrainedModel, Recipe
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.lora import LoraBase, add_lora, load_adapter
 from raymix.training.run.pinned_model import pretrained_repo
 

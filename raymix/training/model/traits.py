@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raymix.errors import RecipeError, TrainingError
-from raymix.training.model.row_inputs import Isolation, document_rows, packed_inputs
+from raymix.errors import TrainingError
+from raymix.training.model.facts import Isolation, ModelTraits
+from raymix.training.model.row_inputs import document_rows, packed_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,23 +28,6 @@ _TOLERANCE = 1e-3
 # Two rows of two documents, of which one is longer and one shorter in each: a mask that is made
 # from the first row alone shows. Longer than convolutions (4) and windows of small models.
 _LENGTH, _FIRST_TOKENS = 16, (5, 9)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelTraits:
-    """Properties of a model, tested by `probe_model`."""
-
-    isolation: Isolation
-    """How documents of one row are kept apart."""
-    causal: bool
-    """Whether no token sees a later one."""
-    linear_head: bool
-    """Whether the logits are the output embedding of the last hidden state and nothing else."""
-
-    @property
-    def isolates_documents(self) -> bool:
-        """Return whether documents packed into a row do not see each other."""
-        return self.isolation != "rows"
 
 
 def probe_model(model: PreTrainedModel) -> ModelTraits:
@@ -72,29 +55,6 @@ def probe_model(model: PreTrainedModel) -> ModelTraits:
         return ModelTraits(isolation, causal, _linear_head(model, isolation))
     finally:
         model.train(was_training)
-
-
-def isolation_error(model_type: str) -> RecipeError:
-    """Return the error of a model in which packed documents see each other."""
-    return RecipeError.at(
-        "model.type",
-        model_type,
-        f"documents packed into one row would see each other in {model_type}",
-        fix=(
-            "Set data.mode: documents, where each is a row of its own, or take a type with rotary "
-            "or learned positions and plain attention, such as llama, qwen3 or gpt2"
-        ),
-    )
-
-
-def causality_error(model_type: str) -> RecipeError:
-    """Return the error of a model whose tokens see the tokens that they are to predict."""
-    return RecipeError.at(
-        "model.type",
-        model_type,
-        f"tokens see those after them in {model_type}, so there is nothing to predict",
-        fix="Set is_decoder: true in model.config if it has that field, or take a causal model",
-    )
 
 
 def _rows(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from raymix.mixers import GRADIENT_STATISTICS, Mixer
 from raymix.recipe import PackedData, Recipe
 from raymix.store import Corpus
 from raymix.training.host.machine import Resources
-from raymix.training.model.memory import MemoryPart
+from raymix.training.model.facts import MemoryPart
 from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Forecast
 

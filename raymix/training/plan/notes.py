@@ -21,9 +21,9 @@ from raymix.recipe import (
 from raymix.recipe.shares import SUM_TOLERANCE, MixerModel
 from raymix.store.remote.hub import fetch_config
 from raymix.training.host.machine import Resources
-from raymix.training.model.optimizer_class import decays_weights
 from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Forecast
+from raymix.training.plan.model_cost import ModelCost
 from raymix.training.run.pinned_model import pretrained_repo
 
 # Beyond about four passes repeated text teaches markedly less (Muennighoff et al. 2023, fig. 1).
@@ -47,7 +47,7 @@ def plan_notes(
     sizes: Sequence[DomainSizes],
     forecast: Forecast,
     steps: int,
-    parameters: int,
+    cost: ModelCost,
 ) -> Iterator[str]:
     """Yield lines on choices made for the user, and on settings that may not be intended.
 
@@ -56,14 +56,14 @@ def plan_notes(
         sizes: Sizes of the domains.
         forecast: The tokens that will be read of each.
         steps: Steps of the run.
-        parameters: Parameters of the model.
+        cost: Cost of the model.
 
     Raises:
         StorageError: If the model is on the Hub, which cannot be reached.
     """
-    yield from _model_source(recipe, parameters)
+    yield from _model_source(recipe, cost.parameters)
     length, train = recipe.data.sequence_length, recipe.train
-    if train.weight_decay and not decays_weights(train):
+    if train.weight_decay and not cost.decays_weights:
         yield f"{train.optimizer} has no weight decay: train.weight_decay has no effect."
     targets = recipe.mixer.targets
     unread = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from raymix.errors import RaymixError, RecipeError
 from raymix.mixers import MixerContext, PlannedMixer, build_mixer, describe
 from raymix.recipe import (
     ByteTokenizer,
-    DocumentData,
     PackedData,
     PretrainedTokenizer,
     Recipe,
@@ -29,18 +28,8 @@ from raymix.store import Corpus
 from raymix.store.manifest import MANIFEST
 from raymix.store.remote import files
 from raymix.training.host.machine import Resources, disk_free
-from raymix.training.model.hf_model import CorpusFacts, model_size
-from raymix.training.model.memory import (
-    Batch,
-    MemoryPart,
-    auto_micro_batch_rows,
-    checkpoint_bytes,
-    worker_memory,
-)
-from raymix.training.model.optimizer_class import (
-    check_optimizer,
-    try_optimizer,
-)
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.plan.batch_shape import BatchShape
 from raymix.training.plan.checks import (
     cap_problems,
     cluster_problems,
@@ -54,21 +43,13 @@ from raymix.training.plan.checks import (
 from raymix.training.plan.cluster_resources import run_resources
 from raymix.training.plan.domain_sizes import DomainSizes, estimated_sizes, prepared_sizes
 from raymix.training.plan.forecast import Forecast, Segment, forecast, mixture_segments
-from raymix.training.plan.mixer_context import count_steps
 from raymix.training.plan.model_checks import model_notes
+from raymix.training.plan.model_cost import model_cost
 from raymix.training.plan.notes import cluster_notes, plan_notes
 from raymix.training.plan.runplan import DomainPlan, RunPlan
 from raymix.training.plan.target_counts import target_domain_counts
 from raymix.training.run.rundir import RunDirectory
 from raymix.training.run.trackers import tracker_problems
-from raymix.training.step.document_layout import context_parallel_size, tokens_per_rank
-
-# Assumed where the workers' GPUs are on other machines: the smallest in common use (T4), so a plan
-# fits on larger ones, too.
-_ASSUMED_GPU_BYTES = 16 * 10**9
-# Parts of the memory that a worker may fill; the rest is for fragmentation on a GPU, and on a CPU
-# for Ray's object store and page cache.
-_GPU_MEMORY_FRACTION, _CPU_MEMORY_FRACTION = 0.8, 0.5
 
 
 def plan_run(recipe: Recipe) -> RunPlan:
@@ -97,11 +78,11 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
     """
     checks = _Checks([*cluster_problems(recipe, available), *tracker_problems(recipe.run)])
     sizes = _domain_sizes(recipe, corpus, checks)
-    shape = _BatchShape.of(recipe, available)
+    shape = BatchShape.of(recipe, available)
     free = disk_free(str(RunDirectory.at(recipe.run_dir).path))
     mixture = cost = None
     with checks.collect_errors():
-        cost = _ModelCost.of(recipe, corpus, shape, available)
+        cost = model_cost(recipe, corpus_facts(recipe, corpus), shape, available)
         checks.problems += memory_problems(recipe, cost.parts, available, on_gpu=shape.on_gpu)
         checks.problems += disk_problems(recipe, cost.checkpoint_bytes, free)
     with checks.collect_errors():
@@ -149,7 +130,7 @@ def preflight(recipe: Recipe, corpus: Corpus | None, available: Resources) -> Ru
         notes=(
             *checks.model_notes,
             *cluster_notes(recipe.cluster, available),
-            *plan_notes(recipe, sizes, mixture.forecast, shape.steps, cost.parameters),
+            *plan_notes(recipe, sizes, mixture.forecast, shape.steps, cost),
         ),
     )
 
@@ -188,49 +169,6 @@ def _domain_sizes(recipe: Recipe, corpus: Corpus | None, checks: _Checks) -> lis
 
 
 @dataclass(frozen=True, slots=True)
-class _BatchShape:
-    """Steps and batches of the run, as far as the recipe and the device determine them."""
-
-    steps: int
-    tokens: int
-    """Tokens per step."""
-    rows: int
-    """Rows per step; approximate in document mode."""
-    rows_per_worker: tuple[int, int]
-    """Minimum and maximum rows of a worker in a step, of `row_tokens` each."""
-    row_tokens: int
-    """Tokens of a row on one worker: the sequence length over the context-parallel size."""
-    context_parallel: int
-    """Workers that may share a document."""
-    on_gpu: bool
-    bf16: bool
-
-    @classmethod
-    def of(cls, recipe: Recipe, available: Resources) -> _BatchShape:
-        data, train, workers = recipe.data, recipe.train, max(1, recipe.cluster.workers)
-        row_tokens, context_parallel, rank_rows = data.sequence_length, 1, data.step_rows
-        if isinstance(data, DocumentData):
-            row_tokens = tokens_per_rank(data, recipe.cluster.workers)
-            context_parallel = context_parallel_size(data, recipe.cluster.workers)
-            # A worker has a part of each document that its group shares, so its rows are shorter
-            # and it has more of them: the tokens per worker are the same.
-            rank_rows = -(-data.step_tokens // row_tokens)
-        on_gpu = recipe.cluster.gpus_per_worker == 1 or (
-            recipe.cluster.gpus_per_worker == "auto" and available.gpus >= workers
-        )
-        return cls(
-            steps=count_steps(recipe),
-            tokens=data.step_tokens,
-            rows=data.step_rows,
-            rows_per_worker=(rank_rows // workers, -(-rank_rows // workers)),
-            row_tokens=row_tokens,
-            context_parallel=context_parallel,
-            on_gpu=on_gpu,
-            bf16=train.uses_bf16(on_gpu=on_gpu),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class _Mixture:
     """The mixer's requested shares and the tokens they read."""
 
@@ -250,7 +188,7 @@ class _Mixture:
         recipe: Recipe,
         corpus: Corpus | None,
         sizes: Sequence[DomainSizes],
-        shape: _BatchShape,
+        shape: BatchShape,
     ) -> _Mixture:
         context = MixerContext(
             domains=tuple(domain.name for domain in sizes),
@@ -277,70 +215,6 @@ class _Mixture:
         return cls(
             describe(mixer), mixer.needs, segments, tokens, domains=context.domains, planned=planned
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _ModelCost:
-    """Size, arithmetic and memory of the model."""
-
-    parameters: int
-    trainable: int
-    """Parameters that are trained."""
-    flops_per_token: float
-    parts: tuple[MemoryPart, ...]
-    micro_batch_rows: int
-    checkpoint_bytes: int
-
-    @classmethod
-    def of(
-        cls, recipe: Recipe, corpus: Corpus | None, shape: _BatchShape, available: Resources
-    ) -> _ModelCost:
-        facts = corpus_facts(recipe, corpus)
-        size = model_size(recipe.model, facts)
-        optimizer = try_optimizer(recipe.train, on_gpu=shape.on_gpu)
-        check_optimizer(recipe.train, optimizer)
-
-        def parts(rows: int) -> tuple[MemoryPart, ...]:
-            batch = Batch(rows, shape.row_tokens, shape.bf16, shape.on_gpu)
-            if isinstance(recipe.data, DocumentData):
-                batch = replace(batch, documents=True, context_parallel=shape.context_parallel)
-            return worker_memory(
-                recipe.model,
-                facts,
-                recipe.train,
-                batch,
-                workers=recipe.cluster.workers,
-                optimizer=optimizer,
-            )
-
-        rows, max_rows = recipe.train.micro_batch_rows, max(1, shape.rows_per_worker[1])
-        if rows == "auto":
-            # Memory is linear in the rows: two points give the bytes per row and the constant.
-            one, two = (sum(part.bytes for part in parts(n)) for n in (1, 2))
-            capacity = _worker_capacity(recipe, available, on_gpu=shape.on_gpu)
-            rows = auto_micro_batch_rows(
-                max_rows,
-                shape.row_tokens,
-                row_bytes=two - one,
-                capacity_bytes=capacity - (2 * one - two),
-                on_gpu=shape.on_gpu,
-            )
-        rows = min(rows, max_rows)
-        return cls(
-            size.parameters,
-            size.trainable,
-            size.flops_per_token,
-            parts(rows),
-            rows,
-            checkpoint_bytes(size, optimizer),
-        )
-
-
-def _worker_capacity(recipe: Recipe, available: Resources, *, on_gpu: bool) -> int:
-    """Return the bytes of memory that one worker may fill."""
-    if on_gpu:
-        return int(_GPU_MEMORY_FRACTION * (available.gpu_memory_bytes or _ASSUMED_GPU_BYTES))
-    return int(_CPU_MEMORY_FRACTION * available.memory_bytes / max(1, recipe.cluster.workers))
 
 
 def corpus_facts(recipe: Recipe, corpus: Corpus | None) -> CorpusFacts:

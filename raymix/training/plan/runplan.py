@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raymix.training.host.machine import Resources
-from raymix.training.model.memory import MemoryPart
+from raymix.training.model.facts import MemoryPart
 from raymix.training.plan.domain_sizes import DomainSizes
 from raymix.training.plan.forecast import Segment
 

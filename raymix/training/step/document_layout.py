@@ -1,4 +1,4 @@
-"""Document mode on the ranks of a run: layout of ranks, cost model, and context parallelism.
+"""Document mode on the ranks of a run: cost model and context parallelism.
 
 The schedule of a step is a function of its lengths, the layout and the cost model; every rank
 computes the same one.
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from raymix.context_parallel import ContextParallelGroups, heads_fit
 from raymix.errors import RecipeError, ScheduleError
 from raymix.recipe import DocumentData, Recipe
-from raymix.schedule import CostModel, Layout, Link, load_cost_model
+from raymix.schedule import CostModel, Link, load_cost_model
 from raymix.streaming.sequences.step_plans import SchedulingConfig
+from raymix.training.model.facts import Isolation
 from raymix.training.model.hf_model import matmul_parameters
 from raymix.training.model.own_attention import switch_attention
-from raymix.training.model.row_inputs import Isolation
 from raymix.training.step.documents import ContextParallel
+from raymix.training.step.rank_layout import check_unshared, layout_of, tokens_per_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,36 +33,6 @@ _CPU = {"linear": 80e9, "attention": 50e9, "byte_s": 1e-9, "latency_s": 300e-6}
 # kernels, and those of one attention segment.
 _GPU_SMALL = {"attention": 128, "linear": 256, "layer_s": 240e-6, "piece_s": 0.0}
 _CPU_SMALL = {"attention": 16, "linear": 32, "layer_s": 500e-6, "piece_s": 150e-6}
-
-
-def tokens_per_rank(data: DocumentData, workers: int) -> int:
-    """Return the tokens of the longest document on one rank of a context-parallel group."""
-    return -(-data.sequence_length // context_parallel_size(data, workers))
-
-
-def context_parallel_size(data: DocumentData, workers: int) -> int:
-    """Return the number of workers in a context-parallel group; 1 without workers."""
-    # A recipe for a cluster also runs in one process, which ignores `data.assign.context`.
-    return data.assign.context if workers else 1
-
-
-def full_length_rows(recipe: Recipe, rows: int) -> int:
-    """Return how many full-length rows have as many tokens as `rows` rows of a rank; at least 1."""
-    # Evaluation and probes do not share documents between ranks, so their rows are longer.
-    if not isinstance(recipe.data, DocumentData):
-        return rows
-    return max(1, rows // context_parallel_size(recipe.data, recipe.cluster.workers))
-
-
-def layout_of(recipe: Recipe, data: DocumentData) -> Layout:
-    """Return the layout of a run's ranks in context-parallel groups."""
-    workers = recipe.cluster.workers
-    context = context_parallel_size(data, workers)
-    # DDP reduces gradients once per step, after the last micro-batch. FSDP2 gathers parameters in
-    # each, so all ranks wait for the slowest in every micro-batch.
-    barrier = "all" if recipe.train.parallel == "fsdp2" else "none"
-    widths = data.assign.widths if context > 1 else ()
-    return Layout(max(1, workers) // context, context, barrier=barrier, widths=widths)
 
 
 def scheduling_config(
@@ -123,25 +94,6 @@ def assumed_cost(model: PreTrainedModel, *, on_gpu: bool, memory_tokens: int) ->
         memory_tokens=memory_tokens,
         hardware="assumed",
     )
-
-
-def check_unshared(context: int, model_type: str) -> None:
-    """Check that no documents are to be shared, for a model that cannot share them.
-
-    Args:
-        context: Workers that may share a document.
-        model_type: The model's type in transformers, for the message.
-
-    Raises:
-        RecipeError: If documents are to be shared.
-    """
-    if context > 1:
-        raise RecipeError.at(
-            "data.assign.context",
-            context,
-            f"{model_type} models, as this one is configured, cannot share a document",
-            fix="Set it to 1; or use a model with plain attention, without dropout or windows",
-        )
 
 
 def set_up_context_parallel(

@@ -29,7 +29,8 @@ from raymix.recipe import ClusterConfig, PretrainedModel, Recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.training.host.machine import Resources, resources
 from raymix.training.launch.cluster import ray_cluster
-from raymix.training.model.hf_model import CorpusFacts, resolve_config
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import resolve_config
 from raymix.tuning.merges.scoring import HeldOut, Search, best_of, mean_loss, refuse_another
 from raymix.tuning.merges.trials import PointTrial, ScoreTrial, round_of
 from raymix.tuning.runs.group import locked

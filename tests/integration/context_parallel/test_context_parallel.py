@@ -22,7 +22,8 @@ from raymix.context_parallel.local_shards import ExchangeName
 from raymix.recipe import ConfigModel, TrainConfig
 from raymix.schedule import CostModel, Layout, Placement, Schedule, plan_batch
 from raymix.streaming.batches.step_batch import DocumentBatch, LocalDocument
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.parallel import Replica, World, full_tensors, place_model
 from raymix.training.step.documents import ContextParallel, document_micro_steps

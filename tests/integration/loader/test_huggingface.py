@@ -17,7 +17,8 @@ from raymix.loader import MixtureLoader, token_losses
 from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.training.api import train
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from tests.integration.loader.test_loader import LENGTH, log_of
 from tests.integration.training.test_run import recipe
 from tests.support.loops import train_corpus

@@ -18,7 +18,8 @@ from raymix.recipe import Recipe
 from raymix.sampling import MixtureEntry, MixtureLog
 from raymix.store import Corpus
 from raymix.training.api import train
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.optim import (
     build_optimizer,

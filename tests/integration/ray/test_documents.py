@@ -18,7 +18,8 @@ from raymix.recipe import DocumentData, Recipe
 from raymix.schedule import plan_batch
 from raymix.store import Corpus
 from raymix.training.api import train
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.run.rundir import RunDirectory, read_metrics
 from raymix.training.step.document_layout import scheduling_config
 from tests.support.shell import wait_for

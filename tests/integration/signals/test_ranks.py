@@ -19,7 +19,8 @@ from raymix.signals import (
     order_by_piece,
     statistics,
 )
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import Replica, World, full_tensors, place_model

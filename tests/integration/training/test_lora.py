@@ -21,7 +21,8 @@ from raymix.training.evaluate.export import export
 from raymix.training.evaluate.score import score
 from raymix.training.host.machine import Resources
 from raymix.training.launch.local import run_loop
-from raymix.training.model.hf_model import CorpusFacts, build_model, load_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model, load_model
 from raymix.training.model.lora import add_lora
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.parallel import World

@@ -20,7 +20,8 @@ from raymix.store import Corpus
 from raymix.streaming.blocks.geometry import epoch_rows, row_geometry
 from raymix.training.host import machine
 from raymix.training.host.machine import Resources
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.memory import Batch, auto_micro_batch_rows, worker_memory
 from raymix.training.model.optimizer_class import try_optimizer
 from raymix.training.plan import preflight

@@ -14,7 +14,8 @@ import torch
 from raymix.mixers import DomainStats
 from raymix.recipe.training import ProbeConfig
 from raymix.store import Corpus
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.parallel import World
 from raymix.training.run.rundir import RunDirectory

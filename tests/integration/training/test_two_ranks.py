@@ -12,8 +12,9 @@ import torch
 
 from raymix._utils.sharded import is_sharded
 from raymix.recipe import ConfigModel, TrainConfig
+from raymix.training.model.facts import CorpusFacts
 from raymix.training.model.finite import non_finite, step_if_finite
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer, clip_gradients
 from raymix.training.model.parallel import World, full_tensors, place_model

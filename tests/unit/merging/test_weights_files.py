@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from raymix.errors import MergeError, RecipeError
 from raymix.merging.checkpoints.checkpoint import open_checkpoint
 from raymix.recipe import ConfigModel
-from raymix.training.model.hf_model import CorpusFacts, build_model, load_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model, load_model
 
 FACTS = CorpusFacts(61, 60, 16)
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

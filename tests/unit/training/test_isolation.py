@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from raymix.errors import RecipeError
 from raymix.recipe import ConfigModel, Recipe
-from raymix.training.model.hf_model import CorpusFacts, build_model, resolve_config
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model, resolve_config
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.row_inputs import document_rows
 from raymix.training.model.traits import probe_model

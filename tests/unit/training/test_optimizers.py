@@ -10,7 +10,8 @@ from torch import nn
 
 from raymix.errors import RecipeError
 from raymix.recipe import ConfigModel, TrainConfig, load_recipe
-from raymix.training.model.hf_model import CorpusFacts, build_model
+from raymix.training.model.facts import CorpusFacts
+from raymix.training.model.hf_model import build_model
 from raymix.training.model.optim import build_optimizer, set_learning_rate
 from raymix.training.model.optimizer_class import check_optimizer, try_optimizer
 from tests.support.recipes import document

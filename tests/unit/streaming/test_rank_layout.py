@@ -11,7 +11,7 @@ from raymix.errors import ScheduleError
 from raymix.recipe import DocumentData, Recipe
 from raymix.recipe.training import PackedData
 from raymix.schedule import CostModel, Layout, get_planner, plan_batch, training_planner
-from raymix.training.step.document_layout import (
+from raymix.training.step.rank_layout import (
     context_parallel_size,
     full_length_rows,
     layout_of,
