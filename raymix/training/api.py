@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from raymix._utils.imports import import_modules
 from raymix._utils.json import parse_json
 from raymix._utils.stages import stage
 from raymix.errors import CorpusError, RecipeError, StorageError
@@ -24,8 +25,9 @@ from raymix.recipe import PretrainedModel, Recipe, load_recipe
 from raymix.store import Corpus, atomic_write_text
 from raymix.store.remote import files
 from raymix.store.remote.hub import fetch_model
-from raymix.training.host.device import requested_threads
 from raymix.training.host.environment import environment
+from raymix.training.host.machine import requested_threads
+from raymix.training.job import Job
 from raymix.training.launch.cluster import (
     check_private_cluster,
     keep_freed_memory,
@@ -33,6 +35,7 @@ from raymix.training.launch.cluster import (
     redirect_ray_output,
 )
 from raymix.training.launch.placement import worker_resources
+from raymix.training.launch.preload import PRELOAD
 from raymix.training.launch.watch import watch
 from raymix.training.plan.cluster_resources import run_resources, wait_for_workers
 from raymix.training.plan.mixer_context import count_steps, mixer_context
@@ -72,7 +75,6 @@ from raymix.training.run.rundir import (
     open_run,
     stored_recipe,
 )
-from raymix.training.setup import Job
 from raymix.training.summary import print_summary, summary
 
 
@@ -320,6 +322,7 @@ def _train(recipe: Recipe, run: RunDirectory, plan: RunPlan, domains_from: int |
                 watched = partial(watched, check=check_private_cluster, refresh=sync.refresh)
                 run_on_ray(job, watched)
         else:
+            import_modules(PRELOAD.modules)
             from raymix.training.launch.local import run_in_process
 
             if not job.on_gpu:

@@ -25,9 +25,11 @@ from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import LossTable
 from raymix.training.host.device import seed_everything
 from raymix.training.model.finite import step_if_finite
-from raymix.training.model.optim import clip_gradients, learning_rate, set_learning_rate
+from raymix.training.model.learning_rate import learning_rate
+from raymix.training.model.optim import clip_gradients, set_learning_rate
 from raymix.training.model.parallel import HostCopy, training_precision
-from raymix.training.run.checkpoint import TrainingState, save_checkpoint
+from raymix.training.run.checkpoint import TrainingState
+from raymix.training.run.checkpoint_writer import save_checkpoint
 from raymix.training.step.batches import count_micro_batches, micro_batches, token_loss_weights
 from raymix.training.step.documents import MicroStep, document_micro_steps
 from raymix.training.step.metrics import PendingMetrics, StepMetrics, StepSums

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import Optimizer
@@ -32,6 +32,7 @@ from raymix.streaming.sequences.step_plans import SchedulingConfig
 from raymix.training.components import TrainerComponents
 from raymix.training.evaluate.held_out import Evaluator, held_out_rows
 from raymix.training.host.device import peak_flops, quiet_libraries, use_threads
+from raymix.training.job import Job
 from raymix.training.model.facts import CorpusFacts
 from raymix.training.model.finite import non_finite, some
 from raymix.training.model.hf_model import measure_model
@@ -54,7 +55,7 @@ from raymix.training.run.remote_run import (
     clear_checkpoints,
     fetch_checkpoint,
 )
-from raymix.training.run.rundir import RunDirectory, cut_metrics
+from raymix.training.run.rundir import cut_metrics
 from raymix.training.run.trackers import TrackedRun, open_trackers
 from raymix.training.step.batches import max_rows_per_rank
 from raymix.training.step.document_layout import scheduling_config, set_up_context_parallel
@@ -64,31 +65,6 @@ from raymix.training.step.rank_layout import full_length_rows
 
 if TYPE_CHECKING:
     from raymix.streaming.controller.client import RemoteController
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Picklable job sent to the workers."""
-
-    recipe: Recipe
-    run: RunDirectory
-    steps: int
-    micro_batch_rows: int
-    on_gpu: bool
-    threads: int | None
-    """Threads per worker where the user set them; None to share the cores."""
-    session: str
-    """Unique to this start of the run; part of the names of its actors."""
-    tracking_id: str = ""
-    """The run's id in trackers, the same at every start."""
-    domains_from: int | None = None
-    """The step from which on the run reads the domains of the recipe, where they were others."""
-    controller: Any = None
-    """The controller's actor; None without Ray."""
-    plane: Any = None
-    """The block plane's actor; None without Ray."""
-    sequence_scheduler: Any = None
-    """The sequence scheduler's actor; None without Ray, and for packed rows."""
 
 
 @dataclass(frozen=True, slots=True)

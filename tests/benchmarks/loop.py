@@ -206,10 +206,11 @@ class TakingTurns:
 def turns_main(path: Path) -> None:
     """Print the seconds per step of our loop and of the bare one, in one process without Ray."""
     from raymix.recipe import load_recipe
+    from raymix.training.job import Job
     from raymix.training.loop import TrainingLoop
     from raymix.training.model.parallel import World
     from raymix.training.run.rundir import RunDirectory
-    from raymix.training.setup import Job, build_components, local_source, resume
+    from raymix.training.setup import build_components, local_source, resume
 
     recipe, world = load_recipe(path), World()
     keep_freed_memory()
@@ -328,9 +329,9 @@ def _part(name: str, work: Callable[[], object], times: int = 200) -> dict[str, 
 
 
 def _checkpoint(recipe: Any, corpus: Any, directory: Path) -> dict[str, Any]:
+    from raymix.training.job import Job
     from raymix.training.launch.local import run_in_process
     from raymix.training.run.rundir import RunDirectory
-    from raymix.training.setup import Job
 
     short = recipe.model_copy(
         update={

@@ -10,12 +10,12 @@ import torch
 
 from raymix.recipe import Recipe
 from raymix.store import Corpus
+from raymix.training.job import Job
 from raymix.training.launch.local import run_in_process
 from raymix.training.model.facts import CorpusFacts
 from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.run.rundir import open_run, read_metrics
-from raymix.training.setup import Job
 from tests.support.loops import VOCAB, train_corpus
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from raymix._utils.compat.cpython import end_process
+from raymix._utils.imports import import_modules
 
 ANSWER = struct.Struct("!i")
 MAX_REQUEST_BYTES = 1 << 17
@@ -135,18 +136,8 @@ def _socket() -> Iterator[tuple[str, socket.socket]]:
 
 
 def load(modules: Sequence[str]) -> bool:
-    """Import modules, without garbage collection meanwhile; return True.
-
-    It would find nothing to free, and take a tenth of the time.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        for name in modules:
-            importlib.import_module(name)
-    finally:
-        if enabled:
-            gc.enable()
+    """Import modules and return True."""
+    import_modules(modules)
     return True
 
 

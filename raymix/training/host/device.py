@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 
 import numpy as np
@@ -56,13 +55,6 @@ def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> No
     # Not `torch.manual_seed`, which would also seed every other GPU of the machine.
     if device.type == "cuda":
         torch.cuda.manual_seed(mixed)
-
-
-def requested_threads() -> int | None:
-    """Return the threads per process that the user set by OMP_NUM_THREADS; None if not set."""
-    # Read in the driver: Ray sets the variable in its workers, so there it is not the user's.
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    return int(value) if value.isdecimal() and int(value) > 0 else None
 
 
 def quiet_libraries() -> None:

@@ -55,6 +55,13 @@ def cores() -> int:
     return count
 
 
+def requested_threads() -> int | None:
+    """Return the threads per process that the user set by OMP_NUM_THREADS; None if not set."""
+    # Read in the driver: Ray sets the variable in its workers, so there it is not the user's.
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdecimal() and int(value) > 0 else None
+
+
 def memory() -> tuple[int, int]:
     """Return the total and the available bytes of memory, within a container's limit."""
     lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)

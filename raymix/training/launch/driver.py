@@ -26,13 +26,13 @@ from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.actor import start_plane
 from raymix.streaming.controller.client import start_controller
 from raymix.streaming.sequences.actor import start_sequence_scheduler
+from raymix.training.job import Job
 from raymix.training.launch.cluster import capacity_error, worker_environment
 from raymix.training.launch.entry import FailFastPolicy, train_worker
 from raymix.training.launch.placement import placement_options, worker_resources
 from raymix.training.launch.rendezvous import torch_config
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.domain_change import checkpoint_to_resume
-from raymix.training.setup import Job
 
 _START_RETRIES = 2
 # Interval at which a run with `cluster.min_workers` checks for resources for more workers. Every

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 
 from raymix.training.components import TrainerComponents
+from raymix.training.job import Job
 from raymix.training.loop import LoopEnd, TrainingLoop
 from raymix.training.model.parallel import World
 from raymix.training.run.remote_run import upload_checkpoint
-from raymix.training.setup import Job, build_components, local_source, resume
+from raymix.training.setup import build_components, local_source, resume
 
 
 def run_in_process(job: Job, *, stop_requested: Callable[[], bool]) -> LoopEnd:

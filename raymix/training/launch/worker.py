@@ -17,6 +17,7 @@ from raymix.store.remote import files
 from raymix.streaming.batches.stream import row_tokens
 from raymix.streaming.blocks.shared_source import PlaneSource
 from raymix.streaming.blocks.sources import BlockSource
+from raymix.training.job import Job
 from raymix.training.launch.local import run_loop
 from raymix.training.model.parallel import World
 from raymix.training.run.checkpoint import disk_full
@@ -27,7 +28,7 @@ from raymix.training.run.remote_run import (
     remove_working_copy,
     upload_checkpoint,
 )
-from raymix.training.setup import Job, build_components, resume
+from raymix.training.setup import build_components, resume
 
 
 def run_worker(job: Job) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from raymix._utils.imports import collection_paused
 from raymix._utils.result_cache import cached
 from raymix.recipe import DocumentData, ModelConfig, PretrainedModel, Recipe, TrainConfig
 from raymix.store.remote.hub import fetch_config
@@ -95,9 +96,11 @@ def model_cost(
     )
 
     def measure() -> ModelCost:
-        from raymix.training.plan.cost_measurement import measure_cost
+        # Building the model imports most of transformers.
+        with collection_paused():
+            from raymix.training.plan.cost_measurement import measure_cost
 
-        return measure_cost(inputs)
+            return measure_cost(inputs)
 
     # The source of an optimizer of the user's own may change.
     if ":" in recipe.train.optimizer:

@@ -15,7 +15,7 @@ import numpy as np
 from raymix.errors import RecipeError
 from raymix.mixers import MixerContext, PlannedMixer, build_mixer
 from raymix.recipe import Recipe
-from raymix.training.model.optim import decay_steps, learning_rate
+from raymix.training.model.learning_rate import decay_steps, learning_rate
 from raymix.training.run.checkpoint import checkpoint_name
 from raymix.training.run.rundir import RunDirectory
 

@@ -18,10 +18,10 @@ from raymix.recipe import Recipe
 from raymix.store import Corpus
 from raymix.store.remote.errors import is_remote
 from raymix.training.host.machine import Resources
+from raymix.training.job import Job
 from raymix.training.plan.runplan import RunPlan
 from raymix.training.run.pinned_model import pin_model
 from raymix.training.run.rundir import RunDirectory
-from raymix.training.setup import Job
 from raymix.tuning.runs.planning import (
     ComparisonPlan,
     TrialResources,

@@ -19,11 +19,11 @@ from typing import Protocol
 from raymix.errors import RaymixError
 from raymix.store import atomic_write_text
 from raymix.training.host.environment import environment
+from raymix.training.job import Job
 from raymix.training.launch.cluster import ray_cluster
 from raymix.training.launch.local import run_in_process
 from raymix.training.launch.watch import BackgroundWork
 from raymix.training.run.checkpoint import newest_checkpoint
-from raymix.training.setup import Job
 from raymix.tuning.runs.planning import ERROR_LOG
 
 _POLL_S = 0.2

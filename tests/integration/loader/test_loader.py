@@ -20,11 +20,11 @@ from raymix.store import Corpus
 from raymix.training.api import train
 from raymix.training.model.facts import CorpusFacts
 from raymix.training.model.hf_model import build_model
+from raymix.training.model.learning_rate import learning_rate
 from raymix.training.model.loss import IGNORED, PackedLoss
 from raymix.training.model.optim import (
     build_optimizer,
     clip_gradients,
-    learning_rate,
     set_learning_rate,
 )
 from raymix.training.run.rundir import read_metrics

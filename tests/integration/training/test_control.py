@@ -20,9 +20,9 @@ from raymix.errors import RecipeError, TrainingError
 from raymix.loader import MixtureLoader
 from raymix.recipe import Recipe
 from raymix.store import Corpus
+from raymix.training.job import Job
 from raymix.training.launch.local import run_in_process
 from raymix.training.run.rundir import RunDirectory, open_run, read_metrics
-from raymix.training.setup import Job
 from tests.support.loops import train_corpus
 from tests.support.streams import TokensMixer
 

@@ -22,11 +22,11 @@ from raymix.streaming.blocks.sources import LocalSource
 from raymix.streaming.controller.build import build_mixture_state
 from raymix.streaming.controller.local import LocalController
 from raymix.training.api import train
+from raymix.training.job import Job
 from raymix.training.launch.local import run_in_process
 from raymix.training.plan.mixer_context import mixer_context
 from raymix.training.run.domain_change import checkpoint_to_resume
 from raymix.training.run.rundir import RunDirectory
-from raymix.training.setup import Job
 from tests.integration.training.test_run import at, job, numbers, recipe
 from tests.integration.training.test_run import train as train_in_process
 from tests.support.loops import train_corpus

@@ -234,6 +234,8 @@ def test_without_peft_the_error_says_how_to_get_it(
 ) -> None:
     # None is what Python itself takes for a module that cannot be imported.
     monkeypatch.setitem(sys.modules, "peft", None)
+    # Its distribution is still there, so the plan would be read from the cache.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(RecipeError, match=r"model\.lora = .*peft is not installed.*raymix\[lora\]"):
         planned(corpus, tmp_path, {"kind": "pretrained", "path": str(base), "lora": LORA})
 

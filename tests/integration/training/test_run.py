@@ -20,11 +20,11 @@ from raymix.store import Corpus
 from raymix.training.evaluate.export import export
 from raymix.training.evaluate.held_out import Evaluator
 from raymix.training.evaluate.score import score
+from raymix.training.job import Job
 from raymix.training.launch.local import run_in_process
 from raymix.training.loop import LoopEnd
 from raymix.training.run.checkpoint import newest_checkpoint, read_state
 from raymix.training.run.rundir import RunDirectory, cut_metrics, open_run, read_metrics
-from raymix.training.setup import Job
 from raymix.training.step.metrics import PendingMetrics, StepSums
 from raymix.training.summary import summary
 from tests.support.loops import train_corpus
@@ -423,7 +423,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file-size limit would hit the whole process; the write that fails is safetensors'."""
-    import raymix.training.run.checkpoint as module
+    import raymix.training.run.checkpoint_writer as module
 
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device")

@@ -18,7 +18,8 @@ from raymix.training.model.hf_model import build_model
 from raymix.training.model.loss import PackedLoss
 from raymix.training.model.optim import build_optimizer, clip_gradients
 from raymix.training.model.parallel import World, full_tensors, place_model
-from raymix.training.run.checkpoint import TrainingState, save_checkpoint
+from raymix.training.run.checkpoint import TrainingState
+from raymix.training.run.checkpoint_writer import save_checkpoint
 from raymix.training.run.optimizer_state import load_optimizer
 from raymix.training.step.batches import count_micro_batches, max_rows_per_rank, micro_batches
 from raymix.training.step.metrics import StepMetrics

@@ -13,8 +13,8 @@ from raymix.errors import RecipeError
 from raymix.recipe import ClusterConfig, Recipe
 from raymix.store import Corpus
 from raymix.training.host.machine import Resources
+from raymix.training.job import Job
 from raymix.training.run.rundir import RunDirectory, read_metrics
-from raymix.training.setup import Job
 from raymix.tuning.runs.planning import (
     disk_problem,
     divide_machine,

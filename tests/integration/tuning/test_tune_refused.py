@@ -13,8 +13,8 @@ import yaml
 from raymix.laws import load_law, read_table
 from raymix.recipe import load_recipe
 from raymix.store import Corpus
+from raymix.training.job import Job
 from raymix.training.run.rundir import RunDirectory
-from raymix.training.setup import Job
 from raymix.tuning.mixtures.candidates import Mixture, proxy_recipe, space_of, variant
 from raymix.tuning.mixtures.search_log import CUT, SearchLog
 from raymix.tuning.runs.group import locked

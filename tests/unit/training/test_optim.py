@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raymix.recipe import TrainConfig
+from raymix.training.model.learning_rate import learning_rate
 from raymix.training.model.optim import (
     build_optimizer,
     clip_gradients,
     decay_groups,
-    learning_rate,
 )
 
 STEPS = 100
