@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.support.paths import ROOT
 
-RESULTS = ROOT / "bench-results"
+RESULTS = Path(os.environ.get("RAYMIX_BENCH_RESULTS", ROOT / "bench-results"))
 COLUMNS = ("name", "value", "unit", "ratio", "spread", "baseline")
 _PACKAGES = ("ray", "torch", "numpy", "pyarrow", "tokenizers", "transformers")
 
@@ -77,12 +77,12 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], *, tell: bool = True) -> Path:
     """Write `bench-results/NAME.json` and return its path; say so, unless told not to."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"environment": environment(), "rows": [dict(item) for item in rows]}
     path.write_text(json.dumps(document, indent=2) + "\n")
     if tell:
-        print(f"\nwritten to {path.relative_to(ROOT)}")
+        print(f"\nwritten to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
     return path
 
 

@@ -1,7 +1,7 @@
-"""`train.compile` against eager on a CPU: steps, losses, and what recompiling costs.
+"""`train.compile` against eager: steps, losses, and what recompiling costs.
 
-Both train the same small llama on the same batches, step by step in turn, in one process without
-Ray. Packed rows have a new layout of documents in every batch, which is where a compiler that
+Both train the same llama on the same batches, step by step in turn, in one process without Ray: on
+a CPU a small one, on a GPU one of 0.1 billion parameters in bf16. Packed rows have a new layout of documents in every batch, which is where a compiler that
 specializes on values would compile again; the compilations after the first step are counted.
 
     python -m tests.benchmarks.compile [--steps 40] [--repeats 3]
@@ -26,8 +26,18 @@ from raymix.training.model.optim import build_optimizer
 from raymix.training.model.parallel import World, place_model
 from tests.benchmarks._report import print_table, ratio_spread, row, write_results
 
-ROWS, LENGTH, VOCAB = 8, 256, 512
-SHAPE = {
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+ROWS, LENGTH, VOCAB = (8, 1024, 32_000) if ON_GPU else (8, 256, 512)
+GPU_SHAPE = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "tie_word_embeddings": True,
+}
+CPU_SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,
@@ -43,20 +53,25 @@ class Loop:
     def __init__(self, *, compile_model: bool) -> None:
         config = TrainConfig(steps=1, lr=1e-3, compile=compile_model)
         facts = CorpusFacts(VOCAB, VOCAB - 1, LENGTH)
-        model = build_model(ConfigModel(config=SHAPE), facts, seed=0)
+        model = build_model(ConfigModel(config=GPU_SHAPE if ON_GPU else CPU_SHAPE), facts, seed=0)
         loss = PackedLoss(model, linear_head=True)
-        self.replica = place_model(loss, config, World(), bf16=False)
+        self.replica = place_model(loss, config, World(device=DEVICE), bf16=ON_GPU)
         self.optimizer = build_optimizer(self.replica.model, config, sharded=False)
 
     def step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[float, float]:
         """Return the seconds of a step and its loss in nats per token."""
         start = time.perf_counter()
-        loss, _ = self.replica.module(*batch)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
+            loss, _ = self.replica.module(*batch)
         (loss / batch[0].numel()).backward()
         torch.nn.utils.clip_grad_norm_(self.replica.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start, float(loss.detach()) / batch[0].numel()
+        # Reading the loss waits for the device.
+        mean = float(loss.detach()) / batch[0].numel()
+        if ON_GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start, mean
 
 
 def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,7 +84,7 @@ def batch_of(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     first = np.maximum.accumulate(np.where(starts, offsets, 0), axis=1)
     labels = tokens.roll(-1, dims=1)
     labels[torch.from_numpy(np.roll(starts, -1, axis=1))] = IGNORED
-    return tokens, torch.from_numpy(offsets - first), labels
+    return tokens.to(DEVICE), torch.from_numpy(offsets - first).to(DEVICE), labels.to(DEVICE)
 
 
 def one_repeat(steps: int) -> dict[str, Any]:

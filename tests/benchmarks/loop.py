@@ -117,10 +117,10 @@ def bare_main(recipe: Path, workers: int, *, tuned: bool) -> None:
             torch.distributed.init_process_group(
                 "gloo", store=shared, rank=rank, world_size=workers
             )
-        torch.set_num_threads(max(1, cores() // workers))
+        torch.set_num_threads(max(1, cores() // max(1, workers)))
         if tuned:
             keep_freed_memory()
-        seconds = bare_loop(recipe, rank, workers)
+        seconds = bare_loop(recipe, rank, max(1, workers))
         if workers > 1:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
@@ -301,7 +301,9 @@ def parts(path: Path) -> Iterator[dict[str, Any]]:
         yield _part("metrics: line and TensorBoard", lambda: recorder.step(line))
         recorder.close()
         yield _checkpoint(recipe, corpus, Path(directory))
-    yield _rpc(recipe, corpus)
+    # `--workers 0` needs no Ray, and some machines have none.
+    if recipe.cluster.workers:
+        yield _rpc(recipe, corpus)
 
 
 def _line(batch: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -370,7 +372,7 @@ def _rpc(recipe: Any, corpus: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1], help="0: without Ray")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--bare", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
@@ -416,7 +418,7 @@ def compare(recipe: Path, directory: Path, workers: int, repeats: int) -> Iterat
             f"{100 * wait:.2f}% of it waiting for data",
             flush=True,
         )
-    plural = f"{workers} worker{'s' * (workers > 1)}"
+    plural = f"{workers} worker{'s' * (workers != 1)}"
     for tuned, seconds_R in right.items():
         name = f"bare loop{' with our settings' * tuned}, {plural}"
         ratio, spread = ratio_spread(left, seconds_R)
