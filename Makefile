@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start a hundred processes; each would compile all of raymix again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo demo-cluster docs test test-unit test-integration test-ray test-ray-next test-gpu test-slow lint lock clean \
+.PHONY: help install demo demo-cluster docs test test-unit test-integration test-ray test-ray-next test-gpu gpu-day test-slow lint lock clean \
         bench-stream bench-prepare bench-loop bench-merge
 
 help:  ## Show this list
@@ -59,6 +59,9 @@ test-unit: install  ## Tests without Ray, about 90 seconds on 2 cores
 
 test-gpu: install  ## Tests that need a CUDA device (skipped without one)
 	@$(BIN)/python -m pytest -q tests/gpu
+
+gpu-day: install  ## All GPU tests and benchmarks, in at most 25 minutes of one GPU (ARGS=--dry-run: on a CPU)
+	@$(BIN)/python -m tests.benchmarks.gpu_day $(ARGS)
 
 test-slow: install  ## Tests that take minutes, and laws by a thousand examples each
 	@$(BIN)/python -m pytest -q -m slow

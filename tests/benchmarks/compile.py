@@ -1,8 +1,9 @@
 """`train.compile` against eager: steps, losses, and what recompiling costs.
 
 Both train the same llama on the same batches, step by step in turn, in one process without Ray: on
-a CPU a small one, on a GPU one of 0.1 billion parameters in bf16. Packed rows have a new layout of documents in every batch, which is where a compiler that
-specializes on values would compile again; the compilations after the first step are counted.
+a CPU a small one, on a GPU one of 0.1 billion parameters in bf16. Packed rows have a new layout of
+documents in every batch, which is where a compiler that specializes on values would compile again;
+the compilations after the first step are counted.
 
     python -m tests.benchmarks.compile [--steps 40] [--repeats 3]
 """

@@ -375,6 +375,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="0: without Ray")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--quick", action="store_true", help="one repeat of few steps: figures mean nothing"
+    )
     parser.add_argument("--bare", nargs=2, metavar=("RECIPE", "WORKERS"), help=argparse.SUPPRESS)
     parser.add_argument("--turns", metavar="RECIPE", help=argparse.SUPPRESS)
     parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
@@ -385,16 +388,17 @@ def main() -> None:
     if options.turns:
         turns_main(Path(options.turns))
         return
+    steps, repeats = (WARM_UP + 2, 1) if options.quick else (options.steps, options.repeats)
     CACHE.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         for workers in options.workers:
-            document = recipe_of(workers, options.steps, place / "run")
+            document = recipe_of(workers, steps, place / "run")
             recipe = write(document, place / f"loop{workers}.yaml")
             run(sys.executable, "-m", "raymix", "prepare", str(recipe))
-            rows += compare(recipe, place / "run", workers, options.repeats)
-        if not torch.cuda.is_available():
+            rows += compare(recipe, place / "run", workers, repeats)
+        if not (torch.cuda.is_available() or options.quick):
             rows += taking_turns(recipe)
         rows += parts(recipe)
     print_table(rows)
