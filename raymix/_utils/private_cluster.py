@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from raymix._utils.fork_server.server import Preload, can_fork, forked_server
+from raymix._utils.fork_server.server import Preload, can_fork, spawned_server
 from raymix.errors import ClusterError
 
 LOOPBACK = "127.0.0.1"
@@ -35,8 +35,8 @@ _fork_server: str | None = None
 def forked_workers(preload: Preload) -> Iterator[None]:
     """Fork the workers of a private cluster that starts in the context from one process.
 
-    That process is a fork of this one, so call it before anything starts threads. Does nothing
-    where processes cannot be forked: then each worker loads its modules itself.
+    That process loads its modules while this one goes on. Does nothing where processes cannot be
+    forked: then each worker loads its modules itself.
 
     Args:
         preload: The modules that workers need.
@@ -45,7 +45,7 @@ def forked_workers(preload: Preload) -> Iterator[None]:
     if not can_fork():
         yield
         return
-    with forked_server(preload) as _fork_server:
+    with spawned_server(preload) as _fork_server:
         try:
             yield
         finally:

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -38,6 +37,12 @@ MAX_REQUEST_BYTES = 1 << 17
 _STREAMS = 3
 _BACKLOG = 64
 _REQUEST_TIMEOUT_S = 10.0
+_START = f"""
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from {__name__} import serve
+serve()
+"""
 # A job's process has nothing to do once the job has ended, but a job may pause between actors.
 _IDLE_GROUP_S = 20.0
 
@@ -66,47 +71,16 @@ def can_fork() -> bool:
 
 
 @contextmanager
-def forked_server(preload: Preload) -> Iterator[str]:
-    """Run a server that is a fork of this process, and yield the path of its socket.
-
-    Of use only early: this process must have no threads but those of libraries that expect forks.
-
-    Args:
-        preload: The modules of the server are loaded before the fork, so this process has them too.
-    """
-    load(preload.modules)
-    with _socket() as (path, listener):
-        # The server ends when this end of the pipe closes, however this process ends.
-        lifeline, own_end = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        with warnings.catch_warnings():
-            # From Python 3.12 on about any thread, of OpenBLAS too, which is made for forks.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            # No frame of this process may run on in the child, whatever happens.
-            try:
-                os.close(own_end)
-                _Server(listener, lifeline, preload).run()
-            finally:
-                os._exit(0)
-        listener.close()
-        os.close(lifeline)
-        try:
-            yield path
-        finally:
-            os.close(own_end)
-            os.waitpid(pid, 0)
-
-
-@contextmanager
 def spawned_server(preload: Preload) -> Iterator[str]:
-    """Run a server that is a process of its own, and yield the path of its socket."""
+    """Run a server and yield the path of its socket, which it answers once it has its modules.
+
+    A process of its own and no fork of this one: it loads them while this one goes on.
+    """
     with _socket() as (path, listener):
-        given = json.dumps(asdict(preload))
+        # With the same path: the working directory may hold modules of any name.
+        given = [json.dumps(sys.path), str(listener.fileno()), json.dumps(asdict(preload))]
         server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(listener.fileno()), given],
+            [sys.executable, "-P", "-c", _START, *given],
             stdin=subprocess.PIPE,
             pass_fds=[listener.fileno()],
         )
@@ -116,6 +90,8 @@ def spawned_server(preload: Preload) -> Iterator[str]:
         finally:
             assert server.stdin is not None
             server.stdin.close()
+            # It may still be loading, and would see only then that nobody needs it.
+            server.terminate()
             server.wait()
 
 
@@ -220,12 +196,13 @@ class _Server(_Forker):
         self._groups: dict[str, socket.socket] = {}
 
     def run(self) -> None:
-        """Answer requests until the lifeline ends."""
+        """Load the modules, then answer requests until the lifeline ends."""
         with suppress(OSError):
             # Ctrl-C in a terminal is for the command, which ends its processes in order.
             os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        load(self._preload.modules)
         # Objects made so far stay shared between the processes: no collection writes to them.
         gc.freeze()
         self.selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -371,7 +348,7 @@ def _exit_code(end: SystemExit) -> int:
     return 1
 
 
-if __name__ == "__main__":
-    given = Preload(**json.loads(sys.argv[2]))
-    load(given.modules)
-    _Server(socket.socket(fileno=int(sys.argv[1])), 0, given).run()
+def serve() -> None:
+    """Be the server that `spawned_server` has started."""
+    listener, preload = int(sys.argv[2]), Preload(**json.loads(sys.argv[3]))
+    _Server(socket.socket(fileno=listener), 0, preload).run()

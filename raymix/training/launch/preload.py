@@ -30,7 +30,7 @@ _TRIAL_MODULES = ("ray.tune", "raymix.tuning.runs.trials", "raymix.tuning.runs.t
 def forked_training_workers(recipe: Recipe) -> Iterator[None]:
     """Fork the processes of a run in a private cluster; does nothing for other runs.
 
-    For a command alone, before it does anything else: see `forked_workers`.
+    For a command alone; early, as the processes' modules are loaded meanwhile.
     """
     if recipe.cluster.workers:
         with _forked(recipe, PRELOAD):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from raymix._utils.fork_server import setup_worker
-from raymix._utils.fork_server.server import Preload, can_fork, forked_server, spawned_server
+from raymix._utils.fork_server.server import Preload, can_fork, spawned_server
 
 pytestmark = pytest.mark.skipif(not can_fork(), reason="processes cannot be forked here")
 
@@ -170,8 +170,8 @@ def test_forks_draw_numbers_of_their_own(tmp_path: Path) -> None:
 
 OWNER = """
 import sys, time
-from raymix._utils.fork_server.server import Preload, forked_server
-with forked_server(Preload(["json"])) as path:
+from raymix._utils.fork_server.server import Preload, spawned_server
+with spawned_server(Preload(["json"])) as path:
     print(path, flush=True)
     time.sleep(60)
 """
@@ -198,7 +198,7 @@ def test_the_server_ends_with_its_owner() -> None:
 def test_nothing_is_left_of_a_server(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("")
-    with forked_server(Preload(["json"])) as path:
+    with spawned_server(Preload(["json"])) as path:
         for _ in range(2):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
                 client.connect(path)
