@@ -179,7 +179,9 @@ class TrainingLoop:
             checkpoint=self._checkpoint_minutes_over(), stop=self._stop_requested()
         )
         grad_norm = clip_gradients(replica.model.parameters(), components.recipe.train.clip_norm)
-        step_if_finite(components.optimizer, grad_norm)
+        # Without a label there is no gradient; momentum and weight decay would move the weights.
+        if batch.label_tokens:
+            step_if_finite(components.optimizer, grad_norm)
         components.optimizer.zero_grad(set_to_none=True)
         return _InFlightStep(batch, lr, components.stream.waited_s, pending, HostCopy(grad_norm))
 
@@ -201,9 +203,9 @@ class TrainingLoop:
             return
         sums = step.pending.result()
         batch = step.batch
-        loss = sums.loss / max(1, batch.label_tokens)
+        loss = sums.loss / batch.label_tokens if batch.label_tokens else math.nan
         grad_norm = float(step.grad_norm.get())
-        skipped = self._skipped.add(batch.step + 1, grad_norm, sums.nats_D)
+        skipped = self._skipped.add(batch.step + 1, grad_norm, sums.nats_D, batch.label_tokens)
         if skipped is None and not math.isfinite(loss):
             domains = non_finite_domains(sums.nats_D, self._components.domains)
             raise _divergence(

@@ -140,7 +140,7 @@ def print_summary(document: Mapping[str, Any], console: Console) -> None:
     throughput = f", {short(pace)} tokens/s" if pace else ""
     console.print(f"{document['steps']:,} steps, {document['tokens']:,} tokens{throughput}")
     if skipped := document["skipped_steps"]:
-        console.print(f"{skipped:,} steps were left out: their gradients were not finite.")
+        console.print(f"{skipped:,} steps were left out (see metrics.jsonl).")
 
 
 def _number(value: float | None) -> str:

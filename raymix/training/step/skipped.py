@@ -1,4 +1,4 @@
-"""Steps left out because their gradient is not finite: their record, and how many are too many.
+"""Steps left out, without a finite gradient or a label: their record, and how many are too many.
 
 Legend: D domains.
 """
@@ -29,17 +29,23 @@ class SkippedSteps:
         self._in_a_row = 0
         self._taken, self._left_out = 0, 0
 
-    def add(self, step: int, grad_norm: float, nats_D: npt.NDArray[np.float64]) -> str | None:
+    def add(
+        self, step: int, grad_norm: float, nats_D: npt.NDArray[np.float64], labels: int
+    ) -> str | None:
         """Return a note if step `step` (1-based) was left out, None if it was not.
 
         Args:
             step: The step.
             grad_norm: Norm of its gradient.
             nats_D: Summed loss of each domain, over all ranks, shape (D,).
+            labels: Labels of the step, over all ranks. Without any it is left out, and says nothing
+                about the run: a conversation may be cut before its first answer.
 
         Raises:
             TrainingError: If more steps in a row were left out than may be.
         """
+        if not labels:
+            return "none of its tokens is learned"
         if np.isfinite(grad_norm):
             self._in_a_row = 0
             self._taken += 1
