@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from raymix.recipe import recipe_to_yaml
 from raymix.training.api import train
@@ -53,24 +57,34 @@ print(json.dumps([hashes, errors]))
 """
 
 
-@pytest.mark.skipif(
+pytestmark = pytest.mark.skipif(
     not TORCHTITAN.is_dir(),
     reason="torchtitan is not installed: `make .venv-torchtitan`, or set RAYMIX_TORCHTITAN",
 )
+
+
+def with_torchtitan(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    path = os.pathsep.join([str(ROOT), str(TORCHTITAN)])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=directory,
+        env={**os.environ, **alone, "MASTER_PORT": port, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def test_it_reads_the_mixture_and_goes_on_with_other_ranks(tmp_path: Path) -> None:
     corpus = train_corpus(tmp_path / "corpus", {"a": 9000, "b": 6000, "c": 3000})
     made = recipe(corpus, tmp_path)
     train(made, report=False)
     lines = read_metrics(Path(made.run_dir) / "metrics.jsonl")
     (tmp_path / "my.yaml").write_text(recipe_to_yaml(made))
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TORCHTITAN)])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = with_torchtitan(tmp_path, "-c", SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     hashes, errors = json.loads(done.stdout.splitlines()[-1])
     assert hashes == [line["batch_hash"] for line in lines if "batch_hash" in line][3:]
@@ -79,3 +93,37 @@ def test_it_reads_the_mixture_and_goes_on_with_other_ranks(tmp_path: Path) -> No
         "training.local_batch_size = 4: 1 ranks of it do not divide the 6 rows of a step. Set "
         "training.global_batch_size to the recipe's data.rows_per_step.",
     ]
+
+
+def test_its_trainer_killed_and_resumed_trains_on_the_batches_of_raymix(tmp_path: Path) -> None:
+    corpus = train_corpus(tmp_path / "corpus", {"a": 9000, "b": 6000, "c": 3000})
+    made = recipe(corpus, tmp_path, train__steps=40)
+    train(made, report=False)
+    lines = read_metrics(Path(made.run_dir) / "metrics.jsonl")
+    expected = {line["step"]: line["batch_hash"] for line in lines if "batch_hash" in line}
+    (tmp_path / "my.yaml").write_text(recipe_to_yaml(made))
+    # torchtitan insists on one; the corpus is tokenized already.
+    (tmp_path / "tokenizer").mkdir()
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(tmp_path / "tokenizer" / "tokenizer.json")
+    )
+    script = str(ROOT / "tests" / "support" / "torchtitan_on_cpu.py")
+    killed = with_torchtitan(tmp_path, script, "40", "23", "0")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    steps = trained(killed.stdout)
+    assert steps == {step: (expected[step], 0.5) for step in range(1, 24)}
+    resumed = with_torchtitan(tmp_path, script, "40", "0", "30")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    # Its newest checkpoint is that of step 20.
+    steps = trained(resumed.stdout)
+    assert sorted(steps) == list(range(21, 41))
+    first = min(step for step, (_, share) in steps.items() if share == 1.0)
+    assert 31 <= first <= 32
+    assert all(steps[step] == (expected[step], 0.5) for step in range(21, first))
+    assert all(steps[step][1] == 1.0 for step in range(first, 41))
+
+
+def trained(output: str) -> dict[int, tuple[str, float]]:
+    """Return batch hash and share of the first domain of the steps that a script has trained."""
+    said = [line.split() for line in output.splitlines() if line.startswith("trained ")]
+    return {int(step): (batch_hash, float(share)) for _, step, batch_hash, share in said}
