@@ -357,6 +357,9 @@ class RunConfig(RecipeModel):
     tracker_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options by tracker, such as `{wandb: {project: mixing}}`: arguments of `wandb.init` and
     `trackio.init`; for mlflow `tracking_uri` and `experiment`."""
+    stall_seconds: Number = Field(default=60.0, ge=0)
+    """A step that takes longer than this, and than 20 usual ones, is told, with what each rank does
+    meanwhile; 0 tells nothing."""
 
     @model_validator(mode="after")
     def _known_trackers(self) -> RunConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import uuid
 from contextlib import suppress
 from functools import partial
@@ -267,6 +268,7 @@ def _write_run(run: RunDirectory, recipe: Recipe, plan: RunPlan) -> None:
     run.write_recipe(recipe)
     for leftover in (run.stop_request, run.stages):
         leftover.unlink(missing_ok=True)
+    shutil.rmtree(run.stalls, ignore_errors=True)
     about = environment(
         steps=plan.steps,
         parameters=plan.parameters,

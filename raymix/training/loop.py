@@ -99,6 +99,11 @@ class TrainingLoop:
         self.seconds = {"data": 0.0, "step": 0.0, "metrics": 0.0, "probe": 0.0}
         self.seconds |= {"eval": 0.0, "checkpoint": 0.0}
 
+    @property
+    def step(self) -> int:
+        """Return the steps done."""
+        return self._step
+
     def run(self) -> LoopEnd:
         """Train, and return how the loop ended; all ranks end at the same step.
 

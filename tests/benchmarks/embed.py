@@ -4,7 +4,9 @@ Time that a loop waits for a batch, against the same batches from memory: median
 loop whose step takes `--step-ms` (a sleep in torch's place: the loader's thread then has the core
 that a GPU's host would give it; and a real forward and backward pass of a small Llama, which
 competes with it). And a Hugging Face Trainer with our loader against the same Trainer with its own
-on the same rows, in turns.
+on the same rows, in turns, after a run of each that does not count; for a model that is next to
+nothing, so that all that is not the model shows, and for one whose step takes some tenths of a
+second on one core.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from tests.support.shell import recipe_document
 
 LENGTH, ROWS = 256, 8
 REPEATS = 3
+TRAINER_REPEATS = 5
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 
 
 Work = Callable[[dict[str, Any]], object]
@@ -47,20 +52,14 @@ def waits(batches: Iterable[dict[str, Any]], work: Work) -> list[float]:
         work(batch)
 
 
-def model() -> LlamaForCausalLM:
+def model(shape: dict[str, int]) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(vocab_size=512, num_attention_heads=2, **shape))
 
 
-def train_once(rows: list[dict[str, Any]], loader: MixtureLoader | None, steps: int) -> float:
+def train_once(
+    rows: list[dict[str, Any]], loader: MixtureLoader | None, steps: int, shape: dict[str, int]
+) -> float:
     """Return the seconds of a Trainer's run, with our loader or on rows in memory."""
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
@@ -75,9 +74,9 @@ def train_once(rows: list[dict[str, Any]], loader: MixtureLoader | None, steps: 
             remove_unused_columns=False,
         )
         if loader is not None:
-            trainer: Trainer = MixtureTrainer(mixture=loader, model=model(), args=arguments)
+            trainer: Trainer = MixtureTrainer(mixture=loader, model=model(shape), args=arguments)
         else:
-            trainer = Trainer(model=model(), args=arguments, train_dataset=Rows(rows))
+            trainer = Trainer(model=model(shape), args=arguments, train_dataset=Rows(rows))
         begin = time.perf_counter()
         trainer.train()
         return time.perf_counter() - begin
@@ -114,6 +113,31 @@ def loaders(directory: Path, steps: int) -> Iterator[MixtureLoader]:
         yield MixtureLoader(recipe)
 
 
+def trainers(
+    batches: list[dict[str, Any]],
+    make: Iterator[MixtureLoader],
+    steps: int,
+    shape: dict[str, int],
+) -> list[dict[str, Any]]:
+    """Return the rows of a Trainer with our loader and with its own, for one model."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for repeat in range(TRAINER_REPEATS + 1):
+        # Each is first in every other repeat.
+        for ours in (True, False) if repeat % 2 else (False, True):
+            took = train_once(batches, next(make) if ours else None, steps, shape)
+            if repeat:
+                seconds[ours].append(took)
+    ratio, spread = ratio_spread(seconds[True], seconds[False])
+    count = sum(parameter.numel() for parameter in model(shape).parameters()) / 1e6
+    each = f"{count:.2g} M parameters"
+    names = [f"step of a Trainer, {whose} loader, {each}" for whose in ("its own", "our")]
+    value = [1000 * statistics.median(seconds[ours]) / steps for ours in (False, True)]
+    return [
+        row(names[0], value[0], "ms"),
+        row(names[1], value[1], "ms", ratio=ratio, spread=spread, baseline=names[0]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
@@ -124,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         make = loaders(Path(directory), given.steps)
         batches = list(next(make))
-        net = model()
+        net = model(TINY)
         works: dict[str, Work] = {
             "asleep": lambda batch: time.sleep(given.step_ms / 1000),
             "training": lambda batch: net(
@@ -142,15 +166,8 @@ def main() -> None:
             waited = 1000 * statistics.median(ours)
             rows.append(row(f"wait for a batch, loop {name}", waited, "ms", spread=spread))
             rows.append(row(f"of a step of {given.step_ms:g} ms, loop {name}", share, "%"))
-        own, theirs = [], []
-        for _ in range(REPEATS):
-            own.append(train_once(batches, next(make), given.steps))
-            theirs.append(train_once(batches, None, given.steps))
-        ratio, spread = ratio_spread(own, theirs)
-        name = "Trainer with our loader"
-        rows.append(
-            row(name, statistics.median(own), "s", ratio=ratio, spread=spread, baseline="its own")
-        )
+        for shape in (TINY, SMALL):
+            rows += trainers(batches, make, given.steps, shape)
     print_table(rows)
     write_results("embed", rows)
 

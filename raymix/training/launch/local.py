@@ -11,6 +11,8 @@ from raymix.training.job import Job
 from raymix.training.loop import LoopEnd, TrainingLoop
 from raymix.training.model.parallel import World
 from raymix.training.run.remote_run import upload_checkpoint
+from raymix.training.run.rundir import STALLS
+from raymix.training.run.stalls import report_stalls
 from raymix.training.setup import build_components, local_source, resume
 
 
@@ -45,8 +47,16 @@ def run_loop(components: TrainerComponents) -> LoopEnd:
     Raises:
         RaymixError: If the job cannot be done.
     """
+    loop = TrainingLoop(components)
+    watch = report_stalls(
+        components.checkpoints.parent / STALLS,
+        rank=components.replica.world.rank,
+        step=lambda: loop.step,
+        seconds=components.recipe.run.stall_seconds,
+    )
     try:
-        return TrainingLoop(components).run()
+        with watch:
+            return loop.run()
     finally:
         # Also after an error: TensorBoard's file is buffered, and its last points tell why.
         if components.recorder is not None:

@@ -18,6 +18,7 @@ from raymix._utils.stages import stage
 from raymix._utils.terminal import detach, terminal_descriptors
 from raymix.training.run.progress import RunProgress
 from raymix.training.run.rundir import RunDirectory
+from raymix.training.run.stalls import StallReports
 
 _POLL_S = 0.2
 
@@ -47,12 +48,14 @@ def watch(
     """
     with count_interrupts() as pressed:
         thread = BackgroundWork(work)
-        start_s = time.monotonic()
+        start_s, stalls = time.monotonic(), StallReports(run.stalls)
         stop_requested, shown = False, 0
         while not thread.wait(_POLL_S):
             # First, as the metrics of the last stage may have come in the meantime.
             shown = _show_stages(run, shown)
             progress.poll()
+            if (line := stalls.poll(progress.last_step or 0)) is not None:
+                progress.say(line)
             check()
             progress.waiting(f"starting {starting} ({time.monotonic() - start_s:.0f} s)")
             if pressed() and progress.last_step is None:

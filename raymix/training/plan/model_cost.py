@@ -34,8 +34,12 @@ _WITHOUT_COST = (
     "max_skipped_steps", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "probe_interval",
 )  # fmt: skip
-MODEL_LIBRARIES = ("torch", "transformers", "peft")
-"""Distributions whose version decides what a model is."""
+MODEL_LIBRARIES = (
+    "torch", "transformers", "peft", "kernels", "flash-attn", "mamba-ssm", "causal-conv1d",
+    "flash-linear-attention",
+)  # fmt: skip
+"""Distributions whose version decides what a model is; architectures take other paths with the last
+ones, where they are installed."""
 
 
 @dataclass(frozen=True, slots=True)

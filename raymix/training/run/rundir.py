@@ -46,6 +46,8 @@ from raymix.training.run.identity import (
 )
 
 IfExists = Literal["resume", "fail", "new"]
+STALLS = "stalls"
+"""The directory of reports on steps that take too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,11 @@ class RunDirectory:
     def stages(self) -> Path:
         """Return the file to which rank 0 adds a line per stage before the first step."""
         return self.path / ".stages"
+
+    @property
+    def stalls(self) -> Path:
+        """Return the directory of the ranks' reports on steps that take too long."""
+        return self.path / STALLS
 
     def add_stage(self, text: str) -> None:
         """Add a line to the file of stages."""
