@@ -4,10 +4,10 @@
 
 torchtitan 0.3.0 trains on GPUs alone: it asks CUDA for its device, imports triton, and attends by
 FlexAttention, whose backward pass torch has on no CPU. Here a CPU answers in place of the device,
-and attention takes the same mask as a matrix. Trainer, optimizer, checkpoints and the data loader
-are torchtitan's and ours, unchanged. Prints a line per trained step: the step, the hash of the
-batch that our loader says it was, and the share of its first domain. After step CHANGED_AT the
-first domain is given all of the mixture.
+attention takes the same mask as a matrix, and ranks talk by gloo. Trainer, optimizer, checkpoints
+and the data loader are torchtitan's and ours, unchanged. Prints a line per trained step: the step,
+the hash of the batch that our loader says it was, and the share of its first domain. After step
+CHANGED_AT the first domain is given all of the mixture.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -105,15 +106,21 @@ def main(steps: int, killed_at: int, changed_at: int) -> None:
     config = llama3_debugmodel()
     config.model_spec.model.layers = config.model_spec.model.layers[:2]
     config.dataloader = MixtureDataLoader.Config(recipe="my.yaml")
-    config.training.seq_len = 32
+    config.training.seq_len = 64
     config.training.local_batch_size, config.training.global_batch_size = 3, 6
     config.training.steps = steps
     config.training.disable_cuda_graphs = True
     config.checkpoint.enable, config.checkpoint.interval = True, 5
     config.dump_folder = "out"
     config.validator.enable = False
-    config.hf_assets_path = str(Path("tokenizer"))
+    # The default wants a later torch with several ranks.
+    config.parallelism.spmd_backend = "partial_dtensor"
+    config.hf_assets_path = str(Path("corpus", "tokenizer"))
     trainer = config.build()
+    for module in trainer.model_parts[0].modules():
+        # Gloo knows sums alone.
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
     train_step = trainer.train_step
 
     def observed(*args: Any, **options: Any) -> None:

@@ -8,11 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from raymix.recipe import recipe_to_yaml
 from raymix.training.api import train
@@ -20,6 +19,7 @@ from raymix.training.run.rundir import read_metrics
 from tests.integration.training.test_run import recipe
 from tests.support.loops import train_corpus
 from tests.support.paths import ROOT
+from tests.support.shell import Shell, steps_of, write_recipe
 
 TORCHTITAN = Path(os.environ.get("RAYMIX_TORCHTITAN", ROOT / ".venv-torchtitan"))
 SCRIPT = """
@@ -63,19 +63,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def with_torchtitan(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    path = os.pathsep.join([str(ROOT), str(TORCHTITAN)])
+def with_torchtitan(
+    directory: Path, *arguments: str, ranks: int = 1
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a script on some ranks, as torchrun does; return them in order."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=directory,
-        env={**os.environ, **alone, "MASTER_PORT": port, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = os.pathsep.join([str(ROOT), str(TORCHTITAN)])
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+    def run(rank: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=directory,
+            env={**os.environ, **world, "RANK": f"{rank}", "LOCAL_RANK": "0", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(run, range(ranks)))
 
 
 def test_it_reads_the_mixture_and_goes_on_with_other_ranks(tmp_path: Path) -> None:
@@ -84,7 +92,7 @@ def test_it_reads_the_mixture_and_goes_on_with_other_ranks(tmp_path: Path) -> No
     train(made, report=False)
     lines = read_metrics(Path(made.run_dir) / "metrics.jsonl")
     (tmp_path / "my.yaml").write_text(recipe_to_yaml(made))
-    done = with_torchtitan(tmp_path, "-c", SCRIPT)
+    (done,) = with_torchtitan(tmp_path, "-c", SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     hashes, errors = json.loads(done.stdout.splitlines()[-1])
     assert hashes == [line["batch_hash"] for line in lines if "batch_hash" in line][3:]
@@ -96,30 +104,30 @@ def test_it_reads_the_mixture_and_goes_on_with_other_ranks(tmp_path: Path) -> No
 
 
 def test_its_trainer_killed_and_resumed_trains_on_the_batches_of_raymix(tmp_path: Path) -> None:
-    corpus = train_corpus(tmp_path / "corpus", {"a": 9000, "b": 6000, "c": 3000})
-    made = recipe(corpus, tmp_path, train__steps=40)
-    train(made, report=False)
-    lines = read_metrics(Path(made.run_dir) / "metrics.jsonl")
-    expected = {line["step"]: line["batch_hash"] for line in lines if "batch_hash" in line}
-    (tmp_path / "my.yaml").write_text(recipe_to_yaml(made))
-    # torchtitan insists on one; the corpus is tokenized already.
-    (tmp_path / "tokenizer").mkdir()
-    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
-        str(tmp_path / "tokenizer" / "tokenizer.json")
+    weights = {"books": 0.4, "python": 0.3, "legal": 0.2, "math": 0.1}
+    write_recipe(
+        tmp_path / "my.yaml",
+        name="my",
+        data={"sequence_length": 64, "rows_per_step": 6},
+        mixer={"kind": "static", "weights": weights},
+        train={"steps": 40},
+        cluster={"workers": 0},
     )
+    Shell(tmp_path).ok("train", "my.yaml", "--no-report")
+    expected = {line["step"]: line["batch_hash"] for line in steps_of(tmp_path / "runs" / "my")}
     script = str(ROOT / "tests" / "support" / "torchtitan_on_cpu.py")
-    killed = with_torchtitan(tmp_path, script, "40", "23", "0")
+    (killed,) = with_torchtitan(tmp_path, script, "40", "23", "0")
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    steps = trained(killed.stdout)
-    assert steps == {step: (expected[step], 0.5) for step in range(1, 24)}
-    resumed = with_torchtitan(tmp_path, script, "40", "0", "30")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert trained(killed.stdout) == {step: (expected[step], 0.4) for step in range(1, 24)}
+    resumed = with_torchtitan(tmp_path, script, "40", "0", "30", ranks=2)
+    assert [each.returncode for each in resumed] == [0, 0], resumed[0].stderr[-3000:]
     # Its newest checkpoint is that of step 20.
-    steps = trained(resumed.stdout)
+    steps = trained(resumed[0].stdout)
+    assert steps == trained(resumed[1].stdout)
     assert sorted(steps) == list(range(21, 41))
     first = min(step for step, (_, share) in steps.items() if share == 1.0)
     assert 31 <= first <= 32
-    assert all(steps[step] == (expected[step], 0.5) for step in range(21, first))
+    assert all(steps[step] == (expected[step], 0.4) for step in range(21, first))
     assert all(steps[step][1] == 1.0 for step in range(first, 41))
 
 
